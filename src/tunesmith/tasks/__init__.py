@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch
+from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import Row
 from tunesmith.recipe import Data
 from tunesmith.registry import Plugin
+
+LOW_IS_GOOD = frozenset({"loss", "perplexity", "rmse", "mae", "ece"})
+"""Metrics of which less is better; of all others more is."""
 
 
 class Metrics(Protocol):
@@ -31,29 +35,30 @@ class Task(Plugin):
     """The transformers Auto class, e.g. `AutoModelForSequenceClassification`."""
 
     columns: ClassVar[dict[str, tuple[str, ...]]]
-    """Role of a column -> the names it usually has, best first; the role's own name comes first."""
+    """Role of a column -> the names it usually has; the role's own name comes first."""
 
     required: ClassVar[frozenset[str]]
     """The roles that training data must have."""
 
-    metric: ClassVar[str]
-    """What `best` is chosen by unless the recipe says; `loss` and `perplexity` are better low, all else high."""
-
     @abstractmethod
-    def stratum(self, row: Row) -> object:
-        """What a stratified split keeps in proportion (hashable).
+    def target(self, row: Row) -> Any:
+        """The row's target, hashable, as `fit` wants it.
 
         Raises:
-            DataError: the row's target cannot be read.
+            DataError: the target cannot be read.
         """
 
     @abstractmethod
-    def fit(self, strata: Iterable[object], data: Data) -> tuple[Self, Data]:
-        """The task and the data keys with what the training rows determine filled in (classes, weights).
+    def fit(self, targets: Sequence[Any], data: Data, where: str) -> tuple[Self, Data]:
+        """The task and the data keys with what the training targets determine filled in (classes, weights).
 
         Raises:
             DataError: there is nothing to learn from these rows.
         """
+
+    @abstractmethod
+    def strata(self, targets: Sequence[Any]) -> list[int] | None:
+        """The class of each target for a stratified split; None where there are no classes."""
 
     @abstractmethod
     def model_config(self) -> dict[str, Any]:
@@ -64,6 +69,10 @@ class Task(Plugin):
         """Each row as fields: a list of numbers for what varies in length (the first such field is the length that
         counts), a number for what does not.
         """
+
+    @abstractmethod
+    def notes(self, encoded: Encoded, processor: Any) -> list[str]:
+        """What the user should know about encoded data: how much was cut away, how much is unknown."""
 
     @abstractmethod
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
@@ -84,8 +93,12 @@ class Task(Plugin):
         """A fresh score."""
 
     @abstractmethod
-    def baseline(self, strata: Iterable[object], metrics: Metrics) -> dict[str, Any]:
-        """What a guess that has seen only the training labels would score."""
+    def metric(self) -> str:
+        """What `best` is chosen by unless the recipe says."""
+
+    @abstractmethod
+    def prior(self, encoded: Encoded) -> Tensor:
+        """The output that a guess which has seen only the training targets gives to every example."""
 
     @abstractmethod
     def answers(self, outputs: Tensor) -> list[dict[str, Any]]:

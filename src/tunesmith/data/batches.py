@@ -1,0 +1,163 @@
+"""Ragged batches in a global order that is a function of (seed, epoch, index), and their cut into micro-batches.
+
+Batches stay uniformly random; only inside one optimizer step are examples sorted by length before they are cut into
+micro-batches, which changes no gradient (losses are sums over the step's normalisers) and saves padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tunesmith.data.encoded import Encoded
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of unequal length, flat: row i is `values[offsets[i]:offsets[i + 1]]`."""
+
+    values: Tensor  # (sum of lengths,)
+    offsets: Tensor  # (rows + 1,)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Length of each row."""  # (rows,)
+        return self.offsets.diff()
+
+    def mask(self) -> Tensor:
+        """1 where a padded row has a value."""  # (rows, longest)
+        lengths = self.lengths
+        return (torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]).long()
+
+    def padded(self, fill: int | float) -> Tensor:
+        """Rows as a rectangle, padded on the right."""  # (rows, longest)
+        mask = self.mask().bool()
+        out = self.values.new_full(mask.shape, fill)
+        out[mask] = self.values
+        return out
+
+    def to(self, device: torch.device) -> Ragged:
+        """The same rows on another device."""
+        return Ragged(self.values.to(device, non_blocking=True), self.offsets.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some examples, field by field: `Ragged` where lengths vary, else a tensor of one value per example."""
+
+    fields: Mapping[str, Ragged | Tensor]
+    size: int
+    tokens: int
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.fields
+
+    def ragged(self, name: str) -> Ragged:
+        """A field whose lengths vary."""
+        value = self.fields[name]
+        assert isinstance(value, Ragged), f"{name} is not ragged"
+        return value
+
+    def scalar(self, name: str) -> Tensor:
+        """A field with one value per example."""  # (examples,)
+        value = self.fields[name]
+        assert isinstance(value, Tensor), f"{name} is ragged"
+        return value
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.fields.items()}
+        return replace(self, fields=moved)
+
+
+def collate(encoded: Encoded, indices: NDArray[np.int64]) -> Batch:
+    """The examples at `indices` as one ragged batch."""
+    fields: dict[str, Ragged | Tensor] = {}
+    for name, (values, offsets) in encoded.take(indices).items():
+        flat = torch.from_numpy(np.ascontiguousarray(values))
+        flat = flat.long() if not flat.is_floating_point() else flat
+        fields[name] = flat if offsets is None else Ragged(flat, torch.from_numpy(offsets))
+    lengths = next((value.lengths for value in fields.values() if isinstance(value, Ragged)), None)
+    return Batch(fields, len(indices), int(lengths.sum()) if lengths is not None else len(indices))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What fits at once. `overhead_tokens`: what one more forward and backward pass costs, in padded tokens."""
+
+    max_examples: int
+    max_tokens: int
+    overhead_tokens: int = 0
+
+    def halved(self, batch: list[NDArray[np.int64]]) -> Limits | None:
+        """Half of the largest micro-batch that was tried; None when it was a single example."""
+        largest = max(len(part) for part in batch)
+        return replace(self, max_examples=largest // 2) if largest > 1 else None
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The steps of a run over one set of examples, for one of `world` processes."""
+
+    encoded: Encoded
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+    lengths: NDArray[np.int64] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", self.encoded.lengths)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass; the last may be smaller."""
+        return math.ceil(len(self.encoded) / self.batch_size)
+
+    def indices(self, step: int) -> NDArray[np.int64]:
+        """The examples of one optimizer step (counted from 0) over all processes."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = _order(self.seed, epoch, len(self.encoded))
+        return order[within * self.batch_size : (within + 1) * self.batch_size]
+
+    def micro_batches(self, step: int, limits: Limits) -> list[NDArray[np.int64]]:
+        """This process's share of a step, cut so that padding is least within the limits."""
+        share = self.indices(step)[self.rank :: self.world]
+        share = share[np.argsort(self.lengths[share], kind="stable")]
+        return [share[start:stop] for start, stop in cut(self.lengths[share], limits)]
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def cut(lengths: NDArray[np.int64], limits: Limits) -> list[tuple[int, int]]:
+    """Cut ascending lengths into runs so that sum(rows x longest + overhead) is least; each run within the limits.
+
+    Dynamic programming over the end of each run; a single row that exceeds `max_tokens` stands alone.
+    """
+    best: list[float] = [0.0]
+    start_of: list[int] = [0]
+    for stop in range(1, len(lengths) + 1):
+        longest = int(lengths[stop - 1])
+        fit = max(1, min(limits.max_examples, limits.max_tokens // max(longest, 1)))
+        starts = range(max(0, stop - fit), stop)
+        costs = [best[start] + (stop - start) * longest + limits.overhead_tokens for start in starts]
+        least = int(np.argmin(costs))
+        best.append(costs[least])
+        start_of.append(starts[least])
+    runs: list[tuple[int, int]] = []
+    stop = len(lengths)
+    while stop:
+        runs.append((start_of[stop], stop))
+        stop = start_of[stop]
+    return runs[::-1]

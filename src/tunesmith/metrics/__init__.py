@@ -1,0 +1,1 @@
+"""Scores that are built up batch by batch."""

@@ -1,0 +1,334 @@
+"""Text classification: one class of two or many, several labels at once, or a number (regression); texts or pairs.
+
+Losses: cross-entropy, binary cross-entropy per label, squared error. Texts longer than the model reads are cut and
+counted, or read in windows whose logits are averaged per document (`windows`).
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from tunesmith.data.batches import Batch, Ragged
+from tunesmith.data.encoded import Encoded
+from tunesmith.data.formats import Row
+from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
+from tunesmith.metrics.classification import ClassScores, LabelScores, NumberScores
+from tunesmith.recipe import Data
+from tunesmith.tasks import Metrics, Task
+
+Target = str | tuple[str, ...] | float
+MAX_CHARS_PER_TOKEN = 64
+IGNORED = -100
+
+
+class TextClassification(Task):
+    """Says which class a text (or a pair of texts) belongs to."""
+
+    labels: Literal["auto", "single", "multi", "regression"] = Field(
+        "auto", description="one class a text, several, or a number; auto: from the data"
+    )
+    classes: list[str] | None = Field(None, description="their names in the order of the outputs; default: from train")
+    windows: int | None = Field(
+        None, ge=2, description="read longer texts in up to this many windows, averaged; null: cut them"
+    )
+
+    model_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    columns: ClassVar[dict[str, tuple[str, ...]]] = {
+        "text": (
+            "text", "sentence", "sentence1", "text1", "review", "content", "premise", "question", "document", "body",
+            "comment", "tweet", "message", "title", "input", "clause", "文本", "内容", "评论",
+        ),
+        "text_pair": ("text_pair", "sentence2", "text2", "hypothesis", "passage"),
+        "label": (
+            "label", "labels", "class", "category", "target", "sentiment", "score", "rating", "stars", "type", "y",
+            "标签", "类别",
+        ),
+    }  # fmt: skip
+    required: ClassVar[frozenset[str]] = frozenset({"text", "label"})
+
+    def target(self, row: Row) -> Target:
+        """A class name, a tuple of them, or a number."""
+        value = row.values["label"]
+        if isinstance(value, list | tuple):
+            return tuple(sorted({_name(part) for part in value}))
+        if self.labels == "multi":
+            return tuple(sorted({part.strip() for part in _listed(str(value)) if part.strip()}))
+        if self.labels == "regression":
+            return _number(value, row)
+        name = _name(value)
+        if name.startswith("[") and name.endswith("]"):
+            raise DataError(
+                f"label: {shorten(name)} is a list written as text", where=row.place, hint="set task.labels=multi"
+            )
+        return name
+
+    def fit(self, targets: Sequence[Target], data: Data, where: str) -> tuple[Self, Data]:
+        """Kind, classes and class weights from the training targets."""
+        kind = self._kind(targets)
+        if kind == "regression":
+            if data.class_weights is not None:
+                raise RecipeError("data.class_weights: a regression has no classes", hint="leave the key out")
+            return self.model_copy(update={"labels": kind}), data
+        counts = Counter(name for target in targets for name in (target if isinstance(target, tuple) else (target,)))
+        classes = self.classes or sorted((str(name) for name in counts), key=_natural)
+        _check_classes(classes, counts, len(targets), where, several=kind == "multi")
+        fitted = self.model_copy(update={"labels": kind, "classes": classes})
+        return fitted, data.model_copy(update={"class_weights": _weights(data, classes, counts, kind)})
+
+    def _kind(self, targets: Sequence[Target]) -> str:
+        if self.labels != "auto":
+            return self.labels
+        if any(isinstance(target, tuple) for target in targets):
+            return "multi"
+        distinct = set(targets)
+        if self.classes is None and len(distinct) > 10 and all(_is_number(str(target)) for target in distinct):
+            if any(not float(str(target)).is_integer() for target in distinct):
+                return "regression"
+        return "single"
+
+    def strata(self, targets: Sequence[Target]) -> list[int] | None:
+        """Classes as codes; combinations of labels count as classes, numbers have none."""
+        if self.labels == "regression":
+            return None
+        codes: dict[Target, int] = {}
+        return [codes.setdefault(target, len(codes)) for target in targets]
+
+    def model_config(self) -> dict[str, Any]:
+        """Head size, class names and transformers' name for the kind of problem."""
+        if self.labels == "regression":
+            return {"num_labels": 1, "problem_type": "regression"}
+        assert self.classes is not None, "fit comes first"
+        kind = "multi_label_classification" if self.labels == "multi" else "single_label_classification"
+        return {
+            "num_labels": len(self.classes),
+            "id2label": dict(enumerate(self.classes)),
+            "label2id": {name: index for index, name in enumerate(self.classes)},
+            "problem_type": kind,
+        }
+
+    def encode(self, rows: Sequence[Row], processor: Any, data: Data) -> list[dict[str, Any]]:
+        """input_ids (all windows of a document, flat), their lengths, whether words were cut, label and weight."""
+        assert data.max_length is not None, "the run resolves max_length"
+        texts = [str(row.values["text"])[: data.max_length * (self.windows or 1) * MAX_CHARS_PER_TOKEN] for row in rows]
+        pairs = [str(row.values.get("text_pair", "")) for row in rows]
+        pairs_given = any("text_pair" in row.values for row in rows)
+        coded = processor(
+            *((texts, pairs) if pairs_given else (texts,)),
+            truncation=True,
+            max_length=data.max_length,
+            return_overflowing_tokens=bool(self.windows and processor.is_fast),
+        )
+        owner = coded.get("overflow_to_sample_mapping", range(len(rows)))
+        windows: list[list[int]] = [[] for _ in rows]
+        for index, row in enumerate(owner):
+            windows[row].append(index)
+        return [self._fields(row, coded, mine, data) for row, mine in zip(rows, windows, strict=True)]
+
+    def _fields(self, row: Row, coded: Any, mine: list[int], data: Data) -> dict[str, Any]:
+        kept = mine[: self.windows or 1]
+        ids = [token for index in kept for token in coded["input_ids"][index]]
+        if not ids:
+            raise DataError("text: nothing is left of it as tokens", where=row.place, hint="remove the row")
+        full = len(coded["input_ids"][kept[-1]]) == data.max_length
+        cut = len(mine) > len(kept) or (full and bool(coded.encodings and coded.encodings[kept[-1]].overflowing))
+        fields: dict[str, Any] = {"input_ids": ids, "cut": int(cut)}
+        if self.windows:
+            fields["windows"] = [len(coded["input_ids"][index]) for index in kept]
+        if "token_type_ids" in coded:
+            fields["token_type_ids"] = [kind for index in kept for kind in coded["token_type_ids"][index]]
+        return fields | self._target_fields(row, data)
+
+    def _target_fields(self, row: Row, data: Data) -> dict[str, Any]:
+        if "label" not in row.values:
+            return {}
+        target = self.target(row)
+        if self.labels == "regression":
+            return {"label": float(target)}  # type: ignore[arg-type]
+        assert self.classes is not None, "fit comes first"
+        weights = data.class_weights if isinstance(data.class_weights, dict) else {}
+        if isinstance(target, tuple):
+            known = [self._index(name, row) for name in target]
+            return {"label": [float(index in known) for index in range(len(self.classes))]}
+        return {"label": self._index(str(target), row), "weight": float(weights.get(str(target), 1.0))}
+
+    def _index(self, name: str, row: Row) -> int:
+        assert self.classes is not None, "fit comes first"
+        if name in self.classes:
+            return self.classes.index(name)
+        raise DataError(
+            f"label: {shorten(name)} is not among the {len(self.classes)} classes of the training data",
+            where=row.place,
+            hint=did_you_mean(name, self.classes[:20]),
+        )
+
+    def notes(self, encoded: Encoded, processor: Any) -> list[str]:
+        """Texts cut, and unknown tokens above 5 %."""
+        notes = []
+        cut = int(encoded.column("cut").sum())
+        if cut:
+            way_out = "windows=N reads more of them" if self.windows is None else "raise task.windows"
+            notes.append(f"{cut} of {len(encoded)} texts are longer than is read and were cut ({way_out})")
+        ids = encoded.column("input_ids")
+        unknown = getattr(processor, "unk_token_id", None)
+        if unknown is not None and len(ids) and (share := float(np.mean(ids == unknown))) > 0.05:
+            notes.append(f"{share:.0%} of the tokens are unknown to this model: another model may fit the language")
+        return notes
+
+    def normalizers(self, batch: Batch) -> dict[str, Tensor]:
+        """The sum of the examples' weights, else their number."""
+        if "weight" in batch:
+            return {"weight": batch.scalar("weight").sum()}
+        return {"weight": torch.tensor(float(batch.size))}
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits in fp32, averaged over a document's windows."""  # (examples, classes)
+        ids = batch.ragged("input_ids")
+        offsets = ids.offsets
+        if "windows" in batch:
+            offsets = F.pad(batch.ragged("windows").values.cumsum(0), (1, 0))
+        rows = Ragged(ids.values, offsets)
+        inputs = {"input_ids": rows.padded(model.config.pad_token_id or 0), "attention_mask": rows.mask()}
+        if "token_type_ids" in batch:
+            inputs["token_type_ids"] = Ragged(batch.ragged("token_type_ids").values, offsets).padded(0)
+        logits: Tensor = model(**inputs).logits.float()
+        return _mean_of_windows(logits, batch.ragged("windows").lengths) if "windows" in batch else logits
+
+    def loss(
+        self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float = 0.0
+    ) -> Tensor:
+        """This batch's share of the weighted mean over the step."""
+        logits = self.forward(model, batch)
+        return self._sum_of_losses(logits, batch, label_smoothing) / normalizers["weight"]
+
+    def _sum_of_losses(self, logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
+        if self.labels == "regression":
+            return F.mse_loss(logits.squeeze(-1), batch.scalar("label").float(), reduction="sum")
+        if self.labels == "multi":
+            wanted = batch.ragged("label").values.view_as(logits)
+            wanted = wanted * (1 - label_smoothing) + label_smoothing / 2
+            return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1).sum()
+        losses = F.cross_entropy(logits, batch.scalar("label"), reduction="none", label_smoothing=label_smoothing)
+        return (losses * batch.scalar("weight")).sum()
+
+    def metrics(self) -> Metrics:
+        """Scores of the kind of problem this is."""
+        if self.labels == "regression":
+            return NumberScores()
+        assert self.classes is not None, "fit comes first"
+        return LabelScores(self.classes) if self.labels == "multi" else ClassScores(self.classes)
+
+    def metric(self) -> str:
+        """Accuracy; micro F1 for several labels; error for numbers."""
+        return {"multi": "f1_micro", "regression": "rmse"}.get(self.labels, "accuracy")
+
+    def prior(self, encoded: Encoded) -> Tensor:
+        """Log frequency of each class, log odds of each label, or the mean."""  # (classes,)
+        labels = torch.from_numpy(np.array(encoded.column("label")))
+        if self.labels == "regression":
+            return labels.mean()[None]
+        assert self.classes is not None, "fit comes first"
+        if self.labels == "multi":
+            return torch.logit(labels.view(-1, len(self.classes)).mean(0), eps=1e-6)
+        return (torch.bincount(labels.long(), minlength=len(self.classes)) / len(labels)).clamp_min(1e-9).log()
+
+    def answers(self, outputs: Tensor) -> list[dict[str, Any]]:
+        """Label, score and the probability of every class."""
+        if self.labels == "regression":
+            return [{"value": value} for value in outputs.squeeze(-1).tolist()]
+        assert self.classes is not None, "fit comes first"
+        if self.labels == "multi":
+            rows = [dict(zip(self.classes, row, strict=True)) for row in outputs.sigmoid().tolist()]
+            return [{"labels": [name for name in row if row[name] > 0.5], "probabilities": row} for row in rows]
+        rows = [dict(zip(self.classes, row, strict=True)) for row in outputs.softmax(-1).tolist()]
+        return [
+            {"label": (best := max(row, key=row.__getitem__)), "score": row[best], "probabilities": row} for row in rows
+        ]
+
+
+def _mean_of_windows(logits: Tensor, windows: Tensor) -> Tensor:
+    owner = torch.repeat_interleave(torch.arange(len(windows), device=logits.device), windows)
+    summed = logits.new_zeros(len(windows), logits.shape[1]).index_add(0, owner, logits)
+    return summed / windows[:, None]
+
+
+def _name(value: object) -> str:
+    """One spelling for the labels 1, 1.0, "1" and " 1 "."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    name = str(value).strip()
+    return name[:-2] if name.endswith(".0") and name[:-2].lstrip("-").isdigit() else name
+
+
+def _listed(text: str) -> list[str]:
+    if text.startswith("["):
+        try:
+            return [str(part) for part in ast.literal_eval(text)]
+        except (ValueError, SyntaxError):
+            return [text]
+    for separator in (";", "|", ","):
+        if separator in text:
+            return text.split(separator)
+    return [text]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _number(value: object, row: Row) -> float:
+    if isinstance(value, bool) or not _is_number(str(value)):
+        raise DataError(
+            f"label: {shorten(value)} is not a finite number", where=row.place, hint="mend or remove the row"
+        )
+    number = float(str(value))
+    if abs(number) > 1e9:
+        raise DataError(f"label: {shorten(value)} is out of any scale", where=row.place, hint="mend or rescale it")
+    return number
+
+
+def _natural(name: str) -> tuple[int, float, str]:
+    return (0, float(name), name) if _is_number(name) else (1, 0.0, name)
+
+
+def _check_classes(classes: list[str], counts: Counter[Any], rows: int, where: str, several: bool) -> None:
+    unknown = sorted(set(counts) - set(classes))
+    if unknown:
+        raise DataError(
+            f"label: {shorten(unknown[0])} is not in task.classes", where=where, hint=did_you_mean(unknown[0], classes)
+        )
+    if len(counts) < (1 if several else 2):
+        only = f"every one of the {rows} rows is labelled {shorten(next(iter(counts), ''))}"
+        hint = "a sorted file read in part does this: shuffle it, or read all of it"
+        raise DataError(f"label: {only}; there is nothing to tell apart", where=where, hint=hint)
+    if len(classes) > 50 and len(classes) > rows / 2:
+        raise DataError(
+            f"label: {len(classes)} classes in {rows} rows look like identifiers",
+            where=where,
+            hint="set data.columns.label",
+        )
+
+
+def _weights(data: Data, classes: list[str], counts: Counter[Any], kind: str) -> dict[str, float] | None:
+    if data.class_weights is None:
+        return None
+    if kind == "multi":
+        raise RecipeError("data.class_weights: only for one class a text", hint="leave the key out")
+    if data.class_weights == "balanced":
+        return {name: counts.total() / (len(classes) * max(counts[name], 1)) for name in classes}
+    unknown = sorted(set(data.class_weights) - set(classes))
+    if unknown:
+        raise RecipeError(f"data.class_weights: no class {shorten(unknown[0])}", hint=did_you_mean(unknown[0], classes))
+    return {name: data.class_weights.get(name, 1.0) for name in classes}
