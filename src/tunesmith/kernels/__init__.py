@@ -1,1 +1,1 @@
-
+"""The mathematics we do faster, each beside the plain formula that it is held to."""

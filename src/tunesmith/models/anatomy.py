@@ -1,1 +1,300 @@
-"""The map of a model's parts: what makes a technique work on every model."""
+"""The map of a model's parts: what makes a technique work on every model.
+
+A technique asks the anatomy where things are (blocks in forward order, attention and MLP projections, norms,
+embeddings, head), never a model's class name. Names are kept as data in `NAMINGS`, one row per way of naming; a model
+is read by the row that finds most in it. A model that no row knows still has its structure: its blocks are the longest
+`nn.ModuleList` of like modules, and its projections go by their module names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tunesmith.errors import RecipeError, did_you_mean, shorten
+
+__all__ = ["LINEAR", "NAMINGS", "Anatomy", "Naming", "anatomy"]
+
+LINEAR = (nn.Linear, Conv1D)
+"""What counts as a linear map. Exactly these: a subclass may use its weight without calling `forward`."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """One way of naming parts; a path's `*` stands for one step, and a role lists every name it goes by."""
+
+    blocks: tuple[str, ...]
+    """Paths of the blocks inside the backbone, one per stack (encoder, decoder), in forward order."""
+
+    roles: Mapping[str, tuple[str, ...]]
+    """Role -> paths inside a block. A fused projection stands under each role it holds."""
+
+
+NAMINGS = (
+    Naming(  # BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, MPNet-like
+        blocks=("encoder.layer.*",),
+        roles={
+            "query": ("attention.self.query",),
+            "key": ("attention.self.key",),
+            "value": ("attention.self.value",),
+            "attention_output": ("attention.output.dense",),
+            "mlp_up": ("intermediate.dense",),
+            "mlp_down": ("output.dense",),
+            "norm": ("attention.output.LayerNorm", "output.LayerNorm"),
+        },
+    ),
+    Naming(  # DistilBERT
+        blocks=("transformer.layer.*",),
+        roles={
+            "query": ("attention.q_lin",),
+            "key": ("attention.k_lin",),
+            "value": ("attention.v_lin",),
+            "attention_output": ("attention.out_lin",),
+            "mlp_up": ("ffn.lin1",),
+            "mlp_down": ("ffn.lin2",),
+            "norm": ("sa_layer_norm", "output_layer_norm"),
+        },
+    ),
+    Naming(  # ModernBERT: query, key and value in one map; up and gate in one
+        blocks=("layers.*",),
+        roles={
+            "query": ("attn.Wqkv",),
+            "key": ("attn.Wqkv",),
+            "value": ("attn.Wqkv",),
+            "attention_output": ("attn.Wo",),
+            "mlp_up": ("mlp.Wi",),
+            "mlp_gate": ("mlp.Wi",),
+            "mlp_down": ("mlp.Wo",),
+            "norm": ("attn_norm", "mlp_norm"),
+        },
+    ),
+    Naming(  # GPT-2: query, key and value in one map
+        blocks=("h.*",),
+        roles={
+            "query": ("attn.c_attn",),
+            "key": ("attn.c_attn",),
+            "value": ("attn.c_attn",),
+            "attention_output": ("attn.c_proj",),
+            "mlp_up": ("mlp.c_fc",),
+            "mlp_down": ("mlp.c_proj",),
+            "norm": ("ln_1", "ln_2"),
+        },
+    ),
+    Naming(  # LLaMA, SmolLM, Qwen, Mistral, Gemma, OLMo; Phi-3 fuses query, key and value, and gate and up
+        blocks=("layers.*",),
+        roles={
+            "query": ("self_attn.q_proj", "self_attn.qkv_proj"),
+            "key": ("self_attn.k_proj", "self_attn.qkv_proj"),
+            "value": ("self_attn.v_proj", "self_attn.qkv_proj"),
+            "attention_output": ("self_attn.o_proj",),
+            "mlp_up": ("mlp.up_proj", "mlp.gate_up_proj"),
+            "mlp_gate": ("mlp.gate_proj", "mlp.gate_up_proj"),
+            "mlp_down": ("mlp.down_proj",),
+            "norm": (
+                "input_layernorm",
+                "post_attention_layernorm",
+                "pre_feedforward_layernorm",
+                "post_feedforward_layernorm",
+            ),
+        },
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the parts of one model are, as module paths and parameter names of the untouched model."""
+
+    family: str
+    hidden_size: int
+    embeddings: tuple[str, ...]
+    """Modules of the backbone before the first block."""
+
+    blocks: tuple[str, ...]
+    """In forward order, all stacks in a row."""
+
+    head: tuple[str, ...]
+    """Modules outside the backbone. A language-modelling head is pretrained with the rest and is not among them."""
+
+    new: frozenset[str]
+    """Parameters that the checkpoint did not hold: initialised at load."""
+
+    roles: Mapping[str, tuple[str, ...]]
+    """What a module does -> modules, in block order; a fused projection stands under each role it holds."""
+
+    linears: tuple[str, ...]
+    """Every linear map, in the model's order."""
+
+    tied: frozenset[str]
+    """Linear maps whose weight is another module's too."""
+
+    parameters: tuple[str, ...]
+    """Every parameter's name, a shared one once."""
+
+    @property
+    def learns_always(self) -> frozenset[str]:
+        """The parameters that every technique must train: those of the head, and those that nothing has trained yet."""
+        return frozenset(name for name in self.parameters if name in self.new or _within(name, self.head))
+
+    def depth_of(self, name: str) -> int:
+        """How far up a parameter stands: 0 embeddings, 1..n the blocks, n + 1 what comes after them."""
+        for depth, block in enumerate(self.blocks, start=1):
+            if _within(name, (block,)):
+                return depth
+        return 0 if _within(name, self.embeddings) else len(self.blocks) + 1
+
+    def targets(self, wanted: Sequence[str] | Literal["all-linear"]) -> tuple[str, ...]:
+        """The linear maps that roles (`query`), module names (`q_proj`, `attention.self.query`) or `all-linear` mean.
+
+        `all-linear` is every linear map inside the blocks. A head is never among them: it learns whole.
+
+        Raises:
+            RecipeError: a name matches nothing, or only what may not be adapted.
+        """
+        if wanted == "all-linear":
+            found = {path for path in self.linears if _within(path, self.blocks)}
+            if not found:
+                raise _refused(f"this {self.family} model has no linear map inside a block", "use technique=full")
+        else:
+            found = {path for word in wanted for path in self._meant_by(word)}
+        return tuple(path for path in self.linears if path in found)
+
+    def _meant_by(self, word: str) -> set[str]:
+        """The linear maps that one role or module name means."""
+        named = self.roles.get(word) or [path for path in self.linears if f".{path}".endswith(f".{word}")]
+        found = set(named) & set(self.linears)
+        if not found:
+            raise _refused(f"{shorten(word)} is no linear map of this {self.family} model", self._known(word))
+        whole = {path for path in found if f"{path}.weight" in self.learns_always}
+        if whole == found:
+            raise _refused(f"{shorten(word)} belongs to the head, which learns whole anyway", "leave it out")
+        if shared := sorted(found & self.tied):
+            raise _refused(
+                f"'{shared[0]}' shares its weight with another module (an output tied to the input embedding): "
+                "what is merged into one would change both",
+                "leave it out",
+            )
+        return found - whole
+
+    def _known(self, word: str) -> str:
+        """What could have been meant instead of `word`."""
+        inside = [path for path in self.linears if _within(path, self.blocks)]
+        roles = sorted(role for role, paths in self.roles.items() if set(paths) & set(inside))
+        suffixes = sorted({path.rpartition(".")[2] for path in inside})
+        near = did_you_mean(word, [*roles, *suffixes])
+        known = f"roles: {', '.join(roles) or 'none known'}; modules: {', '.join(suffixes) or 'none'}; or all-linear"
+        return f"{near} {known}" if near.startswith("did") else known
+
+
+def anatomy(model: nn.Module, *, new: frozenset[str] = frozenset()) -> Anatomy:
+    """Read a model's parts; `new` are the parameters that its checkpoint did not hold."""
+    prefix = _backbone(model)
+    paths = [path for path, _ in model.named_modules() if path]
+    naming = max((_read(paths, prefix, row) for row in NAMINGS), key=lambda read: len(read[1]))
+    blocks, roles = naming if naming[1] else (_longest_list(model), {})
+    config = getattr(model, "config", None)
+    return Anatomy(
+        family=getattr(config, "model_type", "") or type(model).__name__,
+        hidden_size=_hidden_size(model, blocks),
+        embeddings=tuple(_before(model, blocks, prefix)),
+        blocks=blocks,
+        head=_head(model, prefix),
+        new=new,
+        roles=roles,
+        linears=tuple(path for path, module in model.named_modules() if type(module) in LINEAR),
+        tied=_tied(model),
+        parameters=tuple(name for name, _ in model.named_parameters()),
+    )
+
+
+def _within(name: str, modules: Iterable[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _refused(what: str, hint: str) -> RecipeError:
+    return RecipeError(what, where="technique.target_modules", hint=hint)
+
+
+def _backbone(model: nn.Module) -> str:
+    """The path of the pretrained body inside `model`; empty where the model is nothing but the body."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return prefix if isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _read(paths: list[str], prefix: str, naming: Naming) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """The blocks and the roles that one row finds among all module paths."""
+    stacks = [_matching(paths, prefix, pattern) for pattern in naming.blocks]
+    if not all(stacks):
+        return (), {}
+    blocks = tuple(path for stack in stacks for path in stack)
+    known = set(paths)
+    found = {
+        role: tuple(path for block in blocks for part in parts if (path := f"{block}.{part}") in known)
+        for role, parts in naming.roles.items()
+    }
+    found = {role: modules for role, modules in found.items() if modules}
+    return (blocks, found) if 2 * len(found) > len(naming.roles) else ((), {})  # a name or two alike is chance
+
+
+def _matching(paths: list[str], prefix: str, pattern: str) -> list[str]:
+    full = re.escape(f"{prefix}.{pattern}" if prefix else pattern).replace(r"\*", r"[^.]+")
+    return [path for path in paths if re.fullmatch(full, path)]
+
+
+def _longest_list(model: nn.Module) -> tuple[str, ...]:
+    """The members of the longest outermost list of like modules, the first of equals; empty where there is none."""
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not _within(path, lists):
+            lists[path] = module
+    alike = {path: members for path, members in lists.items() if len({type(member) for member in members}) == 1}
+    longest = max(alike, key=lambda path: len(alike[path]), default=None)
+    return () if longest is None else tuple(f"{longest}.{index}" for index in range(len(alike[longest])))
+
+
+def _before(model: nn.Module, blocks: tuple[str, ...], path: str) -> Iterator[str]:
+    """The modules with parameters that stand before the first block: registration order is forward order."""
+    for name, child in model.get_submodule(path).named_children():
+        child_path = f"{path}.{name}" if path else name
+        if child_path in blocks:
+            return
+        if any(_within(block, (child_path,)) for block in blocks):
+            yield from _before(model, blocks, child_path)
+            return
+        if blocks and next(child.parameters(), None) is not None:
+            yield child_path
+
+
+def _head(model: nn.Module, prefix: str) -> tuple[str, ...]:
+    """The modules beside the backbone, unless they make a language model, whose output is pretrained with the rest."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if not prefix or output is not None:
+        return ()
+    return tuple(
+        name for name, child in model.named_children() if name != prefix and next(child.parameters(), None) is not None
+    )
+
+
+def _tied(model: nn.Module) -> frozenset[str]:
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return frozenset(
+        path for path, module in model.named_modules() if type(module) in LINEAR and uses[id(module.weight)] > 1
+    )
+
+
+def _hidden_size(model: nn.Module, blocks: tuple[str, ...]) -> int:
+    """The width between blocks: from the config, else of the first block's first weight."""
+    config = getattr(model, "config", None)
+    if config is not None:
+        for candidate in (config, config.get_text_config()):
+            widths = getattr(candidate, "hidden_sizes", None) or [0]  # those of the stages of a CNN
+            if width := getattr(candidate, "hidden_size", None) or widths[-1]:
+                return int(width)
+    body = model.get_submodule(blocks[0]) if blocks else model
+    return next((parameter.shape[-1] for parameter in body.parameters() if parameter.dim() > 1), 1)
