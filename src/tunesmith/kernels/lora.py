@@ -59,5 +59,5 @@ def adapted_weight(
 def _row_lengths(weight: Tensor, A: Tensor, B: Tensor, scaling: float, transposed: bool) -> Tensor:
     """|W'| of each output, never zero.  # (out,)"""
     adapted = adapted_weight(weight, A, B, scaling, transposed=transposed)
-    lengths = torch.linalg.vector_norm(adapted, dim=0 if transposed else 1)
-    return lengths.clamp_min(torch.finfo(torch.float32).tiny)
+    lengths: Tensor = torch.linalg.vector_norm(adapted, dim=0 if transposed else 1)
+    return lengths.clamp(min=torch.finfo(torch.float32).tiny)
