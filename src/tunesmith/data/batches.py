@@ -97,11 +97,6 @@ class Limits:
     max_tokens: int
     overhead_tokens: int = 0
 
-    def halved(self, batch: list[NDArray[np.int64]]) -> Limits | None:
-        """Half of the largest micro-batch that was tried; None when it was a single example."""
-        largest = max(len(part) for part in batch)
-        return replace(self, max_examples=largest // 2) if largest > 1 else None
-
 
 @dataclass(frozen=True)
 class Batches:

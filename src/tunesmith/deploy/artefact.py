@@ -1,0 +1,82 @@
+"""What a run leaves: an adapter in PEFT's layout with its base's dress, or a whole transformers folder.
+
+Written beside and renamed, so that a folder is complete or absent. Frozen weights come from the original files, not
+from the rounded copies that training computed with; sums are in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tunesmith.models import load as models
+from tunesmith.models.anatomy import Anatomy
+from tunesmith.models.sources import Source
+from tunesmith.recipe import Recipe
+from tunesmith.tasks import Task
+from tunesmith.techniques import Technique
+
+
+def learned(model: nn.Module, own_buffers: frozenset[str]) -> dict[str, Tensor]:
+    """What a run has to keep: what learns, and the buffers that the technique added."""
+    kept = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return kept | {name: buffer for name, buffer in model.named_buffers() if name in own_buffers}
+
+
+def write_adapter(folder: Path, model: nn.Module, anatomy: Anatomy, technique: Technique, source: Source, processor: Any) -> None:
+    """`adapter/` and `base/` of a run from the trained model in hand."""
+    with _complete(folder / "base") as base:
+        model.config.save_pretrained(base)  # type: ignore[union-attr, operator]
+        processor.save_pretrained(base)
+    tensors = {name: value.float().cpu().contiguous() for name, value in technique.adapter_tensors(model).items()}
+    config = technique.adapter_config(model, anatomy)
+    config |= {"base_model_name_or_path": source.name_for_adapter, "revision": source.revision}
+    with _complete(folder / "adapter") as adapter:
+        save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        origin = {"base_sha256": models.base_hash(source), "processor_sha256": models.processor_hash(folder / "base")}
+        (adapter / "tunesmith.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+
+def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, state: dict[str, Tensor]) -> None:
+    """`model/` of a run: the original weights in their stored format, with what was learned put in and merged."""
+    task, technique = recipe.task, recipe.technique
+    assert isinstance(task, Task) and isinstance(technique, Technique)
+    model, anatomy = models.load_model(
+        source,
+        model_class=task.model_class,
+        config=task.model_config(),
+        seed=recipe.train.seed,
+        pad_token_id=processor.pad_token_id,
+    )
+    technique.apply(model, anatomy)
+    with torch.no_grad():
+        places = dict(model.named_parameters()) | dict(model.named_buffers())
+        for name, value in state.items():
+            places[name].copy_(value)
+    technique.merge(model)
+    with _complete(folder / "model") as target:
+        model.save_pretrained(target)  # type: ignore[operator]
+        processor.save_pretrained(target)
+
+
+@contextmanager
+def _complete(folder: Path) -> Iterator[Path]:
+    writing = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    try:
+        yield writing
+        shutil.rmtree(folder, ignore_errors=True)
+        writing.rename(folder)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)

@@ -1,0 +1,113 @@
+"""A run, loaded to answer: the artefact as it lies on disk, in the base's stored number format."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tunesmith.data.encoded import encode
+from tunesmith.data.formats import Row
+from tunesmith.errors import RecipeError, UserError
+from tunesmith.models import load as models
+from tunesmith.models import sources
+from tunesmith.models.anatomy import Anatomy
+from tunesmith.recipe import Data, Recipe
+from tunesmith.recipe import load as load_recipe
+from tunesmith.tasks import Task
+from tunesmith.training import evaluate, machine
+from tunesmith.training.machine import Machine
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned model with all that is needed to ask it."""
+
+    model: nn.Module
+    processor: Any
+    anatomy: Anatomy
+    task: Task
+    data: Data
+    machine: Machine
+
+    def predict(self, inputs: Iterable[str | Mapping[str, object]]) -> list[dict[str, Any]]:
+        """One answer for each text, or each mapping with the task's columns, in their order.
+
+        Example:
+            >>> tunesmith.load("runs/reviews").predict(["A lovely film."])  # doctest: +SKIP
+            [{'label': 'positive', 'score': 0.98, 'probabilities': {...}}]
+        """
+        main = next(iter(self.task.columns))
+        rows = []
+        for number, given in enumerate(inputs, start=1):
+            values = {main: given} if isinstance(given, str) else dict(given)
+            if not isinstance(values.get(main), str):
+                raise UserError(f"input {number} has no {main}", hint=f"give a text, or a mapping with '{main}'")
+            rows.append(Row(f"input {number}", values))
+        return self.predict_rows(rows)
+
+    def predict_rows(self, rows: Iterable[Row]) -> list[dict[str, Any]]:
+        """One answer for each row, in their order."""
+        unlabelled = (Row(row.place, {k: v for k, v in row.values.items() if k != "label"}) for row in rows)
+        with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
+            encoded = encode(
+                unlabelled, lambda chunk: self.task.encode(chunk, self.processor, self.data), Path(folder) / "rows"
+            )
+            return evaluate.answers(self.model, self.task, encoded, self.machine)
+
+
+def load(run: str | Path, *, device: str = "auto", offline: bool = False) -> Tuned:
+    """The model of a finished run.
+
+    Raises:
+        RecipeError: there is no finished run in that folder.
+        CheckpointError: the base model is not the one that the adapter was trained on.
+    """
+    folder = Path(run)
+    if not (folder / "recipe.yaml").exists():
+        raise RecipeError("no run in this folder", where=str(folder), hint="`tunesmith train` makes one")
+    recipe = load_recipe(folder / "recipe.yaml")
+    if (folder / "model" / "config.json").exists():
+        source = sources.resolve(str(folder / "model"), offline=True)
+        return _ready(recipe, source, None, machine.find(device).device)
+    if (folder / "adapter" / "adapter_config.json").exists():
+        source = sources.resolve(recipe.model, offline=offline)
+        return _ready(recipe, source, folder / "adapter", machine.find(device).device)
+    raise RecipeError("the run is not finished", where=str(folder), hint=f"`tunesmith train --resume {folder}`")
+
+
+def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device: torch.device) -> Tuned:
+    assert isinstance(recipe.task, Task)
+    if adapter is not None:
+        _check_base(source, adapter)
+    processor = models.load_processor(source if adapter is None else sources.resolve(str(adapter.parent / "base")))
+    model, anatomy = models.load_model(
+        source,
+        model_class=recipe.task.model_class,
+        config=recipe.task.model_config(),
+        seed=recipe.train.seed,
+        pad_token_id=processor.pad_token_id,
+    )
+    if adapter is not None:
+        technique = type(recipe.technique).from_adapter(adapter)
+        technique.apply(model, anatomy)
+        technique.load_adapter(model, load_file(adapter / "adapter_model.safetensors"))
+    model.to(device).eval()
+    return Tuned(model, processor, anatomy, recipe.task, recipe.data, Machine(device, None))
+
+
+def _check_base(source: sources.Source, adapter: Path) -> None:
+    known = json.loads((adapter / "tunesmith.json").read_text(encoding="utf-8"))
+    if (found := models.base_hash(source)) != known["base_sha256"]:
+        raise RecipeError(
+            f"the adapter was trained on other weights of {source.spec} ({known['base_sha256'][:12]}, not {found[:12]})",
+            where=str(adapter),
+            hint="give the base it was trained on",
+        )

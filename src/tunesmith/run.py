@@ -1,0 +1,471 @@
+"""One run, from recipe to a scored artefact on disk, as a straight line:
+
+recipe -> data -> model -> technique -> loop (evaluate, checkpoint) -> artefact -> final scores -> card and report.
+
+    tunesmith.train("recipe.yaml", "train.epochs=1")
+    tunesmith.train(task="text-classification", model="runs/base", data={"train": "reviews.csv"})
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith import recipe as recipes
+from tunesmith.data.batches import Batches
+from tunesmith.data.encoded import Encoded
+from tunesmith.deploy import artefact, card, predict
+from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, UserError
+from tunesmith.insight import report
+from tunesmith.models import load as models
+from tunesmith.models import sources
+from tunesmith.models.anatomy import Anatomy
+from tunesmith.recipe import Recipe
+from tunesmith.talk import Talk
+from tunesmith.tasks import LOW_IS_GOOD, Task
+from tunesmith.techniques import Technique
+from tunesmith.training import checkpoint, examples, loop, machine, optimizer, parallel
+from tunesmith.training.evaluate import baseline, evaluate
+from tunesmith.training.machine import Machine
+from tunesmith.training.run_lock import RunLock
+from tunesmith.training.signals import Signals
+
+MAX_LENGTH = 512
+EPOCHS = 3.0
+LIBRARIES = ("tunesmith", "torch", "transformers", "safetensors", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs before its first step; `recipe` holds every value that will be used."""
+
+    recipe: Recipe
+    task: Task
+    technique: Technique
+    examples: examples.Examples
+    encoded: dict[str, Encoded]
+    source: sources.Source
+    processor: Any
+    model: nn.Module
+    anatomy: Anatomy
+    machine: Machine
+    own_buffers: frozenset[str]
+
+    @property
+    def batches(self) -> Batches:
+        """This process's share of the training data."""
+        train = self.recipe.train
+        return Batches(self.encoded["train"], train.batch_size, train.seed, parallel.rank(), parallel.world_size())
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        train = self.recipe.train
+        return train.max_steps or math.ceil((train.epochs or EPOCHS) * self.batches.steps_per_epoch)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it continues."""
+        tree = self.recipe.dump()
+        del tree["output"]
+        files = self.examples.fingerprints()
+        return tree | {"data_sha256": files, "base_sha256": models.base_hash(self.source)}
+
+
+@dataclass
+class Progress:
+    """What changes as a run goes, beside tensors; saved in each checkpoint."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    skips: int = 0
+    seconds: float = 0.0
+    examples: int = 0
+    tokens: int = 0
+    threads: int = 0
+    max_examples: int = 0
+    checkpointing: bool = False
+    fp16_scale: float = loop.FP16_SCALE
+    fp16_good_steps: int = 0
+    overridden: list[str] = field(default_factory=list)
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    *overrides: str,
+    resume: str | Path | None = None,
+    overwrite: bool = False,
+    override: Collection[str] = (),
+    offline: bool = False,
+    allow_pickle: bool = False,
+    talk: Talk | None = None,
+    **values: Any,
+) -> dict[str, Any]:
+    """Run a recipe and return what `tunesmith train --json` prints.
+
+    `resume` continues an earlier run's folder; `override` names the keys that may differ from it.
+
+    Raises:
+        UserError: what the user can mend, each with its exit code.
+    """
+    talk = talk or Talk()
+    wanted = _recipe(recipe, overrides, values, resume)
+    folder = Path(resume or wanted.output)
+    found = machine.find(wanted.train.device, wanted.train.precision)
+    with parallel.group(found.device.type):
+        _claim(folder, resume=resume is not None, overwrite=overwrite)
+        with RunLock(folder, enabled=parallel.rank() == 0), Signals(talk.warn) as signals:
+            try:
+                prepared = prepare(wanted, found, offline=offline, allow_pickle=allow_pickle, talk=talk)
+                return _run(prepared, folder, resume is not None, override, signals, talk)
+            except UserError as error:
+                _outcome(folder, f"{type(error).__name__}: {error}")
+                raise
+
+
+def _recipe(given: Any, overrides: Collection[str], values: Mapping[str, Any], resume: str | Path | None) -> Recipe:
+    if isinstance(given, Recipe):
+        given = given.dump()
+    if given is None and resume is not None:
+        given = Path(resume) / "recipe.yaml"
+        if not given.exists():
+            raise CheckpointError("no run to resume in this folder", where=str(resume), hint="leave --resume out")
+    if isinstance(given, Mapping):
+        return recipes.load(None, overrides, {**given, **values})
+    return recipes.load(given, overrides, values)
+
+
+def _claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Never write over what is there unless told to."""
+    if parallel.rank() == 0 and not resume and folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            hint = f"--resume {folder} goes on with it, --overwrite starts afresh, output=DIR puts the new run elsewhere"
+            raise RecipeError("output: the folder is not empty", where=str(folder), hint=hint)
+        if not (folder / "recipe.yaml").exists():
+            raise RecipeError("output: not a run folder, so it is not overwritten", where=str(folder), hint="output=DIR")
+        shutil.rmtree(folder)
+    parallel.barrier()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool, talk: Talk) -> Prepared:
+    """Data, then model, then technique: what can be refused is refused before anything is fetched."""
+    task, technique = recipe.task, recipe.technique
+    assert isinstance(task, Task) and isinstance(technique, Technique)
+    read = examples.read(task, recipe.data, recipe.train.seed)
+    for note in read.notes:
+        talk.warn(note)
+    source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
+    processor = models.load_processor(source)
+    model, anatomy = models.load_model(
+        source,
+        model_class=read.task.model_class,
+        config=read.task.model_config(),
+        seed=recipe.train.seed,
+        pad_token_id=processor.pad_token_id,
+    )
+    before = {name for name, _ in model.named_buffers()}
+    torch.manual_seed(recipe.train.seed)
+    technique.apply(model, anatomy)
+    own_buffers = frozenset(name for name, _ in model.named_buffers()) - before
+    machine.store_frozen(model, found.autocast_dtype)
+    model.to(found.device)
+    data = read.data.model_copy(update={"max_length": _max_length(read.data.max_length, model, processor)})
+    read = replace(read, data=data)
+    encoded = _encode(read, processor, talk)
+    resolved = _resolve(recipe, read, technique, anatomy, found)
+    return Prepared(
+        resolved, read.task, technique, read, encoded, source, processor, model, anatomy, found, own_buffers
+    )
+
+
+def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, Encoded]:
+    cache = sources.cache_home() / "encoded"
+    processor_hash = models.processor_hash(processor)
+    if parallel.rank() != 0:  # the first process encodes, the others open what it wrote
+        parallel.barrier()
+    encoded = examples.encode_splits(read, processor, processor_hash, cache)
+    if parallel.rank() == 0:
+        parallel.barrier()
+    for name, split in encoded.items():
+        for note in read.task.notes(split, processor):
+            talk.warn(f"{name}: {note}")
+    return encoded
+
+
+def _max_length(asked: int | None, model: nn.Module, processor: Any) -> int:
+    limit = models.length_limit(model, processor)
+    if asked is not None and asked > limit:
+        raise RecipeError(f"data.max_length: {asked} tokens, but this model reads at most {limit}", hint=f"at most {limit}")
+    return asked or min(limit, MAX_LENGTH)
+
+
+def _resolve(
+    recipe: Recipe, read: examples.Examples, technique: Technique, anatomy: Anatomy, found: Machine
+) -> Recipe:
+    """The recipe with every default that depends on data, model and machine filled in."""
+    train = recipe.train
+    metric = train.metric or read.task.metric()
+    rate = train.learning_rate or technique.learning_rate(anatomy)
+    update = {
+        "epochs": train.epochs or (None if train.max_steps else EPOCHS),
+        "learning_rate": rate,
+        "head_learning_rate": train.head_learning_rate or rate,
+        "metric": metric,
+        "precision": found.precision,
+        "device": found.device.type,
+    }
+    train = train.model_copy(update=update)
+    return recipe.model_copy(update={"task": read.task, "data": read.data, "train": train})
+
+
+def _run(
+    prepared: Prepared, folder: Path, resumed: bool, override: Collection[str], signals: Signals, talk: Talk
+) -> dict[str, Any]:
+    recipe = prepared.recipe
+    engine = _engine(prepared, talk)
+    progress = _restore(prepared, engine, folder, override, talk) if resumed else Progress()
+    torch.set_num_threads(progress.threads or torch.get_num_threads())
+    progress.threads = torch.get_num_threads()
+    if parallel.rank() == 0:
+        checkpoint.atomic_write(folder / "recipe.yaml", recipes.to_yaml(recipe.dump() | {"output": str(folder)}))
+        _write_run(folder, prepared, progress, {"outcome": "running"})
+    _introduce(prepared, folder, talk)
+    _fit(prepared, engine, progress, folder, signals, talk)
+    return _finish(prepared, engine, progress, folder, talk)
+
+
+def _engine(prepared: Prepared, talk: Talk) -> loop.Engine:
+    train = prepared.recipe.train
+    engine = loop.Engine(
+        model=prepared.model,
+        anatomy=prepared.anatomy,
+        task=prepared.task,
+        optimizer=optimizer.build(prepared.model, prepared.anatomy, prepared.technique, train),
+        machine=prepared.machine,
+        limits=prepared.machine.limits(prepared.anatomy, train.micro_batch_size, train.batch_size),
+        seed=train.seed,
+        max_grad_norm=train.max_grad_norm,
+        label_smoothing=train.label_smoothing,
+        may_checkpoint=train.gradient_checkpointing == "auto",
+        say=talk.warn,
+    )
+    if train.gradient_checkpointing is True:
+        loop.checkpoint_activations(engine)
+    return engine
+
+
+def _introduce(prepared: Prepared, folder: Path, talk: Talk) -> None:
+    recipe = prepared.recipe
+    learns = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in prepared.model.parameters())
+    rows = "  ".join(f"{name} {count:,}" for name, count in sorted(prepared.examples.rows.items(), reverse=True))
+    talk.say(f"model {recipe.model}  technique {recipe.technique.name}  {rows} rows")
+    where = f"on {prepared.machine.device} in {prepared.machine.precision}"
+    rate = f"learning rate {recipe.train.learning_rate:.1e}"
+    talk.say(f"{learns:,} of {total:,} parameters learn ({learns / total:.2%}), {rate}, {prepared.total_steps} steps {where}")
+    talk.say(f"if stopped, go on with: {_resume_command(folder)}")
+
+
+def _resume_command(folder: Path) -> str:
+    return f"tunesmith train --resume {folder}"
+
+
+def _fit(
+    prepared: Prepared, engine: loop.Engine, progress: Progress, folder: Path, signals: Signals, talk: Talk
+) -> None:
+    """The loop, and around it: logging, evaluation, saving, stopping."""
+    batches, total, train = prepared.batches, prepared.total_steps, prepared.recipe.train
+    factor = optimizer.schedule(train, total)
+    since: list[loop.Step] = []
+    prepared.technique.thaw(prepared.model, prepared.anatomy, progress.step / total)
+    with talk.progress(total, progress.step) as show:
+        for step in loop.steps(engine, batches, factor, start=progress.step, total=total):
+            _count(progress, engine, step)
+            if not step.finite:
+                _not_finite(prepared, engine, progress, step, folder, talk)
+            since.append(step)
+            show(step.number, f"loss {step.loss:.4f}")
+            _log(folder, _step_line(step, prepared.machine))
+            last = step.number == total
+            improved = False
+            if last or _due(train.evaluate_every, step.number, batches.steps_per_epoch):
+                improved = _evaluate(prepared, progress, since, folder, talk)
+                since = []
+            stop = train.early_stopping_patience is not None and progress.stale >= train.early_stopping_patience
+            asked = parallel.largest(int(signals.requested is not None), prepared.machine.device)
+            prepared.technique.thaw(prepared.model, prepared.anatomy, step.number / total)
+            if last or stop or asked or improved or _due(train.save_every, step.number, batches.steps_per_epoch):
+                _save(prepared, engine, progress, folder)
+            if asked and not last:
+                raise Interrupted(f"stopped after step {step.number} of {total}; go on with: {_resume_command(folder)}")
+            if stop:
+                talk.say(f"no better {train.metric} in {progress.stale} evaluations: stopped at step {step.number} of {total}")
+                return
+
+
+def _due(every: int | str, step: int, steps_per_epoch: int) -> bool:
+    return step % (steps_per_epoch if every == "epoch" else int(every)) == 0
+
+
+def _count(progress: Progress, engine: loop.Engine, step: loop.Step) -> None:
+    progress.step = step.number
+    progress.seconds += step.seconds
+    progress.examples += step.examples
+    progress.tokens += step.tokens
+    progress.max_examples = engine.limits.max_examples
+    progress.checkpointing = engine.checkpointing
+    progress.fp16_scale, progress.fp16_good_steps = engine.fp16_scale, engine.fp16_good_steps
+
+
+def _not_finite(
+    prepared: Prepared, engine: loop.Engine, progress: Progress, step: loop.Step, folder: Path, talk: Talk
+) -> None:
+    """The step was not taken. Stop, or leave it out, or go back to the last checkpoint and leave it out."""
+    train = prepared.recipe.train
+    rows = ", ".join(str(index + 1) for index in prepared.batches.indices(step.number - 1)[:16])
+    what = f"step {step.number}: loss {step.loss}, gradient norm {step.grad_norm} (training examples {rows})"
+    progress.skips += 1
+    if train.on_nan == "stop" or progress.skips > train.max_skips:
+        hint = f"a lower learning rate than {step.learning_rate:.1e}, precision=fp32, or on_nan=skip; weights are as before"
+        raise NumericError(what, hint=hint)
+    if train.on_nan == "rollback" and (saved := checkpoint.newest(folder / "checkpoints", talk.warn)) is not None:
+        _put(prepared, engine, saved.tensors)
+        talk.warn(f"{what}: went back to the weights of step {saved.step}, left this step out")
+        return
+    talk.warn(f"{what}: left out ({progress.skips} of at most {train.max_skips})")
+
+
+def _step_line(step: loop.Step, found: Machine) -> dict[str, Any]:
+    return {
+        "step": step.number,
+        "epoch": round(step.epoch, 6),
+        "loss": step.loss if math.isfinite(step.loss) else str(step.loss),
+        "learning_rate": step.learning_rate,
+        "grad_norm": step.grad_norm if math.isfinite(step.grad_norm) else str(step.grad_norm),
+        "examples_per_s": round(step.examples / step.seconds, 2),
+        "tokens_per_s": round(step.tokens / step.seconds, 2),
+        "memory_bytes": found.peak_memory_bytes(),
+    }
+
+
+def _log(folder: Path, line: dict[str, Any]) -> None:
+    if parallel.rank() == 0:
+        checkpoint.append_line(folder / "metrics.jsonl", line)
+
+
+def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], folder: Path, talk: Talk) -> bool:
+    """Score the validation split, say the epoch line; whether this is the best so far."""
+    metric = prepared.recipe.train.metric
+    assert metric is not None, "_resolve fills it in"
+    step = since[-1]
+    words = [f"epoch {step.epoch:.3g}", f"loss {sum(one.loss for one in since) / len(since):.4f}"]
+    better = False
+    if "validation" in prepared.encoded:
+        scores = evaluate(prepared.model, prepared.task, prepared.encoded["validation"], prepared.machine)
+        score = _pick(scores, metric)
+        sign = -1 if metric in LOW_IS_GOOD else 1
+        better = progress.best is None or sign * score > sign * progress.best
+        if better:
+            progress.best, progress.best_step, progress.stale = score, step.number, 0
+        else:
+            progress.stale += 1
+        line = {f"validation/{name}": value for name, value in scores.items() if isinstance(value, float)}
+        _log(folder, {"step": step.number, "epoch": round(step.epoch, 6), **line})
+        words.append(f"{metric} {score:.4f}")
+    seconds = sum(one.seconds for one in since)
+    words.append(f"lr {step.learning_rate:.1e}")
+    words.append(f"{sum(one.examples for one in since) / seconds:.0f} examples/s")
+    talk.say("  ".join(words))
+    return better
+
+
+def _pick(scores: dict[str, Any], metric: str) -> float:
+    if not isinstance(scores.get(metric), float):
+        numbers = [name for name, value in scores.items() if isinstance(value, float)]
+        raise RecipeError(f"train.metric: no '{metric}' here", hint=f"known: {', '.join(sorted(numbers))}")
+    return float(scores[metric])
+
+
+def _save(prepared: Prepared, engine: loop.Engine, progress: Progress, folder: Path) -> None:
+    if parallel.rank() == 0:
+        where = folder / "checkpoints"
+        tensors = {
+            "learned": artefact.learned(prepared.model, prepared.own_buffers, prepared.anatomy),
+            "optimizer": optimizer.state_tensors(engine.optimizer, prepared.model),
+        }
+        saved = checkpoint.save(where, progress.step, tensors, asdict(progress), prepared.identity())
+        checkpoint.point(where, "last", saved)
+        if progress.best_step == progress.step:
+            checkpoint.point(where, "best", saved)
+        checkpoint.rotate(where, prepared.recipe.train.keep_checkpoints)
+    parallel.barrier()
+
+
+def _restore(
+    prepared: Prepared, engine: loop.Engine, folder: Path, override: Collection[str], talk: Talk
+) -> Progress:
+    """Put the newest checkpoint that can be trusted back; an empty folder starts from the beginning."""
+    saved = checkpoint.newest(folder / "checkpoints", talk.warn)
+    if saved is None:
+        talk.say("no checkpoint yet: starting from the beginning")
+        checkpoint.truncate_metrics(folder / "metrics.jsonl", 0)
+        return Progress()
+    overridden = checkpoint.check_same_run(saved.identity, prepared.identity(), override)
+    progress = Progress(**saved.state)
+    progress.overridden += [key for key in overridden if key not in progress.overridden]
+    _put(prepared, engine, saved.tensors)
+    engine.limits = replace(engine.limits, max_examples=min(progress.max_examples, engine.limits.max_examples))
+    engine.fp16_scale, engine.fp16_good_steps = progress.fp16_scale, progress.fp16_good_steps
+    if progress.checkpointing and not engine.checkpointing:
+        loop.checkpoint_activations(engine)
+    if parallel.rank() == 0:
+        checkpoint.truncate_metrics(folder / "metrics.jsonl", saved.step)
+    talk.say(f"resumed after step {saved.step} of {prepared.total_steps}")
+    return progress
+
+
+def _put(prepared: Prepared, engine: loop.Engine, tensors: dict[str, dict[str, Tensor]]) -> None:
+    artefact.put(prepared.model, tensors["learned"])
+    optimizer.load_state_tensors(engine.optimizer, prepared.model, tensors["optimizer"])
+
+
+def _finish(
+    prepared: Prepared, engine: loop.Engine, progress: Progress, folder: Path, talk: Talk
+) -> dict[str, Any]:
+    """The artefact of the best step, reloaded from disk and scored as it will be shipped."""
+    best = checkpoint.best(folder / "checkpoints", talk.warn) if progress.best_step is not None else None
+    if best is not None:
+        artefact.put(prepared.model, best.tensors["learned"])
+    if parallel.rank() == 0:
+        _write_artefact(prepared, folder)
+    parallel.barrier()
+    tuned = predict.load(folder, device=str(prepared.machine.device), offline=True)
+    metrics: dict[str, Any] = {}
+    for name in ("validation", "test"):
+        if name in prepared.encoded:
+            metrics[name] = evaluate(tuned.model, tuned.task, prepared.encoded[name], tuned.machine)
+            guess = baseline(prepared.task, prepared.encoded["train"], prepared.encoded[name])
+            metrics["baseline"] = {"split": name, **guess}
+    result = _result(prepared, progress, folder, metrics)
+    if parallel.rank() == 0:
+        if "test" in prepared.examples.splits:
+            _write_predictions(prepared, tuned, folder)
+        _write_run(folder, prepared, progress, {"outcome": "done", **result})
+        card.write(folder)
+        report.write(folder)
+    parallel.barrier()
+    _conclude(prepared, metrics, folder, time.perf_counter(), talk)
+    return result

@@ -1,0 +1,61 @@
+"""Scores and answers of a model over encoded examples, in memory that does not grow with their number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tunesmith.data.batches import Batch, Limits, collate, cut
+from tunesmith.data.encoded import Encoded
+from tunesmith.tasks import Task
+from tunesmith.training.machine import Machine
+
+CHUNK_EXAMPLES = 512
+LIMITS = {"cpu": Limits(64, 4096, 64), "cuda": Limits(512, 65536, 4096)}
+
+
+def outputs(
+    model: nn.Module, task: Task, encoded: Encoded, machine: Machine
+) -> Iterator[tuple[NDArray[np.int64], Tensor, Batch]]:
+    """(indices, outputs, batch) over all examples, sorted by length inside chunks so that little is padded."""
+    limits = LIMITS.get(machine.device.type, LIMITS["cpu"])
+    lengths = encoded.lengths
+    model.eval()
+    for start in range(0, len(encoded), CHUNK_EXAMPLES):
+        chunk = np.arange(start, min(start + CHUNK_EXAMPLES, len(encoded)))
+        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
+        for first, last in cut(lengths[chunk], limits):
+            batch = collate(encoded, chunk[first:last]).to(machine.device)
+            with torch.inference_mode(), machine.autocast():
+                yield chunk[first:last], task.forward(model, batch), batch
+
+
+def evaluate(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) -> dict[str, Any]:
+    """The task's scores."""
+    metrics = task.metrics()
+    for _, output, batch in outputs(model, task, encoded, machine):
+        metrics.update(output, batch)
+    return metrics.compute()
+
+
+def baseline(task: Task, train: Encoded, encoded: Encoded) -> dict[str, Any]:
+    """The scores of a guess that has seen only the training targets."""
+    metrics, prior = task.metrics(), task.prior(train)
+    for start in range(0, len(encoded), CHUNK_EXAMPLES):
+        batch = collate(encoded, np.arange(start, min(start + CHUNK_EXAMPLES, len(encoded))))
+        metrics.update(prior.expand(batch.size, -1), batch)
+    return metrics.compute()
+
+
+def answers(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) -> list[dict[str, Any]]:
+    """What the model says to each example, in their order."""
+    given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]
+    for indices, output, _ in outputs(model, task, encoded, machine):
+        for index, answer in zip(indices, task.answers(output), strict=True):
+            given[int(index)] = answer
+    return given

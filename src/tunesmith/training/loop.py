@@ -1,0 +1,219 @@
+"""The one loop: a generator that yields a `Step` after each optimizer step.
+
+Logging, evaluation, saving and early stopping are ordinary code around it. The loop takes objects, not a recipe, so
+that searches, federated rounds and meta-learning call the same one. Three things are exact here: the normalisers of a
+step are summed over its micro-batches and processes before the first forward pass, so accumulation changes no gradient;
+every micro-step seeds from (seed, step, micro-step, rank), so a resumed run draws what an undisturbed one would;
+running out of memory repeats the same step in smaller pieces.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tunesmith.data.batches import Batch, Batches, Limits, collate
+from tunesmith.errors import ResourceError
+from tunesmith.models.anatomy import Anatomy
+from tunesmith.tasks import Task
+from tunesmith.training import optimizer as optimizers
+from tunesmith.training import parallel
+from tunesmith.training.machine import Machine
+
+FP16_SCALE, FP16_GROWTH_STEPS = 2.0**16, 2000
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step, over all processes. `number` counts from 1; not `finite`: the weights were left alone."""
+
+    number: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    examples: int
+    tokens: int
+    seconds: float
+    finite: bool
+
+
+@dataclass
+class Engine:
+    """What the loop works with and what of it changes as it goes (and so belongs in a checkpoint)."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    task: Task
+    optimizer: torch.optim.Optimizer
+    machine: Machine
+    limits: Limits
+    seed: int
+    max_grad_norm: float | None = 1.0
+    label_smoothing: float = 0.0
+    may_checkpoint: bool = True
+    """Whether gradient checkpointing may be switched on when a single example does not fit."""
+    say: Callable[[str], None] = print
+    fp16_scale: float = FP16_SCALE
+    fp16_good_steps: int = 0
+    checkpointing: bool = False
+
+    def learning(self) -> list[nn.Parameter]:
+        """What learns at this moment."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def steps(
+    engine: Engine, batches: Batches, factor: Callable[[int], float], *, start: int = 0, total: int
+) -> Iterator[Step]:
+    """Train from step `start` (steps done so far) to `total`.
+
+    Raises:
+        ResourceError: one example at a time does not fit in memory.
+    """
+    for number in range(start, total):
+        began = time.perf_counter()
+        set_modes(engine.model, engine.anatomy)
+        rate = optimizers.set_rate(engine.optimizer, factor(number))
+        loss, norm, tokens = _gradients(engine, batches, number)
+        finite = bool(np.isfinite(loss) and np.isfinite(norm))
+        if finite:
+            engine.optimizer.step()
+        engine.optimizer.zero_grad(set_to_none=True)
+        yield Step(
+            number=number + 1,
+            epoch=(number + 1) / batches.steps_per_epoch,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            examples=len(batches.indices(number)),
+            tokens=tokens,
+            seconds=time.perf_counter() - began,
+            finite=finite,
+        )
+
+
+def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, float, int]:
+    """Fill the gradients of one step; loss, gradient norm (before clipping) and tokens. Repeats what did not fit."""
+    while True:
+        parts = batches.micro_batches(number, engine.limits)
+        try:
+            result, full = _accumulate(engine, batches, number, parts), False
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            result, full = None, True
+        if parallel.largest(int(full), engine.machine.device):
+            engine.optimizer.zero_grad(set_to_none=True)
+            _make_room(engine, parts)
+            continue
+        assert result is not None, "no process ran out of memory"
+        norm = _reduce_and_clip(engine)
+        if engine.machine.autocast_dtype == torch.float16 and not _fp16_fits(engine, norm):
+            continue
+        loss, tokens = result
+        return loss, norm, tokens
+
+
+def _accumulate(
+    engine: Engine, batches: Batches, number: int, parts: list[NDArray[np.int64]]
+) -> tuple[float, int]:
+    """Forward and backward over the micro-batches of one step; the step's loss and tokens over all processes."""
+    device = engine.machine.device
+    micro = [collate(batches.encoded, part).to(device) for part in parts]
+    normalizers = _normalizers(engine, micro, device)
+    scale = engine.fp16_scale if engine.machine.autocast_dtype == torch.float16 else 1.0
+    total = torch.zeros((), device=device)
+    for index, batch in enumerate(micro):
+        torch.manual_seed(_mix(engine.seed, number, index, batches.rank))
+        with engine.machine.autocast():
+            loss = engine.task.loss(engine.model, batch, normalizers, engine.label_smoothing)
+        (loss * scale if scale != 1.0 else loss).backward()
+        total += loss.detach()
+    tokens = torch.tensor(float(sum(batch.tokens for batch in micro)))
+    summed = parallel.sum_all({"loss": total, "tokens": tokens.to(device)}, device)
+    return float(summed["loss"]), int(summed["tokens"])
+
+
+def _normalizers(engine: Engine, micro: list[Batch], device: torch.device) -> dict[str, Tensor]:
+    totals: dict[str, Tensor] = {}
+    for batch in micro:
+        for name, value in engine.task.normalizers(batch).items():
+            totals[name] = totals.get(name, torch.zeros((), device=device)) + value.to(device)
+    return parallel.sum_all(totals, device)
+
+
+def _reduce_and_clip(engine: Engine) -> float:
+    learning = engine.learning()
+    parallel.sum_gradients(learning)
+    gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
+    if engine.machine.autocast_dtype == torch.float16:
+        torch._foreach_mul_(gradients, 1 / engine.fp16_scale)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if engine.max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(learning, engine.max_grad_norm, norm)
+    return float(norm)
+
+
+def _fp16_fits(engine: Engine, norm: float) -> bool:
+    """Dynamic loss scaling: halve and repeat the step on overflow, double after a long good stretch."""
+    if np.isfinite(norm) or engine.fp16_scale <= 1.0:
+        engine.fp16_good_steps += 1
+        if engine.fp16_good_steps % FP16_GROWTH_STEPS == 0:
+            engine.fp16_scale *= 2
+        return True
+    engine.optimizer.zero_grad(set_to_none=True)
+    engine.fp16_scale, engine.fp16_good_steps = engine.fp16_scale / 2, 0
+    return False
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _make_room(engine: Engine, parts: list[NDArray[np.int64]]) -> None:
+    """Halve the micro-batch; the batch, and so the result, stays what it was."""
+    if engine.machine.device.type == "cuda":
+        torch.cuda.empty_cache()
+    tried = parallel.largest(max((len(part) for part in parts), default=0), engine.machine.device)
+    if tried > 1:
+        engine.limits = replace(engine.limits, max_examples=tried // 2)
+        engine.say(f"out of memory: going on with at most {tried // 2} examples at once, same batch_size")
+    elif engine.may_checkpoint and not engine.checkpointing and hasattr(engine.model, "gradient_checkpointing_enable"):
+        checkpoint_activations(engine)
+        engine.say("out of memory: going on with gradient checkpointing")
+    else:
+        raise ResourceError(
+            "one example at a time does not fit in memory",
+            hint="lower data.max_length, use technique=lora or freeze, or a smaller model",
+        )
+
+
+def checkpoint_activations(engine: Engine) -> None:
+    """Recompute activations in the backward pass instead of keeping them."""
+    engine.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    engine.checkpointing = True
+
+
+def set_modes(model: nn.Module, anatomy: Anatomy) -> None:
+    """Training mode, but for what lies below the lowest learning block, and for BatchNorm statistics.
+
+    Nothing below learns, so dropout there would only be noise; without it the frozen part is a fixed function.
+    """
+    model.train()
+    modules = dict(model.named_modules())
+    for path in anatomy.frozen_prefix(model):
+        modules[path].eval()
+    for module in modules.values():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def _mix(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,141 @@
+"""What this machine is and what fits on it: device, number format, memory, threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith.data.batches import Limits
+from tunesmith.errors import RecipeError, ResourceError
+from tunesmith.models.anatomy import Anatomy
+
+ACTIVATION_BYTES = 96
+"""Bytes kept for backward per token, block and hidden unit: 16 values in fp32 and a third on top for attention."""
+
+ACTIVATION_SHARE = 0.4
+"""Share of the memory that activations may take."""
+
+OVERHEAD_TOKENS = {"cpu": 96, "cuda": 8192, "mps": 2048}
+"""What one more pass costs, in tokens: weight repacking and dispatch on a CPU, launches on a GPU."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device and the number format that matrix products run in (`None`: that of the weights)."""
+
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context that forward passes run in."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    @property
+    def precision(self) -> str:
+        """The recipe's word for the number format."""
+        return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.autocast_dtype, "fp32")  # type: ignore[arg-type]
+
+    @property
+    def memory_bytes(self) -> int:
+        """All memory of the device, so that what follows from it does not change from run to run."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def limits(self, anatomy: Anatomy, micro_batch_size: int | str, batch_size: int) -> Limits:
+        """How many examples and tokens fit at once."""
+        per_token = ACTIVATION_BYTES * anatomy.hidden_size * max(len(anatomy.blocks), 1)
+        max_tokens = max(int(self.memory_bytes * ACTIVATION_SHARE / per_token), 1)
+        if isinstance(micro_batch_size, int):
+            return Limits(micro_batch_size, sys.maxsize, sys.maxsize // 2)
+        return Limits(batch_size, max_tokens, OVERHEAD_TOKENS.get(self.device.type, 2048))
+
+    def peak_memory_bytes(self) -> int:
+        """The most this process has held: resident memory, or the allocator's on a GPU."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def find(device: str = "auto", precision: str = "auto") -> Machine:
+    """The machine that a recipe's `train.device` and `train.precision` name.
+
+    Raises:
+        ResourceError: the device is not there.
+        RecipeError: the processor cannot compute in that format.
+    """
+    found = _device(device)
+    if precision == "auto":
+        return Machine(found, torch.bfloat16 if _has_bf16(found) else None)
+    if precision == "fp16" and found.type == "cpu":
+        raise RecipeError("train.precision: fp16 does not train on a CPU", hint="use bf16, fp32 or auto")
+    if precision == "bf16" and found.type == "cuda" and not _has_bf16(found):
+        raise RecipeError("train.precision: this GPU has no bf16", hint="use fp16, fp32 or auto")
+    return Machine(found, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"train.device: no device is called '{name}'", hint="use auto, cpu, cuda, cuda:1, mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ResourceError(f"train.device: there is no {name} on this machine", hint="use device=auto or cpu")
+    return device
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 are faster than in fp32 there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def store_frozen(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Keep frozen matrices in the format they are multiplied in; what learns, norms and biases stay in fp32.
+
+    In one pass over memory a bf16 weight costs half of an fp32 one, and autocast has nothing to convert.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad or parameter.ndim < 2:
+                parameter.data = parameter.data.float()
+            elif dtype is not None:
+                parameter.data = parameter.data.to(dtype)
+            else:
+                parameter.data = parameter.data.float()
+
+
+def describe(machine: Machine) -> dict[str, Any]:
+    """For `run.json`: processor, memory, threads."""
+    name = platform.processor() or platform.machine()
+    if machine.device.type == "cuda":
+        name = torch.cuda.get_device_name(machine.device)
+    elif os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            models = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        name = models[0] if models else name
+    return {
+        "device": str(machine.device),
+        "name": name,
+        "precision": machine.precision,
+        "memory_bytes": machine.memory_bytes,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }

@@ -1,0 +1,77 @@
+"""AdamW (fused) and SGD over groups of one rate each, the schedule of the rate, and their state as named tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.models.anatomy import Anatomy
+from tunesmith.recipe import Train
+from tunesmith.techniques import Technique
+
+MOMENTUM = 0.9
+
+
+def build(model: nn.Module, anatomy: Anatomy, technique: Technique, train: Train) -> torch.optim.Optimizer:
+    """An optimizer over what learns. Each group carries `base_lr`; vectors (norms, biases) do not decay."""
+    assert train.learning_rate is not None, "the run resolves learning_rate"
+    head_rate = train.head_learning_rate or train.learning_rate
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            base = head_rate if name in anatomy.learns_always else train.learning_rate
+            decay = train.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((base * technique.lr_scale(name, anatomy), decay), []).append(parameter)
+    listed = [
+        {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(listed, lr=train.learning_rate, momentum=MOMENTUM)
+    return torch.optim.AdamW(listed, lr=train.learning_rate, fused=True)
+
+
+def schedule(train: Train, total_steps: int) -> Callable[[int], float]:
+    """The factor on the rate at each step (counted from 0): warm-up from 1/w to 1, then the schedule down to 0."""
+    warmup = math.ceil(train.warmup_ratio * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, total_steps - warmup)
+        if train.schedule == "constant":
+            return 1.0
+        return 1 - done if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Scale every group's base rate; returns the highest rate now in force."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as `kind/parameter name` -> tensor."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{kind}/{name}"] = value
+    return tensors
+
+
+def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `state_tensors`."""
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        parameter = parameters[name]
+        device = "cpu" if kind == "step" and parameter.device.type == "cpu" else parameter.device
+        optimizer.state[parameter][kind] = value.to(device, copy=True)

@@ -1,0 +1,93 @@
+"""More than one process: each computes its share of every optimizer step, sums are exchanged, all agree.
+
+Started by torchrun (or Slurm with its variables): RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. Gradients are
+summed after the last micro-batch rather than by DistributedDataParallel, which averages over processes and waits for a
+backward pass from each of them: here shares may be unequal or empty and the sum is exact.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BUCKET_BYTES = 25 * 2**20
+
+
+@contextmanager
+def group(device_type: str) -> Iterator[None]:
+    """Join the other processes, where there are any, and leave them at the end."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or dist.is_initialized():
+        yield
+        return
+    timeout = timedelta(seconds=int(os.environ.get("TUNESMITH_TIMEOUT_S", "600")))
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for the others."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest of the processes' values."""
+    if world_size() == 1:
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return int(shared.item())
+
+
+def sum_all(values: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Each value summed over the processes; scalars only."""
+    if world_size() == 1 or not values:
+        return values
+    stacked = torch.stack([value.double().to(device) for value in values.values()])
+    dist.all_reduce(stacked)
+    return {name: stacked[index].float() for index, name in enumerate(values)}
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Each gradient summed over the processes, in flat buckets; a process without one contributes zeros."""
+    if world_size() == 1:
+        return
+    bucket: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        size += parameter.grad.nbytes
+        if size >= BUCKET_BYTES:
+            _sum_bucket(bucket)
+            bucket, size = [], 0
+    if bucket:
+        _sum_bucket(bucket)
+
+
+def _sum_bucket(bucket: list[Tensor]) -> None:
+    flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+    dist.all_reduce(flat)
+    for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
