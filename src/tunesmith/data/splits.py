@@ -1,0 +1,70 @@
+"""Splits that can be trusted: in proportion, seeded, and not the same rows twice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.formats import Row
+from tunesmith.errors import DataError
+
+Indices = NDArray[np.int64]
+
+
+def stratified_split(strata: Indices, fraction: float, seed: int) -> tuple[Indices, Indices]:
+    """(kept, drawn) indices, ascending: each class gives its share, a class with a single row gives none.
+
+    The shares are rounded so that together they make `fraction` of all rows (largest remainders).
+
+    Raises:
+        DataError: the fraction is less than one row.
+    """
+    codes, inverse, counts = np.unique(strata, return_inverse=True, return_counts=True)
+    wanted = round(fraction * len(strata))
+    if wanted < 1:
+        rows = f"{fraction:g} of {len(strata)} rows is none"
+        raise DataError(rows, where="data.validation", hint="a larger fraction, a file of its own, or validation=null")
+    can_give = np.where(counts > 1, counts - 1, 0)
+    ideal = fraction * counts * (counts > 1)
+    shares = np.minimum(np.floor(ideal).astype(np.int64), can_give)
+    by_remainder = np.argsort(-(ideal - np.floor(ideal)), kind="stable")
+    for code in np.concatenate([by_remainder] * 2):
+        if shares.sum() >= wanted:
+            break
+        shares[code] += shares[code] < can_give[code]
+    order = np.random.default_rng([seed, len(strata)]).permutation(len(strata))
+    by_class = order[np.argsort(inverse[order], kind="stable")]
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    drawn = np.concatenate([by_class[start : start + share] for start, share in zip(starts, shares, strict=True)])
+    if not len(drawn):
+        raise DataError(
+            "every class has a single row: no split is possible", where="data.validation", hint="validation=null"
+        )
+    return np.setdiff1d(np.arange(len(strata)), drawn), np.sort(drawn)
+
+
+def overlap(train: Iterable[Row], other: Iterable[Row]) -> int:
+    """How many rows of `other` have a text that stands in `train`, but for case and white space."""
+    seen = {_digest(row) for row in train}
+    return sum(_digest(row) in seen for row in other)
+
+
+def _digest(row: Row) -> bytes:
+    texts = [str(value) for role, value in sorted(row.values.items()) if role != "label"]
+    return hashlib.blake2b(" ".join("\0".join(texts).lower().split()).encode(), digest_size=12).digest()
+
+
+def refuse_same_file(train: Path, other: Path, name: str) -> None:
+    """A split that is the training file would measure nothing.
+
+    Raises:
+        DataError: they are one file.
+    """
+    if other.exists() and train.exists() and train.samefile(other):
+        raise DataError(
+            f"data.{name} is the training file", where=str(other), hint=f"give other rows, or data.{name}=0.1"
+        )
