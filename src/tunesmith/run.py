@@ -8,14 +8,11 @@ recipe -> data -> model -> technique -> loop (evaluate, checkpoint) -> artefact 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +148,14 @@ def _claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Never write over what is there unless told to."""
     if parallel.rank() == 0 and not resume and folder.exists() and any(folder.iterdir()):
         if not overwrite:
-            hint = f"--resume {folder} goes on with it, --overwrite starts afresh, output=DIR puts the new run elsewhere"
+            hint = (
+                f"--resume {folder} goes on with it, --overwrite starts afresh, output=DIR puts the new run elsewhere"
+            )
             raise RecipeError("output: the folder is not empty", where=str(folder), hint=hint)
         if not (folder / "recipe.yaml").exists():
-            raise RecipeError("output: not a run folder, so it is not overwritten", where=str(folder), hint="output=DIR")
+            raise RecipeError(
+                "output: not a run folder, so it is not overwritten", where=str(folder), hint="output=DIR"
+            )
         shutil.rmtree(folder)
     parallel.barrier()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -208,13 +209,13 @@ def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, En
 def _max_length(asked: int | None, model: nn.Module, processor: Any) -> int:
     limit = models.length_limit(model, processor)
     if asked is not None and asked > limit:
-        raise RecipeError(f"data.max_length: {asked} tokens, but this model reads at most {limit}", hint=f"at most {limit}")
+        raise RecipeError(
+            f"data.max_length: {asked} tokens, but this model reads at most {limit}", hint=f"at most {limit}"
+        )
     return asked or min(limit, MAX_LENGTH)
 
 
-def _resolve(
-    recipe: Recipe, read: examples.Examples, technique: Technique, anatomy: Anatomy, found: Machine
-) -> Recipe:
+def _resolve(recipe: Recipe, read: examples.Examples, technique: Technique, anatomy: Anatomy, found: Machine) -> Recipe:
     """The recipe with every default that depends on data, model and machine filled in."""
     train = recipe.train
     metric = train.metric or read.task.metric()
@@ -275,7 +276,9 @@ def _introduce(prepared: Prepared, folder: Path, talk: Talk) -> None:
     talk.say(f"model {recipe.model}  technique {recipe.technique.name}  {rows} rows")
     where = f"on {prepared.machine.device} in {prepared.machine.precision}"
     rate = f"learning rate {recipe.train.learning_rate:.1e}"
-    talk.say(f"{learns:,} of {total:,} parameters learn ({learns / total:.2%}), {rate}, {prepared.total_steps} steps {where}")
+    talk.say(
+        f"{learns:,} of {total:,} parameters learn ({learns / total:.2%}), {rate}, {prepared.total_steps} steps {where}"
+    )
     talk.say(f"if stopped, go on with: {_resume_command(folder)}")
 
 
@@ -312,7 +315,9 @@ def _fit(
             if asked and not last:
                 raise Interrupted(f"stopped after step {step.number} of {total}; go on with: {_resume_command(folder)}")
             if stop:
-                talk.say(f"no better {train.metric} in {progress.stale} evaluations: stopped at step {step.number} of {total}")
+                talk.say(
+                    f"no better {train.metric} in {progress.stale} evaluations: stopped at step {step.number} of {total}"
+                )
                 return
 
 
@@ -414,9 +419,7 @@ def _save(prepared: Prepared, engine: loop.Engine, progress: Progress, folder: P
     parallel.barrier()
 
 
-def _restore(
-    prepared: Prepared, engine: loop.Engine, folder: Path, override: Collection[str], talk: Talk
-) -> Progress:
+def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Collection[str], talk: Talk) -> Progress:
     """Put the newest checkpoint that can be trusted back; an empty folder starts from the beginning."""
     saved = checkpoint.newest(folder / "checkpoints", talk.warn)
     if saved is None:
@@ -442,9 +445,7 @@ def _put(prepared: Prepared, engine: loop.Engine, tensors: dict[str, dict[str, T
     optimizer.load_state_tensors(engine.optimizer, prepared.model, tensors["optimizer"])
 
 
-def _finish(
-    prepared: Prepared, engine: loop.Engine, progress: Progress, folder: Path, talk: Talk
-) -> dict[str, Any]:
+def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder: Path, talk: Talk) -> dict[str, Any]:
     """The artefact of the best step, reloaded from disk and scored as it will be shipped."""
     best = checkpoint.best(folder / "checkpoints", talk.warn) if progress.best_step is not None else None
     if best is not None:

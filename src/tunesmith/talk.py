@@ -57,4 +57,3 @@ class Talk:
         with Progress(*columns, console=self.console, disable=not watched, transient=True) as bar:
             task = bar.add_task("training", total=total, completed=done)
             yield lambda completed, text: bar.update(task, completed=completed, description=text)
-

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tunesmith.models.sources import Source
 
 from tunesmith.models import load as models
 from tunesmith.models.anatomy import Anatomy
-from tunesmith.models.sources import Source
 from tunesmith.recipe import Recipe
 from tunesmith.tasks import Task
 from tunesmith.techniques import Technique
@@ -32,7 +32,9 @@ def learned(model: nn.Module, own_buffers: frozenset[str]) -> dict[str, Tensor]:
     return kept | {name: buffer for name, buffer in model.named_buffers() if name in own_buffers}
 
 
-def write_adapter(folder: Path, model: nn.Module, anatomy: Anatomy, technique: Technique, source: Source, processor: Any) -> None:
+def write_adapter(
+    folder: Path, model: nn.Module, anatomy: Anatomy, technique: Technique, source: Source, processor: Any
+) -> None:
     """`adapter/` and `base/` of a run from the trained model in hand."""
     with _complete(folder / "base") as base:
         model.config.save_pretrained(base)  # type: ignore[union-attr, operator]

@@ -88,7 +88,9 @@ def read(task: Task, data: Data, seed: int) -> Examples:
         raise DataError("no row to learn from", where=data.train)
     task, data = task.fit(targets, data, str(data.train))
     notes = [note for split in found.values() if (note := split.table.note)]
-    notes += [f"{name}: skipped {_reasons(split.table.skipped)}" for name, split in found.items() if split.table.skipped]
+    notes += [
+        f"{name}: skipped {_reasons(split.table.skipped)}" for name, split in found.items() if split.table.skipped
+    ]
     found |= _drawn(found["train"], task, data, targets, seed)
     rows = {name: len(targets) if split.indices is None else len(split.indices) for name, split in found.items()}
     for name in found.keys() - {"train"}:
@@ -107,7 +109,9 @@ def _named_files(data: Data) -> Data:
     files = find_splits(data.train)
     if "train" not in files:
         raise DataError("no train file in this folder", where=data.train, hint="name it train.csv, or give the file")
-    named = {name: str(path) for name, path in files.items() if not isinstance(getattr(data, name), str) or name == "train"}
+    named = {
+        name: str(path) for name, path in files.items() if not isinstance(getattr(data, name), str) or name == "train"
+    }
     return data.model_copy(update=named)
 
 
@@ -147,9 +151,7 @@ def encode_splits(examples: Examples, processor: Any, processor_hash: str, cache
     }
 
 
-def encode_split(
-    split: Split, task: Task, data: Data, processor: Any, processor_hash: str, cache: Path
-) -> Encoded:
+def encode_split(split: Split, task: Task, data: Data, processor: Any, processor_hash: str, cache: Path) -> Encoded:
     """One split encoded; the folder's name is a hash of all that the result depends on."""
     drawn = None if split.indices is None else fingerprint(split.indices.tolist())
     keys = {"max_length": data.max_length, "columns": split.table.columns, "limit": data.limit}

@@ -121,9 +121,7 @@ def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, fl
         return loss, norm, tokens
 
 
-def _accumulate(
-    engine: Engine, batches: Batches, number: int, parts: list[NDArray[np.int64]]
-) -> tuple[float, int]:
+def _accumulate(engine: Engine, batches: Batches, number: int, parts: list[NDArray[np.int64]]) -> tuple[float, int]:
     """Forward and backward over the micro-batches of one step; the step's loss and tokens over all processes."""
     device = engine.machine.device
     micro = [collate(batches.encoded, part).to(device) for part in parts]

@@ -93,7 +93,9 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RecipeError(f"train.device: no device is called '{name}'", hint="use auto, cpu, cuda, cuda:1, mps") from None
+        raise RecipeError(
+            f"train.device: no device is called '{name}'", hint="use auto, cpu, cuda, cuda:1, mps"
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ResourceError(f"train.device: there is no {name} on this machine", hint="use device=auto or cpu")
     return device

@@ -49,7 +49,9 @@ class RunLock:
             raise CheckpointError(f"in use by {who}", where=str(self.path), hint="if it is gone, remove this file")
         if holder and _started(int(holder["pid"])) == holder["started"] is not None:
             who = f"process {holder['pid']}"
-            raise CheckpointError(f"in use by {who}", where=str(self.path), hint="wait for it, or choose another output")
+            raise CheckpointError(
+                f"in use by {who}", where=str(self.path), hint="wait for it, or choose another output"
+            )
         gone = self.path.with_name(f".lock-gone-{os.getpid()}")
         try:
             os.rename(self.path, gone)  # only one of several takers succeeds
@@ -57,7 +59,9 @@ class RunLock:
             return
         gone.unlink()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._enabled:
             self.path.unlink(missing_ok=True)
 

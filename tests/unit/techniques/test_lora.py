@@ -132,6 +132,18 @@ def test_pissa_starts_from_the_principal_part_and_leaves_the_weight() -> None:
     assert {name for name, _ in adapted.named_buffers()} == {"pissa_A", "pissa_B"} < set(adapted.state_dict())
 
 
+def test_a_small_change_of_pissa_is_not_lost_in_bf16() -> None:
+    linear = nn.Linear(64, 64, bias=False)
+    linear.weight.data.mul_(8)
+    adapted, x = LoraLinear(linear, r=8, scaling=2.0, pissa=True), torch.randn(32, 64)
+    linear.weight.data.zero_()  # what remains is the change alone
+    adapted.lora_A.weight.data.add_(torch.randn(8, 64), alpha=1e-4)
+    change = adapted(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        error = (adapted(x).float() - change).norm() / change.norm()
+    assert error < 0.01, "A in bf16 is off by more than the change itself; A - A0 is not"
+
+
 def test_a_rank_that_a_weight_does_not_have_is_refused_for_pissa() -> None:
     with pytest.raises(RecipeError, match="takes r from 1 to 16 here"):
         prepared("llama", Lora(init="pissa", r=17))
