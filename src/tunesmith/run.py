@@ -26,14 +26,13 @@ from tunesmith.deploy import artefact, card, predict
 from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, UserError
 from tunesmith.insight import report
 from tunesmith.models import load as models
-from tunesmith.models import sources
+from tunesmith.models import package_index, sources
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Recipe
 from tunesmith.talk import Talk
 from tunesmith.tasks import LOW_IS_GOOD, Task
 from tunesmith.techniques import Technique
-from tunesmith.training import checkpoint, examples, loop, machine, optimizer, parallel
-from tunesmith.training.evaluate import baseline, evaluate
+from tunesmith.training import checkpoint, evaluate, examples, files, loop, machine, optimizer, parallel
 from tunesmith.training.machine import Machine
 from tunesmith.training.run_lock import RunLock
 from tunesmith.training.signals import Signals
@@ -57,7 +56,8 @@ class Prepared:
     model: nn.Module
     anatomy: Anatomy
     machine: Machine
-    own_buffers: frozenset[str]
+    learned: tuple[str, ...]
+    """Names of what the run keeps: what learns, and the buffers that the technique added."""
 
     @property
     def batches(self) -> Batches:
@@ -179,8 +179,10 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     )
     before = {name for name, _ in model.named_buffers()}
     torch.manual_seed(recipe.train.seed)
+    models.check_vocabulary(model, processor, recipe.model)
     technique.apply(model, anatomy)
-    own_buffers = frozenset(name for name, _ in model.named_buffers()) - before
+    learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    learned += tuple(name for name, _ in model.named_buffers() if name not in before)
     machine.store_frozen(model, found.autocast_dtype)
     model.to(found.device)
     data = read.data.model_copy(update={"max_length": _max_length(read.data.max_length, model, processor)})
@@ -188,7 +190,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     encoded = _encode(read, processor, talk)
     resolved = _resolve(recipe, read, technique, anatomy, found)
     return Prepared(
-        resolved, read.task, technique, read, encoded, source, processor, model, anatomy, found, own_buffers
+        resolved, read.task, technique, read, encoded, source, processor, model, anatomy, found, learned
     )
 
 
@@ -241,7 +243,7 @@ def _run(
     torch.set_num_threads(progress.threads or torch.get_num_threads())
     progress.threads = torch.get_num_threads()
     if parallel.rank() == 0:
-        checkpoint.atomic_write(folder / "recipe.yaml", recipes.to_yaml(recipe.dump() | {"output": str(folder)}))
+        files.atomic_write(folder / "recipe.yaml", recipes.to_yaml(recipe.dump() | {"output": str(folder)}))
         _write_run(folder, prepared, progress, {"outcome": "running"})
     _introduce(prepared, folder, talk)
     _fit(prepared, engine, progress, folder, signals, talk)
@@ -368,7 +370,7 @@ def _step_line(step: loop.Step, found: Machine) -> dict[str, Any]:
 
 def _log(folder: Path, line: dict[str, Any]) -> None:
     if parallel.rank() == 0:
-        checkpoint.append_line(folder / "metrics.jsonl", line)
+        files.append_line(folder / "metrics.jsonl", line)
 
 
 def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], folder: Path, talk: Talk) -> bool:
@@ -379,7 +381,7 @@ def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], fo
     words = [f"epoch {step.epoch:.3g}", f"loss {sum(one.loss for one in since) / len(since):.4f}"]
     better = False
     if "validation" in prepared.encoded:
-        scores = evaluate(prepared.model, prepared.task, prepared.encoded["validation"], prepared.machine)
+        scores = evaluate.scores(prepared.model, prepared.task, prepared.encoded["validation"], prepared.machine)
         score = _pick(scores, metric)
         sign = -1 if metric in LOW_IS_GOOD else 1
         better = progress.best is None or sign * score > sign * progress.best
@@ -408,7 +410,7 @@ def _save(prepared: Prepared, engine: loop.Engine, progress: Progress, folder: P
     if parallel.rank() == 0:
         where = folder / "checkpoints"
         tensors = {
-            "learned": artefact.learned(prepared.model, prepared.own_buffers, prepared.anatomy),
+            "learned": artefact.learned(prepared.model, prepared.learned),
             "optimizer": optimizer.state_tensors(engine.optimizer, prepared.model),
         }
         saved = checkpoint.save(where, progress.step, tensors, asdict(progress), prepared.identity())
@@ -424,7 +426,7 @@ def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Co
     saved = checkpoint.newest(folder / "checkpoints", talk.warn)
     if saved is None:
         talk.say("no checkpoint yet: starting from the beginning")
-        checkpoint.truncate_metrics(folder / "metrics.jsonl", 0)
+        files.truncate_metrics(folder / "metrics.jsonl", 0)
         return Progress()
     overridden = checkpoint.check_same_run(saved.identity, prepared.identity(), override)
     progress = Progress(**saved.state)
@@ -435,7 +437,7 @@ def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Co
     if progress.checkpointing and not engine.checkpointing:
         loop.checkpoint_activations(engine)
     if parallel.rank() == 0:
-        checkpoint.truncate_metrics(folder / "metrics.jsonl", saved.step)
+        files.truncate_metrics(folder / "metrics.jsonl", saved.step)
     talk.say(f"resumed after step {saved.step} of {prepared.total_steps}")
     return progress
 
@@ -457,8 +459,8 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
     metrics: dict[str, Any] = {}
     for name in ("validation", "test"):
         if name in prepared.encoded:
-            metrics[name] = evaluate(tuned.model, tuned.task, prepared.encoded[name], tuned.machine)
-            guess = baseline(prepared.task, prepared.encoded["train"], prepared.encoded[name])
+            metrics[name] = evaluate.scores(tuned.model, tuned.task, prepared.encoded[name], tuned.machine)
+            guess = evaluate.baseline(prepared.task, prepared.encoded["train"], prepared.encoded[name])
             metrics["baseline"] = {"split": name, **guess}
     result = _result(prepared, progress, folder, metrics)
     if parallel.rank() == 0:
@@ -468,5 +470,100 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
         card.write(folder)
         report.write(folder)
     parallel.barrier()
-    _conclude(prepared, metrics, folder, time.perf_counter(), talk)
+    _conclude(prepared, metrics, folder, talk)
     return result
+
+
+def _write_artefact(prepared: Prepared, folder: Path) -> None:
+    if prepared.technique.artefact == "adapter":
+        artefact.write_adapter(
+            folder, prepared.model, prepared.anatomy, prepared.technique, prepared.source, prepared.processor
+        )
+        return
+    state = artefact.learned(prepared.model, prepared.learned)
+    artefact.write_model(folder, prepared.recipe, prepared.source, prepared.processor, state)
+
+
+def _result(prepared: Prepared, progress: Progress, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    seconds = max(progress.seconds, 1e-9)
+    parameters = list(prepared.model.parameters())
+    return {
+        "run": str(folder),
+        "task": prepared.task.name,
+        "technique": prepared.technique.name,
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "seconds": round(progress.seconds, 3),
+        "examples_per_second": round(progress.examples / seconds, 2),
+        "tokens_per_second": round(progress.tokens / seconds, 2),
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "total_parameters": sum(parameter.numel() for parameter in parameters),
+        "peak_memory_bytes": prepared.machine.peak_memory_bytes(),
+        "metrics": metrics,
+    }
+
+
+def _write_run(folder: Path, prepared: Prepared, progress: Progress, outcome: dict[str, Any]) -> None:
+    """`run.json`: everything that is needed to know what was done with what, and to go on."""
+    source = prepared.source
+    about = {
+        **outcome,
+        "command": package_index.redact(shlex.join(sys.argv)),
+        "resume": _resume_command(folder),
+        "seed": prepared.recipe.train.seed,
+        "overridden": progress.overridden,
+        "world_size": parallel.world_size(),
+        "model": {
+            "spec": package_index.redact(source.spec),
+            "kind": source.kind,
+            "revision": source.revision,
+            "license": source.license,
+            "sha256": source.sha256(),
+            "family": prepared.anatomy.family,
+        },
+        "data": {
+            "rows": prepared.examples.rows,
+            "sha256": prepared.examples.fingerprints(),
+            "notes": prepared.examples.notes,
+        },
+        "learned": list(prepared.learned),
+        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "hardware": machine.describe(prepared.machine),
+    }
+    files.atomic_write(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+
+
+def _outcome(folder: Path, outcome: str) -> None:
+    """Note in `run.json` how a run ended that did not finish."""
+    path = folder / "run.json"
+    if parallel.rank() == 0 and path.exists():
+        about = json.loads(path.read_text(encoding="utf-8")) | {"outcome": package_index.redact(outcome)}
+        files.atomic_write(path, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write_predictions(prepared: Prepared, tuned: predict.Tuned, folder: Path) -> None:
+    """Every row of the test split as read, with the answer beside it."""
+    answers = evaluate.answers(tuned.model, tuned.task, prepared.encoded["test"], tuned.machine)
+    rows = prepared.examples.splits["test"].rows()
+    lines = [
+        json.dumps({"row": row.place, **row.values, "prediction": answer}, ensure_ascii=False) + "\n"
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    files.atomic_write(folder / "predictions-test.jsonl", "".join(lines))
+
+
+def _conclude(prepared: Prepared, metrics: dict[str, Any], folder: Path, talk: Talk) -> None:
+    metric = prepared.recipe.train.metric
+    assert metric is not None, "_resolve fills it in"
+    for name in ("validation", "test"):
+        if name in metrics:
+            talk.say(f"{name}: {scores_line(metrics[name], metric)}")
+    if (guess := metrics.get("baseline")) is not None:
+        talk.say(f"a guess that knows only the training labels: {metric} {guess.get(metric, 0.0):.4f} on {guess['split']}")
+    talk.say(f"written to {folder}; ask it: tunesmith predict {folder} \"...\"")
+
+
+def scores_line(scores: dict[str, Any], first: str) -> str:
+    """The plain numbers of a score on one line, the one that counts first."""
+    names = sorted((name for name, value in scores.items() if isinstance(value, float)), key=lambda name: name != first)
+    return "  ".join(f"{name} {scores[name]:.4f}" for name in names)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,18 @@ from tunesmith.tasks import Task
 from tunesmith.techniques import Technique
 
 
-def learned(model: nn.Module, own_buffers: frozenset[str]) -> dict[str, Tensor]:
-    """What a run has to keep: what learns, and the buffers that the technique added."""
-    kept = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return kept | {name: buffer for name, buffer in model.named_buffers() if name in own_buffers}
+def learned(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """What a run has to keep: the parameters that learn and the buffers that the technique added, by name."""
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: state[name].detach() for name in names}
+
+
+def put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """The inverse of `learned`, in place."""
+    places = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, value in state.items():
+            places[name].copy_(value)
 
 
 def write_adapter(
@@ -45,11 +53,11 @@ def write_adapter(
     with _complete(folder / "adapter") as adapter:
         save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
         (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        origin = {"base_sha256": models.base_hash(source), "processor_sha256": models.processor_hash(folder / "base")}
+        origin = {"base_sha256": models.base_hash(source), "processor_sha256": models.processor_hash(processor)}
         (adapter / "tunesmith.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 
-def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, state: dict[str, Tensor]) -> None:
+def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, state: Mapping[str, Tensor]) -> None:
     """`model/` of a run: the original weights in their stored format, with what was learned put in and merged."""
     task, technique = recipe.task, recipe.technique
     assert isinstance(task, Task) and isinstance(technique, Technique)
@@ -61,10 +69,7 @@ def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, st
         pad_token_id=processor.pad_token_id,
     )
     technique.apply(model, anatomy)
-    with torch.no_grad():
-        places = dict(model.named_parameters()) | dict(model.named_buffers())
-        for name, value in state.items():
-            places[name].copy_(value)
+    put(model, state)
     technique.merge(model)
     with _complete(folder / "model") as target:
         model.save_pretrained(target)  # type: ignore[operator]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch import nn
 
 from tunesmith.data.encoded import encode
 from tunesmith.data.formats import Row
-from tunesmith.errors import RecipeError, UserError
+from tunesmith.errors import CheckpointError, RecipeError, UserError
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Data, Recipe
 from tunesmith.recipe import load as load_recipe
 from tunesmith.tasks import Task
+from tunesmith.techniques import Technique
 from tunesmith.training import evaluate, machine
 from tunesmith.training.machine import Machine
 
@@ -87,7 +88,7 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
     assert isinstance(recipe.task, Task)
     if adapter is not None:
         _check_base(source, adapter)
-    processor = models.load_processor(source if adapter is None else sources.resolve(str(adapter.parent / "base")))
+    processor = models.load_processor(source if adapter is None else replace(source, folder=adapter.parent / "base"))
     model, anatomy = models.load_model(
         source,
         model_class=recipe.task.model_class,
@@ -96,9 +97,9 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
         pad_token_id=processor.pad_token_id,
     )
     if adapter is not None:
-        technique = type(recipe.technique).from_adapter(adapter)
-        technique.apply(model, anatomy)
-        technique.load_adapter(model, load_file(adapter / "adapter_model.safetensors"))
+        assert isinstance(recipe.technique, Technique)
+        recipe.technique.apply(model, anatomy)
+        recipe.technique.load_adapter(model, load_file(adapter / "adapter_model.safetensors"))
     model.to(device).eval()
     return Tuned(model, processor, anatomy, recipe.task, recipe.data, Machine(device, None))
 
@@ -106,7 +107,7 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
 def _check_base(source: sources.Source, adapter: Path) -> None:
     known = json.loads((adapter / "tunesmith.json").read_text(encoding="utf-8"))
     if (found := models.base_hash(source)) != known["base_sha256"]:
-        raise RecipeError(
+        raise CheckpointError(
             f"the adapter was trained on other weights of {source.spec} ({known['base_sha256'][:12]}, not {found[:12]})",
             where=str(adapter),
             hint="give the base it was trained on",

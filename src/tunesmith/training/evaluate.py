@@ -35,7 +35,7 @@ def outputs(
                 yield chunk[first:last], task.forward(model, batch), batch
 
 
-def evaluate(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) -> dict[str, Any]:
+def scores(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) -> dict[str, Any]:
     """The task's scores."""
     metrics = task.metrics()
     for _, output, batch in outputs(model, task, encoded, machine):

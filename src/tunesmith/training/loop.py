@@ -63,6 +63,7 @@ class Engine:
     fp16_scale: float = FP16_SCALE
     fp16_good_steps: int = 0
     checkpointing: bool = False
+    modes_are_for: tuple[bool, ...] = ()
 
     def learning(self) -> list[nn.Parameter]:
         """What learns at this moment."""
@@ -79,7 +80,7 @@ def steps(
     """
     for number in range(start, total):
         began = time.perf_counter()
-        set_modes(engine.model, engine.anatomy)
+        set_modes(engine)
         rate = optimizers.set_rate(engine.optimizer, factor(number))
         loss, norm, tokens = _gradients(engine, batches, number)
         finite = bool(np.isfinite(loss) and np.isfinite(norm))
@@ -199,18 +200,24 @@ def checkpoint_activations(engine: Engine) -> None:
     engine.checkpointing = True
 
 
-def set_modes(model: nn.Module, anatomy: Anatomy) -> None:
-    """Training mode, but for what lies below the lowest learning block, and for BatchNorm statistics.
+def set_modes(engine: Engine) -> None:
+    """Training mode, but for what lies below the lowest learning parameter, and for BatchNorm statistics.
 
     Nothing below learns, so dropout there would only be noise; without it the frozen part is a fixed function.
     """
-    model.train()
-    modules = dict(model.named_modules())
-    for path in anatomy.frozen_prefix(model):
-        modules[path].eval()
-    for module in modules.values():
+    flags = tuple(parameter.requires_grad for parameter in engine.model.parameters())
+    if engine.model.training and flags == engine.modes_are_for:
+        return
+    engine.model.train()
+    names = [name for name, parameter in engine.model.named_parameters() if parameter.requires_grad]
+    lowest = min((engine.anatomy.depth_of(name) for name in names), default=0)
+    below = (*engine.anatomy.embeddings, *engine.anatomy.blocks[: lowest - 1]) if lowest else ()
+    for path in below:
+        engine.model.get_submodule(path).eval()
+    for module in engine.model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
+    engine.modes_are_for = flags
 
 
 def _mix(*numbers: int) -> int:

@@ -1,0 +1,32 @@
+"""tunesmith: fine-tune any pretrained model on your own data.
+
+    import tunesmith
+    result = tunesmith.train("recipe.yaml")
+    tunesmith.load(result["run"]).predict(["A lovely film."])
+"""
+
+from importlib.metadata import version
+from typing import Any
+
+__version__ = version("tunesmith")
+__all__ = ["Recipe", "Step", "Task", "Technique", "evaluate", "load", "predict", "train"]
+
+_HOMES = {
+    "Recipe": "tunesmith.recipe",
+    "Step": "tunesmith.training.loop",
+    "Task": "tunesmith.tasks",
+    "Technique": "tunesmith.techniques",
+    "evaluate": "tunesmith.studies.score",
+    "load": "tunesmith.deploy.predict",
+    "predict": "tunesmith.deploy.predict",
+    "train": "tunesmith.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are found on first use, so that `import tunesmith` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tunesmith' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

