@@ -1,0 +1,93 @@
+"""One run of tunesmith on the rows that the peer reads; the learning rate is the default unless one is given.
+
+    python bench/our_classification.py --model FOLDER --data sst2 --data-root build/splits --technique lora --seed 0
+
+Prints one JSON line with the keys of `peer_classification.py`. `head` is `freeze` with `head_only`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tunesmith
+from tunesmith import recipe
+
+TECHNIQUES: dict[str, Any] = {"full": "full", "lora": "lora", "head": {"name": "freeze", "head_only": True}}
+LIBRARIES = ("torch", "transformers")
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    """Train and return the scores of the artefact as it is shipped."""
+    folder = Path(given.data_root) / given.data
+    data = {split: str(folder / f"{split}.csv") for split in ("train", "validation", "test")}
+    learning_rate = {} if given.learning_rate is None else {"learning_rate": given.learning_rate}
+    with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
+        result = tunesmith.train(
+            task="text-classification",
+            model=given.model,
+            data={**data, "max_length": given.max_length},
+            technique=TECHNIQUES[given.technique],
+            train={
+                "epochs": given.epochs,
+                "batch_size": given.batch_size,
+                "seed": given.seed,
+                "device": given.device,
+                "precision": given.precision,
+                **learning_rate,
+            },
+            output=f"{output}/run",
+            offline=True,
+        )
+        used = recipe.load(f"{output}/run/recipe.yaml").train
+    scores = result["metrics"]
+    return {
+        "dev_accuracy": scores["validation"]["accuracy"],
+        "dev_f1_macro": scores["validation"]["f1_macro"],
+        "test_accuracy": scores["test"]["accuracy"],
+        "test_f1_macro": scores["test"]["f1_macro"],
+        "learning_rate": used.learning_rate,
+        "trainable_parameters": result["trainable_parameters"],
+        "seconds": result["seconds"],
+        "examples_per_second": result["examples_per_second"],
+        "peak_memory_bytes": result["peak_memory_bytes"],
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}} | _own(),
+        "device": torch.cuda.get_device_name() if used.device == "cuda" else f"cpu, threads: {torch.get_num_threads()}",
+    }
+
+
+def _own() -> dict[str, str]:
+    try:
+        return {"tunesmith": version("tunesmith")}
+    except PackageNotFoundError:  # run from a checkout by PYTHONPATH=src
+        return {"tunesmith": "checkout"}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a pretrained model")
+    parser.add_argument("--data", required=True, help="name of a folder under --data-root")
+    parser.add_argument("--data-root", default="build/splits", help="what bench/splits.py wrote")
+    parser.add_argument("--technique", choices=tuple(TECHNIQUES), required=True)
+    parser.add_argument("--learning-rate", type=float, default=None, help="default: tunesmith's own")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(arguments())))

@@ -1,0 +1,205 @@
+"""One run of the peer: transformers' Trainer (and PEFT for LoRA) on text classification, at its best practice.
+
+    python bench/peer_classification.py --model FOLDER --data sst2 --data-root build/splits --technique lora \\
+        --learning-rate 2e-3 --epochs 3 --seed 0 --test
+
+bf16 autocast, dynamic padding, batches grouped by length, fused AdamW, linear schedule with warm-up, the best epoch on
+validation kept. Prints one JSON line. Training is timed alone: evaluation and saving are outside of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from sklearn.metrics import accuracy_score, f1_score
+from splits import Rows, read_rows
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    logging,
+    set_seed,
+)
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+
+
+class TrainingTime(TrainerCallback):
+    """Seconds between the begin and the end of each epoch, before it is evaluated and saved."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.begin = 0.0
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self.begin = _now()
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        self.seconds += _now() - self.begin
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def build_model(folder: str, classes: list[str], technique: str) -> nn.Module:
+    """The pretrained model with a new head; what learns is what the technique says."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        num_labels=len(classes),
+        id2label=dict(enumerate(classes)),
+        label2id={name: index for index, name in enumerate(classes)},
+        dtype=torch.float32,
+    )
+    if technique == "head":
+        model.base_model.requires_grad_(False)
+    if technique == "lora":
+        targets = ["query", "value"]
+        config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.1, target_modules=targets)
+        model = get_peft_model(model, config)
+    return model
+
+
+def encode(rows: Rows, tokenizer: Any, classes: list[str], max_length: int) -> list[dict[str, Any]]:
+    """Token ids and label of each row, unpadded."""
+    codes = {name: index for index, name in enumerate(classes)}
+    coded = tokenizer([text for text, _ in rows], truncation=True, max_length=max_length)
+    return [
+        {**{field: coded[field][index] for field in coded}, "labels": codes[label]}
+        for index, (_, label) in enumerate(rows)
+    ]
+
+
+def scores(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy and macro F1."""
+    said = np.argmax(prediction.predictions, axis=-1)
+    labels = prediction.label_ids
+    return {"accuracy": accuracy_score(labels, said), "f1_macro": f1_score(labels, said, average="macro")}
+
+
+def training_arguments(given: argparse.Namespace, output: str) -> TrainingArguments:
+    """The settings that an experienced user of the Trainer would choose."""
+    return TrainingArguments(
+        output_dir=output,
+        num_train_epochs=given.epochs,
+        per_device_train_batch_size=given.batch_size,
+        per_device_eval_batch_size=64,
+        learning_rate=given.learning_rate,
+        weight_decay=0.01,
+        warmup_steps=0.06,  # below 1 it is a share of all steps
+        lr_scheduler_type="linear",
+        optim="adamw_torch_fused",
+        bf16=given.precision == "bf16",
+        train_sampling_strategy="group_by_length",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_only_model=True,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        label_names=["labels"],
+        seed=given.seed,
+        use_cpu=given.device == "cpu" or not torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    """Train, keep the best epoch, score it."""
+    set_seed(given.seed)
+    folder = Path(given.data_root) / given.data
+    rows = {split: read_rows(folder / f"{split}.csv") for split in ("train", "validation", "test")}
+    classes = sorted({label for _, label in rows["train"]})
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    model = build_model(given.model, classes, given.technique)
+    encoded = {split: encode(rows[split], tokenizer, classes, given.max_length) for split in rows}
+    timer = TrainingTime()
+    with tempfile.TemporaryDirectory() as output:
+        trainer = Trainer(
+            model=model,
+            args=training_arguments(given, output),
+            train_dataset=encoded["train"],
+            eval_dataset=encoded["validation"],
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=scores,
+            callbacks=[timer],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    dev = trainer.evaluate(encoded["validation"])
+    best = trainer.state.best_metric
+    assert best is None or abs(dev["eval_accuracy"] - best) < 0.02, "the best epoch was not put back"
+    test = trainer.evaluate(encoded["test"]) if given.test else {}
+    examples = len(encoded["train"]) * given.epochs
+    return {
+        "dev_accuracy": dev["eval_accuracy"],
+        "dev_f1_macro": dev["eval_f1_macro"],
+        "test_accuracy": test.get("eval_accuracy"),
+        "test_f1_macro": test.get("eval_f1_macro"),
+        "learning_rate": given.learning_rate,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "seconds": round(timer.seconds, 2),
+        "examples_per_second": round(examples / timer.seconds, 2),
+        "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "device": device_name(trainer.args.device),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The allocator's peak on a GPU, else the peak of resident memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name(device: torch.device) -> str:
+    """For example 'NVIDIA H100 80GB HBM3', or 'cpu, threads: 1'."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, threads: {torch.get_num_threads()}"
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a pretrained model")
+    parser.add_argument("--data", required=True, help="name of a folder under --data-root")
+    parser.add_argument("--data-root", default="build/splits", help="what bench/splits.py wrote")
+    parser.add_argument("--technique", choices=("full", "lora", "head"), required=True)
+    parser.add_argument("--learning-rate", type=float, required=True)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--test", action="store_true", help="score the test split too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    print(json.dumps(run(arguments())))

@@ -1,0 +1,243 @@
+"""How good tunesmith's answers are with its default settings, beside the peer at its best learning rate.
+
+    python bench/quality.py --model FOLDER --jobs 2 --results build/quality.jsonl --report build/quality.md
+
+Per data set and technique: the peer runs a grid of four learning rates (seed 0, validation only); its best rate, and
+our default, then run with five seeds and are scored on test once. Each run is a process of its own. Finished runs stand
+in the JSONL file and are not repeated, so a stopped bench goes on where it was; a new machine or version takes a new
+file. Times are those of runs side by side on one device: they compare nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+HERE = Path(__file__).parent
+GRID = {
+    "full": (2e-5, 5e-5, 1e-4, 2e-4),
+    "lora": (5e-4, 1e-3, 2e-3, 4e-3),
+    "head": (3e-3, 1e-2, 3e-2, 1e-1),
+}
+EPOCHS = {
+    ("sst2", "full"): 3,
+    ("sst2", "lora"): 3,
+    ("sst2", "head"): 3,
+    ("symptom2disease", "full"): 5,
+    ("symptom2disease", "lora"): 8,
+    ("hotel_zh", "full"): 3,
+    ("hotel_zh", "lora"): 3,
+}
+"""What is compared; few examples need more passes."""
+
+ALLOWED_POINTS = 0.7
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run; `learning_rate` None is our default, `test` whether the test split is scored."""
+
+    arm: str
+    data: str
+    technique: str
+    learning_rate: float | None
+    seed: int
+    test: bool
+
+    def command(self, given: argparse.Namespace) -> list[str]:
+        """The process that runs it."""
+        script = HERE / ("peer_classification.py" if self.arm == "peer" else "our_classification.py")
+        words = [sys.executable, str(script), "--model", given.model, "--data-root", given.data_root]
+        words += ["--data", self.data, "--technique", self.technique, "--seed", str(self.seed)]
+        words += ["--epochs", str(EPOCHS[self.data, self.technique]), "--device", given.device]
+        words += ["--learning-rate", str(self.learning_rate)] if self.learning_rate is not None else []
+        return words + (["--test"] if self.test and self.arm == "peer" else [])
+
+
+class Results:
+    """The JSONL file of finished runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lock, self.done = path, Lock(), {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            record = json.loads(line)
+            self.done[astuple(Job(**record["job"]))] = record
+
+    def get(self, job: Job) -> dict[str, Any] | None:
+        """What the run gave, if it was run."""
+        return self.done.get(astuple(job))
+
+    def add(self, job: Job, result: dict[str, Any]) -> None:
+        """Keep a finished run."""
+        record = {"job": asdict(job), **result}
+        with self.lock, self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            self.done[astuple(job)] = record
+
+    def all_of(self, jobs: Sequence[Job]) -> list[dict[str, Any]] | None:
+        """The runs, once every one of them is finished."""
+        found = [self.get(job) for job in jobs]
+        return None if None in found else [run for run in found if run is not None]
+
+
+def grid(data: str, technique: str) -> list[Job]:
+    """The peer's runs that its learning rate is chosen by."""
+    return [Job("peer", data, technique, rate, 0, False) for rate in GRID[technique]]
+
+
+def finals(arm: str, data: str, technique: str, learning_rate: float | None, seeds: int) -> list[Job]:
+    """The runs that are compared."""
+    return [Job(arm, data, technique, learning_rate, seed, True) for seed in range(seeds)]
+
+
+def best_rate(results: Results, data: str, technique: str) -> float | None:
+    """The peer's best learning rate on validation, once its grid is finished; the lower one of two equals."""
+    runs = results.all_of(grid(data, technique))
+    if runs is None:
+        return None
+    best: float = max(runs, key=lambda run: run["dev_accuracy"])["job"]["learning_rate"]
+    return best
+
+
+def run_all(jobs: list[Job], results: Results, given: argparse.Namespace) -> int:
+    """Run what is not finished, several at a time; the number of failures."""
+    jobs = [job for job in jobs if results.get(job) is None]
+    threads = max(1, (os.cpu_count() or 1) // given.jobs)
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ}
+
+    def one(job: Job) -> int:
+        if time.monotonic() > given.stop_at:
+            return 0
+        begin = time.monotonic()
+        done = subprocess.run(job.command(given), env=environment, capture_output=True, text=True, check=False)
+        label = f"{job.arm} {job.data} {job.technique} rate {job.learning_rate or 'default'} seed {job.seed}"
+        if done.returncode != 0:
+            print(f"FAILED ({done.returncode}) {label}\n{done.stderr[-1500:]}", flush=True)
+            return 1
+        result = json.loads(done.stdout.splitlines()[-1])
+        results.add(job, result)
+        print(f"{label}: dev {result['dev_accuracy']:.4f}, {time.monotonic() - begin:.0f} s", flush=True)
+        return 0
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        return sum(pool.map(one, jobs))
+
+
+def percent(runs: list[dict[str, Any]], score: str) -> tuple[float, float]:
+    """Mean and its standard error, in points."""
+    values = [100 * run[score] for run in runs]
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.mean(values), error
+
+
+def compare(results: Results, pairs: list[tuple[str, str]], seeds: int, arms: Sequence[str]) -> str:
+    """The report as Markdown: scores and differences, then the peer's grids."""
+    lines = [
+        "| data | technique | epochs | peer's rate | our rate | score | peer | ours | difference | allowed | holds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for data, technique in pairs:
+        rate = best_rate(results, data, technique)
+        peer = None if rate is None else results.all_of(finals("peer", data, technique, rate, seeds))
+        ours = results.all_of(finals("ours", data, technique, None, seeds)) if "ours" in arms else None
+        for score in ("dev_accuracy", "test_accuracy", "test_f1_macro"):
+            lines.append(_row(data, technique, rate, score, peer, ours))
+    lines += ["", "The peer's grids: accuracy on validation, seed 0.", ""]
+    lines += ["| data | technique | rates |", "|---|---|---|"]
+    for data, technique in pairs:
+        runs = [run for job in grid(data, technique) if (run := results.get(job)) is not None]
+        cells = [f"{run['job']['learning_rate']:g}: {100 * run['dev_accuracy']:.1f}" for run in runs]
+        edge = best_rate(results, data, technique) in (GRID[technique][0], GRID[technique][-1])
+        lines.append(f"| {data} | {technique} | {', '.join(cells)}{' (best at the edge)' if edge else ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def _row(data: str, technique: str, rate: float | None, score: str, peer: Any, ours: Any) -> str:
+    cells = [data, technique, str(EPOCHS[data, technique]), "-" if rate is None else f"{rate:g}"]
+    cells += [f"{ours[0]['learning_rate']:.2g}" if ours else "-", score.replace("_", " ")]
+    cells += [_cell(runs, score) for runs in (peer, ours)]
+    if not (peer and ours):
+        return f"| {' | '.join([*cells, '-', '-', '-'])} |"
+    (theirs, their_error), (own, own_error) = percent(peer, score), percent(ours, score)
+    allowed = -max(ALLOWED_POINTS, 2 * (their_error**2 + own_error**2) ** 0.5)
+    cells += [f"{own - theirs:+.2f}", f"{allowed:.2f}", "yes" if own - theirs >= allowed else "**no**"]
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(runs: list[dict[str, Any]] | None, score: str) -> str:
+    return "{:.2f} ± {:.2f}".format(*percent(runs, score)) if runs else "-"
+
+
+def write_report(results: Results, pairs: list[tuple[str, str]], given: argparse.Namespace) -> None:
+    """Table, and where, with what and by which command it came about."""
+    records = list(results.done.values())
+    text = "# Quality beside the peer\n\n"
+    text += (
+        f"Mean ± standard error over {given.seeds} seeds, in points. The peer runs at the best learning rate of four "
+    )
+    text += "(chosen on validation with seed 0), ours at its default. Difference = ours - peer; it holds when it is no "
+    text += f"worse than -max({ALLOWED_POINTS}, 2 standard errors of the difference).\n\n"
+    text += compare(results, pairs, given.seeds, given.arms)
+    for arm in given.arms:
+        of_arm = [record for record in records if record["job"]["arm"] == arm]
+        for key in ("device", "versions"):
+            said = sorted({json.dumps(record[key]) for record in of_arm})
+            text += f"\n- {arm}, {key}: {'; '.join(said)}"
+    text += f"\n- batch 16, at most 256 tokens, bf16\n- command: `{_command()}`\n"
+    Path(given.report).write_text(text, encoding="utf-8")
+
+
+def _command() -> str:
+    """This command with folders cut to their names: where they lie says nothing to others."""
+    return " ".join(["python bench/quality.py", *(Path(word).name if "/" in word else word for word in sys.argv[1:])])
+
+
+def main() -> int:
+    """Two waves: everything that depends on nothing, then the peer's finals; then the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a pretrained model")
+    parser.add_argument("--data-root", default="build/splits", help="what bench/splits.py wrote")
+    parser.add_argument("--only", nargs="*", default=[], help="data sets or techniques or both, e.g. sst2 lora")
+    parser.add_argument("--arms", nargs="*", default=["peer", "ours"], choices=("peer", "ours"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--results", default="build/quality.jsonl")
+    parser.add_argument("--report", default="build/quality.md")
+    parser.add_argument("--stop-after", type=float, default=float("inf"), metavar="SECONDS", help="then begin no run")
+    given = parser.parse_args()
+    given.stop_at = time.monotonic() + given.stop_after
+    results = Results(Path(given.results))
+    pairs = [pair for pair in EPOCHS if _wanted(pair, set(given.only))]
+    first = [job for pair in pairs if "peer" in given.arms for job in grid(*pair)]
+    first += [job for pair in pairs if "ours" in given.arms for job in finals("ours", *pair, None, given.seeds)]
+    failed = run_all(first, results, given)
+    rates = {pair: best_rate(results, *pair) for pair in pairs if "peer" in given.arms}
+    second = [job for pair, rate in rates.items() if rate for job in finals("peer", *pair, rate, given.seeds)]
+    failed += run_all(second, results, given)
+    write_report(results, pairs, given)
+    missing = [job for job in first + second if results.get(job) is None]
+    print(f"{len(results.done)} runs finished, {len(missing)} of those asked for are missing, {failed} failed")
+    return 1 if failed else 0
+
+
+def _wanted(pair: tuple[str, str], only: set[str]) -> bool:
+    data = only & {name for name, _ in EPOCHS}
+    techniques = only & set(GRID)
+    return (not data or pair[0] in data) and (not techniques or pair[1] in techniques)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

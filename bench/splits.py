@@ -1,0 +1,100 @@
+"""The rows that every arm of `bench/` reads: one folder per data set with train, validation and test as `text,label`.
+
+    python bench/splits.py --source DATA --output build/splits
+
+Public splits are kept (sst2); the others are drawn once, stratified, with seed 0. Rows without text are left out, and
+runs of white space become one blank, so that no reader can see other rows than another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from sklearn.model_selection import train_test_split
+
+Rows = list[tuple[str, str]]
+SPLITS = ("train", "validation", "test")
+SEED = 0
+
+
+def write_all(source: Path, output: Path) -> None:
+    """Write every data set that is not there yet."""
+    for name, draw in {"sst2": sst2, "symptom2disease": symptom2disease, "hotel_zh": hotel_zh}.items():
+        folder = output / name
+        if all((folder / f"{split}.csv").exists() for split in SPLITS):
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, rows in zip(SPLITS, draw(source / name), strict=True):
+            write_rows(folder / f"{split}.csv", rows)
+            classes = Counter(label for _, label in rows)
+            majority = max(classes.values()) / len(rows)
+            print(f"{name} {split}: {len(rows)} rows, {len(classes)} classes, majority {majority:.3f}")
+
+
+def write_rows(path: Path, rows: Rows) -> None:
+    """One CSV file with the header `text,label`."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("text", "label"))
+        writer.writerows(rows)
+
+
+def read_rows(path: Path) -> Rows:
+    """(text, label) of one written file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [(row["text"], row["label"]) for row in csv.DictReader(file)]
+
+
+def sst2(source: Path) -> tuple[Rows, Rows, Rows]:
+    """As published: 6920 / 872 / 1821."""
+    train, validation, test = (_clean(_tsv(source / f"{name}.tsv")) for name in ("train", "dev", "test"))
+    return train, validation, test
+
+
+def symptom2disease(source: Path) -> tuple[Rows, Rows, Rows]:
+    """20 % test, then 10 % of the rest for validation."""
+    rows = _clean((row["text"], row["label"]) for row in _table(source / "Symptom2Disease.csv"))
+    rest, test = _stratified(rows, 0.2)
+    train, validation = _stratified(rest, 0.1)
+    return train, validation, test
+
+
+def hotel_zh(source: Path) -> tuple[Rows, Rows, Rows]:
+    """80 / 10 / 10."""
+    rows = _clean((row["review"], row["label"]) for row in _table(source / "ChnSentiCorp_htl_all.csv"))
+    train, rest = _stratified(rows, 0.2)
+    validation, test = _stratified(rest, 0.5)
+    return train, validation, test
+
+
+def _tsv(path: Path) -> Iterator[tuple[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            text, _, label = line.rpartition("\t")
+            yield text, label
+
+
+def _table(path: Path) -> Iterator[dict[str, str]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def _clean(rows: Iterator[tuple[str, str]]) -> Rows:
+    return [(" ".join(text.split()), label.strip()) for text, label in rows if text.strip()]
+
+
+def _stratified(rows: Rows, fraction: float) -> tuple[Rows, Rows]:
+    kept, drawn = train_test_split(rows, test_size=fraction, random_state=SEED, stratify=[label for _, label in rows])
+    return kept, drawn
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="folder of sst2/, symptom2disease/, hotel_zh/")
+    parser.add_argument("--output", type=Path, default=Path("build/splits"))
+    arguments = parser.parse_args()
+    write_all(arguments.source, arguments.output)
