@@ -152,7 +152,7 @@ def compare(results: Results, pairs: list[tuple[str, str]], seeds: int, arms: Se
         rate = best_rate(results, data, technique)
         peer = None if rate is None else results.all_of(finals("peer", data, technique, rate, seeds))
         ours = results.all_of(finals("ours", data, technique, None, seeds)) if "ours" in arms else None
-        for score in ("dev_accuracy", "test_accuracy", "test_f1_macro"):
+        for score in ("dev_accuracy", "test_accuracy", "test_f1_macro") if peer or ours else ():
             lines.append(_row(data, technique, rate, score, peer, ours))
     lines += ["", "The peer's grids: accuracy on validation, seed 0.", ""]
     lines += ["| data | technique | rates |", "|---|---|---|"]
