@@ -1,8 +1,8 @@
 """tunesmith: fine-tune any pretrained model on your own data.
 
-    import tunesmith
-    result = tunesmith.train("recipe.yaml")
-    tunesmith.load(result["run"]).predict(["A lovely film."])
+import tunesmith
+result = tunesmith.train("recipe.yaml")
+tunesmith.load(result["run"]).predict(["A lovely film."])
 """
 
 from importlib.metadata import version

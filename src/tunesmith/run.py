@@ -8,11 +8,15 @@ recipe -> data -> model -> technique -> loop (evaluate, checkpoint) -> artefact 
 
 from __future__ import annotations
 
+import json
 import math
+import platform
+import shlex
 import shutil
-import time
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +177,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     model, anatomy = models.load_model(
         source,
         model_class=read.task.model_class,
-        config=read.task.model_config(),
+        config=read.task.head_config(),
         seed=recipe.train.seed,
         pad_token_id=processor.pad_token_id,
     )
@@ -189,9 +193,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     read = replace(read, data=data)
     encoded = _encode(read, processor, talk)
     resolved = _resolve(recipe, read, technique, anatomy, found)
-    return Prepared(
-        resolved, read.task, technique, read, encoded, source, processor, model, anatomy, found, learned
-    )
+    return Prepared(resolved, read.task, technique, read, encoded, source, processor, model, anatomy, found, learned)
 
 
 def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, Encoded]:
@@ -559,8 +561,10 @@ def _conclude(prepared: Prepared, metrics: dict[str, Any], folder: Path, talk: T
         if name in metrics:
             talk.say(f"{name}: {scores_line(metrics[name], metric)}")
     if (guess := metrics.get("baseline")) is not None:
-        talk.say(f"a guess that knows only the training labels: {metric} {guess.get(metric, 0.0):.4f} on {guess['split']}")
-    talk.say(f"written to {folder}; ask it: tunesmith predict {folder} \"...\"")
+        talk.say(
+            f"a guess that knows only the training labels: {metric} {guess.get(metric, 0.0):.4f} on {guess['split']}"
+        )
+    talk.say(f'written to {folder}; ask it: tunesmith predict {folder} "..."')
 
 
 def scores_line(scores: dict[str, Any], first: str) -> str:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tunesmith.models.sources import Source
 
 from tunesmith.models import load as models
 from tunesmith.models.anatomy import Anatomy
+from tunesmith.models.sources import Source
 from tunesmith.recipe import Recipe
 from tunesmith.tasks import Task
 from tunesmith.techniques import Technique
@@ -64,7 +64,7 @@ def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, st
     model, anatomy = models.load_model(
         source,
         model_class=task.model_class,
-        config=task.model_config(),
+        config=task.head_config(),
         seed=recipe.train.seed,
         pad_token_id=processor.pad_token_id,
     )

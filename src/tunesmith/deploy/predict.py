@@ -92,7 +92,7 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
     model, anatomy = models.load_model(
         source,
         model_class=recipe.task.model_class,
-        config=recipe.task.model_config(),
+        config=recipe.task.head_config(),
         seed=recipe.train.seed,
         pad_token_id=processor.pad_token_id,
     )

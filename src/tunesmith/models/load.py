@@ -84,7 +84,9 @@ def load_model(
 def _config(source: Source, kept: dict[str, Any], config: dict[str, Any], pad_token_id: int | None) -> Any:
     kind = kept.pop("model_type")
     if kind not in transformers.CONFIG_MAPPING:
-        raise RecipeError(f"model: transformers has no '{kind}'", where=source.spec, hint="a newer transformers may have")
+        raise RecipeError(
+            f"model: transformers has no '{kind}'", where=source.spec, hint="a newer transformers may have"
+        )
     kept = {key: value for key, value in kept.items() if key not in ("id2label", "label2id", "num_labels")} | {
         key: value for key, value in config.items() if key != "num_labels" or "id2label" not in config
     }

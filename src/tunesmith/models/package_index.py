@@ -105,7 +105,8 @@ def _fetch(project: str, version: str, kind: str, select: Select, folder: Path, 
         "archive": package.filename,
         "size_bytes": archive.stat().st_size,
         "sha256": package.digests["sha256"],
-        "license": licence or next((_licence((folder / n).read_text("utf-8", "replace")) for n in names if _is_metadata(n)), None),
+        "license": licence
+        or next((_licence((folder / n).read_text("utf-8", "replace")) for n in names if _is_metadata(n)), None),
     }
     archive.unlink()
     (folder / FETCHED).write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -133,7 +134,9 @@ def _retry(call: Callable[[], T], what: str) -> T:
         try:
             return call()
         except (DigestMismatchError, NoDigestsError) as error:
-            raise ResourceError(f"not what the index promised ({type(error).__name__})", where=what, hint="do not use it") from None
+            raise ResourceError(
+                f"not what the index promised ({type(error).__name__})", where=what, hint="do not use it"
+            ) from None
         except requests.RequestException as error:
             status = getattr(error.response, "status_code", None)
             passing = status is None or status == 429 or status >= 500
@@ -204,6 +207,7 @@ def _is_metadata(name: str) -> bool:
 def _licence(metadata: str) -> str | None:
     headers = HeaderParser().parsestr(metadata)
     stated = headers.get("License-Expression") or headers.get("License") or ""
-    classified = [value.rpartition("::")[2].strip() for value in headers.get_all("Classifier", []) if value.startswith("License")]
+    classified = [
+        value.rpartition("::")[2].strip() for value in headers.get_all("Classifier", []) if value.startswith("License")
+    ]
     return next((line for line in (*stated.strip().splitlines()[:1], *classified) if line), None)
-

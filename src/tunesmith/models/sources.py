@@ -16,7 +16,12 @@ from typing import Any, Literal
 
 import huggingface_hub
 import requests
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from tunesmith.data.encoded import file_sha256
 from tunesmith.errors import RecipeError, ResourceError, did_you_mean
@@ -65,9 +70,7 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
 
 
-def resolve(
-    spec: str, *, offline: bool = False, allow_pickle: bool = False, on_fetch: Say = lambda _: None
-) -> Source:
+def resolve(spec: str, *, offline: bool = False, allow_pickle: bool = False, on_fetch: Say = lambda _: None) -> Source:
     """Find a model, fetching it where that is needed and allowed.
 
     Raises:
@@ -129,7 +132,9 @@ def _model_folders(folder: Path) -> list[Path]:
 def _from_hub(spec: str, offline: bool, on_fetch: Say) -> Source:
     match = _HUB.fullmatch(spec)
     if match is None:
-        raise RecipeError("model: neither a folder nor a name", where=spec, hint="a folder, org/name, pypi:name==version")
+        raise RecipeError(
+            "model: neither a folder nor a name", where=spec, hint="a folder, org/name, pypi:name==version"
+        )
     name, revision = match["name"], match["revision"]
     if not offline:
         on_fetch(f"looking up {name} on the Hub")
@@ -154,10 +159,14 @@ def _checked(source: Source) -> Source:
         raise RecipeError("model: no config.json in it", where=str(source.folder), hint="give a transformers folder")
     weights = source.weights()
     if not weights:
-        raise RecipeError("model: no weights in it", where=str(source.folder), hint="give a folder with model.safetensors")
+        raise RecipeError(
+            "model: no weights in it", where=str(source.folder), hint="give a folder with model.safetensors"
+        )
     if weights[0].suffix in PICKLES and not source.allow_pickle:
         hint = "convert it to safetensors, or trust it with --allow-pickle"
-        raise RecipeError(f"model: {weights[0].name} is a pickle, which can run code", where=str(source.folder), hint=hint)
+        raise RecipeError(
+            f"model: {weights[0].name} is a pickle, which can run code", where=str(source.folder), hint=hint
+        )
     return source
 
 

@@ -61,7 +61,7 @@ class Task(Plugin):
         """The class of each target for a stratified split; None where there are no classes."""
 
     @abstractmethod
-    def model_config(self) -> dict[str, Any]:
+    def head_config(self) -> dict[str, Any]:
         """What the model's config must say for this task (num_labels, id2label ...)."""
 
     @abstractmethod

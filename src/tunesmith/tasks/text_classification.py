@@ -103,7 +103,7 @@ class TextClassification(Task):
         codes: dict[Target, int] = {}
         return [codes.setdefault(target, len(codes)) for target in targets]
 
-    def model_config(self) -> dict[str, Any]:
+    def head_config(self) -> dict[str, Any]:
         """Head size, class names and transformers' name for the kind of problem."""
         if self.labels == "regression":
             return {"num_labels": 1, "problem_type": "regression"}
