@@ -13,7 +13,7 @@ import json
 import platform
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import tunesmith
 from tunesmith import recipe
 
 TECHNIQUES: dict[str, Any] = {"full": "full", "lora": "lora", "head": {"name": "freeze", "head_only": True}}
-LIBRARIES = ("torch", "transformers")
+LIBRARIES = ("tunesmith", "torch", "transformers")
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
@@ -60,16 +60,9 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         "seconds": result["seconds"],
         "examples_per_second": result["examples_per_second"],
         "peak_memory_bytes": result["peak_memory_bytes"],
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}} | _own(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "device": torch.cuda.get_device_name() if used.device == "cuda" else f"cpu, threads: {torch.get_num_threads()}",
     }
-
-
-def _own() -> dict[str, str]:
-    try:
-        return {"tunesmith": version("tunesmith")}
-    except PackageNotFoundError:  # run from a checkout by PYTHONPATH=src
-        return {"tunesmith": "checkout"}
 
 
 def arguments() -> argparse.Namespace:
