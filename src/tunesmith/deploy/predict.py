@@ -34,9 +34,19 @@ class Tuned:
     model: nn.Module
     processor: Any
     anatomy: Anatomy
-    task: Task
-    data: Data
+    recipe: Recipe
     machine: Machine
+
+    @property
+    def task(self) -> Task:
+        """What it answers."""
+        assert isinstance(self.recipe.task, Task)
+        return self.recipe.task
+
+    @property
+    def data(self) -> Data:
+        """How its texts are read."""
+        return self.recipe.data
 
     def predict(self, inputs: Iterable[str | Mapping[str, object]]) -> list[dict[str, Any]]:
         """One answer for each text, or each mapping with the task's columns, in their order.
@@ -101,7 +111,7 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
         recipe.technique.apply(model, anatomy)
         recipe.technique.load_adapter(model, load_file(adapter / "adapter_model.safetensors"))
     model.to(device).eval()
-    return Tuned(model, processor, anatomy, recipe.task, recipe.data, Machine(device, None))
+    return Tuned(model, processor, anatomy, recipe, Machine(device, None))
 
 
 def _check_base(source: sources.Source, adapter: Path) -> None:
@@ -112,3 +122,8 @@ def _check_base(source: sources.Source, adapter: Path) -> None:
             where=str(adapter),
             hint="give the base it was trained on",
         )
+
+
+def predict(run: str | Path, inputs: Iterable[str | Mapping[str, object]], **options: Any) -> list[dict[str, Any]]:
+    """Load a run and ask it once; `load` keeps it for more. Options are those of `load`."""
+    return load(run, **options).predict(inputs)

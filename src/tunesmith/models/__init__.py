@@ -1,1 +1,1 @@
-
+"""Where models come from, how they are loaded, and the map of their parts."""

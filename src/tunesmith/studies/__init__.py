@@ -1,0 +1,1 @@
+"""What makes several runs, or looks at one from outside."""

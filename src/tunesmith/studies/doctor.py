@@ -1,0 +1,43 @@
+"""What this machine has, for a person and for a bug report."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from tunesmith.models.sources import cache_home
+from tunesmith.training import machine
+from tunesmith.training.files import free_bytes
+
+LIBRARIES = (
+    "tunesmith",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "pydantic",
+    "pyarrow",
+    "scikit-learn",
+    "peft",
+)
+
+
+def examine() -> dict[str, Any]:
+    """Name -> what was found."""
+    found = machine.find()
+    about = machine.describe(found)
+    report: dict[str, Any] = {
+        "device": f"{about['device']} ({about['name']})",
+        "precision": f"{about['precision']} (what train.precision=auto means here)",
+        "memory": f"{about['memory_bytes'] / 2**30:.1f} GiB",
+        "processors": f"{about['cpus']}, {about['threads']} threads in use",
+        "platform": f"{about['platform']}, Python {platform.python_version()}",
+        "cache": f"{cache_home()} ({free_bytes(cache_home()) / 2**30:.1f} GiB free; TUNESMITH_HOME moves it)",
+    }
+    for name in LIBRARIES:
+        try:
+            report[name] = version(name)
+        except PackageNotFoundError:
+            report[name] = "not installed"
+    return report

@@ -1,0 +1,92 @@
+"""A linear probe: what a linear map can tell from the features of the untouched base (Alain & Bengio 2016).
+
+Features are the last hidden states, averaged over a text's tokens and standardised; the probe is a logistic (or ridge)
+regression. It answers what fine-tuning was worth better than a majority guess does.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from tunesmith.data.batches import collate
+from tunesmith.data.encoded import Encoded
+from tunesmith.deploy import predict
+from tunesmith.models import load as models
+from tunesmith.models import sources
+from tunesmith.training import evaluate
+
+MAX_ROWS = 5000
+Array = NDArray[Any]
+
+
+class _Features(nn.Module):
+    """A model whose "logits" are the mean of its backbone's last hidden states."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.backbone, self.config = model.base_model, model.config
+
+    def forward(self, **inputs: Tensor) -> SimpleNamespace:
+        hidden = self.backbone(**inputs).last_hidden_state  # (texts, tokens, hidden)
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        return SimpleNamespace(logits=(hidden * mask).sum(1) / mask.sum(1))
+
+
+def scores(tuned: predict.Tuned, train: Encoded, encoded: Encoded, *, offline: bool = False) -> dict[str, Any]:
+    """The task's scores of a probe fitted on at most `MAX_ROWS` of `train`."""
+    source = sources.resolve(tuned.recipe.model, offline=offline)
+    model, _ = models.load_model(
+        source,
+        model_class=tuned.task.model_class,
+        config=tuned.task.head_config(),
+        seed=tuned.recipe.train.seed,
+        pad_token_id=tuned.processor.pad_token_id,
+    )
+    features = _Features(model).to(tuned.machine.device)
+    known, labels = _features(features, tuned, train, MAX_ROWS)
+    asked, _ = _features(features, tuned, encoded, len(encoded))
+    scale = StandardScaler().fit(known)
+    outputs = _fit_and_answer(tuned.task.prior(train), scale.transform(known), labels, scale.transform(asked))
+    metrics = tuned.task.metrics()
+    metrics.update(torch.from_numpy(outputs).float(), collate(encoded, np.arange(len(encoded))))
+    return metrics.compute()
+
+
+def _features(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, rows: int) -> tuple[Array, Array]:
+    """(features, labels) of the first rows (they are in random order within a class only by chance: all are taken)."""
+    values: dict[int, Array] = {}
+    for indices, output, _ in evaluate.outputs(model, tuned.task, encoded, tuned.machine):
+        values |= dict(zip(indices.tolist(), output.cpu().numpy(), strict=True))
+    order = (
+        np.random.default_rng(0).permutation(len(encoded))[:rows] if rows < len(encoded) else np.arange(len(encoded))
+    )
+    labels = encoded.column("label") if "label" in encoded.fields else np.zeros(len(encoded))
+    labels = np.asarray(labels).reshape(len(encoded), -1)
+    return np.stack([values[int(index)] for index in order]), labels[order]
+
+
+def _fit_and_answer(prior: Tensor, known: Array, labels: Array, asked: Array) -> Array:
+    """Outputs like the task's own: log probabilities, log odds per label, or a number."""  # (rows, outputs)
+    if len(prior) == 1:
+        return Ridge(alpha=1.0).fit(known, labels[:, 0]).predict(asked)[:, None]
+    if labels.shape[1] > 1:
+        columns = [_yes_or_no(known, labels[:, c], asked, float(prior[c])) for c in range(labels.shape[1])]
+        return np.stack(columns, axis=1)
+    fitted = LogisticRegression(max_iter=2000, C=0.1).fit(known, labels[:, 0])
+    outputs = np.full((len(asked), len(prior)), -20.0)
+    outputs[:, fitted.classes_.astype(int)] = fitted.predict_log_proba(asked)
+    return outputs
+
+
+def _yes_or_no(known: Array, label: Array, asked: Array, prior: float) -> Array:
+    if len(np.unique(label)) < 2:
+        return np.full(len(asked), prior)
+    return LogisticRegression(max_iter=2000, C=0.1).fit(known, label > 0.5).decision_function(asked)

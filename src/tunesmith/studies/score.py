@@ -1,0 +1,66 @@
+"""Scores a finished run, or the untouched base beside it, on any split or file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tunesmith.data.encoded import Encoded
+from tunesmith.deploy import predict
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.models import load as models
+from tunesmith.models import sources
+from tunesmith.studies import probe
+from tunesmith.training import evaluate as evaluation
+from tunesmith.training import examples
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    data: str | Path | None = None,
+    split: str = "test",
+    base: bool = False,
+    device: str = "auto",
+    offline: bool = False,
+) -> dict[str, Any]:
+    """The scores of a run on one of its splits, or on another file.
+
+    With `base`, a linear probe on the features of the untouched base is scored instead: what the model knew before.
+
+    Raises:
+        DataError: the run has no such split, or the file cannot be read.
+    """
+    tuned = predict.load(run, device=device, offline=offline)
+    chosen = _split(tuned, Path(run), data, split)
+    encoded = _encode(tuned, chosen)
+    if base:
+        metrics = probe.scores(tuned, _encode(tuned, _split(tuned, Path(run), None, "train")), encoded, offline=offline)
+    else:
+        metrics = evaluation.scores(tuned.model, tuned.task, encoded, tuned.machine)
+    return {"run": str(run), "split": str(data or split), "base": base, "examples": len(encoded), "metrics": metrics}
+
+
+def _split(tuned: predict.Tuned, run: Path, data: str | Path | None, split: str) -> examples.Split:
+    if data is not None:
+        return examples.open_split(data, tuned.task, tuned.data)
+    read = examples.read(tuned.task, tuned.data, tuned.recipe.train.seed)
+    if split not in read.splits:
+        known = ", ".join(sorted(read.splits))
+        raise RecipeError(f"the run has no {split} split", where=str(run), hint=f"it has {known}; or give --data FILE")
+    trained_on = json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]["sha256"]
+    if (now := read.fingerprints()[split]) != trained_on.get(split):
+        raise DataError(
+            "the file has changed since the run",
+            where=str(read.splits[split].table.path),
+            hint=f"sha256 is {now[:12]} now; to score other rows, name them with --data",
+        )
+    return read.splits[split]
+
+
+def _encode(tuned: predict.Tuned, split: examples.Split) -> Encoded:
+    cache = sources.cache_home() / "encoded"
+    return examples.encode_split(
+        split, tuned.task, tuned.data, tuned.processor, models.processor_hash(tuned.processor), cache
+    )
