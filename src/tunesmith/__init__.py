@@ -5,10 +5,8 @@ result = tunesmith.train("recipe.yaml")
 tunesmith.load(result["run"]).predict(["A lovely film."])
 """
 
-from importlib.metadata import version
 from typing import Any
 
-__version__ = version("tunesmith")
 __all__ = ["Recipe", "Step", "Task", "Technique", "evaluate", "load", "predict", "train"]
 
 _HOMES = {
@@ -25,8 +23,10 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Public names are found on first use, so that `import tunesmith` costs nothing."""
+    from importlib import import_module, metadata
+
+    if name == "__version__":
+        return metadata.version("tunesmith")
     if name not in _HOMES:
         raise AttributeError(f"module 'tunesmith' has no attribute '{name}'")
-    from importlib import import_module
-
     return getattr(import_module(_HOMES[name]), name)

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from tunesmith import __version__, registry
 from tunesmith.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
+    from tunesmith import registry
     from tunesmith.data.formats import Row
     from tunesmith.talk import Talk
     from tunesmith.tasks import Task
@@ -93,16 +93,18 @@ def _emit(result: Any) -> None:
         print(json.dumps(result, ensure_ascii=False))
 
 
-def _version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"tunesmith {__version__}")
+        from importlib.metadata import version
+
+        print(f"tunesmith {version('tunesmith')}")
         raise typer.Exit
 
 
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None: ...
 
@@ -271,6 +273,8 @@ def _answer_lines(rows: list[Row], answers: list[dict[str, Any]], as_json: bool)
 
 
 def _list(kind: registry.Kind, as_json: bool) -> None:
+    from tunesmith import registry
+
     rows = []
     for name in registry.names(kind):
         plugin = registry.get(kind, name)

@@ -70,6 +70,13 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
 
 
+def fetched() -> list[str]:
+    """The packages whose models are on this machine."""
+    found = sorted((cache_home() / "pypi").glob("*-wheel/fetched.json"))
+    about = [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    return [f"pypi:{one['project']}=={one['version']}" for one in about]
+
+
 def resolve(spec: str, *, offline: bool = False, allow_pickle: bool = False, on_fetch: Say = lambda _: None) -> Source:
     """Find a model, fetching it where that is needed and allowed.
 
