@@ -1,0 +1,106 @@
+"""The rules of the house that a machine can hold: import direction, ratchets, no dangerous calls, keys that are read."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "tunesmith"
+FLOORS = [
+    {"errors"},
+    {"registry"},
+    {"recipe", "talk"},
+    {"data"},
+    {"metrics", "kernels", "models"},
+    {"techniques", "tasks"},
+    {"training"},
+    {"deploy"},
+    {"insight"},
+    {"testing"},
+    {"run"},
+    {"studies"},
+    {"cli", "__init__"},
+]
+FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def _imports(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tunesmith"):
+            below = (node.module or "").split(".")[1:]
+            found |= {below[0]} if below else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("tunesmith.")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_imports_go_down_only(path: Path) -> None:
+    room = _room(path)
+    for other in _imports(ast.parse(path.read_text(encoding="utf-8"))) - {"__version__"}:
+        assert FLOOR[other] < FLOOR[room] or other == room, f"{path} imports {other}, which is not below {room}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_nothing_dangerous_is_called(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert not imported & {"pickle", "dill", "joblib", "marshal", "cloudpickle"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in ("eval", "exec", "torch.load", "os.system"), f"{path}:{node.lineno} {name}"
+            for keyword in node.keywords:
+                risky = keyword.arg in ("shell", "trust_remote_code") and ast.unparse(keyword.value) == "True"
+                assert not risky, f"{path}:{node.lineno} {keyword.arg}=True"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_imports_stand_at_the_top(path: Path) -> None:
+    if path.name in ("cli.py", "__init__.py"):
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            inner = [inside for inside in ast.walk(node) if isinstance(inside, ast.Import | ast.ImportFrom)]
+            assert not inner, f"{path}:{node.lineno} imports inside a function"
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    code = "import sys, runpy; sys.argv = ['tunesmith', '--help']\ntry:\n    runpy.run_module('tunesmith.cli', run_name='x')['main']()\nfinally:\n    print('torch' in sys.modules, 'transformers' in sys.modules, file=sys.stderr)"
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - began)
+    assert done.stderr.split()[-2:] == ["False", "False"]
+    assert min(seconds) < 0.8, f"--help took {min(seconds):.2f} s (0.4 s is the aim on a quiet machine)"
+
+
+def test_ratchets() -> None:
+    """May fall, never rise unsaid."""
+    import tomllib
+
+    import tunesmith
+    from tunesmith.recipe import Data, Recipe, Train
+
+    fields = len(Data.model_fields) + len(Train.model_fields) + len(Recipe.model_fields)
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert fields <= 37
+    assert len(project["dependencies"]) <= 12
+    assert tunesmith.__all__ == sorted(tunesmith.__all__)
+    assert len(tunesmith.__all__) <= 8
+    for name in tunesmith.__all__:
+        assert getattr(tunesmith, name) is not None
+    longest = max(FILES, key=lambda path: path.read_text(encoding="utf-8").count("\n"))
+    assert longest.read_text(encoding="utf-8").count("\n") <= 620, longest
