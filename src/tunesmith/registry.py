@@ -52,7 +52,7 @@ def get(kind: Kind, name: str) -> type[Plugin]:
         raise RecipeError(f"no {kind} is called '{name}'", hint=did_you_mean(name, names(kind)))
     for point in entry_points(group=f"tunesmith.{kind}s"):
         if point.name == name:
-            found = point.load()
+            found: type[Plugin] = point.load()
             found.name = name
             return found
     module = importlib.import_module(f"tunesmith.{kind}s.{name.replace('-', '_')}")

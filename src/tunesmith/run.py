@@ -319,9 +319,8 @@ def _fit(
             if asked and not last:
                 raise Interrupted(f"stopped after step {step.number} of {total}; go on with: {_resume_command(folder)}")
             if stop:
-                talk.say(
-                    f"no better {train.metric} in {progress.stale} evaluations: stopped at step {step.number} of {total}"
-                )
+                since_best = f"no better {train.metric} in {progress.stale} evaluations"
+                talk.say(f"{since_best}: stopped at step {step.number} of {total}")
                 return
 
 
@@ -348,7 +347,7 @@ def _not_finite(
     what = f"step {step.number}: loss {step.loss}, gradient norm {step.grad_norm} (training examples {rows})"
     progress.skips += 1
     if train.on_nan == "stop" or progress.skips > train.max_skips:
-        hint = f"a lower learning rate than {step.learning_rate:.1e}, precision=fp32, or on_nan=skip; weights are as before"
+        hint = f"a lower learning rate than {step.learning_rate:.1e}, precision=fp32, or on_nan=skip"
         raise NumericError(what, hint=hint)
     if train.on_nan == "rollback" and (saved := checkpoint.newest(folder / "checkpoints", talk.warn)) is not None:
         _put(prepared, engine, saved.tensors)

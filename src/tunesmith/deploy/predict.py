@@ -58,7 +58,7 @@ class Tuned:
         main = next(iter(self.task.columns))
         rows = []
         for number, given in enumerate(inputs, start=1):
-            values = {main: given} if isinstance(given, str) else dict(given)
+            values: dict[str, object] = {main: given} if isinstance(given, str) else dict(given)
             if not isinstance(values.get(main), str):
                 raise UserError(f"input {number} has no {main}", hint=f"give a text, or a mapping with '{main}'")
             rows.append(Row(f"input {number}", values))
@@ -118,7 +118,7 @@ def _check_base(source: sources.Source, adapter: Path) -> None:
     known = json.loads((adapter / "tunesmith.json").read_text(encoding="utf-8"))
     if (found := models.base_hash(source)) != known["base_sha256"]:
         raise CheckpointError(
-            f"the adapter was trained on other weights of {source.spec} ({known['base_sha256'][:12]}, not {found[:12]})",
+            f"the adapter belongs to other weights of {source.spec} ({known['base_sha256'][:12]}, not {found[:12]})",
             where=str(adapter),
             hint="give the base it was trained on",
         )

@@ -1,4 +1,4 @@
-"""One static page of a run: curves, scores against the baseline, where it errs. No script, nothing loaded from outside."""
+"""One static page of a run: curves, scores against the baseline, where it errs. No script, nothing from outside."""
 
 from __future__ import annotations
 
@@ -15,45 +15,7 @@ WIDTH, HEIGHT = 560, 180
 WORST_SHOWN = 20
 COLUMNS_AT_MOST = 30
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ run.run }}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem; } td, th { padding: .2rem .7rem; text-align: right; }
-th { font-weight: 600; } td:first-child, th:first-child, td.text { text-align: left; } tr { border-bottom: 1px solid #ddd; }
-svg { background: #fafafa; border: 1px solid #ddd; } .right { background: #e6f4ea; } .wrong { background: #fce8e6; }
-small { color: #666; }
-</style></head><body>
-<h1>{{ run.run }}</h1>
-<p>{{ run.task }} by {{ run.technique }} on {{ run.model.spec }}; {{ run.steps }} steps, {{ "%.0f"|format(run.seconds) }} s,
-{{ "{:,}".format(run.trainable_parameters) }} of {{ "{:,}".format(run.total_parameters) }} parameters learned.</p>
-<h2>Scores</h2>
-{% if splits %}<table><tr><th></th>{% for s in splits %}<th>{{ s }}</th>{% endfor %}<th>guess by label frequency</th></tr>
-{% for name in names %}<tr><td>{{ name }}</td>{% for s in splits %}<td>{{ number(run.metrics[s].get(name)) }}</td>{% endfor %}
-<td>{{ number(run.metrics.baseline.get(name)) }}</td></tr>{% endfor %}</table>
-{% else %}<p>No rows were held out, so there is no score.</p>{% endif %}
-{% for curve in curves %}<h2>{{ curve.title }}</h2>
-<svg viewBox="0 0 {{ width + 60 }} {{ height + 30 }}" width="{{ width + 60 }}" role="img" aria-label="{{ curve.title }}">
-<polyline fill="none" stroke="#1a73e8" stroke-width="1.5" points="{{ curve.points }}"/>
-<text x="{{ width + 4 }}" y="14" font-size="11">{{ curve.high }}</text>
-<text x="{{ width + 4 }}" y="{{ height }}" font-size="11">{{ curve.low }}</text>
-<text x="0" y="{{ height + 20 }}" font-size="11">step {{ curve.first }}</text>
-<text x="{{ width - 60 }}" y="{{ height + 20 }}" font-size="11">step {{ curve.last }}</text></svg>
-{% endfor %}
-{% if confusion %}<h2>Which is taken for which <small>(rows: what it is; columns: what was said; {{ splits[-1] }})</small></h2>
-<table><tr><th></th>{% for name in classes %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for name in classes %}{% set row = loop.index0 %}<tr><td>{{ name }}</td>{% for count in confusion[row] %}
-<td class="{{ ('right' if loop.index0 == row else 'wrong') if count }}">{{ count }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
-{% if worst %}<h2>Errors worth reading <small>(surest of what is wrong first; test)</small></h2>
-<table><tr><th>row</th><th class="text">text</th><th>is</th><th>said</th><th>score</th></tr>
-{% for e in worst %}<tr><td>{{ e.row }}</td><td class="text">{{ e.text[:300] }}</td><td>{{ e.label }}</td>
-<td>{{ e.said }}</td><td>{{ number(e.score) }}</td></tr>{% endfor %}</table>{% endif %}
-{% for note in run.data.notes %}<p>Note: {{ note }}</p>{% endfor %}
-<p><small>{{ run.command }} &middot; seed {{ run.seed }} &middot; {{ run.hardware.name }}, {{ run.hardware.precision }} &middot;
-{% for name, number in run.versions.items() %}{{ name }} {{ number }} {% endfor %}</small></p>
-</body></html>
-"""
+_PAGE = Path(__file__).with_name("report.html.jinja")
 
 
 def write(folder: Path) -> None:
@@ -62,7 +24,7 @@ def write(folder: Path) -> None:
     splits = [name for name in ("validation", "test") if name in run["metrics"]]
     scores = run["metrics"][splits[-1]] if splits else {}
     confusion = scores.get("confusion_matrix", [])
-    page = Environment(autoescape=True).from_string(_PAGE)
+    page = Environment(autoescape=True).from_string(_PAGE.read_text(encoding="utf-8"))
     html = page.render(
         run=run,
         splits=splits,

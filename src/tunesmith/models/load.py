@@ -1,4 +1,4 @@
-"""From a source to a model, its tokenizer and its anatomy, with transformers and without any code of the model's own."""
+"""From a source to a model, its tokenizer and its anatomy, by transformers, without any code of the model's own."""
 
 from __future__ import annotations
 

