@@ -29,6 +29,8 @@ from tunesmith.data.encoded import Encoded
 from tunesmith.deploy import artefact, card, predict
 from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, UserError
 from tunesmith.insight import report
+from tunesmith.kernels.dropout import use_fast_dropout
+from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.models import load as models
 from tunesmith.models import package_index, sources
 from tunesmith.models.anatomy import Anatomy
@@ -62,6 +64,8 @@ class Prepared:
     machine: Machine
     learned: tuple[str, ...]
     """Names of what the run keeps: what learns, and the buffers that the technique added."""
+    padding_free: bool
+    """Whether the blocks compute on valid tokens only."""
 
     @property
     def batches(self) -> Batches:
@@ -187,13 +191,24 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     technique.apply(model, anatomy)
     learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     learned += tuple(name for name, _ in model.named_buffers() if name not in before)
+    padding_free = _speed_up(model, anatomy, found)
     machine.store_frozen(model, found.autocast_dtype)
     model.to(found.device)
     data = read.data.model_copy(update={"max_length": _max_length(read.data.max_length, model, processor)})
     read = replace(read, data=data)
     encoded = _encode(read, processor, talk)
     resolved = _resolve(recipe, read, technique, anatomy, found)
-    return Prepared(resolved, read.task, technique, read, encoded, source, processor, model, anatomy, found, learned)
+    return Prepared(
+        resolved, read.task, technique, read, encoded, source, processor, model, anatomy, found, learned, padding_free
+    )
+
+
+def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
+    """The same mathematics faster, where it is known how; whether the blocks went padding-free."""
+    if found.device.type != "cpu":
+        return False
+    use_fast_dropout(model)
+    return use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy.blocks])
 
 
 def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, Encoded]:
@@ -260,7 +275,9 @@ def _engine(prepared: Prepared, talk: Talk) -> loop.Engine:
         task=prepared.task,
         optimizer=optimizer.build(prepared.model, prepared.anatomy, prepared.technique, train),
         machine=prepared.machine,
-        limits=prepared.machine.limits(prepared.anatomy, train.micro_batch_size, train.batch_size),
+        limits=prepared.machine.limits(
+            prepared.anatomy, train.micro_batch_size, train.batch_size, padding_free=prepared.padding_free
+        ),
         seed=train.seed,
         max_grad_norm=train.max_grad_norm,
         label_smoothing=train.label_smoothing,

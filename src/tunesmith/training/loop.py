@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -196,7 +197,9 @@ def _make_room(engine: Engine, parts: list[NDArray[np.int64]]) -> None:
 
 def checkpoint_activations(engine: Engine) -> None:
     """Recompute activations in the backward pass instead of keeping them."""
-    engine.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    model: Any = engine.model
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()  # the second is its name before transformers 5.2x
     engine.checkpointing = True
 
 

@@ -23,6 +23,9 @@ ACTIVATION_BYTES = 96
 ACTIVATION_SHARE = 0.4
 """Share of the memory that activations may take."""
 
+NEVER_CUT = sys.maxsize // 2
+"""Overhead at which a step is cut only where it does not fit."""
+
 OVERHEAD_TOKENS = {"cpu": 96, "cuda": 8192, "mps": 2048}
 """What one more pass costs, in tokens: weight repacking and dispatch on a CPU, launches on a GPU."""
 
@@ -52,13 +55,16 @@ class Machine:
             return int(torch.cuda.get_device_properties(self.device).total_memory)
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
-    def limits(self, anatomy: Anatomy, micro_batch_size: int | str, batch_size: int) -> Limits:
-        """How many examples and tokens fit at once."""
+    def limits(
+        self, anatomy: Anatomy, micro_batch_size: int | str, batch_size: int, *, padding_free: bool = False
+    ) -> Limits:
+        """How many examples and tokens fit at once; without padding there is nothing to gain from smaller pieces."""
         per_token = ACTIVATION_BYTES * anatomy.hidden_size * max(len(anatomy.blocks), 1)
         max_tokens = max(int(self.memory_bytes * ACTIVATION_SHARE / per_token), 1)
         if isinstance(micro_batch_size, int):
-            return Limits(micro_batch_size, sys.maxsize, sys.maxsize // 2)
-        return Limits(batch_size, max_tokens, OVERHEAD_TOKENS.get(self.device.type, 2048))
+            return Limits(micro_batch_size, sys.maxsize, NEVER_CUT)
+        overhead = NEVER_CUT if padding_free else OVERHEAD_TOKENS.get(self.device.type, 2048)
+        return Limits(batch_size, max_tokens, overhead)
 
     def peak_memory_bytes(self) -> int:
         """The most this process has held: resident memory, or the allocator's on a GPU."""

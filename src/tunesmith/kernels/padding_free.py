@@ -1,0 +1,246 @@
+"""Blocks that compute on valid tokens only: padding is dropped before the first block and put back after the last.
+
+Outside, a model stays as it is: (batch, tokens) in, padded states out, so that no head and no task knows. Between the
+blocks the states are one row of tokens; the model's own attention mask is replaced by a `Layout`, which travels where
+the mask would, and attention runs over groups of sequences of like length. Which query may see which key is asked of
+the model's own mask function, so that causal and sliding windows are what the model says. transformers' registries of
+attention and mask functions are the public way in; nothing is patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function
+
+from tunesmith.data.batches import Limits, cut
+from tunesmith.kernels.dropout import keep_scale
+
+__all__ = ["Layout", "use_padding_free_blocks"]
+
+NAME = "tunesmith_padding_free"
+GROUPS = Limits(2**20, 2**40, 48)
+"""What one more group of sequences costs, in padded tokens of attention."""
+
+
+class Layout:
+    """Where the valid tokens of a padded batch are, and what may see what. Rows are padded on the right."""
+
+    def __init__(self, mask: Tensor | None, batch_size: int, tokens: int, may_see: Callable[..., Any]) -> None:
+        lengths = np.full(batch_size, tokens) if mask is None else mask.sum(1).cpu().numpy()
+        self.batch_size, self.tokens, self.may_see = batch_size, tokens, may_see
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        self.total = int(starts[-1])
+        self.places = _places(lengths, tokens)
+        order = np.argsort(lengths, kind="stable")
+        sorted_already = bool((np.diff(order) == 1).all())
+        self.groups = [
+            Group(lengths[order[a:b]], starts[order[a:b]], self.may_see, whole=sorted_already)
+            for a, b in cut(lengths[order], GROUPS)
+        ]
+
+    def flat(self, x: Tensor) -> Tensor:
+        """(batch or 1, tokens, ...) -> (1, valid tokens, ...)."""
+        if x.shape[0] == 1 and self.batch_size > 1:
+            return x.expand(self.batch_size, *x.shape[1:]).flatten(0, 1)[self.places][None]
+        return Take.apply(x.flatten(0, 1), self.places)[None]  # type: ignore[no-any-return, no-untyped-call]
+
+    def padded(self, x: Tensor) -> Tensor:
+        """(1, valid tokens, ...) -> (batch, tokens, ...), zero where there is no token."""
+        spread = Put.apply(x[0], self.places, self.batch_size * self.tokens)  # type: ignore[no-untyped-call]
+        return spread.view(self.batch_size, self.tokens, *x.shape[2:])  # type: ignore[no-any-return]
+
+
+class Group:
+    """Sequences that attend in one call, padded to the longest of them."""
+
+    def __init__(self, lengths: Any, starts: Any, may_see: Callable[..., Any], *, whole: bool) -> None:
+        self.rows, self.longest = len(lengths), int(lengths[-1])
+        self.even = int(lengths[0]) == self.longest
+        self.tokens = slice(int(starts[0]), int(starts[0]) + int(lengths.sum())) if whole else None
+        self.indices = torch.from_numpy(
+            np.concatenate([s + np.arange(n) for s, n in zip(starts, lengths, strict=True)])
+        )
+        self.places = _places(lengths, self.longest)
+        self.mask = self._mask(torch.from_numpy(lengths), may_see)  # (rows or 1, 1, longest, longest)
+
+    def _mask(self, lengths: Tensor, may_see: Callable[..., Any]) -> Tensor | None:
+        positions = torch.arange(self.longest)
+        mask = None
+        if may_see is not bidirectional_mask_function:
+            seen = may_see(torch.tensor(0), torch.tensor(0), positions[:, None], positions[None, :])
+            mask = torch.as_tensor(seen).expand(self.longest, self.longest)[None, None]
+        if not self.even:
+            valid = (positions < lengths[:, None])[:, None, None, :]
+            mask = valid if mask is None else mask & valid
+        return mask
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(valid tokens, heads, width) -> (rows, heads, longest, width)."""
+        own = x[self.tokens] if self.tokens is not None else Take.apply(x, self.indices)  # type: ignore[no-untyped-call]
+        if not self.even:
+            own = Put.apply(own, self.places, self.rows * self.longest)  # type: ignore[no-untyped-call]
+        return own.unflatten(0, (self.rows, self.longest)).transpose(1, 2)  # type: ignore[no-any-return]
+
+    def release(self, x: Tensor) -> Tensor:
+        """(rows, heads, longest, width) -> (the group's valid tokens, heads, width)."""
+        own = x.transpose(1, 2).flatten(0, 1)
+        return own if self.even else Take.apply(own, self.places)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _places(lengths: Any, tokens: int) -> Tensor:
+    """Indices of the valid tokens in the flattened rectangle."""
+    return torch.from_numpy(np.flatnonzero(np.arange(tokens) < lengths[:, None]))
+
+
+class Take(torch.autograd.Function):
+    """`x[indices]` for indices without repetition: the gradient is a copy, not an addition."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, indices: Tensor) -> Tensor:
+        """The rows of x at indices."""
+        ctx.save_for_backward(indices)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Back to where the rows came from."""
+        (indices,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, indices, grad), None
+
+
+class Put(torch.autograd.Function):
+    """The inverse of `Take`: x at `indices` of `rows` rows of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, indices: Tensor, rows: int) -> Tensor:
+        """Zeros with x at indices."""
+        ctx.save_for_backward(indices)
+        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, indices, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """The rows at indices."""
+        (indices,) = ctx.saved_tensors
+        return grad.index_select(0, indices), None, None
+
+
+def layout_as_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any] = bidirectional_mask_function,
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> Layout:
+    """A mask function for transformers that gives the layout instead of a mask."""
+    assert q_length == kv_length, "blocks without padding serve whole sequences, not one more token"
+    return Layout(attention_mask, batch_size, kv_length, mask_function)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Layout,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """An attention function for transformers over (1, heads, valid tokens, width)."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (valid tokens, heads, width)
+    dropout = dropout if module.training else 0.0
+    parts = [_attend(group, q, k, v, dropout, scaling) for group in attention_mask.groups]
+    out = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if attention_mask.groups[0].tokens is None:
+        back = torch.cat([group.indices for group in attention_mask.groups])
+        out = Put.apply(out, back, attention_mask.total)  # type: ignore[no-untyped-call]
+    return out[None], None
+
+
+def _attend(group: Group, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None) -> Tensor:
+    q, k, v = group.gather(q), group.gather(k), group.gather(v)
+    if k.shape[1] != q.shape[1]:  # grouped queries
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if dropout == 0.0:
+        return group.release(F.scaled_dot_product_attention(q, k, v, group.mask, scale=scaling))
+    scores = (q * (scaling if scaling is not None else q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
+    if group.mask is not None:
+        scores = scores.masked_fill(~group.mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, -1, dtype=scores.dtype)
+    return group.release((weights * keep_scale(weights, dropout)) @ v)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, layout_as_mask)
+
+
+def use_padding_free_blocks(model: Any, blocks: Sequence[nn.Module]) -> bool:
+    """Let the blocks of a model on a CPU compute without padding, in place; whether it does.
+
+    A model is taken only when its answers to two short texts of unequal length stay the same; others keep padding.
+    """
+    first = next(model.parameters())
+    if first.device.type != "cpu" or not blocks or not hasattr(model, "set_attn_implementation"):
+        return False
+    before, expected = model.config._attn_implementation, _probe(model)
+    hooks = [block.register_forward_pre_hook(_drop_padding, with_kwargs=True) for block in blocks]
+    hooks.append(blocks[-1].register_forward_hook(_put_back, with_kwargs=True))
+    try:
+        model.set_attn_implementation(NAME)
+        found = _probe(model)
+        same = found.shape == expected.shape and bool(torch.dist(found, expected) <= 0.01 * expected.norm())
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError):
+        same = False  # its blocks do not pass the layout on
+    if not same:
+        model.set_attn_implementation(before)
+        for hook in hooks:
+            hook.remove()
+    return same
+
+
+@torch.no_grad()
+def _probe(model: Any) -> Tensor:
+    """The backbone's last states for two texts of 3 and 5 tokens."""
+    ids = 1 + torch.arange(10).view(2, 5) % (model.get_input_embeddings().num_embeddings - 1)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    was_training = model.training
+    model.eval()
+    states: Tensor = model.base_model(input_ids=ids, attention_mask=mask)[0]
+    model.train(was_training)
+    return (states.float() * mask[:, :, None]).flatten()
+
+
+def _layout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Layout)), None)
+
+
+def _drop_padding(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    layout = _layout(args, kwargs)
+    if layout is None:
+        return None
+
+    def flat(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(flat(part) for part in value)
+        padded = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == layout.tokens
+        return layout.flat(value) if padded and value.shape[0] in (1, layout.batch_size) else value
+
+    return tuple(flat(value) for value in args), {name: flat(value) for name, value in kwargs.items()}
+
+
+def _put_back(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    layout = _layout(args, kwargs)
+    if layout is None:
+        return output
+    if isinstance(output, tuple):
+        return (layout.padded(output[0]), *output[1:])
+    return layout.padded(output)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tunesmith.kernels.dropout import Dropout, keep_scale, use_fast_dropout
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("p", (0.1, 0.5))
+def test_a_share_p_is_dropped_and_the_rest_scaled(p: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    scales = keep_scale(torch.ones(1001, 997, dtype=dtype), p)
+    assert scales.dtype == dtype and scales.shape == (1001, 997)
+    kept = scales != 0
+    assert abs(kept.float().mean().item() - (1 - p)) < 5 * (p * (1 - p) / scales.numel()) ** 0.5
+    assert torch.equal(scales[kept].unique(), torch.tensor([1 / (1 - p)], dtype=torch.float32).to(dtype))
+
+
+def test_the_seed_decides_the_draw() -> None:
+    x = torch.ones(64, 64)
+    torch.manual_seed(7)
+    first, second = keep_scale(x, 0.5), keep_scale(x, 0.5)
+    torch.manual_seed(7)
+    assert torch.equal(keep_scale(x, 0.5), first) and not torch.equal(first, second)
+
+
+def test_neighbours_are_independent() -> None:
+    torch.manual_seed(0)
+    kept = (keep_scale(torch.ones(2**20), 0.5) != 0).float() - 0.5
+    for lag in (1, 2, 3, 4, 8, 384):
+        assert abs((kept[:-lag] * kept[lag:]).mean().item()) < 0.25 * 5 / 2**10
+
+
+def test_modules_are_replaced_in_place_and_eval_is_untouched() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Dropout(0.0))
+    use_fast_dropout(model)
+    assert type(model[1]) is Dropout
+    x = torch.randn(8, 4, requires_grad=True)
+    assert torch.equal(model.eval()(x), model[0](x))
+    model.train()
+    (grad,) = torch.autograd.grad((dropped := model[1](x)).sum(), x)
+    assert torch.equal(grad == 0, dropped == 0) and set(grad.unique().tolist()) == {0.0, 2.0}
