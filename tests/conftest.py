@@ -8,34 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from tunesmith.recipe import Recipe, load
-from tunesmith.testing import tiny_model
+from tunesmith.testing import MADE_UP, tiny_model, tiny_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-GOOD = ("great", "lovely", "warm", "fine", "superb")
-BAD = ("bad", "dull", "poor", "cold", "awful")
-WORDS = ("the", "film", "plot", "was", "and", "very", "acting", "story", "it", "this", ".", "!", "a", "not", "so")
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """WordPiece over some forty words, dressed as BERT's."""
-    vocabulary = {word: index for index, word in enumerate((*SPECIAL, *WORDS, *GOOD, *BAD))}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = {"unk": "[UNK]", "pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=64,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        **{f"{name}_token": token for name, token in names.items()},
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -60,12 +37,9 @@ def reviews_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty short reviews of unequal length, two classes in turn."""
     path = tmp_path_factory.mktemp("data") / "reviews.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for number in range(60):
-            word = (BAD, GOOD)[number % 2][number // 2 % 5]
-            filler = " ".join(WORDS[(number + k) % len(WORDS)] for k in range(number % 7))
-            writer.writerow([f"the film was {word} {filler}".strip(), ("negative", "positive")[number % 2]])
+        writer = csv.DictWriter(file, ("text", "label"))
+        writer.writeheader()
+        writer.writerows(MADE_UP["text-classification"](number) for number in range(60))
     return path
 
 

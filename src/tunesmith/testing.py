@@ -1,17 +1,41 @@
-"""What a third party needs to test its own task or technique: tiny random models of every family.
+"""What a third party needs to test its own task or technique: tiny random models, made-up rows, and the contract.
 
-`tiny_model("bert", "AutoModelForSequenceClassification", num_labels=3)` needs no network and no time.
+`check(technique, task, family)` holds a technique to all that its contract promises on one task and one family of
+model; the matrix of what serves what is generated from it. Nothing here needs a network, a GPU or more than seconds.
+
+    from tunesmith.testing import FAMILIES, check
+    check({"name": "my-technique", "rank": 2}, "text-classification", "bert")
 """
 
 from __future__ import annotations
 
+import copy
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["FAMILIES", "tiny_model"]
+from tunesmith import recipe as recipes
+from tunesmith.data.batches import Batches, Limits, collate
+from tunesmith.data.encoded import Encoded, encode
+from tunesmith.data.formats import Row
+from tunesmith.deploy import artefact
+from tunesmith.models.anatomy import LINEAR, Anatomy, anatomy
+from tunesmith.recipe import Recipe
+from tunesmith.tasks import Task
+from tunesmith.techniques import Technique
+from tunesmith.training import loop, optimizer
+from tunesmith.training.machine import NEVER_CUT, Machine
+
+__all__ = ["FAMILIES", "MADE_UP", "Case", "check", "tiny_model", "tiny_tokenizer"]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -38,6 +62,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Family (a config's `model_type`) -> what its tiny config says beside the sizes all share; no dropout."""
 
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_WORDS = "the film plot was and very acting story it this . ! a not so".split()
+_GOOD, _BAD = "great lovely warm fine superb".split(), "bad dull poor cold awful".split()
+
+
+def _review(number: int) -> dict[str, object]:
+    word = (_BAD, _GOOD)[number % 2][number // 2 % 5]
+    filler = " ".join(_WORDS[(number + k) % len(_WORDS)] for k in range(number % 7))
+    return {"text": f"the film was {word} {filler}".strip(), "label": ("negative", "positive")[number % 2]}
+
+
+MADE_UP = {"text-classification": _review}
+"""Task -> the n-th of its made-up rows: of unequal length, and to be learned in a few steps."""
+
 
 def tiny_model(family: str, model_class: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
     """A random model of some 50,000 parameters, in eval mode, the same for the same seed; touches no random state.
@@ -53,3 +91,190 @@ def tiny_model(family: str, model_class: str, *, seed: int = 0, **config: Any) -
         model: PreTrainedModel = getattr(transformers, model_class).from_config(config_class(**keys))
     model.eval()
     return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """WordPiece over the words of the made-up rows, dressed as BERT's."""
+    vocabulary = {word: index for index, word in enumerate((*_SPECIAL, *_WORDS, *_GOOD, *_BAD))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {"unk": "[UNK]", "pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **{f"{name}_token": token for name, token in names.items()},
+    )
+
+
+@dataclass
+class Case:
+    """A technique applied to a tiny model of one family for one task, with encoded made-up rows. In fp32 on the CPU."""
+
+    recipe: Recipe
+    task: Task
+    base: PreTrainedModel
+    model: PreTrainedModel
+    anatomy: Anatomy
+    encoded: Encoded
+
+    @property
+    def technique(self) -> Technique:
+        """What is on trial."""
+        assert isinstance(self.recipe.technique, Technique)
+        return self.recipe.technique
+
+    def answers(self, model: nn.Module) -> Tensor:
+        """The model's outputs for all rows."""
+        model.eval()
+        with torch.no_grad():
+            return self.task.forward(model, collate(self.encoded, np.arange(len(self.encoded))))
+
+    def loss(self, model: nn.Module) -> float:
+        """The loss over all rows."""
+        model.eval()
+        batch = collate(self.encoded, np.arange(len(self.encoded)))
+        with torch.no_grad():
+            return float(self.task.loss(model, batch, self.task.normalizers(batch)))
+
+    def engine(self, model: PreTrainedModel | None = None, micro_batch: int = 8) -> loop.Engine:
+        """A loop over this model."""
+        model = model or self.model
+        return loop.Engine(
+            model=model,
+            anatomy=self.anatomy,
+            task=self.task,
+            optimizer=optimizer.build(model, self.anatomy, self.technique, self.recipe.train),
+            machine=Machine(torch.device("cpu"), None),
+            limits=Limits(micro_batch, 2**40, NEVER_CUT),
+            seed=self.recipe.train.seed,
+        )
+
+    def train(self, engine: loop.Engine, start: int, stop: int, total: int = 10) -> list[float]:
+        """Losses of the steps from `start` to `stop`."""
+        batches = Batches(self.encoded, 8, self.recipe.train.seed)
+        factor = optimizer.schedule(self.recipe.train, total)
+        self.technique.thaw(engine.model, self.anatomy, start / total)
+        losses = []
+        for step in loop.steps(engine, batches, factor, start=start, total=stop):
+            losses.append(step.loss)
+            self.technique.thaw(engine.model, self.anatomy, step.number / total)
+        return losses
+
+
+def _case(technique: Any, task: Any, family: str, folder: Path, **train: Any) -> Case:
+    given = {"task": task, "model": "tiny", "technique": technique, "data": {"train": "made-up.csv", "max_length": 32}}
+    recipe = recipes.load(None, (), given | {"train": {"learning_rate": 5e-3, "warmup_ratio": 0.0, **train}})
+    made_up = MADE_UP[recipe.task.name]
+    rows = [Row(f"made-up:{number}", made_up(number)) for number in range(40)]
+    assert isinstance(recipe.task, Task)
+    fitted, data = recipe.task.fit([recipe.task.target(row) for row in rows], recipe.data, "made-up")
+    processor = tiny_tokenizer()
+    encoded = encode(rows, lambda part: fitted.encode(part, processor, data), folder / "encoded")
+    base = tiny_model(family, fitted.model_class, **fitted.head_config())
+    head = frozenset(name for name in _head_parameters(base))
+    map_ = anatomy(base, new=head)
+    model = copy.deepcopy(base)
+    assert isinstance(recipe.technique, Technique)
+    recipe.technique.apply(model, map_)
+    return Case(recipe.model_copy(update={"task": fitted, "data": data}), fitted, base, model, map_, encoded)
+
+
+def _head_parameters(model: PreTrainedModel) -> list[str]:
+    """What lies outside of the backbone: new for a task that is not the model's own."""
+    inside = {id(parameter) for parameter in model.base_model.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
+
+
+def check(technique: str | Mapping[str, Any], task: str | Mapping[str, Any], family: str) -> None:
+    """Hold a technique to its contract on one task and one family.
+
+    Raises:
+        RecipeError: the technique refuses this kind of model, with its reason.
+        AssertionError: a promise is broken; says which.
+    """
+    with tempfile.TemporaryDirectory(prefix="tunesmith-") as name:
+        case = _case(technique, task, family, Path(name))
+        _check_start(case)
+        _check_training(case)
+        _check_repetition(_case(technique, task, family, Path(name)))
+        _check_accumulation(_case(technique, task, family, Path(name), optimizer="sgd"))
+
+
+def _check_start(case: Case) -> None:
+    if case.technique.starts_as_base:
+        same = torch.allclose(case.answers(case.model), case.answers(case.base), atol=1e-5, rtol=1e-5)
+        assert same, "says that it starts as the base model, and answers differently"
+    learns = {name for name, parameter in case.model.named_parameters() if parameter.requires_grad}
+    assert learns, "nothing learns"
+    assert case.anatomy.learns_always <= learns, "a new head does not learn"
+
+
+def _check_training(case: Case) -> None:
+    """The loss falls, what is frozen stays, the saved delta over the base is the trained model, merging is plain."""
+    frozen = {name: p.detach().clone() for name, p in case.model.named_parameters() if not p.requires_grad}
+    names = [name for name, parameter in case.model.named_parameters() if parameter.requires_grad]
+    before_training = case.loss(case.model)
+    case.train(case.engine(), 0, 30, total=30)
+    after_training = case.loss(case.model)
+    assert after_training < 0.98 * before_training, f"the loss does not fall: {before_training} to {after_training}"
+    state = dict(case.model.named_parameters())
+    for name, before in frozen.items():
+        assert torch.equal(state[name], before), f"{name} is frozen and has changed"
+    trained = case.answers(case.model)
+    again = copy.deepcopy(case.base)
+    case.technique.apply(again, case.anatomy)
+    if case.technique.artefact == "adapter":
+        case.technique.load_adapter(again, dict(case.technique.adapter_tensors(case.model)))
+    else:
+        artefact.put(again, artefact.learned(case.model, names))
+    assert torch.allclose(case.answers(again), trained, atol=1e-5), "base + what was saved is not the trained model"
+    case.technique.merge(again)
+    assert torch.allclose(case.answers(again), trained, atol=1e-4), "merging changes the answers"
+    assert {name for name, _ in again.named_parameters()} == {name for name, _ in case.base.named_parameters()}
+    for (name, own), plain in zip(again.named_modules(), case.base.modules(), strict=True):
+        assert not isinstance(plain, LINEAR) or type(own) is type(plain), f"{name} is not plain after merging"
+
+
+def _check_repetition(case: Case) -> None:
+    """Ten steps, ten steps again, and five, resumed for five more: the same bits."""
+    runs = []
+    for stops in ((0, 10), (0, 10), (0, 5, 10)):
+        model = copy.deepcopy(case.model)
+        engine, losses = case.engine(model), []
+        for start, stop in zip(stops[:-1], stops[1:], strict=True):
+            losses += case.train(engine, start, stop)
+            engine = _resumed(case, engine)
+        runs.append((losses, {name: p.detach() for name, p in engine.model.named_parameters()}))
+    (losses, weights), *others = runs
+    for other_losses, other_weights in others:
+        assert other_losses == losses, f"the same seed, other losses: {losses} {other_losses}"
+        assert all(torch.equal(other_weights[name], weights[name]) for name in weights), "the same seed, other weights"
+
+
+def _resumed(case: Case, engine: loop.Engine) -> loop.Engine:
+    """A fresh engine with what a checkpoint holds put in."""
+    fresh = case.engine(copy.deepcopy(case.model))
+    names = [name for name, parameter in case.model.named_parameters() if parameter.requires_grad]
+    artefact.put(fresh.model, artefact.learned(engine.model, names))
+    state = {key: value.clone() for key, value in optimizer.state_tensors(engine.optimizer, engine.model).items()}
+    optimizer.load_state_tensors(fresh.optimizer, fresh.model, state)
+    return fresh
+
+
+def _check_accumulation(case: Case) -> None:
+    """One step of plain gradient descent on 8 rows at once, and in pieces of 4, 2 and 1."""
+    before = {name: p.detach().clone() for name, p in case.model.named_parameters() if p.requires_grad}
+    updates = []
+    for micro_batch in (8, 4, 2, 1):
+        engine = case.engine(copy.deepcopy(case.model), micro_batch)
+        engine = replace(engine, max_grad_norm=None)
+        case.train(engine, 0, 1)
+        after = dict(engine.model.named_parameters())
+        updates.append(torch.cat([(after[name] - before[name]).detach().flatten() for name in before]))
+    for micro_batch, update in zip((4, 2, 1), updates[1:], strict=True):
+        ratio = float(update.norm() / updates[0].norm())
+        assert abs(ratio - 1) < 1e-4, f"accumulated over micro-batches of {micro_batch} the update is {ratio:.5f} times"
+        assert torch.dist(update, updates[0]) < 1e-3 * updates[0].norm(), "accumulation turns the update"
