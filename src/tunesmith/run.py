@@ -475,15 +475,17 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
     parallel.barrier()
     tuned = predict.load(folder, device=str(prepared.machine.device), offline=True)
     metrics: dict[str, Any] = {}
+    said: list[dict[str, Any]] = []
     for name in ("validation", "test"):
         if name in prepared.encoded:
-            metrics[name] = evaluate.scores(tuned.model, tuned.task, prepared.encoded[name], tuned.machine)
+            split = prepared.encoded[name]
+            metrics[name], said = evaluate.scores_and_answers(tuned.model, tuned.task, split, tuned.machine)
             guess = evaluate.baseline(prepared.task, prepared.encoded["train"], prepared.encoded[name])
             metrics["baseline"] = {"split": name, **guess}
     result = _result(prepared, progress, folder, metrics)
     if parallel.rank() == 0:
         if "test" in prepared.examples.splits:
-            _write_predictions(prepared, tuned, folder)
+            _write_predictions(prepared, said, folder)
         _write_run(folder, prepared, progress, {"outcome": "done", **result})
         card.write(folder)
         report.write(folder)
@@ -559,9 +561,8 @@ def _outcome(folder: Path, outcome: str) -> None:
         files.atomic_write(path, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
-def _write_predictions(prepared: Prepared, tuned: predict.Tuned, folder: Path) -> None:
+def _write_predictions(prepared: Prepared, answers: list[dict[str, Any]], folder: Path) -> None:
     """Every row of the test split as read, with the answer beside it."""
-    answers = evaluate.answers(tuned.model, tuned.task, prepared.encoded["test"], tuned.machine)
     rows = prepared.examples.splits["test"].rows()
     lines = [
         json.dumps({"row": row.place, **row.values, "prediction": answer}, ensure_ascii=False) + "\n"

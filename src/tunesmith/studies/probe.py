@@ -21,7 +21,7 @@ from tunesmith.data.encoded import Encoded
 from tunesmith.deploy import predict
 from tunesmith.models import load as models
 from tunesmith.models import sources
-from tunesmith.training import evaluate
+from tunesmith.training import evaluate, machine
 
 MAX_ROWS = 5000
 Array = NDArray[Any]
@@ -51,8 +51,9 @@ def scores(tuned: predict.Tuned, train: Encoded, encoded: Encoded, *, offline: b
         pad_token_id=tuned.processor.pad_token_id,
     )
     features = _Features(model).to(tuned.machine.device)
-    known, labels = _features(features, tuned, train, MAX_ROWS)
-    asked, _ = _features(features, tuned, encoded, len(encoded))
+    shuffled = np.random.default_rng(0).permutation(len(train))
+    known, labels = _features(features, tuned, train, np.sort(shuffled[:MAX_ROWS]))
+    asked, _ = _features(features, tuned, encoded, np.arange(len(encoded)))
     scale = StandardScaler().fit(known)
     outputs = _fit_and_answer(tuned.task.prior(train), scale.transform(known), labels, scale.transform(asked))
     metrics = tuned.task.metrics()
@@ -60,17 +61,14 @@ def scores(tuned: predict.Tuned, train: Encoded, encoded: Encoded, *, offline: b
     return metrics.compute()
 
 
-def _features(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, rows: int) -> tuple[Array, Array]:
-    """(features, labels) of the first rows (they are in random order within a class only by chance: all are taken)."""
+def _features(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, rows: Array) -> tuple[Array, Array]:
+    """(features, labels) of these rows."""
+    found = machine.find(str(tuned.machine.device))
     values: dict[int, Array] = {}
-    for indices, output, _ in evaluate.outputs(model, tuned.task, encoded, tuned.machine):
+    for indices, output, _ in evaluate.outputs(model, tuned.task, encoded, found, rows):
         values |= dict(zip(indices.tolist(), output.cpu().numpy(), strict=True))
-    order = (
-        np.random.default_rng(0).permutation(len(encoded))[:rows] if rows < len(encoded) else np.arange(len(encoded))
-    )
-    labels = encoded.column("label") if "label" in encoded.fields else np.zeros(len(encoded))
-    labels = np.asarray(labels).reshape(len(encoded), -1)
-    return np.stack([values[int(index)] for index in order]), labels[order]
+    labels = np.asarray(encoded.column("label")).reshape(len(encoded), -1)
+    return np.stack([values[int(row)] for row in rows]), labels[rows]
 
 
 def _fit_and_answer(prior: Tensor, known: Array, labels: Array, asked: Array) -> Array:

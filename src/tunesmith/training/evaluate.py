@@ -20,14 +20,14 @@ LIMITS = {"cpu": Limits(64, 4096, 64), "cuda": Limits(512, 65536, 4096)}
 
 
 def outputs(
-    model: nn.Module, task: Task, encoded: Encoded, machine: Machine
+    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, rows: NDArray[np.int64] | None = None
 ) -> Iterator[tuple[NDArray[np.int64], Tensor, Batch]]:
-    """(indices, outputs, batch) over all examples, sorted by length inside chunks so that little is padded."""
+    """(indices, outputs, batch) over all examples or `rows`, sorted by length in chunks so that little is padded."""
     limits = LIMITS.get(machine.device.type, LIMITS["cpu"])
-    lengths = encoded.lengths
+    lengths, rows = encoded.lengths, np.arange(len(encoded)) if rows is None else rows
     model.eval()
-    for start in range(0, len(encoded), CHUNK_EXAMPLES):
-        chunk = np.arange(start, min(start + CHUNK_EXAMPLES, len(encoded)))
+    for start in range(0, len(rows), CHUNK_EXAMPLES):
+        chunk = rows[start : start + CHUNK_EXAMPLES]
         chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
         for first, last in cut(lengths[chunk], limits):
             batch = collate(encoded, chunk[first:last]).to(machine.device)
@@ -56,6 +56,22 @@ def answers(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) ->
     """What the model says to each example, in their order."""
     given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]
     for indices, output, _ in outputs(model, task, encoded, machine):
-        for index, answer in zip(indices, task.answers(output), strict=True):
-            given[int(index)] = answer
+        _place(given, indices, task.answers(output))
     return given
+
+
+def scores_and_answers(
+    model: nn.Module, task: Task, encoded: Encoded, machine: Machine
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Both, in one pass."""
+    metrics = task.metrics()
+    given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]
+    for indices, output, batch in outputs(model, task, encoded, machine):
+        metrics.update(output, batch)
+        _place(given, indices, task.answers(output))
+    return metrics.compute(), given
+
+
+def _place(given: list[dict[str, Any]], indices: NDArray[np.int64], said: list[dict[str, Any]]) -> None:
+    for index, answer in zip(indices, said, strict=True):
+        given[int(index)] = answer
