@@ -93,20 +93,24 @@ def _fetch(project: str, version: str, kind: str, select: Select, folder: Path, 
     package, index = _retry(lambda: _find(project, version, kind), f"pypi:{project}=={version}")
     licence = _licence_before(package, index)
     size = f"{package.size / 1e6:.0f} MB" if package.size else "size not stated"
-    say(f"fetching {package.filename} ({size}, licence {licence or 'not stated'}) from {redact(index.endpoint)}")
+    stated = f"licence {licence}" if licence else "its licence is said once it is here"
+    say(f"fetching {package.filename} ({size}, {stated}) from {redact(index.endpoint)}")
     archive = folder / package.filename
     _retry(lambda: index.download_package(package, str(archive), timeout=TIMEOUT_S), package.filename)
     names = extract(archive, lambda name: select(name) or _is_metadata(name), folder)
     if not any(select(name) for name in names):
         raise RecipeError("the package holds nothing of what is looked for", where=package.filename)
+    if licence is None:
+        read = [_licence((folder / name).read_text("utf-8", "replace")) for name in names if _is_metadata(name)]
+        licence = next((found for found in read if found), None)
+        say(f"{package.filename}: licence {licence or 'not stated'}")
     about = {
         "project": project,
         "version": version,
         "archive": package.filename,
         "size_bytes": archive.stat().st_size,
         "sha256": package.digests["sha256"],
-        "license": licence
-        or next((_licence((folder / n).read_text("utf-8", "replace")) for n in names if _is_metadata(n)), None),
+        "license": licence,
     }
     archive.unlink()
     (folder / FETCHED).write_text(json.dumps(about, indent=1), encoding="utf-8")
