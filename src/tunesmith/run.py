@@ -144,9 +144,10 @@ def _recipe(given: Any, overrides: Collection[str], values: Mapping[str, Any], r
     if isinstance(given, Recipe):
         given = given.dump()
     if given is None and resume is not None:
-        given = Path(resume) / "recipe.yaml"
-        if not given.exists():
+        kept = Path(resume) / "recipe.yaml"
+        if not kept.exists() and not (overrides or values):
             raise CheckpointError("no run to resume in this folder", where=str(resume), hint="leave --resume out")
+        given = kept if kept.exists() else None  # killed before it wrote its recipe, a run begins again
     if isinstance(given, Mapping):
         return recipes.load(None, overrides, {**given, **values})
     return recipes.load(given, overrides, values)
@@ -154,7 +155,8 @@ def _recipe(given: Any, overrides: Collection[str], values: Mapping[str, Any], r
 
 def _claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Never write over what is there unless told to."""
-    if parallel.rank() == 0 and not resume and folder.exists() and any(folder.iterdir()):
+    taken = folder.exists() and any(path.name != ".lock" for path in folder.iterdir())
+    if parallel.rank() == 0 and not resume and taken:
         if not overwrite:
             hint = (
                 f"--resume {folder} goes on with it, --overwrite starts afresh, output=DIR puts the new run elsewhere"

@@ -20,7 +20,7 @@ RECIPE: dict[str, Any] = {
     "task": "text-classification",
     "model": MODEL,
     "technique": {"name": "lora", "r": 8},
-    "train": {"epochs": 2},
+    "train": {"epochs": 1},
 }
 ASKED = (
     "A warm, funny film that earns every one of its tears.",

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_killed_runs_end_with_the_weights_of_undisturbed_ones(
+    tiny_bert: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    trials = os.environ.get("TUNESMITH_TRIALS", "4")
+    command = [sys.executable, str(Path(__file__).with_name("trials.py"))]
+    command += [str(tiny_bert), str(reviews_csv), str(tmp_path), "--trials", trials]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["failures"] == [] and done.returncode == 0, (found, done.stderr[-3000:])
+    assert found["trials"] == int(trials) and found["kills"] >= int(trials)

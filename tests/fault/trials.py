@@ -1,0 +1,126 @@
+"""Runs that are killed at random moments and resumed, compared bit for bit with the run that nothing disturbed.
+
+    python tests/fault/trials.py MODEL DATA WORK --trials 60
+
+Each run is a forked child of one process that has loaded everything, so a trial takes seconds. A trial kills its run
+one to three times with SIGKILL, at a moment drawn from its whole length (start-up, steps, evaluation, checkpoints,
+artefact), and then lets it finish with the same command. Prints one JSON line: trials, kills, and what differed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from safetensors.torch import load_file
+
+from tunesmith import run
+
+torch.set_num_threads(1)  # a fork after threads were started may hang
+
+TECHNIQUES: dict[str, Any] = {
+    "full": "full",
+    "lora": {"name": "lora", "r": 4, "dropout": 0.1},
+    "freeze": {"name": "freeze", "last_n_blocks": 2, "gradual": True},
+}
+
+
+def start(technique: str, folder: Path, model: str, data: str) -> int:
+    """Begin or go on with a run in a child; its process number."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        with (folder.parent / f"{folder.name}.log").open("a") as log, contextlib.redirect_stdout(log):
+            run.train(
+                task="text-classification",
+                model=model,
+                data={"train": data, "validation": 0.2},
+                technique=TECHNIQUES[technique],
+                train={"max_steps": 24, "batch_size": 8, "precision": "fp32", "device": "cpu", "learning_rate": 1e-3,
+                       "save_every": 4, "evaluate_every": 8, "seed": 3},
+                output=str(folder),
+                resume=folder,
+                offline=True,
+            )  # fmt: skip
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """All that must not depend on what happened: weights, optimizer, and each step's loss."""
+    found: dict[str, Any] = {}
+    last = json.loads((folder / "checkpoints" / "last.json").read_text())["folder"]
+    kept = sorted((folder / "checkpoints" / last).glob("*.safetensors"))
+    for path in (*kept, *sorted(folder.glob("adapter/*.safetensors")), *sorted(folder.glob("model/*.safetensors"))):
+        found |= {f"{path.name}/{name}": tensor for name, tensor in load_file(path).items()}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found["losses"] = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    found["scores"] = [line for line in lines if "validation/accuracy" in line]
+    return found
+
+
+def differences(ours: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """The names of what is not the same, bit for bit."""
+    names = sorted(ours.keys() ^ expected.keys())
+    for name in ours.keys() & expected.keys():
+        a, b = ours[name], expected[name]
+        same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        names += [] if same else [name]
+    return names
+
+
+def main() -> None:
+    """The undisturbed runs, then the trials."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    expected, seconds = {}, {}
+    for technique in TECHNIQUES:
+        begin = time.monotonic()
+        folder = given.work / f"undisturbed-{technique}"
+        _, status = os.waitpid(start(technique, folder, given.model, given.data), 0)
+        assert status == 0, f"the undisturbed run of {technique} failed: {status}"
+        seconds[technique] = time.monotonic() - begin
+        expected[technique] = result(folder)
+    draw = random.Random(given.seed)
+    kills, failures = 0, []
+    for trial in range(given.trials):
+        technique = list(TECHNIQUES)[trial % len(TECHNIQUES)]
+        folder = given.work / f"trial-{trial}"
+        for _ in range(draw.randint(1, 3)):
+            child = start(technique, folder, given.model, given.data)
+            time.sleep(draw.uniform(0, seconds[technique]))
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            kills += os.WIFSIGNALED(status)
+        _, status = os.waitpid(start(technique, folder, given.model, given.data), 0)
+        if status != 0:
+            failures.append(f"trial {trial} ({technique}): could not be resumed, see {folder}.log")
+        elif names := differences(result(folder), expected[technique]):
+            failures.append(f"trial {trial} ({technique}): {', '.join(names[:5])} differ")
+    print(json.dumps({"trials": given.trials, "kills": kills, "failures": failures}))
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
