@@ -8,6 +8,7 @@ two checkpoints that are never rotated away.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -96,9 +97,16 @@ def _write(
         fsync_file(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = {"schema": SCHEMA, "step": step, "identity": dict(identity), "files": files}
+    manifest["sha256"] = _digest(manifest)
     (writing / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     fsync_file(writing / MANIFEST)
     fsync_folder(writing)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """What the manifest says of itself: the sha256 of all its other keys."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def load(path: Path) -> Checkpoint:
@@ -147,10 +155,14 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError("missing: the checkpoint was not finished", where=str(path)) from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"cannot be read ({type(error).__name__})", where=str(path)) from None
+    if path.is_symlink():
+        raise CheckpointError("a link, not a file of our own", where=str(path))
     if schema > SCHEMA:
         raise CheckpointError(f"written by a newer tunesmith (schema {schema})", where=str(path), hint="upgrade")
     if not sane:
         raise CheckpointError("not a manifest of ours", where=str(path))
+    if manifest.get("sha256") != _digest(manifest):
+        raise CheckpointError("its content has changed (sha256 differs)", where=str(path))
     return dict(manifest)
 
 
