@@ -25,6 +25,7 @@ FLOORS = [
     {"run"},
     {"studies"},
     {"cli", "__init__"},
+    {"__main__"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(SOURCE.rglob("*.py"))
