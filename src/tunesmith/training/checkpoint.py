@@ -8,6 +8,7 @@ two checkpoints that are never rotated away.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -30,6 +31,10 @@ SCHEMA = 1
 MANIFEST = "MANIFEST.json"
 _STEP = re.compile(r"step-(\d{6,})")
 Say = Callable[[str], None]
+
+
+class NewerSchema(CheckpointError):
+    """Sound, but not for us to read: never set aside."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +67,15 @@ def save(
         except CheckpointError:
             _set_aside(target, "incomplete")
     needed = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
-    folder.mkdir(parents=True, exist_ok=True)
     writing = folder / f".tmp-{step:06d}-{os.getpid()}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if free_bytes(folder) < needed:
-            raise OSError(28, os.strerror(28))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         _write(writing, tensors, state, step, identity)
         os.rename(writing, target)
         fsync_folder(folder)
     except (OSError, SafetensorError) as error:
-        if isinstance(error, SafetensorError):
-            error = OSError(28, str(error)) if "space" in str(error) else OSError(5, str(error))
         raise out_of_space(error, target, needed) from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
@@ -157,12 +160,12 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot be read ({type(error).__name__})", where=str(path)) from None
     if path.is_symlink():
         raise CheckpointError("a link, not a file of our own", where=str(path))
+    if manifest.get("sha256") != _digest(manifest):  # first: one bit makes schema 1 a newer one
+        raise CheckpointError("its content has changed (sha256 differs)", where=str(path))
     if schema > SCHEMA:
-        raise CheckpointError(f"written by a newer tunesmith (schema {schema})", where=str(path), hint="upgrade")
+        raise NewerSchema(f"written by a newer tunesmith (schema {schema})", where=str(path), hint="upgrade tunesmith")
     if not sane:
         raise CheckpointError("not a manifest of ours", where=str(path))
-    if manifest.get("sha256") != _digest(manifest):
-        raise CheckpointError("its content has changed (sha256 differs)", where=str(path))
     return dict(manifest)
 
 
@@ -170,16 +173,18 @@ def newest(folder: Path, say: Say) -> Checkpoint | None:
     """The newest checkpoint that can be trusted; None where none was ever written.
 
     Raises:
-        CheckpointError: there were checkpoints and not one is sound.
+        CheckpointError: there were checkpoints and not one is sound, or the newest is one of a newer tunesmith.
     """
     _sweep(folder)
     reasons = []
     for path in _steps(folder):
         try:
             return load(path)
+        except NewerSchema:
+            raise
         except CheckpointError as error:
             reasons.append(str(error))
-            aside = path if "newer tunesmith" in str(error) else _set_aside(path, str(error))
+            aside = _set_aside(path, str(error))
             say(f"{error}: this checkpoint cannot be trusted (set aside as {aside.name}), taking the one before it")
     if reasons or (folder.is_dir() and any(".corrupt" in path.name for path in folder.iterdir())):
         hint = f"start afresh with --overwrite, or mend the newest under {folder}"

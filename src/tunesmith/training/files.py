@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from tunesmith.errors import ResourceError
+
+NOT_OURS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
+)
+"""What a disk answers when the user, not the code, has to mend it."""
 
 
 def fsync_folder(folder: Path) -> None:
@@ -41,19 +50,28 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk gone read-only nothing can be removed either
+            temporary.unlink(missing_ok=True)
         raise out_of_space(error, path, len(content)) from error
 
 
-def out_of_space(error: OSError, path: Path, needed_bytes: int) -> Exception:
-    """The error as the user's, where it is one of a full disk; else as it is."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+def out_of_space(error: OSError | SafetensorError, path: Path, needed_bytes: int | None = None) -> Exception:
+    """The error as the user's, where a disk is full, broken or closed to us; else as it is."""
+    code = error.errno if isinstance(error, OSError) else _os_error(str(error))
+    if code not in NOT_OURS:
         return error
+    what = "cannot write" if needed_bytes is None else f"cannot write {needed_bytes:,} bytes"
     return ResourceError(
-        f"cannot write {needed_bytes:,} bytes ({os.strerror(error.errno)}; {free_bytes(path):,} bytes free)",
+        f"{what} ({os.strerror(code)}; {free_bytes(path):,} bytes free)",
         where=str(path),
         hint="make room and resume: what was saved before is untouched",
     )
+
+
+def _os_error(text: str) -> int | None:
+    """safetensors reports what the system said as words: `I/O error: ... (os error 28)`."""
+    found = re.search(r"\(os error (\d+)\)", text)
+    return int(found[1]) if found else None
 
 
 def free_bytes(path: Path) -> int:
@@ -64,9 +82,17 @@ def free_bytes(path: Path) -> int:
 
 
 def append_line(path: Path, values: dict[str, Any]) -> None:
-    """Append one JSON object as one line, in one write."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
+    """Append one JSON object as one line, in one write.
+
+    Raises:
+        ResourceError: no space left.
+    """
+    line = json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        raise out_of_space(error, path, len(line)) from error
 
 
 def truncate_metrics(path: Path, step: int) -> None:

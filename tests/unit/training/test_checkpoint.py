@@ -99,13 +99,32 @@ def test_with_none_left_it_is_refused_with_the_reasons(tmp_path: Path) -> None:
         checkpoint.newest(tmp_path, lambda _: None)
 
 
-def test_a_newer_schema_is_left_where_it_is(tmp_path: Path) -> None:
+def test_a_newer_schema_is_refused_and_left_where_it_is(tmp_path: Path) -> None:
     _three(tmp_path)
     path = tmp_path / "step-000003" / "MANIFEST.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
-    said: list[str] = []
-    found = checkpoint.newest(tmp_path, said.append)
-    assert found is not None and found.step == 2 and "newer tunesmith" in said[0] and path.exists()
+    manifest = json.loads(path.read_text()) | {"schema": 99}
+    path.write_text(json.dumps(manifest | {"sha256": checkpoint._digest(manifest)}))
+    with pytest.raises(CheckpointError, match=r"newer tunesmith \(schema 99\); upgrade") as refused:
+        checkpoint.newest(tmp_path, pytest.fail)
+    assert refused.value.exit_code == 6 and path.exists()
+
+
+def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
+    path = _save(tmp_path, 1) / "MANIFEST.json"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in range(8) if place % 16 == 0 else (place % 8,):
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            if content[place : place + 1].isspace() and changed[place : place + 1].isspace():
+                continue  # one blank for another between two values says the same
+            try:
+                checkpoint.load(path.parent)
+            except CheckpointError as error:
+                assert not isinstance(error, checkpoint.NewerSchema), (place, bit)
+            else:
+                pytest.fail(f"bit {bit} of byte {place} was flipped, and nobody saw it")
 
 
 @pytest.mark.parametrize(
