@@ -19,21 +19,23 @@ from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path
 from typing import Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import requests
 from pypi_simple import PYPI_SIMPLE_ENDPOINT, DistributionPackage, NoSuchProjectError, PyPISimple
-from pypi_simple.errors import DigestMismatchError, NoDigestsError
+from pypi_simple.errors import DigestMismatchError, UnsupportedContentTypeError, UnsupportedRepoVersionError
+from requests.auth import HTTPBasicAuth
 
 from tunesmith.errors import RecipeError, ResourceError
 from tunesmith.models.archives import Select, extract, publish
 
 T = TypeVar("T")
+_ELSEWHERE = "make room, or name another cache folder with TUNESMITH_HOME"
 TIMEOUT_S = (10.0, 60.0)
 MAX_TRIES = 5
 FETCHED = "fetched.json"
 _SECRETS = (
-    (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),
+    (re.compile(r"(\w+://)[^/\s\"'<>]+@"), r"\1***@"),
     (re.compile(r"\b(hf_|sk-|AKIA)[A-Za-z0-9_-]{8,}"), r"\1***"),
 )
 
@@ -76,13 +78,15 @@ def fetch(
         if offline:
             what = f"{project} {version} is not on this machine yet"
             raise ResourceError(what, where=f"pypi:{project}=={version}", hint="run once without --offline")
-        folder.parent.mkdir(parents=True, exist_ok=True)
         writing = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
         shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir()
         try:
+            writing.mkdir(parents=True)
             _fetch(project, version, kind, select, writing, say)
             publish(writing, folder)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise ResourceError(f"cannot be written ({reason})", where=str(folder), hint=_ELSEWHERE) from None
         finally:
             shutil.rmtree(writing, ignore_errors=True)
     about = json.loads((folder / FETCHED).read_text(encoding="utf-8"))
@@ -117,19 +121,24 @@ def _fetch(project: str, version: str, kind: str, select: Select, folder: Path, 
 
 
 def _find(project: str, version: str, kind: str) -> tuple[DistributionPackage, PyPISimple]:
+    known: set[str] = set()
+    asked = False
     for endpoint in _endpoints():
         index = PyPISimple(_without_credentials(endpoint), session=_session(endpoint))
         try:
             page = index.get_project_page(project, timeout=TIMEOUT_S)
         except NoSuchProjectError:
             continue
+        asked = True
         for package in page.packages:
             if package.version == version and package.package_type == kind and "sha256" in package.digests:
                 return package, index
-        known = sorted({package.version or "" for package in page.packages if package.package_type == kind})
-        hint = f"versions with a {kind}: {', '.join(known[-5:]) or 'none'}"
-        raise RecipeError(f"no version {version}", where=f"pypi:{project}", hint=hint)
-    raise RecipeError("the package index has no such project", where=f"pypi:{project}", hint="check its spelling")
+            if package.package_type == kind:
+                known.add(package.version or "")
+    if not asked:
+        raise RecipeError("the package index has no such project", where=f"pypi:{project}", hint="check its spelling")
+    hint = f"versions with a {kind}: {', '.join(sorted(known)[-5:]) or 'none'}"
+    raise RecipeError(f"no version {version} with a {kind} and its sha256", where=f"pypi:{project}", hint=hint)
 
 
 def _retry(call: Callable[[], T], what: str) -> T:
@@ -137,10 +146,9 @@ def _retry(call: Callable[[], T], what: str) -> T:
     for attempt in range(1, MAX_TRIES + 1):
         try:
             return call()
-        except (DigestMismatchError, NoDigestsError) as error:
-            raise ResourceError(
-                f"not what the index promised ({type(error).__name__})", where=what, hint="do not use it"
-            ) from None
+        except DigestMismatchError:
+            hint = "its sha256 is another: do not use it, and tell who runs the index"
+            raise ResourceError("not what the index promised", where=what, hint=hint) from None
         except requests.RequestException as error:
             status = getattr(error.response, "status_code", None)
             passing = status is None or status == 429 or status >= 500
@@ -148,7 +156,10 @@ def _retry(call: Callable[[], T], what: str) -> T:
                 reason = f"HTTP {status}" if status else type(error).__name__
                 hint = "check the connection and pip's index; a model folder on disk works with --offline"
                 raise ResourceError(f"cannot be fetched ({reason})", where=what, hint=hint) from None
-            time.sleep(float(os.environ.get("TUNESMITH_RETRY_S", "1")) * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+        except (UnsupportedContentTypeError, UnsupportedRepoVersionError) as error:
+            hint = "is PIP_INDEX_URL the address of a package index?"
+            raise ResourceError(f"the answer is not that of an index ({error})", where=what, hint=hint) from None
+        time.sleep(float(os.environ.get("TUNESMITH_RETRY_S", "1")) * 2 ** (attempt - 1) * random.uniform(0.5, 1))
     raise AssertionError("unreachable")
 
 
@@ -161,6 +172,9 @@ def _endpoints() -> list[str]:
 
 
 def _pip_configuration() -> dict[str, str]:
+    own = os.environ.get("PIP_CONFIG_FILE")
+    if own == os.devnull:  # pip's way to say: none
+        return {}
     home = Path.home()
     files = [
         Path("/etc/pip.conf"),
@@ -168,22 +182,44 @@ def _pip_configuration() -> dict[str, str]:
         home / ".pip" / "pip.conf",
         home / "Library" / "Application Support" / "pip" / "pip.conf",
         Path(sys.prefix) / "pip.conf",
-        Path(os.environ.get("PIP_CONFIG_FILE", os.devnull)),
+        Path(own or os.devnull),
     ]
-    parser = configparser.RawConfigParser()
-    parser.read([path for path in files if path.is_file()], encoding="utf-8")
+    parser = configparser.RawConfigParser(strict=False)
+    try:
+        parser.read([path for path in files if path.is_file()], encoding="utf-8")
+    except (configparser.Error, UnicodeError) as error:
+        first = str(error).splitlines()[0]
+        raise RecipeError(
+            f"pip's configuration cannot be read ({first})", hint="`pip config debug` says more"
+        ) from None
     found: dict[str, str] = {}
     for section in ("global", "download", "install"):
         if parser.has_section(section):
-            found |= dict(parser.items(section))
+            found |= {name.replace("_", "-"): value for name, value in parser.items(section)}
     return found
+
+
+class _IndexLogin(HTTPBasicAuth):
+    """User and password of an index's address, for that server alone: files may lie on another."""
+
+    def __init__(self, endpoint: str) -> None:
+        parts = urlsplit(endpoint)
+        super().__init__(unquote(parts.username or ""), unquote(parts.password or ""))
+        self.origin = _origin(endpoint)
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        return super().__call__(request) if _origin(request.url or "") == self.origin else request
+
+
+def _origin(url: str) -> tuple[str, str | None, int]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def _session(endpoint: str) -> requests.Session:
     session = requests.Session()
-    parts = urlsplit(endpoint)
-    if parts.username:
-        session.auth = (parts.username, parts.password or "")
+    if urlsplit(endpoint).username:
+        session.auth = _IndexLogin(endpoint)
     certificate = os.environ.get("PIP_CERT") or _pip_configuration().get("cert")
     if certificate and "REQUESTS_CA_BUNDLE" not in os.environ:
         session.verify = certificate
@@ -191,7 +227,8 @@ def _session(endpoint: str) -> requests.Session:
 
 
 def _without_credentials(endpoint: str) -> str:
-    return re.sub(r"(\w+://)[^/@]+@", r"\1", endpoint)
+    parts = urlsplit(endpoint)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _licence_before(package: DistributionPackage, index: PyPISimple) -> str | None:
