@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith import recipe as recipes
+from tunesmith import run
+from tunesmith.talk import Talk
+from tunesmith.testing import MADE_UP
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+SHRUNK = ("train.epochs=null", "train.max_steps=2", "train.batch_size=4", "train.precision=fp32", "train.device=cpu")
+
+
+def _reviews(number: int) -> str:
+    row = MADE_UP["text-classification"](number)
+    return f"{row['text']},{row['label']}"
+
+
+def _ratings(number: int) -> str:
+    return f"{number}\t{math.sin(number):.3f}\t{MADE_UP['text-classification'](number)['text']}"
+
+
+def _comments(number: int) -> str:
+    labels = [name for bit, name in enumerate(("price", "service", "room")) if number >> bit & 1]
+    return json.dumps({"text": MADE_UP["text-classification"](number)["text"], "labels": labels})
+
+
+def _documents(number: int) -> str:
+    row = MADE_UP["text-classification"](number)
+    return json.dumps({"text": " . ".join([str(row["text"])] * (1 + number % 9)), "label": row["label"]})
+
+
+DATA: dict[str, tuple[list[str], Any]] = {
+    "reviews.csv": (["text,label"], _reviews),
+    "ratings.tsv": ([], _ratings),
+    "comments.jsonl": ([], _comments),
+    "documents.jsonl": ([], _documents),
+}
+"""What a recipe names as its data -> the first lines of a made-up file of that kind, and its n-th row."""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, (head, row) in DATA.items():
+        (tmp_path / name).write_text("\n".join([*head, *(row(n) for n in range(48))]) + "\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_there_are_a_dozen_at_most() -> None:
+    assert 6 <= len(RECIPES) <= 12
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_header_says_what_on_which_data_and_how(path: Path) -> None:
+    head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    said = [line[2:].split(maxsplit=1)[0] for line in head if not line.startswith("#   ")]
+    assert said == ["What", "Data", "Command", "Measured"]
+    assert f"tunesmith train recipes/{path.name}" in "\n".join(head)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_two_shrunk_steps(path: Path, here: Path, tiny_bert: Path) -> None:
+    length = recipes.load(path).data.max_length
+    cut = [] if length is None else [f"data.max_length={min(length, 16)}"]
+    result = run.train(path, *SHRUNK, f"model={tiny_bert}", *cut, talk=Talk(level=-1))
+    assert result["steps"] == 2
+    recipe = recipes.load(path)
+    assert result["run"] == recipe.output and (here / recipe.output / "README.md").exists()
+    assert math.isfinite(result["metrics"]["validation"]["loss"])
+    assert recipe.train.metric is None or recipe.train.metric in result["metrics"]["validation"]
