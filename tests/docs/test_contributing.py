@@ -1,0 +1,85 @@
+"""The example plug-ins of CONTRIBUTING.md, installed as a package of a third party would be."""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tunesmith
+from tunesmith import registry
+from tunesmith.errors import RecipeError
+from tunesmith.talk import Talk
+from tunesmith.testing import MADE_UP, check
+
+PAGE = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+MODULE = re.compile(r"^```python\n# (\S+\.py)\n(.*?)^```$", re.S | re.M)
+SNIPPET = re.compile(r"^```python\n(from tunesmith\.testing.*?)^```$", re.S | re.M)
+ENTRY_POINTS = re.compile(r"^```toml\n(.*?)^```$", re.S | re.M)
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    site = tmp_path / "site"
+    about = site / "my_package-0.1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 0.1\n", encoding="utf-8")
+    groups = tomllib.loads("".join(ENTRY_POINTS.findall(PAGE)))["project"]["entry-points"]
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()) for group, points in groups.items()]
+    (about / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
+    for name, code in MODULE.findall(PAGE):
+        (site / name).parent.mkdir(exist_ok=True)
+        (site / name).write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    made_up = dict(MADE_UP)
+    registry.get.cache_clear()
+    yield
+    registry.get.cache_clear()
+    MADE_UP.clear()
+    MADE_UP.update(made_up)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
+        del sys.modules[name]
+
+
+def test_the_examples_are_found_by_name(installed: None) -> None:
+    assert "bias-only" in registry.names("technique")
+    assert "text-share" in registry.names("task")
+
+
+def test_the_examples_keep_the_contract(installed: None) -> None:
+    snippets = SNIPPET.findall(PAGE)
+    assert len(snippets) == 2
+    for code in snippets:
+        exec(code, {})
+
+
+def test_the_examples_train_and_answer(installed: None, tiny_bert: Path, tmp_path: Path) -> None:
+    with (tmp_path / "shares.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("text", "share"))
+        for number in range(40):
+            row = MADE_UP["text-classification"](number)
+            writer.writerow((row["text"], 0.9 if row["label"] == "positive" else 0.2))
+    result = tunesmith.train(
+        task="text-share",
+        model=str(tiny_bert),
+        technique="bias-only",
+        data={"train": str(tmp_path / "shares.csv"), "validation": 0.2},
+        train={"max_steps": 4, "batch_size": 8, "precision": "fp32", "device": "cpu"},
+        output=str(tmp_path / "run"),
+        talk=Talk(level=-1),
+    )
+    assert set(result["metrics"]["validation"]) >= {"rmse", "mae", "r2"}
+    (answer,) = tunesmith.predict(result["run"], ["the film was great"])
+    assert 0 < answer["value"] < 1
+
+
+def test_a_model_without_biases_is_refused_with_the_reason(installed: None) -> None:
+    with pytest.raises(RecipeError, match="a llama has no biases; use technique=lora"):
+        check("bias-only", "text-classification", "llama")
