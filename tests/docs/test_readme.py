@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunesmith
+from tunesmith import registry
+from tunesmith.recipe import Recipe, to_yaml
+from tunesmith.talk import Talk
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "docs" / "quickstart.md"]
+
+
+def _blocks(page: Path, language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.S | re.M)
+    return [code for said, code in found if said == language]
+
+
+def _commands(page: Path) -> list[str]:
+    """Printed commands, without remarks and without what a person would say."""
+    lines = "".join(_blocks(page, "")).replace("\\\n", " ").splitlines()
+    return [re.sub(r'"[^"]*"', '"..."', line.partition("  #")[0].strip()) for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.name)
+def test_one_run_stands_in_the_first_25_lines(page: Path) -> None:
+    first = page.read_text(encoding="utf-8").splitlines()[:25]
+    assert "make demo" in first
+    assert any(line.startswith("tunesmith train ") for line in first)
+
+
+def test_the_chinese_page_says_the_same() -> None:
+    english, chinese = PAGES[:2]
+    assert _commands(chinese) == _commands(english)
+    assert _blocks(chinese, "python") == _blocks(english, "python")
+    link = re.compile(r"\]\(([^)]+)\)")
+    found = [sorted(set(link.findall(page.read_text(encoding="utf-8"))) - {p.name for p in PAGES}) for page in PAGES]
+    assert found[0] == found[1]
+    assert english.read_text(encoding="utf-8").count("\n## ") == chinese.read_text(encoding="utf-8").count("\n## ")
+
+
+@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.name)
+def test_the_table_has_every_task_and_technique(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for kind, folder in (("task", "tasks"), ("technique", "techniques")):
+        for name in registry.names(kind):  # type: ignore[arg-type]
+            assert f"](docs/{folder}/{name}.md)" in text, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_on_the_page_runs(page: Path, recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_of("output=runs/reviews-lora", "technique=lora")
+    assert isinstance(recipe, Recipe)
+    Path("recipe.yaml").write_text(to_yaml(recipe.dump()), encoding="utf-8")
+    if "train(" not in "".join(_blocks(page, "python")):
+        tunesmith.train("recipe.yaml", talk=Talk(level=-1))
+    said: list[object] = []
+    for code in _blocks(page, "python"):
+        exec(code, {"print": said.append})
+    assert Path("runs/reviews-lora/README.md").exists()
+    if page.name != "quickstart.md":
+        accuracy, answers = said
+        assert isinstance(accuracy, float) and isinstance(answers, list)
+        assert answers[0]["label"] in ("negative", "positive")
