@@ -5,7 +5,10 @@ result = tunesmith.train("recipe.yaml")
 tunesmith.load(result["run"]).predict(["A lovely film."])
 """
 
+import os
 from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported; set it to 0 to allow it
 
 __all__ = ["Recipe", "Step", "Task", "Technique", "evaluate", "load", "predict", "train"]
 

@@ -164,3 +164,44 @@ def sdist(members: dict[str, bytes]) -> bytes:
             info.size = len(member)
             opened.addfile(info, io.BytesIO(member))
     return content.getvalue()
+
+
+class StubHub(LoopbackServer):
+    """The calls of the Hub that fetching a model makes, for the repositories it is given."""
+
+    SHA = "0123456789abcdef0123456789abcdef01234567"
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.gated: set[str] = set()
+        super().__init__()
+
+    def answer(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
+        path = path.partition("?")[0]
+        for name, files in self.repositories.items():
+            if path.startswith((f"/api/models/{name}/", f"/{name}/resolve/")):
+                if name in self.gated:
+                    return 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "ask for access"}, b""
+                return self._of_repository(path, name, files)
+        return 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b""
+
+    def _of_repository(self, path: str, name: str, files: dict[str, bytes]) -> tuple[int, dict[str, str], bytes]:
+        _, _, rest = path.partition(f"{name}/")
+        call, _, rest = rest.partition("/")
+        revision, _, file = rest.partition("/")
+        if revision not in ("main", "v1", self.SHA):
+            return 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "no such revision"}, b""
+        as_json = {"Content-Type": "application/json"}
+        if call == "revision":
+            about = {"id": name, "sha": self.SHA, "siblings": [{"rfilename": file} for file in files]}
+            return 200, as_json, json.dumps(about).encode()
+        if call == "tree":
+            tree = [
+                {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for file, content in files.items()
+            ]
+            return 200, as_json, json.dumps(tree).encode()
+        if call == "resolve" and file in files:
+            etag = f'"{hashlib.sha1(files[file]).hexdigest()}"'
+            return 200, {"ETag": etag, "X-Repo-Commit": self.SHA}, files[file]
+        return 404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "no such file"}, b""

