@@ -12,7 +12,6 @@ import json
 import math
 import platform
 import shlex
-import shutil
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -21,27 +20,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tunesmith import recipe as recipes
 from tunesmith.data.batches import Batches
 from tunesmith.data.encoded import Encoded
 from tunesmith.deploy import artefact, card, predict
-from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, UserError
+from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, ResourceError, UserError
 from tunesmith.insight import report
 from tunesmith.kernels.dropout import use_fast_dropout
 from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.models import load as models
 from tunesmith.models import package_index, sources
 from tunesmith.models.anatomy import Anatomy
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, Train
 from tunesmith.talk import Talk
 from tunesmith.tasks import LOW_IS_GOOD, Task
 from tunesmith.techniques import Technique
 from tunesmith.training import checkpoint, evaluate, examples, files, loop, machine, optimizer, parallel
 from tunesmith.training.machine import Machine
-from tunesmith.training.run_lock import RunLock
-from tunesmith.training.signals import Signals
+from tunesmith.training.run_lock import RunLock, claim
+from tunesmith.training.signals import Signals, Stopped
 
 MAX_LENGTH = 512
 EPOCHS = 3.0
@@ -130,14 +130,33 @@ def train(
     folder = Path(resume or wanted.output)
     found = machine.find(wanted.train.device, wanted.train.precision)
     with parallel.group(found.device.type):
-        _claim(folder, resume=resume is not None, overwrite=overwrite)
-        with RunLock(folder, enabled=parallel.rank() == 0), Signals(talk.warn) as signals:
+        files.make_folder(folder)
+        with RunLock(folder, enabled=parallel.rank() == 0):
+            if parallel.rank() == 0:
+                claim(folder, resume=resume is not None, overwrite=overwrite)
+            parallel.barrier()
             try:
-                prepared = prepare(wanted, found, offline=offline, allow_pickle=allow_pickle, talk=talk)
-                return _run(prepared, folder, resume is not None, override, signals, talk)
-            except UserError as error:
-                _outcome(folder, f"{type(error).__name__}: {error}")
-                raise
+                with Signals() as signals:
+                    prepared = prepare(wanted, found, offline=offline, allow_pickle=allow_pickle, talk=talk)
+                    return _run(prepared, folder, resume is not None, override, signals, talk)
+            except (UserError, Stopped, MemoryError, RuntimeError, OSError, SafetensorError) as error:
+                told = _told(error, folder)
+                _outcome(folder, f"{type(told).__name__}: {told}")
+                if told is error:
+                    raise
+                raise told from error
+
+
+def _told(error: BaseException, folder: Path) -> BaseException:
+    """What the machine or a signal did, as the user's error."""
+    if isinstance(error, Stopped):
+        again = _resume_command(folder) if (folder / "recipe.yaml").exists() else "the same command"
+        return Interrupted(f"stopped by {error}; go on with: {again}")
+    if isinstance(error, OSError | SafetensorError):
+        return files.out_of_space(error, Path(getattr(error, "filename", None) or folder))
+    if machine.is_out_of_memory(error):
+        return ResourceError(f"out of memory ({error})", hint="a smaller batch_size or data.max_length, or device=cpu")
+    return error
 
 
 def _recipe(given: Any, overrides: Collection[str], values: Mapping[str, Any], resume: str | Path | None) -> Recipe:
@@ -151,24 +170,6 @@ def _recipe(given: Any, overrides: Collection[str], values: Mapping[str, Any], r
     if isinstance(given, Mapping):
         return recipes.load(None, overrides, {**given, **values})
     return recipes.load(given, overrides, values)
-
-
-def _claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Never write over what is there unless told to."""
-    taken = folder.exists() and any(path.name != ".lock" for path in folder.iterdir())
-    if parallel.rank() == 0 and not resume and taken:
-        if not overwrite:
-            hint = (
-                f"--resume {folder} goes on with it, --overwrite starts afresh, output=DIR puts the new run elsewhere"
-            )
-            raise RecipeError("output: the folder is not empty", where=str(folder), hint=hint)
-        if not (folder / "recipe.yaml").exists():
-            raise RecipeError(
-                "output: not a run folder, so it is not overwritten", where=str(folder), hint="output=DIR"
-            )
-        shutil.rmtree(folder)
-    parallel.barrier()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
 def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool, talk: Talk) -> Prepared:
@@ -317,30 +318,36 @@ def _fit(
     factor = optimizer.schedule(train, total)
     since: list[loop.Step] = []
     prepared.technique.thaw(prepared.model, prepared.anatomy, progress.step / total)
-    with talk.progress(total, progress.step) as show:
+    if _enough(train, progress):  # killed after it had stopped early
+        return
+    with signals.deferred(), talk.progress(total, progress.step) as show:
         for step in loop.steps(engine, batches, factor, start=progress.step, total=total):
             _count(progress, engine, step)
+            _log(folder, _step_line(step, prepared.machine))
             if not step.finite:
                 _not_finite(prepared, engine, progress, step, folder, talk)
             since.append(step)
             show(step.number, f"loss {step.loss:.4f}")
-            _log(folder, _step_line(step, prepared.machine))
             last = step.number == total
             improved = False
             if last or _due(train.evaluate_every, step.number, batches.steps_per_epoch):
                 improved = _evaluate(prepared, progress, since, folder, talk)
                 since = []
-            stop = train.early_stopping_patience is not None and progress.stale >= train.early_stopping_patience
+            stop = _enough(train, progress)
             asked = parallel.largest(int(signals.requested is not None), prepared.machine.device)
             prepared.technique.thaw(prepared.model, prepared.anatomy, step.number / total)
             if last or stop or asked or improved or _due(train.save_every, step.number, batches.steps_per_epoch):
                 _save(prepared, engine, progress, folder)
-            if asked and not last:
+            if asked:
                 raise Interrupted(f"stopped after step {step.number} of {total}; go on with: {_resume_command(folder)}")
             if stop:
                 since_best = f"no better {train.metric} in {progress.stale} evaluations"
                 talk.say(f"{since_best}: stopped at step {step.number} of {total}")
                 return
+
+
+def _enough(train: Train, progress: Progress) -> bool:
+    return train.early_stopping_patience is not None and progress.stale >= train.early_stopping_patience
 
 
 def _due(every: int | str, step: int, steps_per_epoch: int) -> bool:
@@ -368,7 +375,7 @@ def _not_finite(
     if train.on_nan == "stop" or progress.skips > train.max_skips:
         hint = f"a lower learning rate than {step.learning_rate:.1e}, precision=fp32, or on_nan=skip"
         raise NumericError(what, hint=hint)
-    if train.on_nan == "rollback" and (saved := checkpoint.newest(folder / "checkpoints", talk.warn)) is not None:
+    if train.on_nan == "rollback" and (saved := _newest(folder / "checkpoints", talk)) is not None:
         _put(prepared, engine, saved.tensors)
         talk.warn(f"{what}: went back to the weights of step {saved.step}, left this step out")
         return
@@ -379,13 +386,18 @@ def _step_line(step: loop.Step, found: Machine) -> dict[str, Any]:
     return {
         "step": step.number,
         "epoch": round(step.epoch, 6),
-        "loss": step.loss if math.isfinite(step.loss) else str(step.loss),
+        "loss": _plain(step.loss),
         "learning_rate": step.learning_rate,
-        "grad_norm": step.grad_norm if math.isfinite(step.grad_norm) else str(step.grad_norm),
+        "grad_norm": _plain(step.grad_norm),
         "examples_per_s": round(step.examples / step.seconds, 2),
         "tokens_per_s": round(step.tokens / step.seconds, 2),
         "memory_bytes": found.peak_memory_bytes(),
     }
+
+
+def _plain(value: float) -> float | str:
+    """JSON has no NaN and no infinity: they are written as words."""
+    return value if math.isfinite(value) else str(value)
 
 
 def _log(folder: Path, line: dict[str, Any]) -> None:
@@ -404,12 +416,12 @@ def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], fo
         scores = evaluate.scores(prepared.model, prepared.task, prepared.encoded["validation"], prepared.machine)
         score = _pick(scores, metric)
         sign = -1 if metric in LOW_IS_GOOD else 1
-        better = progress.best is None or sign * score > sign * progress.best
+        better = math.isfinite(score) and (progress.best is None or sign * score > sign * progress.best)
         if better:
             progress.best, progress.best_step, progress.stale = score, step.number, 0
         else:
             progress.stale += 1
-        line = {f"validation/{name}": value for name, value in scores.items() if isinstance(value, float)}
+        line = {f"validation/{name}": _plain(value) for name, value in scores.items() if isinstance(value, float)}
         _log(folder, {"step": step.number, "epoch": round(step.epoch, 6), **line})
         words.append(f"{metric} {score:.4f}")
     seconds = sum(one.seconds for one in since)
@@ -443,7 +455,8 @@ def _save(prepared: Prepared, engine: loop.Engine, progress: Progress, folder: P
 
 def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Collection[str], talk: Talk) -> Progress:
     """Put the newest checkpoint that can be trusted back; an empty folder starts from the beginning."""
-    saved = checkpoint.newest(folder / "checkpoints", talk.warn)
+    where = folder / "checkpoints"
+    saved = _newest(where, talk)
     if saved is None:
         talk.say("no checkpoint yet: starting from the beginning")
         files.truncate_metrics(folder / "metrics.jsonl", 0)
@@ -458,8 +471,21 @@ def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Co
         loop.checkpoint_activations(engine)
     if parallel.rank() == 0:
         files.truncate_metrics(folder / "metrics.jsonl", saved.step)
+        for name, step in (("last", saved.step), ("best", progress.best_step)):  # a kill came before they were set
+            if step is not None and checkpoint.place(where, step).exists():
+                checkpoint.point(where, name, checkpoint.place(where, step))
     talk.say(f"resumed after step {saved.step} of {prepared.total_steps}")
     return progress
+
+
+def _newest(where: Path, talk: Talk) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint, for all processes the same: the first sets damaged ones aside before the others look."""
+    if parallel.rank() != 0:
+        parallel.barrier()
+    saved = checkpoint.newest(where, talk.warn)
+    if parallel.rank() == 0:
+        parallel.barrier()
+    return saved
 
 
 def _put(prepared: Prepared, engine: loop.Engine, tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -558,8 +584,9 @@ def _write_run(folder: Path, prepared: Prepared, progress: Progress, outcome: di
 def _outcome(folder: Path, outcome: str) -> None:
     """Note in `run.json` how a run ended that did not finish."""
     path = folder / "run.json"
-    if parallel.rank() == 0 and path.exists():
-        about = json.loads(path.read_text(encoding="utf-8")) | {"outcome": package_index.redact(outcome)}
+    about = json.loads(path.read_text(encoding="utf-8")) if parallel.rank() == 0 and path.exists() else {}
+    if about.get("outcome") == "running":  # a finished run whose resumption was refused is still done
+        about["outcome"] = package_index.redact(outcome)
         files.atomic_write(path, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tunesmith.data.encoded import file_sha256
 from tunesmith.errors import CheckpointError, shorten
-from tunesmith.training.files import atomic_write, free_bytes, fsync_file, fsync_folder, out_of_space
+from tunesmith.training.files import atomic_write, free_bytes, fsync_file, fsync_folder, out_of_space, sweep
 
 SCHEMA = 1
 MANIFEST = "MANIFEST.json"
@@ -47,6 +47,11 @@ class Checkpoint:
     identity: dict[str, Any]
 
 
+def place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:06d}"
+
+
 def save(
     folder: Path,
     step: int,
@@ -59,7 +64,7 @@ def save(
     Raises:
         ResourceError: the disk is full; what was there before is untouched.
     """
-    target = folder / f"step-{step:06d}"
+    target = place(folder, step)
     if target.exists():
         try:
             _verify(target)
@@ -175,7 +180,7 @@ def newest(folder: Path, say: Say) -> Checkpoint | None:
     Raises:
         CheckpointError: there were checkpoints and not one is sound, or the newest is one of a newer tunesmith.
     """
-    _sweep(folder)
+    sweep(folder)
     reasons = []
     for path in _steps(folder):
         try:
@@ -226,13 +231,6 @@ def _set_aside(path: Path, reason: str) -> Path:
     return aside
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what a killed process left half written or half deleted."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.startswith((".tmp-", ".trash-")):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def point(folder: Path, name: str, target: Path) -> None:
     """Let `name` (best or last) be that checkpoint, in one atomic replacement."""
     atomic_write(folder / f"{name}.json", json.dumps({"step": _number(target), "folder": target.name}) + "\n")
@@ -242,7 +240,7 @@ def pointed(folder: Path, name: str) -> Path | None:
     """The checkpoint that a pointer names; None where there is no pointer or it cannot be read."""
     try:
         step = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["step"]
-        return folder / f"step-{int(step):06d}"
+        return place(folder, int(step))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

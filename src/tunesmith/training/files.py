@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,17 @@ def out_of_space(error: OSError | SafetensorError, path: Path, needed_bytes: int
     code = error.errno if isinstance(error, OSError) else _os_error(str(error))
     if code not in NOT_OURS:
         return error
-    what = "cannot write" if needed_bytes is None else f"cannot write {needed_bytes:,} bytes"
+    why = os.strerror(code).lower()
+    what = why if needed_bytes is None else f"cannot write {needed_bytes:,} bytes: {why}"
     return ResourceError(
-        f"{what} ({os.strerror(code)}; {free_bytes(path):,} bytes free)",
+        f"{what} ({free_bytes(path):,} bytes free)",
         where=str(path),
         hint="make room and resume: what was saved before is untouched",
     )
 
 
 def _os_error(text: str) -> int | None:
-    """safetensors reports what the system said as words: `I/O error: ... (os error 28)`."""
+    """Safetensors reports what the system said as words: `I/O error: ... (os error 28)`."""
     found = re.search(r"\(os error (\d+)\)", text)
     return int(found[1]) if found else None
 
@@ -79,6 +81,26 @@ def free_bytes(path: Path) -> int:
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     status = os.statvfs(existing)
     return status.f_bavail * status.f_frsize
+
+
+def make_folder(folder: Path) -> None:
+    """A folder for the user alone, with those above it.
+
+    Raises:
+        ResourceError: it cannot be made here.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        why = f"cannot be made ({os.strerror(error.errno or 0).lower()})"
+        raise ResourceError(why, where=str(folder), hint="output=DIR puts the run elsewhere") from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half written (`.tmp-...`) or half deleted (`.trash-...`)."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith((".tmp-", ".trash-")):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def append_line(path: Path, values: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from tunesmith.models.anatomy import Anatomy
 from tunesmith.tasks import Task
 from tunesmith.training import optimizer as optimizers
 from tunesmith.training import parallel
-from tunesmith.training.machine import Machine
+from tunesmith.training.machine import Machine, is_out_of_memory
 
 FP16_SCALE, FP16_GROWTH_STEPS = 2.0**16, 2000
 
@@ -103,42 +103,46 @@ def steps(
 
 def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, float, int]:
     """Fill the gradients of one step; loss, gradient norm (before clipping) and tokens. Repeats what did not fit."""
+    device = engine.machine.device
     while True:
         parts = batches.micro_batches(number, engine.limits)
+        micro = [collate(batches.encoded, part) for part in parts]
+        nothing = collate(batches.encoded, np.empty(0, dtype=np.int64))  # an empty share takes part in every exchange
+        normalizers = _normalizers(engine, micro or [nothing], device)
+        totals = None
         try:
-            result, full = _accumulate(engine, batches, number, parts), False
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            totals = _accumulate(engine, micro, normalizers, number, batches.rank)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
-            result, full = None, True
-        if parallel.largest(int(full), engine.machine.device):
+        # processes exchange nothing while one of them may run out of memory; here all of them learn that one did
+        if parallel.largest(int(totals is None), device):
             engine.optimizer.zero_grad(set_to_none=True)
             _make_room(engine, parts)
             continue
-        assert result is not None, "no process ran out of memory"
-        norm = _reduce_and_clip(engine)
-        if engine.machine.autocast_dtype == torch.float16 and not _fp16_fits(engine, norm):
+        assert totals is not None, "no process ran out of memory"
+        summed = parallel.sum_all(totals, device)
+        loss, norm = float(summed["loss"]), _reduce_and_clip(engine)
+        if engine.machine.autocast_dtype == torch.float16 and not _fp16_fits(engine, loss, norm):
             continue
-        loss, tokens = result
-        return loss, norm, tokens
+        return loss, norm, int(summed["tokens"])
 
 
-def _accumulate(engine: Engine, batches: Batches, number: int, parts: list[NDArray[np.int64]]) -> tuple[float, int]:
-    """Forward and backward over the micro-batches of one step; the step's loss and tokens over all processes."""
+def _accumulate(
+    engine: Engine, micro: list[Batch], normalizers: dict[str, Tensor], number: int, rank: int
+) -> dict[str, Tensor]:
+    """Forward and backward over this process's micro-batches of one step; its share of the loss, and its tokens."""
     device = engine.machine.device
-    micro = [collate(batches.encoded, part).to(device) for part in parts]
-    normalizers = _normalizers(engine, micro, device)
     scale = engine.fp16_scale if engine.machine.autocast_dtype == torch.float16 else 1.0
     total = torch.zeros((), device=device)
     for index, batch in enumerate(micro):
-        torch.manual_seed(_mix(engine.seed, number, index, batches.rank))
+        torch.manual_seed(_mix(engine.seed, number, index, rank))
         with engine.machine.autocast():
-            loss = engine.task.loss(engine.model, batch, normalizers, engine.label_smoothing)
+            loss = engine.task.loss(engine.model, batch.to(device), normalizers, engine.label_smoothing)
         (loss * scale if scale != 1.0 else loss).backward()
         total += loss.detach()
-    tokens = torch.tensor(float(sum(batch.tokens for batch in micro)))
-    summed = parallel.sum_all({"loss": total, "tokens": tokens.to(device)}, device)
-    return float(summed["loss"]), int(summed["tokens"])
+    tokens = sum(batch.tokens for batch in micro)
+    return {"loss": total, "tokens": torch.tensor(float(tokens), device=device)}
 
 
 def _normalizers(engine: Engine, micro: list[Batch], device: torch.device) -> dict[str, Tensor]:
@@ -161,9 +165,12 @@ def _reduce_and_clip(engine: Engine) -> float:
     return float(norm)
 
 
-def _fp16_fits(engine: Engine, norm: float) -> bool:
-    """Dynamic loss scaling: halve and repeat the step on overflow, double after a long good stretch."""
-    if np.isfinite(norm) or engine.fp16_scale <= 1.0:
+def _fp16_fits(engine: Engine, loss: float, norm: float) -> bool:
+    """Dynamic loss scaling: halve and repeat the step on overflow, double after a long good stretch.
+
+    A loss that is not finite before it is scaled is no matter of scale.
+    """
+    if np.isfinite(norm) or not np.isfinite(loss) or engine.fp16_scale <= 1.0:
         engine.fp16_good_steps += 1
         if engine.fp16_good_steps % FP16_GROWTH_STEPS == 0:
             engine.fp16_scale *= 2
@@ -171,10 +178,6 @@ def _fp16_fits(engine: Engine, norm: float) -> bool:
     engine.optimizer.zero_grad(set_to_none=True)
     engine.fp16_scale, engine.fp16_good_steps = engine.fp16_scale / 2, 0
     return False
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _make_room(engine: Engine, parts: list[NDArray[np.int64]]) -> None:

@@ -114,6 +114,11 @@ def _has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator said no, that of a GPU, of torch on a CPU, or of Python."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def store_frozen(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Keep frozen matrices in the format they are multiplied in; what learns, norms and biases stay in fp32.
 

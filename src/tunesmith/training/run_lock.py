@@ -1,15 +1,26 @@
-"""One process at a time per run folder: `.lock` holds who, and is taken over when its holder is gone."""
+"""One process at a time per run folder: `.lock` holds who, and is taken over when its holder is gone.
+
+And who holds it never writes over an earlier run unless told to.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import shutil
 import socket
+import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import CheckpointError, RecipeError
+from tunesmith.training.files import out_of_space, sweep
+
+WRITING_S = 1.0
+"""How long a lock may be empty: between its creation and its first byte lie microseconds."""
 
 
 class RunLock:
@@ -27,8 +38,10 @@ class RunLock:
             except FileExistsError:
                 self._take_over()
                 continue
+            except OSError as error:
+                raise out_of_space(error, self.path) from error
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self._me, file)
+                file.write(json.dumps(self._me))
             break
         return self
 
@@ -39,31 +52,55 @@ class RunLock:
             CheckpointError: the holder lives, or runs on another machine.
         """
         try:
-            holder: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+            with self.path.open(encoding="utf-8") as file:
+                with contextlib.suppress(OSError):  # some network disks have no such locks
+                    fcntl.flock(file, fcntl.LOCK_EX)  # of several takers one at a time
+                self._refuse_if_held(file)
+                if os.fstat(file.fileno()).st_ino == self.path.stat().st_ino:  # else it is another one's by now
+                    self.path.unlink()
         except FileNotFoundError:
             return
-        except ValueError:
-            holder = {}
-        if holder.get("host", self._me["host"]) != self._me["host"]:
-            who = f"process {holder.get('pid')} on {holder['host']}"
-            raise CheckpointError(f"in use by {who}", where=str(self.path), hint="if it is gone, remove this file")
-        if holder and _started(int(holder["pid"])) == holder["started"] is not None:
-            who = f"process {holder['pid']}"
-            raise CheckpointError(
-                f"in use by {who}", where=str(self.path), hint="wait for it, or choose another output"
-            )
-        gone = self.path.with_name(f".lock-gone-{os.getpid()}")
+
+    def _refuse_if_held(self, file: TextIO) -> None:
+        deadline = time.monotonic() + WRITING_S
+        while not (text := file.read()) and time.monotonic() < deadline:
+            time.sleep(0.02)  # its holder is about to write it
         try:
-            os.rename(self.path, gone)  # only one of several takers succeeds
-        except FileNotFoundError:
-            return
-        gone.unlink()
+            holder: dict[str, Any] = json.loads(text)
+            pid, host, started = int(holder["pid"]), holder["host"], holder["started"]
+        except (ValueError, KeyError, TypeError):
+            return  # a disk that was full, or a power cut
+        if host != self._me["host"]:
+            who = f"process {pid} on {host}"
+            raise CheckpointError(f"in use by {who}", where=str(self.path), hint="if it is gone, remove this file")
+        if _started(pid) == started is not None:
+            hint = "wait for it, or choose another output"
+            raise CheckpointError(f"in use by process {pid}", where=str(self.path), hint=hint)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._enabled:
             self.path.unlink(missing_ok=True)
+
+
+def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make a locked run folder ready for its run: never write over what is there unless told to.
+
+    Raises:
+        RecipeError: there is something already.
+    """
+    taken = [path for path in folder.iterdir() if path.name != ".lock"]
+    if resume:
+        sweep(folder)
+    elif taken and not overwrite:
+        hint = f"--resume {folder} goes on with it, --overwrite starts afresh, output=DIR puts the new run elsewhere"
+        raise RecipeError("output: the folder is not empty", where=str(folder), hint=hint)
+    elif taken and not (folder / "recipe.yaml").exists():
+        raise RecipeError("output: not a run folder, so it is not overwritten", where=str(folder), hint="output=DIR")
+    else:  # the recipe goes last: a kill in between leaves what may be overwritten
+        for path in sorted(taken, key=lambda path: path.name == "recipe.yaml"):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _started(pid: int) -> str | None:
