@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
+import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -13,11 +14,12 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from tunesmith.data.encoded import file_sha256
-from tunesmith.errors import RecipeError
+from tunesmith.errors import RecipeError, shorten
 from tunesmith.models.anatomy import Anatomy, anatomy
 from tunesmith.models.sources import Source, safe_config
 
@@ -31,12 +33,8 @@ def load_processor(source: Source) -> Any:
     Raises:
         RecipeError: the source has none.
     """
-    with _quiet():
-        try:
-            processor = transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            first = str(error).splitlines()[0][:120]
-            raise RecipeError(f"model: its tokenizer cannot be read ({first})", where=source.spec) from None
+    with _quiet(), _reading(source, "its tokenizer"):
+        processor = transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     if processor.pad_token_id is None:
         processor.pad_token = processor.eos_token or processor.unk_token
     return processor
@@ -59,30 +57,27 @@ def load_model(
     kept, _ = safe_config(source)
     settings = _config(source, kept, config, pad_token_id)
     loader = getattr(transformers, model_class)
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    if type(settings) not in loader._model_mapping:
+        what = f"model: a {settings.model_type} model has no {model_class.removeprefix('AutoModelFor')}"
+        raise RecipeError(what, where=source.spec, hint="choose another model or task")
+    with _quiet(), torch.random.fork_rng(devices=[]), _reading(source, "config.json and weights"):
         torch.manual_seed(seed)
-        try:
-            model, info = loader.from_pretrained(
-                source.folder,
-                config=settings,
-                dtype=dtype or stored_dtype(source),
-                use_safetensors=not source.allow_pickle or None,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                trust_remote_code=False,
-            )
-        except ValueError as error:
-            if "Unrecognized configuration class" not in str(error) and "model type" not in str(error):
-                raise
-            what = f"model: a {kept['model_type']} model has no {model_class.removeprefix('AutoModelFor')}"
-            raise RecipeError(what, where=source.spec, hint="choose another model or task") from None
+        model, info = loader.from_pretrained(
+            source.folder,
+            config=settings,
+            dtype=dtype or stored_dtype(source),
+            use_safetensors=not source.allow_pickle or None,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
     mismatched = {entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]}
     own = {name for name, _ in model.named_parameters()}
     return model, anatomy(model, new=frozenset((set(info["missing_keys"]) | mismatched) & own))
 
 
 def _config(source: Source, kept: dict[str, Any], config: dict[str, Any], pad_token_id: int | None) -> Any:
-    kind = kept.pop("model_type")
+    kind = str(kept.pop("model_type"))
     if kind not in transformers.CONFIG_MAPPING:
         raise RecipeError(
             f"model: transformers has no '{kind}'", where=source.spec, hint="a newer transformers may have"
@@ -90,7 +85,8 @@ def _config(source: Source, kept: dict[str, Any], config: dict[str, Any], pad_to
     kept = {key: value for key, value in kept.items() if key not in ("id2label", "label2id", "num_labels")} | {
         key: value for key, value in config.items() if key != "num_labels" or "id2label" not in config
     }
-    settings = transformers.CONFIG_MAPPING[kind](**kept)
+    with _reading(source, "config.json"):
+        settings = transformers.CONFIG_MAPPING[kind](**kept)
     if getattr(settings, "pad_token_id", None) is None and pad_token_id is not None:
         settings.pad_token_id = pad_token_id
     return settings
@@ -101,14 +97,12 @@ def stored_dtype(source: Source) -> torch.dtype:
     first = source.weights()[0]
     if first.suffix != ".safetensors":
         return torch.float32
-    with first.open("rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    sizes: dict[str, int] = {}
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            begin, end = tensor["data_offsets"]
-            sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - begin
-    return DTYPES.get(max(sizes, key=sizes.__getitem__), torch.float32)
+    counts: Counter[str] = Counter()
+    with safe_open(first, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it has no iterator
+            tensor = file.get_slice(name)
+            counts[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    return DTYPES.get(max(counts, key=counts.__getitem__, default="F32"), torch.float32)
 
 
 def length_limit(model: nn.Module, processor: Any) -> int:
@@ -154,6 +148,21 @@ def processor_hash(processor: Any) -> str:
         text = json.dumps(processor.get_vocab(), sort_keys=True)
     special = json.dumps(processor.special_tokens_map, sort_keys=True, default=str)
     return hashlib.sha256(f"{text}{special}{processor.chat_template}".encode()).hexdigest()
+
+
+@contextmanager
+def _reading(source: Source, what: str) -> Iterator[None]:
+    """Whatever the libraries raise over a file that is not ours, as the user's error."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        text = f"model: {what} cannot be read ({type(error).__name__}: {shorten(said, 160)})"
+        raise RecipeError(
+            text, where=source.spec, hint="is the download complete, and is it a model's folder?"
+        ) from error
 
 
 @contextmanager
