@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -84,11 +84,12 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     )
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        before = os.times()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - began)
+        after = os.times()  # processor time of the child: a busy machine makes nobody's start slower
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert done.stderr.split()[-2:] == ["False", "False"]
-    assert min(seconds) < 0.8, f"--help took {min(seconds):.2f} s (0.4 s is the aim on a quiet machine)"
+    assert min(seconds) < 0.6, f"--help took {min(seconds):.2f} s (0.4 s is the aim on a quiet machine)"
 
 
 def test_ratchets() -> None:
