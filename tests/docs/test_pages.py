@@ -21,7 +21,7 @@ def _commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         for block in re.findall(r"^```\w*\n(.*?)^```$", page.read_text(encoding="utf-8"), re.S | re.M):
-            lines = block.replace("\\\n", " ").splitlines()
+            lines = re.sub(r"^torchrun .* -m ", "", block.replace("\\\n", " "), flags=re.M).splitlines()
             found += [(page.name, line.partition(" #")[0]) for line in lines if line.startswith("tunesmith ")]
     return found
 

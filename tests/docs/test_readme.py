@@ -51,8 +51,11 @@ def test_the_table_has_every_task_and_technique(page: Path) -> None:
             assert f"](docs/{folder}/{name}.md)" in text, name
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_on_the_page_runs(page: Path, recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_on_the_page_runs(
+    page: Path, recipe_of: Any, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = recipe_of("output=runs/reviews-lora", "technique=lora")
     assert isinstance(recipe, Recipe)
@@ -61,7 +64,7 @@ def test_python_on_the_page_runs(page: Path, recipe_of: Any, tmp_path: Path, mon
         tunesmith.train("recipe.yaml", talk=Talk(level=-1))
     said: list[object] = []
     for code in _blocks(page, "python"):
-        exec(code, {"print": said.append})
+        exec(code, {"print": said.append, "BASE": str(tiny_bert)})
     assert Path("runs/reviews-lora/README.md").exists()
     if page.name != "quickstart.md":
         accuracy, answers = said
