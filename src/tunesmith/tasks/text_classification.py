@@ -176,7 +176,7 @@ class TextClassification(Task):
         notes = []
         cut = int(encoded.column("cut").sum())
         if cut:
-            way_out = "windows=N reads more of them" if self.windows is None else "raise task.windows"
+            way_out = "task.windows=N reads more of them" if self.windows is None else "raise task.windows"
             notes.append(f"{cut} of {len(encoded)} texts are longer than is read and were cut ({way_out})")
         ids = encoded.column("input_ids")
         unknown = getattr(processor, "unk_token_id", None)
