@@ -64,7 +64,7 @@ class Encoded:
                 continue
             offsets = self._offsets[name]
             parts = [values[offsets[i] : offsets[i + 1]] for i in indices]
-            flat = np.concatenate(parts) if parts else values[:0]
+            flat = np.concatenate([values[:0], *parts])
             taken[name] = (flat, np.cumsum([0, *(len(part) for part in parts)]))
         return taken
 
