@@ -24,9 +24,12 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+import transformers.models.bert.modeling_bert  # noqa: F401 - before the fork, not in each child
 from safetensors.torch import load_file
 
 from tunesmith import run
+from tunesmith.tasks import text_classification  # noqa: F401
+from tunesmith.techniques import freeze, full, lora  # noqa: F401
 
 torch.set_num_threads(1)  # a fork after threads were started may hang
 
@@ -64,7 +67,7 @@ def start(technique: str, folder: Path, model: str, data: str) -> int:
 
 def result(folder: Path) -> dict[str, Any]:
     """All that must not depend on what happened: weights, optimizer, and each step's loss."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"files": sorted(path.name for path in folder.iterdir())}
     last = json.loads((folder / "checkpoints" / "last.json").read_text())["folder"]
     kept = sorted((folder / "checkpoints" / last).glob("*.safetensors"))
     for path in (*kept, *sorted(folder.glob("adapter/*.safetensors")), *sorted(folder.glob("model/*.safetensors"))):

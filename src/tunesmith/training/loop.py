@@ -107,8 +107,8 @@ def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, fl
     while True:
         parts = batches.micro_batches(number, engine.limits)
         micro = [collate(batches.encoded, part) for part in parts]
-        nothing = collate(batches.encoded, np.empty(0, dtype=np.int64))  # an empty share takes part in every exchange
-        normalizers = _normalizers(engine, micro or [nothing], device)
+        nothing = np.empty(0, dtype=np.int64)  # an empty share takes part in every exchange
+        normalizers = _normalizers(engine, micro or [collate(batches.encoded, nothing)], device)
         totals = None
         try:
             totals = _accumulate(engine, micro, normalizers, number, batches.rank)

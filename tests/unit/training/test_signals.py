@@ -88,6 +88,6 @@ def test_the_second_signal_ends_the_process(number: signal.Signals, second: str)
 
 
 def test_a_closed_terminal_does_not_matter() -> None:
-    code = FIRST + "  with signals.deferred():\n    os.close(2)\n    os.kill(os.getpid(), signal.SIGHUP)\n    print('on')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    body = "  with signals.deferred():\n    os.close(2)\n    os.kill(os.getpid(), signal.SIGHUP)\n    print('on')"
+    done = subprocess.run([sys.executable, "-c", FIRST + body], capture_output=True, text=True, check=False)
     assert done.stdout == "on\n"
