@@ -7,18 +7,19 @@ shows ours.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.constructor import DuplicateKeyError, RoundTripConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
 from tunesmith import registry
 from tunesmith.errors import RecipeError, did_you_mean, shorten
@@ -26,7 +27,7 @@ from tunesmith.registry import Keys, Plugin
 
 __all__ = ["Data", "Recipe", "Train", "load", "schema", "starter", "to_yaml"]
 
-MAX_YAML_BYTES, MAX_YAML_DEPTH, MAX_YAML_ALIASES = 2**20, 20, 100
+MAX_YAML_BYTES, MAX_YAML_DEPTH, MAX_YAML_ALIASES, MAX_YAML_VALUES = 2**20, 20, 100, 100_000
 
 K = TypeVar("K", bound=Keys)
 Path_ = tuple[str, ...]
@@ -65,24 +66,24 @@ class Train(Keys):
     micro_batch_size: int | Literal["auto"] = Field("auto", description="examples at once; auto: what fits")
     learning_rate: float | None = Field(None, gt=0, description="default: the technique's, for this model")
     head_learning_rate: float | None = Field(None, gt=0, description="of a new head; default: learning_rate")
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, description="decoupled; of matrices, not of norms and biases")
     warmup_ratio: float = Field(0.06, ge=0, lt=1, description="share of the steps that the rate rises")
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="of the rate after warm-up")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd: with momentum 0.9")
     max_grad_norm: float | None = Field(1.0, gt=0, description="clip to this norm; null: never")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 where the processor has it"
     )
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="of splits, new weights, order and dropout")
     evaluate_every: int | Literal["epoch"] = Field("epoch", description="steps, or epoch")
     save_every: int | Literal["epoch"] = Field("epoch", description="steps, or epoch")
     keep_checkpoints: int = Field(2, ge=1, description="beside best and last")
     metric: str | None = Field(None, description="what best is chosen by; default: the task's")
     early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without a better metric")
     gradient_checkpointing: bool | Literal["auto"] = Field("auto", description="auto: only when memory runs out")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over all classes")
     on_nan: Literal["stop", "skip", "rollback"] = Field("stop", description="skip and rollback at most max_skips times")
-    max_skips: int = Field(3, ge=1)
+    max_skips: int = Field(3, ge=1, description="steps left out by on_nan before the run stops")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
 
     @model_validator(mode="after")
@@ -99,12 +100,12 @@ class Train(Keys):
 class Recipe(Keys):
     """All of a run."""
 
-    task: SerializeAsAny[Plugin]
-    model: str = Field(min_length=1)
-    data: Data
-    technique: SerializeAsAny[Plugin]
-    train: Train
-    output: str = Field(min_length=1)
+    task: SerializeAsAny[Plugin] = Field(description="what to learn: a name, or {name: ..., its keys}")
+    model: str = Field(min_length=1, description="a folder, org/name on the Hub, pypi:name==version, an earlier run")
+    data: Data = Field(description="where the examples are")
+    technique: SerializeAsAny[Plugin] = Field(description="how: a name, or {name: ..., its keys}; default: lora")
+    train: Train = Field(description="how long and how fast")
+    output: str = Field(min_length=1, description="the run folder; default: runs/DATA-TECHNIQUE")
 
     def dump(self) -> dict[str, Any]:
         """Plain values, as they are written to `recipe.yaml`."""
@@ -114,10 +115,6 @@ class Recipe(Keys):
         return {key: tree[key] for key in ("task", "model", "data", "technique", "train", "output")}
 
 
-_PRECISIONS: dict[str, Callable[[Any], Any]] = {
-    "bf16": lambda on: "bf16" if on else "auto",
-    "fp16": lambda on: "fp16" if on else "auto",
-}
 _SAME: Callable[[Any], Any] = lambda value: value  # noqa: E731
 ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "num_train_epochs": ("train.epochs", _SAME),
@@ -133,8 +130,8 @@ ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "metric_for_best_model": ("train.metric", _SAME),
     "label_smoothing_factor": ("train.label_smoothing", _SAME),
     "patience": ("train.early_stopping_patience", _SAME),
-    "bf16": ("train.precision", _PRECISIONS["bf16"]),
-    "fp16": ("train.precision", _PRECISIONS["fp16"]),
+    "bf16": ("train.precision", lambda on: "bf16" if on is True else on),
+    "fp16": ("train.precision", lambda on: "fp16" if on is True else on),
     "model_name_or_path": ("model", _SAME),
     "base_model": ("model", _SAME),
     "output_dir": ("output", _SAME),
@@ -152,6 +149,16 @@ ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "lora_target": ("technique.target_modules", _SAME),
     "use_rslora": ("technique.rslora", _SAME),
     "use_dora": ("technique.dora", _SAME),
+}
+_KINDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "string_too_short": "a text",
 }
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _SECTIONS = ("task", "data", "technique", "train")
@@ -190,12 +197,20 @@ def _read_yaml(path: Path) -> Leaves:
     return _flatten(tree, lambda key: f"{path}:{_line(tree, key)}: {'.'.join(key)}")
 
 
+class _Constructor(RoundTripConstructor):
+    """YAML 1.2 knows no dates: they are texts."""
+
+
+_Constructor.add_constructor("tag:yaml.org,2002:timestamp", lambda constructor, node: node.value)
+
+
 def _parse(text: str, where: str) -> Any:
     """YAML 1.2: `2e-4` is a number, `no` a string, a key given twice an error."""
     try:
-        if sum(isinstance(event, AliasEvent) for event in YAML().parse(text)) > MAX_YAML_ALIASES:
-            raise RecipeError(f"more than {MAX_YAML_ALIASES} YAML aliases", where=where)
-        return YAML(typ="rt").load(io.StringIO(text))
+        _check_size(YAML().parse(text), where)
+        yaml = YAML(typ="rt")
+        yaml.Constructor = _Constructor
+        return yaml.load(io.StringIO(text))
     except DuplicateKeyError as error:
         line = error.problem_mark.line + 1
         key = str(error.problem).split('"')[1]
@@ -208,11 +223,27 @@ def _parse(text: str, where: str) -> Any:
         raise RecipeError(f"not valid YAML: {error}", where=where) from None
 
 
+def _check_size(events: Iterable[Any], where: str) -> None:
+    """Stop at the first event too many: what is deeply nested takes minutes to parse to its end."""
+    depth = aliases = values = 0
+    for event in events:
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        aliases += isinstance(event, AliasEvent)
+        values += isinstance(event, ScalarEvent)
+        if depth > MAX_YAML_DEPTH:
+            what = f"a recipe is at most {MAX_YAML_DEPTH} levels deep"
+            raise RecipeError(what, where=f"{where}:{event.start_mark.line + 1}")
+        if aliases > MAX_YAML_ALIASES or values > MAX_YAML_VALUES:
+            most = f"{MAX_YAML_ALIASES} YAML aliases and {MAX_YAML_VALUES:,} values"
+            raise RecipeError(f"a recipe holds at most {most}", where=where)
+
+
 def _line(tree: Any, key: Path_) -> int:
     line = 1
     for part in key:
         if isinstance(tree, CommentedMap) and part in tree:
-            line = tree.lc.key(part)[0] + 1
+            if part in (tree.lc.data or {}):  # not if it was merged in from elsewhere
+                line = tree.lc.key(part)[0] + 1
             tree = tree[part]
     return line
 
@@ -229,14 +260,17 @@ def _read_override(word: str) -> Leaves:
     return _flatten(nested, lambda key: f"command line: {'.'.join(key)}")
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
+def _plain(value: Any, depth: int = 0, seen: Iterator[int] | None = None) -> Any:
     """Without the YAML library's own types, so that strict types hold."""
+    seen = seen or itertools.count()
+    if next(seen) > MAX_YAML_VALUES:
+        raise RecipeError(f"its aliases unfold to more than {MAX_YAML_VALUES:,} values")
     if depth > MAX_YAML_DEPTH:
         raise RecipeError(f"a recipe is at most {MAX_YAML_DEPTH} levels deep")
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
+        return {str(key): _plain(item, depth + 1, seen) for key, item in value.items()}
     if isinstance(value, list | tuple | CommentedSeq):
-        return [_plain(item, depth + 1) for item in value]
+        return [_plain(item, depth + 1, seen) for item in value]
     if isinstance(value, Path):
         return str(value)
     for kind in (bool, int, float, str):
@@ -248,34 +282,43 @@ def _plain(value: Any, depth: int = 0) -> Any:
 def _flatten(tree: Mapping[str, Any], where: Callable[[Path_], str]) -> Leaves:
     """Every leaf under our own names, with the place it was written at."""
     leaves: Leaves = {}
-    batch: dict[str, Any] = {}
+    batch: dict[str, tuple[Any, str]] = {}
 
     def walk(value: Any, key: Path_) -> None:
         if isinstance(value, dict) and value:
             for part, item in value.items():
                 walk(item, (*key, part))
             return
+        if key[-1] in ("bf16", "fp16") and value is False:  # its absence says the same
+            return
         if key[-1] in _BATCH and key[:-1] in ((), ("train",)):
-            batch[key[-1]] = value
-            key, value = ("train", "batch_size"), _batch_size(batch, where(key))
-        else:
-            key, value = _own_name(key, value)
-            if key in leaves:
-                raise RecipeError("given twice under two names; keep one", where=where(key))
-        leaves[key] = (value, where(key))
+            batch[key[-1]] = (value, where(key))
+            return
+        own, value = _own_name(key, value)
+        if own in leaves:
+            raise RecipeError("given twice under two names; keep one", where=where(key))
+        leaves[own] = (value, where(key))
 
     walk(_plain(tree), ())
+    if batch:
+        where_given = next(iter(batch.values()))[1]
+        if ("train", "batch_size") in leaves:
+            raise RecipeError("given twice under two names; keep one", where=where_given, hint="batch_size says it all")
+        leaves["train", "batch_size"] = (_batch_size(batch), where_given)
     return leaves
 
 
-def _batch_size(given: dict[str, Any], where: str) -> int:
+def _batch_size(given: dict[str, tuple[Any, str]]) -> int:
     """Hugging Face's per-device size x accumulation x processes is our `batch_size`."""
-    size = int(os.environ.get("WORLD_SIZE", "1")) if "per_device_train_batch_size" in given else 16
-    for value in given.values():
-        if not isinstance(value, int) or value < 1:
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    for value, where in given.values():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise RecipeError(f"must be a whole number of at least 1, not {shorten(value)}", where=where)
         size *= value
-    return size if "per_device_train_batch_size" in given else 16
+    if _BATCH[0] not in given:
+        hint = f"train.batch_size counts the examples of an optimizer step; or give {_BATCH[0]} too"
+        raise RecipeError("says nothing by itself", where=next(iter(given.values()))[1], hint=hint)
+    return size
 
 
 def _own_name(key: Path_, value: Any) -> tuple[Path_, Any]:
@@ -309,8 +352,12 @@ def _build(leaves: Leaves) -> Recipe:
                 raise RecipeError(f"'{part}' is not a section", where=where)
         node[key[-1]] = value
     for section in _SECTIONS:
-        if not isinstance(tree.setdefault(section, {}), dict):
+        if tree.setdefault(section, {}) is None:
             tree[section] = {}
+        if not isinstance(tree[section], dict):
+            hint = f"e.g. {section}: {{{'train: reviews.csv' if section == 'data' else 'epochs: 3'}}}"
+            what = f"must be a section of keys, not {shorten(tree[section])}"
+            raise RecipeError(what, where=_where(leaves, (section,)), hint=hint)
     unknown = set(tree) - set(Recipe.model_fields)
     if unknown:
         first = sorted(unknown)[0]
@@ -352,17 +399,40 @@ def _section(model: type[K], values: dict[str, Any], at: Path_, leaves: Leaves) 
     try:
         return model(**values)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(problem, model, at, leaves) for problem in error.errors())) from None
+        problems: dict[Path_, list[Any]] = {}
+        for problem in error.errors():
+            problems.setdefault(_key_of(problem["loc"], at, leaves), []).append(problem)
+        exact = [key for key in problems if not any(other != key and other[: len(key)] == key for other in problems)]
+        given = [
+            key for key in exact if key in leaves or problems[key][0]["type"] in ("value_error", "extra_forbidden")
+        ] or exact
+        raise RecipeError("\n".join(_explain(problems[key], model, key, leaves) for key in given)) from None
 
 
-def _explain(problem: Any, model: type[Keys], at: Path_, leaves: Leaves) -> str:
-    key = (*at, *(str(part) for part in problem["loc"][:1]))  # deeper parts name the branches of a union
-    where = _where(leaves, key)
-    if problem["type"] == "extra_forbidden":
+def _key_of(place: tuple[Any, ...], at: Path_, leaves: Leaves) -> Path_:
+    """The key that was written: deeper parts of a place name the branches of a union, or a key of a mapping."""
+    key = (*at, *(str(part) for part in place[:1]))
+    return next((below for part in place[1:] if (below := (*key, str(part))) in leaves), key)
+
+
+def _explain(problems: list[Any], model: type[Keys], key: Path_, leaves: Leaves) -> str:
+    """One line for a key, whatever the branches of its type have against the value."""
+    where, first = _where(leaves, key), problems[0]
+    if first["type"] == "extra_forbidden":
         return f"{where}: unknown key; {did_you_mean(key[-1], model.model_fields)}"
-    if problem["type"] == "value_error":
-        return f"{where}: {problem['ctx']['error']}"
-    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {shorten(problem['input'])}"
+    if first["type"] == "value_error":
+        return f"{where}: {first['ctx']['error']}"
+    wanted = dict.fromkeys(_wanted(problem) for problem in problems)
+    given = leaves[key][0] if key in leaves else first["input"]
+    return f"{where}: must be {' or '.join(wanted)}, not {shorten(given)}"
+
+
+def _wanted(problem: Any) -> str:
+    if problem["type"] in _KINDS:
+        return _KINDS[problem["type"]]
+    return str(problem["ctx"]["expected"] if "expected" in problem.get("ctx", {}) else problem["msg"]).removeprefix(
+        "Input should be "
+    )
 
 
 def _where(leaves: Leaves, key: Path_) -> str:
