@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from tunesmith.data.formats import Row
 from tunesmith.errors import DataError
 
 Indices = NDArray[np.int64]
+Digests = NDArray[np.uint64]
 
 
 def stratified_split(strata: Indices, fraction: float, seed: int) -> tuple[Indices, Indices]:
@@ -47,15 +48,23 @@ def stratified_split(strata: Indices, fraction: float, seed: int) -> tuple[Indic
     return np.setdiff1d(np.arange(len(strata)), drawn), np.sort(drawn)
 
 
-def overlap(train: Iterable[Row], other: Iterable[Row]) -> int:
-    """How many rows of `other` have a text that stands in `train`, but for case and white space."""
-    seen = {_digest(row) for row in train}
-    return sum(_digest(row) in seen for row in other)
-
-
-def _digest(row: Row) -> bytes:
+def digest(row: Row) -> int:
+    """64 bits of what a row says beside its label, but for case, white space and the way accents are coded."""
     texts = [str(value) for role, value in sorted(row.values.items()) if role != "label"]
-    return hashlib.blake2b(" ".join("\0".join(texts).lower().split()).encode(), digest_size=12).digest()
+    plain = " ".join(unicodedata.normalize("NFC", "\0".join(texts)).lower().split())
+    return int.from_bytes(hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def overlap(train: Digests, other: Digests) -> int:
+    """How many rows of `other` say what a row of `train` says."""
+    return int(np.isin(other, train).sum())
+
+
+def repeats(digests: Digests, strata: Indices) -> tuple[int, int]:
+    """How many rows say what an earlier one says, and how many texts stand there in several classes."""
+    distinct = np.unique(digests)
+    in_classes = np.unique(np.stack([digests, strata.astype(np.uint64)]), axis=1)[0]
+    return len(digests) - len(distinct), int((np.unique(in_classes, return_counts=True)[1] > 1).sum())
 
 
 def refuse_same_file(train: Path, other: Path, name: str) -> None:

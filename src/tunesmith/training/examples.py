@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from tunesmith.data import splits
 from tunesmith.data.encoded import Encoded, encode, file_sha256, fingerprint
 from tunesmith.data.formats import Row, Table, find_splits, read_table
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import DataError, RecipeError, shorten
 from tunesmith.recipe import Data
 from tunesmith.tasks import Task
 
@@ -83,22 +84,83 @@ def read(task: Task, data: Data, seed: int) -> Examples:
         if isinstance(value, str):
             splits.refuse_same_file(Path(data.train), Path(value), name)
             found[name] = open_split(value, task, data)
-    targets = [task.target(row) for row in found["train"].rows()]
-    if not targets:
-        raise DataError("no row to learn from", where=data.train)
-    task, data = task.fit(targets, data, str(data.train))
+    every = _usable(found["train"], task, data)
+    task, data = task.fit(every.targets, data, str(data.train))
+    parts = {"train": every} | {name: _usable(found[name], task, data) for name in found.keys() - {"train"}}
     notes = [note for split in found.values() if (note := split.table.note)]
-    notes += [
-        f"{name}: skipped {_reasons(split.table.skipped)}" for name, split in found.items() if split.table.skipped
-    ]
-    found |= _drawn(found["train"], task, data, targets, seed)
-    rows = {name: len(targets) if split.indices is None else len(split.indices) for name, split in found.items()}
-    for name in found.keys() - {"train"}:
-        if found[name].indices is None:
-            rows[name] = _check(found[name], task)
-        if repeated := splits.overlap(found["train"].rows(), found[name].rows()):
+    notes += [f"{name}: skipped {_reasons(part.skipped)}" for name, part in parts.items() if part.skipped]
+    strata = np.asarray(task.strata(every.targets) or np.zeros(len(every.targets)), dtype=np.int64)
+    notes += _remarks(every, strata, task)
+    if drawn := _drawn(strata, data, seed):
+        parts |= {name: every.at(positions) for name, positions in drawn.items()}
+        notes += _alone(every, strata)
+    rows = {name: len(part.targets) for name, part in parts.items()}
+    for name in sorted(parts.keys() - {"train"}):
+        if repeated := splits.overlap(parts["train"].digests, parts[name].digests):
             notes.append(f"{repeated} of {rows[name]} {name} rows stand word for word in train: scores will flatter")
-    return Examples(task, data, found, notes, rows)
+    return Examples(task, data, {name: part.split for name, part in parts.items()}, notes, rows)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A split read once: the rows that can be used, their targets, and a digest of what each says."""
+
+    split: Split
+    targets: list[Any]
+    digests: splits.Digests
+    skipped: Counter[str]
+
+    def at(self, positions: splits.Indices) -> _Part:
+        """Some of the rows."""
+        indices = positions if self.split.indices is None else self.split.indices[positions]
+        targets = [self.targets[position] for position in positions.tolist()]
+        return _Part(replace(self.split, indices=indices), targets, self.digests[positions], Counter())
+
+
+def _usable(split: Split, task: Task, data: Data) -> _Part:
+    """A row whose target cannot be read stops the run, or is left out and counted."""
+    targets: list[Any] = []
+    digests = array("Q")
+    kept, unusable = [], 0
+    for index, row in enumerate(split.rows()):
+        try:
+            targets.append(task.target(row))
+        except DataError:
+            if data.on_bad_row == "stop":
+                raise
+            unusable += 1
+            continue
+        kept.append(index)
+        digests.append(splits.digest(row))
+    if not targets:
+        raise DataError("none of the rows can be used", where=str(split.table.path))
+    skipped = split.table.skipped + Counter({"unusable label": unusable} if unusable else {})
+    split = replace(split, indices=np.asarray(kept)) if unusable else split
+    return _Part(split, targets, np.frombuffer(digests, dtype=np.uint64), skipped)
+
+
+def _remarks(train: _Part, strata: splits.Indices, task: Task) -> list[str]:
+    """Rows that say the same: a note, or a refusal where all of them do."""
+    repeated, torn = splits.repeats(train.digests, strata)
+    if repeated == len(train.digests) - 1 > 0:
+        role = next(iter(task.columns))
+        what = f"{role}: every one of the {len(train.digests)} rows says the same; there is nothing to tell apart"
+        raise DataError(
+            what, where=str(train.split.table.path), hint=f"data.columns.{role}=NAME if it is another column"
+        )
+    if not repeated:
+        return []
+    said = f"{repeated} of {len(train.digests)} train rows repeat an earlier text word for word"
+    return [f"{said}; {torn} of the texts stand there with different labels" if torn else said]
+
+
+def _alone(train: _Part, strata: splits.Indices) -> list[str]:
+    _, first, counts = np.unique(strata, return_index=True, return_counts=True)
+    names = [shorten(train.targets[index]) for index in first[counts == 1]]
+    if not names:
+        return []
+    who = "1 class has" if len(names) == 1 else f"{len(names)} classes have"
+    return [f"{who} a single row, which stays in train where no score sees it: {', '.join(names[:3])}"]
 
 
 def _named_files(data: Data) -> Data:
@@ -115,28 +177,17 @@ def _named_files(data: Data) -> Data:
     return data.model_copy(update=named)
 
 
-def _drawn(train: Split, task: Task, data: Data, targets: list[Any], seed: int) -> dict[str, Split]:
-    """Train, and the splits that the recipe draws from it: test first, then validation."""
-    found: dict[str, Split] = {}
-    left = np.arange(len(targets))
-    codes = np.asarray(task.strata(targets) or np.zeros(len(targets), dtype=np.int64))
+def _drawn(strata: splits.Indices, data: Data, seed: int) -> dict[str, splits.Indices]:
+    """Which rows of train are in the splits that the recipe draws from it: test first, then validation, then train."""
+    found: dict[str, splits.Indices] = {}
+    left = np.arange(len(strata))
     for name, fraction in (("test", data.test), ("validation", data.validation)):
         if isinstance(fraction, float):
-            of_all = min(fraction * len(targets) / len(left), 1.0)
-            kept, drawn = splits.stratified_split(codes[left], of_all, seed)
-            found[name] = replace(train, indices=left[drawn])
+            of_all = min(fraction * len(strata) / len(left), 1.0)
+            kept, drawn = splits.stratified_split(strata[left], of_all, seed)
+            found[name] = left[drawn]
             left = left[kept]
-    return found | ({"train": replace(train, indices=left)} if found else {})
-
-
-def _check(split: Split, task: Task) -> int:
-    rows = 0
-    for row in split.rows():
-        task.target(row)
-        rows += 1
-    if not rows:
-        raise DataError("no rows", where=str(split.table.path))
-    return rows
+    return found | ({"train": left} if found else {})
 
 
 def _reasons(skipped: Counter[str]) -> str:
