@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import math
+import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
@@ -28,7 +30,7 @@ from tunesmith.tasks import Metrics, Task
 
 Target = str | tuple[str, ...] | float
 MAX_CHARS_PER_TOKEN = 64
-IGNORED = -100
+_INVISIBLE = string.whitespace + "\u00a0\u3000\u200b\u2060\ufeff"
 
 
 class TextClassification(Task):
@@ -59,18 +61,25 @@ class TextClassification(Task):
     def target(self, row: Row) -> Target:
         """A class name, a tuple of them, or a number."""
         value = row.values["label"]
-        if isinstance(value, list | tuple):
-            return tuple(sorted({_name(part) for part in value}))
-        if self.labels == "multi":
-            return tuple(sorted({part.strip() for part in _listed(str(value)) if part.strip()}))
         if self.labels == "regression":
             return _number(value, row)
-        name = _name(value)
-        if name.startswith("[") and name.endswith("]"):
-            raise DataError(
-                f"label: {shorten(name)} is a list written as text", where=row.place, hint="set task.labels=multi"
-            )
-        return name
+        parts = value if isinstance(value, list | tuple) else None
+        if parts is None and self.labels != "multi":
+            return self._known(_single(value, row), row)
+        if self.labels == "single":
+            what = f"label: {shorten(value)} is a list, and the others are one class a text"
+            raise DataError(what, where=row.place, hint="set task.labels=multi")
+        names = (_name(part) for part in (_listed(str(value)) if parts is None else parts))
+        return tuple(sorted({self._known(name, row) for name in names if name}))
+
+    def _known(self, name: str, row: Row) -> str:
+        if self.classes is None or name in self.classes:
+            return name
+        raise DataError(
+            f"label: {shorten(name)} is none of the {len(self.classes)} classes that are learned",
+            where=row.place,
+            hint=did_you_mean(name, self.classes[:20]),
+        )
 
     def fit(self, targets: Sequence[Target], data: Data, where: str) -> tuple[Self, Data]:
         """Kind, classes and class weights from the training targets."""
@@ -79,9 +88,12 @@ class TextClassification(Task):
             if data.class_weights is not None:
                 raise RecipeError("data.class_weights: a regression has no classes", hint="leave the key out")
             return self.model_copy(update={"labels": kind}), data
-        counts = Counter(name for target in targets for name in (target if isinstance(target, tuple) else (target,)))
-        classes = self.classes or sorted((str(name) for name in counts), key=_natural)
-        _check_classes(classes, counts, len(targets), where, several=kind == "multi")
+        several = kind == "multi"
+        counts = Counter(name for target in targets for name in _names(target, several))
+        classes = self.classes or sorted(counts, key=_natural)
+        if self.labels == "auto" and self.classes is None:
+            _check_joined(classes, where)
+        _check_classes(classes, counts, len(targets), where, several)
         fitted = self.model_copy(update={"labels": kind, "classes": classes})
         return fitted, data.model_copy(update={"class_weights": _weights(data, classes, counts, kind)})
 
@@ -157,19 +169,8 @@ class TextClassification(Task):
         assert self.classes is not None, "fit comes first"
         weights = data.class_weights if isinstance(data.class_weights, dict) else {}
         if isinstance(target, tuple):
-            known = [self._index(name, row) for name in target]
-            return {"label": [float(index in known) for index in range(len(self.classes))]}
-        return {"label": self._index(str(target), row), "weight": float(weights.get(str(target), 1.0))}
-
-    def _index(self, name: str, row: Row) -> int:
-        assert self.classes is not None, "fit comes first"
-        if name in self.classes:
-            return self.classes.index(name)
-        raise DataError(
-            f"label: {shorten(name)} is not among the {len(self.classes)} classes of the training data",
-            where=row.place,
-            hint=did_you_mean(name, self.classes[:20]),
-        )
+            return {"label": [float(name in target) for name in self.classes]}
+        return {"label": self.classes.index(str(target)), "weight": float(weights.get(str(target), 1.0))}
 
     def notes(self, encoded: Encoded, processor: Any) -> list[str]:
         """Texts cut, and unknown tokens above 5 %."""
@@ -263,11 +264,29 @@ def _mean_of_windows(logits: Tensor, windows: Tensor) -> Tensor:
 
 
 def _name(value: object) -> str:
-    """One spelling for the labels 1, 1.0, "1" and " 1 "."""
+    """One spelling for the labels 1, 1.0, "1" and " 1 ", and for accents coded in two ways."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    name = str(value).strip()
+    name = unicodedata.normalize("NFC", str(value)).strip(_INVISIBLE)
     return name[:-2] if name.endswith(".0") and name[:-2].lstrip("-").isdigit() else name
+
+
+def _single(value: object, row: Row) -> str:
+    name = _name(value)
+    if not name:
+        raise DataError("label: nothing but invisible characters", where=row.place, hint="fill it in or remove the row")
+    if name.startswith("[") and name.endswith("]"):
+        raise DataError(
+            f"label: {shorten(name)} is a list written as text", where=row.place, hint="set task.labels=multi"
+        )
+    return name
+
+
+def _names(target: Target, several: bool) -> tuple[str, ...]:
+    """The classes of a target; among lists, a text without one is a list too."""
+    if isinstance(target, tuple):
+        return target
+    return tuple(name for part in _listed(str(target)) if (name := _name(part))) if several else (str(target),)
 
 
 def _listed(text: str) -> list[str]:
@@ -292,11 +311,13 @@ def _is_number(text: str) -> bool:
 def _number(value: object, row: Row) -> float:
     if isinstance(value, bool) or not _is_number(str(value)):
         raise DataError(
-            f"label: {shorten(value)} is not a finite number", where=row.place, hint="mend or remove the row"
+            f"label: {shorten(value)} is not a finite number", where=row.place, hint="mend it, or data.on_bad_row=skip"
         )
     number = float(str(value))
     if abs(number) > 1e9:
-        raise DataError(f"label: {shorten(value)} is out of any scale", where=row.place, hint="mend or rescale it")
+        raise DataError(
+            f"label: {shorten(value)} is out of any scale", where=row.place, hint="mend it, or data.on_bad_row=skip"
+        )
     return number
 
 
@@ -304,12 +325,17 @@ def _natural(name: str) -> tuple[int, float, str]:
     return (0, float(name), name) if _is_number(name) else (1, 0.0, name)
 
 
+def _check_joined(classes: list[str], where: str) -> None:
+    """Refuse a class like "a;b" beside the classes "a" and "b": it is more likely two labels of one text."""
+    known = set(classes)
+    for name in classes:
+        parts = [part.strip() for part in _listed(name)]
+        if len(parts) > 1 and known.issuperset(parts):
+            hint = "set task.labels=multi, or task.labels=single if it is a class of its own"
+            raise DataError(f"label: {shorten(name)} joins classes that also stand alone", where=where, hint=hint)
+
+
 def _check_classes(classes: list[str], counts: Counter[Any], rows: int, where: str, several: bool) -> None:
-    unknown = sorted(set(counts) - set(classes))
-    if unknown:
-        raise DataError(
-            f"label: {shorten(unknown[0])} is not in task.classes", where=where, hint=did_you_mean(unknown[0], classes)
-        )
     if len(counts) < (1 if several else 2):
         only = f"every one of the {rows} rows is labelled {shorten(next(iter(counts), ''))}"
         hint = "a sorted file read in part does this: shuffle it, or read all of it"

@@ -79,8 +79,57 @@ def test_a7_71_ten_thousand_classes_are_identifiers(refuse: Refuse) -> None:
     assert said == "train.jsonl: label: 10000 classes in 10000 rows look like identifiers; set data.columns.label"
 
 
-@pytest.mark.parametrize("split", ("validation", "test"), ids=("a7_72_validation", "a7_73_test"))
-def test_a7_72_73_a_label_that_train_does_not_know(split: str, refuse: Refuse, written: Any) -> None:
+@pytest.mark.parametrize("split", ("validation", "test"), ids=("a7_72", "a7_73"))
+def test_a7_72_and_73_a_label_that_train_lacks_is_refused_before_a_model_is_sought(
+    split: str, refuse: Refuse, written: Any
+) -> None:
     other = written([(f"{GOOD} this", "pos"), (f"{BAD} this", "nge")], split)
-    said = refuse(_reviews(20), f"data.{split}={other}")
-    assert said == f"{split}.jsonl:2: label: 'nge' is not among the 2 classes of the training data; did you mean 'neg'?"
+    said = refuse(_reviews(20), f"data.{split}={other}", "model=./none")
+    what = "label: 'nge' is none of the 2 classes that are learned; did you mean 'neg'?"
+    assert said == f"{split}.jsonl:2: {what}"
+
+
+def test_a7_72_such_a_row_can_be_skipped(written: Any) -> None:
+    valid = written([(f"{GOOD} this", "pos"), (f"{BAD} this", "nge")], "valid")
+    read = _read(written(_reviews(20)), validation=valid, on_bad_row="skip")
+    assert read.rows == {"train": 20, "validation": 1}
+    assert read.notes == ["validation: skipped 1 rows (unusable label)"]
+
+
+def test_a7_72_a_row_outside_the_classes_of_the_recipe_is_refused(refuse: Refuse) -> None:
+    said = refuse([*_reviews(20), (GOOD, "meh")], "task.classes=[neg, pos]")
+    assert said.startswith("train.jsonl:21: label: 'meh' is none of the 2 classes")
+
+
+def test_a7_74_joined_labels_beside_single_ones_are_refused(refuse: Refuse) -> None:
+    said = refuse([*_reviews(20), ("so so", "pos;neg")])
+    assert said.startswith("train.jsonl: label: 'pos;neg' joins classes that also stand alone; set task.labels=multi")
+
+
+def test_a7_74_joined_labels_can_be_meant_either_way(written: Any) -> None:
+    path = written([*_reviews(20), ("so so", "pos;neg")])
+    assert _read(path, labels="single").task.classes == ["neg", "pos", "pos;neg"]  # type: ignore[attr-defined]
+    assert _read(path, labels="multi").task.classes == ["neg", "pos"]  # type: ignore[attr-defined]
+
+
+def test_a7_74_lists_beside_texts_are_several_labels_each(written: Any, tmp_path: Path) -> None:
+    rows = [(GOOD, ["pos"]), (BAD, "neg"), ("so so", ["neg", "pos"]), ("not so", "pos;neg"), ("so", "1.0")]
+    read = _read(written(rows))
+    labels = _encode(read, tmp_path)["train"].column("label").reshape(-1, 3)
+    assert read.task.labels == "multi" and read.task.classes == ["1", "neg", "pos"]  # type: ignore[attr-defined]
+    assert labels.tolist() == [[0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 1, 1], [1, 0, 0]]
+
+
+def test_a7_74_a_list_where_one_class_is_asked_for_is_refused(refuse: Refuse) -> None:
+    said = refuse([*_reviews(20), (GOOD, ["pos", "neg"])], "task.labels=single")
+    assert said.startswith("train.jsonl:21: label: '['pos', 'neg']' is a list")
+
+
+def test_a7_75_a_list_written_as_text_is_refused(refuse: Refuse) -> None:
+    said = refuse([*_reviews(4), (GOOD, "['pos', 'neg']")])
+    assert said == "train.jsonl:5: label: '['pos', 'neg']' is a list written as text; set task.labels=multi"
+
+
+def test_a7_75_a_list_written_as_text_is_read_where_several_labels_are_asked_for(written: Any) -> None:
+    read = _read(written([*_reviews(4), (GOOD, "['pos', 'neg']")]), labels="multi")
+    assert read.task.classes == ["neg", "pos"]  # type: ignore[attr-defined]
