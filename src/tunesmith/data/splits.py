@@ -16,7 +16,7 @@ Indices = NDArray[np.int64]
 Digests = NDArray[np.uint64]
 
 
-def stratified_split(strata: Indices, fraction: float, seed: int) -> tuple[Indices, Indices]:
+def stratified_split(strata: Indices, fraction: float, seed: int, name: str = "validation") -> tuple[Indices, Indices]:
     """(kept, drawn) indices, ascending: each class gives its share, a class with a single row gives none.
 
     The shares are rounded so that together they make `fraction` of all rows (largest remainders).
@@ -28,7 +28,8 @@ def stratified_split(strata: Indices, fraction: float, seed: int) -> tuple[Indic
     wanted = round(fraction * len(strata))
     if wanted < 1:
         rows = f"{fraction:g} of {len(strata)} rows is none"
-        raise DataError(rows, where="data.validation", hint="a larger fraction, a file of its own, or validation=null")
+        hint = f"a larger fraction, a file of its own, or data.{name}=null"
+        raise DataError(rows, where=f"data.{name}", hint=hint)
     can_give = np.where(counts > 1, counts - 1, 0)
     ideal = fraction * counts * (counts > 1)
     shares = np.minimum(np.floor(ideal).astype(np.int64), can_give)
@@ -42,9 +43,8 @@ def stratified_split(strata: Indices, fraction: float, seed: int) -> tuple[Indic
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     drawn = np.concatenate([by_class[start : start + share] for start, share in zip(starts, shares, strict=True)])
     if not len(drawn):
-        raise DataError(
-            "every class has a single row: no split is possible", where="data.validation", hint="validation=null"
-        )
+        what = "every class has a single row: no split is possible"
+        raise DataError(what, where=f"data.{name}", hint=f"a file of its own, or data.{name}=null")
     return np.setdiff1d(np.arange(len(strata)), drawn), np.sort(drawn)
 
 

@@ -83,7 +83,7 @@ class TextClassification(Task):
 
     def fit(self, targets: Sequence[Target], data: Data, where: str) -> tuple[Self, Data]:
         """Kind, classes and class weights from the training targets."""
-        kind = self._kind(targets)
+        kind = self._kind(targets, where)
         if kind == "regression":
             if data.class_weights is not None:
                 raise RecipeError("data.class_weights: a regression has no classes", hint="leave the key out")
@@ -97,16 +97,12 @@ class TextClassification(Task):
         fitted = self.model_copy(update={"labels": kind, "classes": classes})
         return fitted, data.model_copy(update={"class_weights": _weights(data, classes, counts, kind)})
 
-    def _kind(self, targets: Sequence[Target]) -> str:
+    def _kind(self, targets: Sequence[Target], where: str) -> str:
         if self.labels != "auto":
             return self.labels
         if any(isinstance(target, tuple) for target in targets):
             return "multi"
-        distinct = set(targets)
-        if self.classes is None and len(distinct) > 10 and all(_is_number(str(target)) for target in distinct):
-            if any(not float(str(target)).is_integer() for target in distinct):
-                return "regression"
-        return "single"
+        return "single" if self.classes else _single_or_regression({str(target) for target in targets}, where)
 
     def strata(self, targets: Sequence[Target]) -> list[int] | None:
         """Classes as codes; combinations of labels count as classes, numbers have none."""
@@ -130,9 +126,8 @@ class TextClassification(Task):
 
     def encode(self, rows: Sequence[Row], processor: Any, data: Data) -> list[dict[str, Any]]:
         """input_ids (all windows of a document, flat), their lengths, whether words were cut, label and weight."""
-        assert data.max_length is not None, "the run resolves max_length"
-        texts = [str(row.values["text"])[: data.max_length * (self.windows or 1) * MAX_CHARS_PER_TOKEN] for row in rows]
-        pairs = [str(row.values.get("text_pair", "")) for row in rows]
+        most = self._most_chars(data)
+        texts, pairs = ([_head(str(row.values.get(role, "")), most) for row in rows] for role in ("text", "text_pair"))
         pairs_given = any("text_pair" in row.values for row in rows)
         coded = processor(
             *((texts, pairs) if pairs_given else (texts,)),
@@ -144,15 +139,23 @@ class TextClassification(Task):
         windows: list[list[int]] = [[] for _ in rows]
         for index, row in enumerate(owner):
             windows[row].append(index)
+        specials = processor.num_special_tokens_to_add(pair=pairs_given)
+        for row, mine in zip(rows, windows, strict=True):
+            if sum(len(coded["input_ids"][index]) for index in mine) <= specials:
+                raise DataError("text: nothing is left of it as tokens", where=row.place, hint="remove the row")
         return [self._fields(row, coded, mine, data) for row, mine in zip(rows, windows, strict=True)]
+
+    def _most_chars(self, data: Data) -> int:
+        """How much of a text is shown to the tokenizer, whose time grows with all of it."""
+        assert data.max_length is not None, "the run resolves max_length"
+        return data.max_length * (self.windows or 1) * MAX_CHARS_PER_TOKEN
 
     def _fields(self, row: Row, coded: Any, mine: list[int], data: Data) -> dict[str, Any]:
         kept = mine[: self.windows or 1]
         ids = [token for index in kept for token in coded["input_ids"][index]]
-        if not ids:
-            raise DataError("text: nothing is left of it as tokens", where=row.place, hint="remove the row")
         full = len(coded["input_ids"][kept[-1]]) == data.max_length
         cut = len(mine) > len(kept) or (full and bool(coded.encodings and coded.encodings[kept[-1]].overflowing))
+        cut = cut or len(str(row.values["text"]).strip()) > self._most_chars(data)
         fields: dict[str, Any] = {"input_ids": ids, "cut": int(cut)}
         if self.windows:
             fields["windows"] = [len(coded["input_ids"][index]) for index in kept]
@@ -257,6 +260,10 @@ class TextClassification(Task):
         ]
 
 
+def _head(text: str, most: int) -> str:
+    return text if len(text) <= most else text.lstrip()[:most]
+
+
 def _mean_of_windows(logits: Tensor, windows: Tensor) -> Tensor:
     owner = torch.repeat_interleave(torch.arange(len(windows), device=logits.device), windows)
     summed = logits.new_zeros(len(windows), logits.shape[1]).index_add(0, owner, logits)
@@ -323,6 +330,20 @@ def _number(value: object, row: Row) -> float:
 
 def _natural(name: str) -> tuple[int, float, str]:
     return (0, float(name), name) if _is_number(name) else (1, 0.0, name)
+
+
+def _single_or_regression(distinct: set[str], where: str) -> str:
+    """Many different numbers with fractions are no classes; a word among them is more likely a mistake than a class."""
+    words = sorted(name for name in distinct if not _is_number(name))
+    fractions = any(not float(name).is_integer() for name in distinct.difference(words))
+    if len(distinct) <= 10 or not fractions or len(words) > len(distinct) / 10:
+        return "single"
+    if words:
+        what = f"label: {shorten(words[0])} stands among numbers ({len(distinct) - len(words)} different ones)"
+        raise DataError(
+            what, where=where, hint="set task.labels=regression to find its row, or single if all are classes"
+        )
+    return "regression"
 
 
 def _check_joined(classes: list[str], where: str) -> None:

@@ -132,9 +132,9 @@ def _usable(split: Split, task: Task, data: Data) -> _Part:
             continue
         kept.append(index)
         digests.append(splits.digest(row))
-    if not targets:
-        raise DataError("none of the rows can be used", where=str(split.table.path))
     skipped = split.table.skipped + Counter({"unusable label": unusable} if unusable else {})
+    if not targets:
+        raise DataError(f"no row can be used, left out are {_reasons(skipped)}", where=str(split.table.path))
     split = replace(split, indices=np.asarray(kept)) if unusable else split
     return _Part(split, targets, np.frombuffer(digests, dtype=np.uint64), skipped)
 
@@ -184,14 +184,14 @@ def _drawn(strata: splits.Indices, data: Data, seed: int) -> dict[str, splits.In
     for name, fraction in (("test", data.test), ("validation", data.validation)):
         if isinstance(fraction, float):
             of_all = min(fraction * len(strata) / len(left), 1.0)
-            kept, drawn = splits.stratified_split(strata[left], of_all, seed)
+            kept, drawn = splits.stratified_split(strata[left], of_all, seed, name)
             found[name] = left[drawn]
             left = left[kept]
     return found | ({"train": left} if found else {})
 
 
 def _reasons(skipped: Counter[str]) -> str:
-    return ", ".join(f"{count} rows ({reason})" for reason, count in skipped.most_common())
+    return ", ".join(f"{count} row{'s' * (count > 1)} ({reason})" for reason, count in skipped.most_common())
 
 
 def encode_splits(examples: Examples, processor: Any, processor_hash: str, cache: Path) -> dict[str, Encoded]:

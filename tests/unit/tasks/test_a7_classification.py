@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tunesmith.data.encoded import Encoded
+from tunesmith.data.formats import Row
 from tunesmith.recipe import Data
 from tunesmith.tasks.text_classification import TextClassification
 from tunesmith.testing import tiny_tokenizer
@@ -93,7 +94,7 @@ def test_a7_72_such_a_row_can_be_skipped(written: Any) -> None:
     valid = written([(f"{GOOD} this", "pos"), (f"{BAD} this", "nge")], "valid")
     read = _read(written(_reviews(20)), validation=valid, on_bad_row="skip")
     assert read.rows == {"train": 20, "validation": 1}
-    assert read.notes == ["validation: skipped 1 rows (unusable label)"]
+    assert read.notes == ["validation: skipped 1 row (unusable label)"]
 
 
 def test_a7_72_a_row_outside_the_classes_of_the_recipe_is_refused(refuse: Refuse) -> None:
@@ -133,3 +134,161 @@ def test_a7_75_a_list_written_as_text_is_refused(refuse: Refuse) -> None:
 def test_a7_75_a_list_written_as_text_is_read_where_several_labels_are_asked_for(written: Any) -> None:
     read = _read(written([*_reviews(4), (GOOD, "['pos', 'neg']")]), labels="multi")
     assert read.task.classes == ["neg", "pos"]  # type: ignore[attr-defined]
+
+
+def test_a7_76_one_text_for_all_rows_is_refused(refuse: Refuse) -> None:
+    said = refuse([(GOOD, label) for _, label in _reviews(20)])
+    what = "text: every one of the 20 rows says the same; there is nothing to tell apart"
+    assert said == f"train.jsonl: {what}; data.columns.text=NAME if it is another column"
+
+
+def test_a7_77_rows_given_twice_are_counted(written: Any) -> None:
+    read = _read(written(_reviews(20) * 2), validation=0.5)
+    repeat, flatter = read.notes
+    assert repeat == "20 of 40 train rows repeat an earlier text word for word"
+    seen = {row.values["text"] for row in read.splits["train"].rows()}
+    twice = sum(row.values["text"] in seen for row in read.splits["validation"].rows())
+    assert flatter == f"{twice} of 20 validation rows stand word for word in train: scores will flatter"
+
+
+def test_a7_78_texts_with_two_labels_are_counted(written: Any) -> None:
+    rows = [*_reviews(20), (GOOD + " .", "pos"), (GOOD.upper() + "  .", "neg"), (BAD + " .", "neg")]
+    assert _read(written(rows)).notes == [
+        "3 of 23 train rows repeat an earlier text word for word; 1 of the texts stand there with different labels"
+    ]
+
+
+TEXTS = {
+    "emoji": "great 👩‍👩‍👧 👍🏽",
+    "right-to-left": "פילם נהדר فيلم رائع",
+    "zero-width": "gre\u200bat\u200d film\ufeff",
+    "control": "great\x00\x1b[31m film",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_a7_79_unusual_characters_are_taken_as_they_are(text: str, written: Any, tmp_path: Path) -> None:
+    read = _read(written([*_reviews(6), (text, "pos")]))
+    encoded = _encode(read, tmp_path)["train"]
+    assert len(encoded) == 7 and encoded.lengths[-1] > 2 and read.notes == []
+
+
+def test_a7_79_half_an_emoji_is_refused(refuse: Refuse) -> None:
+    assert refuse([*_reviews(4), ("great \ud83d", "pos")]).startswith("train.jsonl:5: text: a lone surrogate")
+
+
+def test_a7_79_accents_coded_in_two_ways_are_one_class_and_one_text(written: Any) -> None:
+    rows = [("tr\u00e8s bon", "\u00e9l\u00e8ve"), ("tre\u0300s bon", "e\u0301le\u0300ve"), (BAD, "pos")]
+    read = _read(written(rows))
+    assert read.task.classes == ["pos", "\u00e9l\u00e8ve"]  # type: ignore[attr-defined]
+    assert read.notes == ["1 of 3 train rows repeat an earlier text word for word"]
+
+
+def test_a7_79_a_label_with_invisible_characters_is_the_same_label(written: Any) -> None:
+    read = _read(written([*_reviews(4), ("the film was fine", "\ufeffpos\u200b")]))
+    assert read.task.classes == ["neg", "pos"]  # type: ignore[attr-defined]
+
+
+def test_a7_79_a_label_of_nothing_but_invisible_characters_is_refused(refuse: Refuse) -> None:
+    said = refuse([*_reviews(4), (GOOD, "\u200b")])
+    assert said.startswith("train.jsonl:5: label: nothing but invisible characters")
+
+
+def test_a7_79_a_text_of_nothing_but_invisible_characters_is_refused(refuse: Refuse) -> None:
+    said = refuse([*_reviews(20), ("\u200b\ufeff", "pos")])
+    assert said == "train.jsonl:21: text: nothing is left of it as tokens; remove the row"
+
+
+@pytest.mark.parametrize("text", ("great " * 900_000, "great" * 1_000_000), ids=("words", "one word"))
+def test_a7_80_a_text_of_5_mb_is_cut_and_that_is_said(text: str, written: Any, tmp_path: Path) -> None:
+    read = _read(written([*_reviews(6), (text, "pos")]))
+    encoded = _encode(read, tmp_path)["train"]
+    assert encoded.lengths[-1] <= 64
+    assert read.task.notes(encoded, tiny_tokenizer()) == [
+        "1 of 7 texts are longer than is read and were cut (task.windows=N reads more of them)"
+    ]
+
+
+def test_a7_80_blanks_before_a_text_do_not_push_it_out(written: Any, tmp_path: Path) -> None:
+    read = _read(written([*_reviews(6), (GOOD, "pos"), (" " * 5_000_000 + GOOD, "pos")]))
+    encoded = _encode(read, tmp_path)["train"]
+    plain, padded = (encoded.take([index])["input_ids"][0].tolist() for index in (6, 7))
+    assert padded == plain and read.task.notes(encoded, tiny_tokenizer()) == []
+
+
+def test_a7_80_the_second_text_of_a_pair_may_be_huge_too(tmp_path: Path) -> None:
+    values = {"text": GOOD, "text_pair": "great " * 900_000, "label": "pos"}
+    task = TextClassification(labels="single", classes=["neg", "pos"])
+    (fields,) = task.encode([Row("pairs.csv:2", values)], tiny_tokenizer(), Data(max_length=64))
+    assert len(fields["input_ids"]) == 64 and fields["cut"] == 1
+
+
+@pytest.mark.parametrize("label", ("great", "inf", "-Infinity", "nan", "1,5", True, [1, 2]))
+def test_a7_99_a_target_that_is_no_finite_number_is_refused(label: object, refuse: Refuse) -> None:
+    rows = [(text, n / 10) for n, (text, _) in enumerate(_reviews(20))]
+    said = refuse([*rows, (GOOD, label)], "task.labels=regression")
+    assert said.startswith("train.jsonl:21: label: '") and "is not a finite number; mend it" in said
+
+
+def test_a7_99_one_word_among_numbers_makes_no_classes_of_them(written: Any, refuse: Refuse) -> None:
+    rows: list[tuple[object, object]] = [(text, n / 10 + 0.05) for n, (text, _) in enumerate(_reviews(20))]
+    assert _read(written(rows)).task.labels == "regression"  # type: ignore[attr-defined]
+    said = refuse([*rows, (GOOD, "inf")])
+    assert said.startswith("train.jsonl: label: 'inf' stands among numbers (20 different ones); set task.labels=")
+    assert _read(written([*rows, (GOOD, "inf")]), labels="single").task.labels == "single"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("labels", ("regression", "auto"))
+def test_a7_100_an_outlier_is_refused(labels: str, refuse: Refuse) -> None:
+    rows = [(text, n / 10 + 0.05) for n, (text, _) in enumerate(_reviews(20))]
+    said = refuse([*rows, (GOOD, 1e30)], f"task.labels={labels}")
+    assert said.startswith("train.jsonl:21: label: '1e+30' is out of any scale; mend it")
+
+
+def test_a7_99_and_100_such_rows_can_be_skipped(written: Any, tmp_path: Path) -> None:
+    rows: list[tuple[object, object]] = [(text, n / 10) for n, (text, _) in enumerate(_reviews(20))]
+    rows[3:3] = [(GOOD, "inf"), (BAD, 1e30), (BAD, "great")]
+    read = _read(written(rows), labels="regression", on_bad_row="skip", validation=0.2)
+    assert read.notes == ["train: skipped 3 rows (unusable label)"]
+    assert read.rows == {"train": 16, "validation": 4}
+    encoded = _encode(read, tmp_path)
+    labels = sorted([*encoded["train"].column("label"), *encoded["validation"].column("label")])
+    assert labels == pytest.approx([n / 10 for n in range(20)])
+
+
+def test_a7_140_rows_that_also_stand_in_train_are_counted(written: Any) -> None:
+    twins = [(f"  {GOOD.upper()} .", "pos"), ("the film was fine", "pos"), (f"{BAD} .", "neg")]
+    read = _read(written(_reviews(20)), test=written(twins, "test"))
+    assert read.notes == ["2 of 3 test rows stand word for word in train: scores will flatter"]
+
+
+@pytest.mark.parametrize("split", ("validation", "test"))
+def test_a7_140_the_training_file_as_another_split_is_refused(split: str, refuse: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").symlink_to(tmp_path / "train.jsonl")
+    for name in ("train.jsonl", "./train.jsonl", "other.jsonl"):
+        said = refuse(_reviews(20), f"data.{split}={tmp_path}/{name}")
+        assert said.endswith(f"data.{split} is the training file; give other rows, or data.{split}=0.1")
+
+
+@pytest.mark.parametrize("content", ("", "text,label\n", "\n\n"), ids=("nothing", "header", "blank lines"))
+def test_a7_140_an_empty_validation_file_is_refused(content: str, refuse: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "valid.csv").write_text(content)
+    said = refuse(_reviews(20), f"data.validation={tmp_path / 'valid.csv'}")
+    assert said.startswith("valid.csv: ") and ("empty" in said or "no row" in said)
+
+
+def test_a7_140_a_validation_file_of_which_nothing_is_left_is_refused(refuse: Refuse, written: Any) -> None:
+    valid = written([(GOOD, "other")], "valid")
+    said = refuse(_reviews(20), f"data.validation={valid}", "data.on_bad_row=skip")
+    assert said.startswith("valid.jsonl: no row can be used, left out are 1 row (unusable label)")
+
+
+@pytest.mark.parametrize("split", ("validation", "test"))
+def test_a7_140_a_fraction_of_no_row_is_refused(split: str, refuse: Refuse) -> None:
+    said = refuse(_reviews(20), "data.validation=null", f"data.{split}=0.02")
+    assert said.startswith(f"data.{split}: 0.02 of 20 rows is none; a larger fraction, a file of its own, or ")
+
+
+def test_a7_140_classes_of_one_row_each_leave_nothing_to_draw(refuse: Refuse) -> None:
+    said = refuse([(f"{GOOD} {n}", f"class {n}") for n in range(20)], "data.test=0.2")
+    assert said.startswith("data.test: every class has a single row: no split is possible")
