@@ -155,7 +155,8 @@ def _told(error: BaseException, folder: Path) -> BaseException:
     if isinstance(error, OSError | SafetensorError):
         return files.out_of_space(error, Path(getattr(error, "filename", None) or folder))
     if machine.is_out_of_memory(error):
-        return ResourceError(f"out of memory ({error})", hint="a smaller batch_size or data.max_length, or device=cpu")
+        hint = "use technique=lora or freeze, a smaller model, or device=cpu"
+        return ResourceError(f"out of memory ({error})", hint=hint)
     return error
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from tunesmith.techniques import Technique
 from tunesmith.training import loop, optimizer
 from tunesmith.training.machine import NEVER_CUT, Machine
 
-__all__ = ["FAMILIES", "MADE_UP", "Case", "check", "tiny_model", "tiny_tokenizer"]
+__all__ = ["FAMILIES", "MADE_UP", "Case", "case", "check", "tiny_model", "tiny_tokenizer"]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -150,6 +150,7 @@ class Case:
             machine=Machine(torch.device("cpu"), None),
             limits=Limits(micro_batch, 2**40, NEVER_CUT),
             seed=self.recipe.train.seed,
+            label_smoothing=self.recipe.train.label_smoothing,
         )
 
     def train(self, engine: loop.Engine, start: int, stop: int, total: int = 10) -> list[float]:
@@ -164,22 +165,37 @@ class Case:
         return losses
 
 
-def _case(technique: Any, task: Any, family: str, folder: Path, **train: Any) -> Case:
-    given = {"task": task, "model": "tiny", "technique": technique, "data": {"train": "made-up.csv", "max_length": 32}}
+def case(
+    technique: Any,
+    task: Any,
+    family: str,
+    folder: Path,
+    *,
+    row: Callable[[int], dict[str, object]] | None = None,
+    data: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    **train: Any,
+) -> Case:
+    """A technique on one task and family, encoded under `folder`, over 40 rows of `MADE_UP` or of `row`.
+
+    `data` and `train` are keys of the recipe, `config` overrides what the tiny model's config says.
+    """
+    keys = {"train": "made-up.csv", "max_length": 32, **(data or {})}
+    given = {"task": task, "model": "tiny", "technique": technique, "data": keys}
     recipe = recipes.load(None, (), given | {"train": {"learning_rate": 5e-3, "warmup_ratio": 0.0, **train}})
-    made_up = MADE_UP[recipe.task.name]
-    rows = [Row(f"made-up:{number}", made_up(number)) for number in range(40)]
+    values = row or MADE_UP[recipe.task.name]
+    rows = [Row(f"made-up:{number}", values(number)) for number in range(40)]
     assert isinstance(recipe.task, Task)
-    fitted, data = recipe.task.fit([recipe.task.target(row) for row in rows], recipe.data, "made-up")
+    fitted, read = recipe.task.fit([recipe.task.target(one) for one in rows], recipe.data, "made-up")
     processor = tiny_tokenizer()
-    encoded = encode(rows, lambda part: fitted.encode(part, processor, data), folder / "encoded")
-    base = tiny_model(family, fitted.model_class, **fitted.head_config())
+    encoded = encode(rows, lambda part: fitted.encode(part, processor, read), folder / "encoded")
+    base = tiny_model(family, fitted.model_class, **fitted.head_config(), **(config or {}))
     head = frozenset(name for name in _head_parameters(base))
     map_ = anatomy(base, new=head)
     model = copy.deepcopy(base)
     assert isinstance(recipe.technique, Technique)
     recipe.technique.apply(model, map_)
-    return Case(recipe.model_copy(update={"task": fitted, "data": data}), fitted, base, model, map_, encoded)
+    return Case(recipe.model_copy(update={"task": fitted, "data": read}), fitted, base, model, map_, encoded)
 
 
 def _head_parameters(model: PreTrainedModel) -> list[str]:
@@ -196,11 +212,11 @@ def check(technique: str | Mapping[str, Any], task: str | Mapping[str, Any], fam
         AssertionError: a promise is broken; says which.
     """
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as name:
-        case = _case(technique, task, family, Path(name))
-        _check_start(case)
-        _check_training(case)
-        _check_repetition(_case(technique, task, family, Path(name)))
-        _check_accumulation(_case(technique, task, family, Path(name), optimizer="sgd"))
+        trial = case(technique, task, family, Path(name))
+        _check_start(trial)
+        _check_training(trial)
+        _check_repetition(case(technique, task, family, Path(name)))
+        _check_accumulation(case(technique, task, family, Path(name), optimizer="sgd"))
 
 
 def _check_start(case: Case) -> None:

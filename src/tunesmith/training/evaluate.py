@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch, Limits, collate, cut
 from tunesmith.data.encoded import Encoded
+from tunesmith.errors import ResourceError
 from tunesmith.tasks import Task
-from tunesmith.training.machine import Machine
+from tunesmith.training.machine import Machine, is_out_of_memory
 
 CHUNK_EXAMPLES = 512
 LIMITS = {"cpu": Limits(64, 4096, 64), "cuda": Limits(512, 65536, 4096)}
@@ -30,9 +31,32 @@ def outputs(
         chunk = rows[start : start + CHUNK_EXAMPLES]
         chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
         for first, last in cut(lengths[chunk], limits):
-            batch = collate(encoded, chunk[first:last]).to(machine.device)
-            with torch.inference_mode(), machine.autocast():
-                yield chunk[first:last], task.forward(model, batch), batch
+            yield from _forward(model, task, encoded, machine, chunk[first:last])
+
+
+def _forward(
+    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, rows: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], Tensor, Batch]]:
+    """One batch, or two halves where it does not fit in memory.
+
+    Raises:
+        ResourceError: one example does not fit.
+    """
+    output, batch = None, collate(encoded, rows).to(machine.device)
+    try:
+        with torch.inference_mode(), machine.autocast():
+            output = task.forward(model, batch)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(rows) == 1:
+            hint = "lower data.max_length, use a smaller model, or device=cpu"
+            raise ResourceError("one example at a time does not fit in memory", hint=hint) from error
+    if output is not None:
+        yield rows, output, batch
+        return
+    for half in np.array_split(rows, 2):
+        yield from _forward(model, task, encoded, machine, half)
 
 
 def scores(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) -> dict[str, Any]:

@@ -83,11 +83,14 @@ def steps(
         began = time.perf_counter()
         set_modes(engine)
         rate = optimizers.set_rate(engine.optimizer, factor(number))
-        loss, norm, tokens = _gradients(engine, batches, number)
-        finite = bool(np.isfinite(loss) and np.isfinite(norm))
-        if finite:
-            engine.optimizer.step()
-        engine.optimizer.zero_grad(set_to_none=True)
+        while True:
+            loss, norm, tokens = _gradients(engine, batches, number)
+            finite = bool(np.isfinite(loss) and np.isfinite(norm))
+            done = not finite or optimizers.take_step(engine.optimizer)
+            engine.optimizer.zero_grad(set_to_none=True)
+            if done:
+                break
+            _make_room(engine, batches.micro_batches(number, engine.limits))
         yield Step(
             number=number + 1,
             epoch=(number + 1) / batches.steps_per_epoch,

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Train
 from tunesmith.techniques import Technique
+from tunesmith.training import parallel
+from tunesmith.training.machine import is_out_of_memory
 
 MOMENTUM = 0.9
 
@@ -30,8 +32,37 @@ def build(model: nn.Module, anatomy: Anatomy, technique: Technique, train: Train
         for (rate, decay), parameters in groups.items()
     ]
     if train.optimizer == "sgd":
-        return torch.optim.SGD(listed, lr=train.learning_rate, momentum=MOMENTUM)
-    return torch.optim.AdamW(listed, lr=train.learning_rate, fused=True)
+        return _allocated(torch.optim.SGD(listed, lr=train.learning_rate, momentum=MOMENTUM), ("momentum_buffer",))
+    return _allocated(torch.optim.AdamW(listed, lr=train.learning_rate, fused=True), ("step", "exp_avg", "exp_avg_sq"))
+
+
+def _allocated(optimizer: torch.optim.Optimizer, kinds: tuple[str, ...]) -> torch.optim.Optimizer:
+    """With the state that the first step would make: where it does not fit, that is known before any step is taken."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            zero = torch.zeros((), device=parameter.device)
+            state = {kind: zero if kind == "step" else torch.zeros_like(parameter) for kind in kinds}
+            optimizer.state[parameter] = state
+    return optimizer
+
+
+def take_step(optimizer: torch.optim.Optimizer) -> bool:
+    """One step; False where memory ran out before a weight had moved, so that the step may be repeated.
+
+    Groups are taken in order, and each counts its steps (fused AdamW) or gives its parameters a new version (SGD).
+    Of several processes the others have moved theirs.
+    """
+    first = next(p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    version, count = first._version, optimizer.state[first].get("step", torch.zeros(())).clone()
+    try:
+        optimizer.step()
+    except (MemoryError, RuntimeError) as error:
+        counted = optimizer.state[first].get("step", torch.zeros(()))
+        moved = first._version != version or not torch.equal(counted, count) or parallel.world_size() > 1
+        if moved or not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def schedule(train: Train, total_steps: int) -> Callable[[int], float]:

@@ -1,0 +1,140 @@
+"""Scores and answers that do not depend on how the examples were cut into batches."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tunesmith.data.batches import Batch, Limits, collate
+from tunesmith.errors import ResourceError
+from tunesmith.tasks.text_classification import TextClassification
+from tunesmith.testing import MADE_UP, Case, case
+from tunesmith.training import evaluate
+from tunesmith.training.machine import Machine
+
+CPU = Machine(torch.device("cpu"), None)
+REVIEW = MADE_UP["text-classification"]
+LABELS: dict[str, Any] = {
+    "single": lambda n: ("bad", "fair", "good")[n % 3 if n % 2 else 0],
+    "multi": lambda n: [name for every, name in ((2, "price"), (5, "service")) if n % every == 0],
+    "regression": lambda n: math.sin(n),
+}
+
+
+@pytest.fixture(params=LABELS)
+def trial(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
+    label = LABELS[request.param]
+    task = {"name": "text-classification", "labels": request.param}
+    return case("full", task, "bert", tmp_path, row=lambda n: REVIEW(n) | {"label": label(n)})
+
+
+def _flat(scores: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in scores.items() if isinstance(value, float)}
+
+
+def test_scores_are_those_of_all_examples_at_once(trial: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, batch = trial.task.metrics(), collate(trial.encoded, np.arange(40))
+    with torch.no_grad():
+        whole.update(trial.task.forward(trial.model.eval(), batch), batch)
+    expected = whole.compute()
+    for chunk, limits in ((512, None), (7, Limits(3, 40, 0)), (40, Limits(1, 1, 0)), (1, Limits(64, 4096, 64))):
+        monkeypatch.setattr(evaluate, "CHUNK_EXAMPLES", chunk)
+        if limits is not None:
+            monkeypatch.setitem(evaluate.LIMITS, "cpu", limits)
+        found = evaluate.scores(trial.model, trial.task, trial.encoded, CPU)
+        assert found.keys() == expected.keys()
+        assert _flat(found) == pytest.approx(_flat(expected), abs=1e-5), (chunk, limits)
+
+
+def test_answers_come_in_the_order_of_the_examples(trial: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_by_one = [answer for index in range(40) for answer in trial.task.answers(_outputs(trial, [index]))]
+    monkeypatch.setattr(evaluate, "CHUNK_EXAMPLES", 16)
+    given = evaluate.answers(trial.model, trial.task, trial.encoded, CPU)
+    scores, again = evaluate.scores_and_answers(trial.model, trial.task, trial.encoded, CPU)
+    assert again == given and scores == evaluate.scores(trial.model, trial.task, trial.encoded, CPU)
+    assert len(given) == 40
+    for answer, alone in zip(given, one_by_one, strict=True):
+        probabilities, wanted = answer.pop("probabilities", {}), alone.pop("probabilities", {})
+        assert probabilities == pytest.approx(wanted, abs=1e-5)
+        assert answer.pop("score", 0.0) == pytest.approx(alone.pop("score", 0.0), abs=1e-5)
+        assert answer == (alone if "value" not in alone else {"value": pytest.approx(alone["value"], abs=1e-5)})
+
+
+def _outputs(trial: Case, rows: list[int]) -> Tensor:
+    with torch.no_grad():
+        return trial.task.forward(trial.model.eval(), collate(trial.encoded, np.asarray(rows)))
+
+
+def test_some_rows_only(trial: Case) -> None:
+    rows = np.asarray([31, 2, 2, 17])
+    found = {int(i): o for at, output, _ in evaluate.outputs(trial.model, trial.task, trial.encoded, CPU, rows)
+             for i, o in zip(at, output, strict=True)}  # fmt: skip
+    assert found.keys() == {31, 2, 17}
+    for index, output in found.items():
+        assert torch.allclose(output, _outputs(trial, [index])[0], atol=1e-5)
+
+
+def test_the_baseline_knows_the_targets_of_train_alone(trial: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = trial.task.labels  # type: ignore[attr-defined]
+    labels = [LABELS[kind](n) for n in range(40)]
+    found = evaluate.baseline(trial.task, trial.encoded, trial.encoded)
+    monkeypatch.setattr(evaluate, "CHUNK_EXAMPLES", 7)
+    assert _flat(evaluate.baseline(trial.task, trial.encoded, trial.encoded)) == pytest.approx(_flat(found), abs=1e-6)
+    if kind == "single":
+        counts = Counter(labels)
+        assert found["accuracy"] == pytest.approx(max(counts.values()) / 40)
+        shares = [count / 40 for count in counts.values()]
+        assert found["loss"] == pytest.approx(-sum(share * math.log(share) for share in shares), abs=1e-5)
+    elif kind == "regression":
+        assert found["rmse"] == pytest.approx(float(np.std(labels)), abs=1e-5) and abs(found["r2"]) < 1e-5
+    else:
+        shares = [sum(name in given for given in labels) / 40 for name in ("price", "service")]
+        entropy = [-p * math.log(p) - (1 - p) * math.log(1 - p) for p in shares]
+        assert found["loss"] == pytest.approx(float(np.mean(entropy)), abs=1e-4)
+
+
+def test_no_gradient_no_dropout_and_nothing_left_behind(tmp_path: Path) -> None:
+    trial = case("full", "text-classification", "bert", tmp_path, config={"hidden_dropout_prob": 0.5})
+    before = {name: value.clone() for name, value in trial.model.state_dict().items()}
+    trial.model.train()
+    first, second = (evaluate.scores(trial.model, trial.task, trial.encoded, CPU) for _ in range(2))
+    assert first == second and all(parameter.grad is None for parameter in trial.model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in trial.model.state_dict().items())
+    outputs = evaluate.outputs(trial.model, trial.task, trial.encoded, CPU)
+    next(outputs)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), "between two batches all is as before"
+
+
+def _fits(most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    own, tried = TextClassification.forward, list[int]()
+
+    def forward(self: Any, model: Any, batch: Batch) -> Tensor:
+        tried.append(batch.size)
+        if batch.size > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(self, model, batch)
+
+    monkeypatch.setattr(TextClassification, "forward", forward)
+    return tried
+
+
+def test_out_of_memory_cuts_the_batch(trial: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = evaluate.scores(trial.model, trial.task, trial.encoded, CPU)
+    tried = _fits(3, monkeypatch)
+    found = evaluate.scores(trial.model, trial.task, trial.encoded, CPU)
+    assert _flat(found) == pytest.approx(_flat(expected), abs=1e-5)
+    assert max(tried) > 3 and sum(size for size in tried if size <= 3) == 40, "each example was scored once"
+
+
+def test_one_example_that_does_not_fit_ends_with_advice(trial: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fits(0, monkeypatch)
+    with pytest.raises(ResourceError, match=r"one example at a time does not fit.*data\.max_length") as refused:
+        evaluate.scores(trial.model, trial.task, trial.encoded, CPU)
+    assert refused.value.exit_code == 4
