@@ -92,18 +92,18 @@ def find(device: str = "auto", precision: str = "auto") -> Machine:
 
 
 def _device(name: str) -> torch.device:
+    gpus, local_rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "0")
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError:
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)  # each process its own
+        there = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}[device.type]
+    except (RuntimeError, KeyError):
         raise RecipeError(
             f"train.device: no device is called '{name}'", hint="use auto, cpu, cuda, cuda:1, mps"
         ) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ResourceError(f"train.device: there is no {name} on this machine", hint="use device=auto or cpu")
+    if (device.index or 0) >= there:
+        raise ResourceError(f"train.device: there is no {device} on this machine", hint="use device=auto or cpu")
     return device
 
 
