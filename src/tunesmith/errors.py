@@ -35,6 +35,10 @@ class UserError(Exception):
         text = f"{where}: {what}" if where else what
         super().__init__(_CONTROL.sub("?", f"{text}; {hint}" if hint else text))
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of it in a notebook: where a user erred is in the words, not in our code."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class RecipeError(UserError):
     """A key, a value or a command that cannot be meant."""

@@ -10,11 +10,12 @@ import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import AfterValidator, Field, SerializeAsAny, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError, RoundTripConstructor
@@ -22,10 +23,10 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
 from tunesmith import registry
-from tunesmith.errors import RecipeError, did_you_mean, shorten
+from tunesmith.errors import RecipeError, UserError, did_you_mean, shorten
 from tunesmith.registry import Keys, Plugin
 
-__all__ = ["Data", "Recipe", "Train", "load", "schema", "starter", "to_yaml"]
+__all__ = ["Data", "Recipe", "Train", "load", "located", "schema", "starter", "to_yaml"]
 
 MAX_YAML_BYTES, MAX_YAML_DEPTH, MAX_YAML_ALIASES, MAX_YAML_VALUES = 2**20, 20, 100, 100_000
 
@@ -33,14 +34,29 @@ K = TypeVar("K", bound=Keys)
 Path_ = tuple[str, ...]
 Leaves = dict[Path_, tuple[Any, str]]
 """Dotted path -> (value, where it was written)."""
+E = TypeVar("E", bound=UserError)
+
+
+def _local(path: str) -> str:
+    """`~` is the home folder. A variable is the shell's affair: its value may be a secret, and recipes are shared."""
+    if (found := re.search(r"\$(\w+|\{\w+\})", path)) and not Path(path).exists():
+        what = f"{found[0]} is not filled in here"
+        raise ValueError(f"{what}; write it out, or give the key on the command line, where the shell fills it in")
+    return os.path.expanduser(path)
+
+
+Local = Annotated[str, AfterValidator(_local)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class Data(Keys):
     """Where the examples are and how they are read."""
 
-    train: str | None = Field(None, description="file, or folder holding train/validation/test files")
-    validation: str | float | None = Field(0.1, description="file, or fraction of train (stratified, seeded), or null")
-    test: str | float | None = Field(None, description="file, or fraction of train held out, or null")
+    train: Local | None = Field(None, description="file, or folder holding train/validation/test files")
+    validation: Local | float | None = Field(
+        0.1, description="file, or fraction of train (stratified, seeded), or null"
+    )
+    test: Local | float | None = Field(None, description="file, or fraction of train held out, or null")
     columns: dict[str, str | int] | None = Field(None, description="role -> column name or number, e.g. {text: review}")
     max_length: int | None = Field(None, ge=4, description="tokens per text; default: the model's limit, at most 512")
     limit: int | None = Field(None, ge=1, description="rows read from each file, for trials")
@@ -63,7 +79,7 @@ class Train(Keys):
     epochs: float | None = Field(None, gt=0, description="passes over the training data (default 3)")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
     batch_size: int = Field(16, ge=1, description="examples per optimizer step, over all processes")
-    micro_batch_size: int | Literal["auto"] = Field("auto", description="examples at once; auto: what fits")
+    micro_batch_size: Count | Literal["auto"] = Field("auto", description="examples at once; auto: what fits")
     learning_rate: float | None = Field(None, gt=0, description="default: the technique's, for this model")
     head_learning_rate: float | None = Field(None, gt=0, description="of a new head; default: learning_rate")
     weight_decay: float = Field(0.01, ge=0, description="decoupled; of matrices, not of norms and biases")
@@ -74,9 +90,9 @@ class Train(Keys):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 where the processor has it"
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="of splits, new weights, order and dropout")
-    evaluate_every: int | Literal["epoch"] = Field("epoch", description="steps, or epoch")
-    save_every: int | Literal["epoch"] = Field("epoch", description="steps, or epoch")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of splits, new weights, order and dropout")
+    evaluate_every: Count | Literal["epoch"] = Field("epoch", description="steps, or epoch")
+    save_every: Count | Literal["epoch"] = Field("epoch", description="steps, or epoch")
     keep_checkpoints: int = Field(2, ge=1, description="beside best and last")
     metric: str | None = Field(None, description="what best is chosen by; default: the task's")
     early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without a better metric")
@@ -89,11 +105,7 @@ class Train(Keys):
     @model_validator(mode="after")
     def _length(self) -> Self:
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("epochs and max_steps both say how long to train; keep one")
-        for name in ("micro_batch_size", "evaluate_every", "save_every"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+            raise ValueError("epochs and max_steps both say how long to train; keep one (epochs=null drops the other)")
         return self
 
 
@@ -105,7 +117,7 @@ class Recipe(Keys):
     data: Data = Field(description="where the examples are")
     technique: SerializeAsAny[Plugin] = Field(description="how: a name, or {name: ..., its keys}; default: lora")
     train: Train = Field(description="how long and how fast")
-    output: str = Field(min_length=1, description="the run folder; default: runs/DATA-TECHNIQUE")
+    output: Local = Field(min_length=1, description="the run folder; default: runs/DATA-TECHNIQUE")
 
     def dump(self) -> dict[str, Any]:
         """Plain values, as they are written to `recipe.yaml`."""
@@ -116,11 +128,20 @@ class Recipe(Keys):
 
 
 _SAME: Callable[[Any], Any] = lambda value: value  # noqa: E731
+
+
+def _targets(given: Any) -> Any:
+    """LLaMA-Factory's `all` and `q_proj,v_proj`."""
+    if not isinstance(given, str):
+        return given
+    return "all-linear" if given == "all" else [name.strip() for name in given.split(",")]
+
+
 ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "num_train_epochs": ("train.epochs", _SAME),
     "num_epochs": ("train.epochs", _SAME),
     "lr": ("train.learning_rate", _SAME),
-    "lr_scheduler_type": ("train.schedule", _SAME),
+    "lr_scheduler_type": ("train.schedule", lambda name: "constant" if name == "constant_with_warmup" else name),
     "optim": ("train.optimizer", lambda name: "adamw" if str(name).startswith("adamw") else name),
     "eval_steps": ("train.evaluate_every", _SAME),
     "eval_strategy": ("train.evaluate_every", _SAME),
@@ -146,11 +167,12 @@ ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "lora_alpha": ("technique.alpha", _SAME),
     "lora_dropout": ("technique.dropout", _SAME),
     "lora_target_modules": ("technique.target_modules", _SAME),
-    "lora_target": ("technique.target_modules", _SAME),
+    "lora_target": ("technique.target_modules", _targets),
     "use_rslora": ("technique.rslora", _SAME),
     "use_dora": ("technique.dora", _SAME),
 }
 _KINDS = {
+    "finite_number": "a finite number",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
@@ -160,7 +182,10 @@ _KINDS = {
     "dict_type": "a mapping",
     "string_too_short": "a text",
 }
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_STEPS = {"eval_strategy": "eval_steps", "save_strategy": "save_steps"}
 _SECTIONS = ("task", "data", "technique", "train")
 
 
@@ -172,6 +197,24 @@ def load(
     Raises:
         RecipeError: names the file and line (or the command line), the key, the value and the way out.
     """
+    return _build(_leaves(path, overrides, values))
+
+
+def located(error: E, path: str | Path | None, overrides: Iterable[str]) -> E:
+    """An error that came later in a run, with the place at which the key that it names was written."""
+    leaves = _leaves(path, overrides, None)
+    head, _, rest = error.what.partition(": ")
+    candidates = [(head, f"{error.where}: {rest}" if error.where else rest)]
+    if isinstance(error, RecipeError):  # of other errors it is a file, whatever its name
+        candidates.append((error.where, error.what))
+    for name, text in candidates:
+        key = tuple(name.split("."))
+        if any(written[: len(key)] == key for written in leaves):
+            return type(error)(text, where=_where(leaves, key), hint=error.hint)
+    return error
+
+
+def _leaves(path: str | Path | None, overrides: Iterable[str], values: Mapping[str, Any] | None) -> Leaves:
     leaves: Leaves = {}
     if path is not None:
         _merge(leaves, _read_yaml(Path(path)))
@@ -179,7 +222,7 @@ def load(
         _merge(leaves, _flatten(values, lambda key: f"recipe: {'.'.join(key)}"))
     for word in overrides:
         _merge(leaves, _read_override(word))
-    return _build(leaves)
+    return leaves
 
 
 def _read_yaml(path: Path) -> Leaves:
@@ -287,7 +330,8 @@ def _flatten(tree: Mapping[str, Any], where: Callable[[Path_], str]) -> Leaves:
     def walk(value: Any, key: Path_) -> None:
         if isinstance(value, dict) and value:
             for part, item in value.items():
-                walk(item, (*key, part))
+                if item != "steps" or _STEPS.get(part) not in value:  # how many of them stands beside it
+                    walk(item, (*key, part))
             return
         if key[-1] in ("bf16", "fp16") and value is False:  # its absence says the same
             return
@@ -419,17 +463,29 @@ def _explain(problems: list[Any], model: type[Keys], key: Path_, leaves: Leaves)
     """One line for a key, whatever the branches of its type have against the value."""
     where, first = _where(leaves, key), problems[0]
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {did_you_mean(key[-1], model.model_fields)}"
+        return f"{where}: unknown key; {_suggestion(key[-1], model)}"
     if first["type"] == "value_error":
         return f"{where}: {first['ctx']['error']}"
     wanted = dict.fromkeys(_wanted(problem) for problem in problems)
     given = leaves[key][0] if key in leaves else first["input"]
-    return f"{where}: must be {' or '.join(wanted)}, not {shorten(given)}"
+    quoted = isinstance(given, str) and _NUMBER.fullmatch(given) and any("number" in kind for kind in wanted)
+    shown = "null" if given is None else str(given).lower() if isinstance(given, bool) else given
+    return f"{where}: must be {' or '.join(wanted)}, not {shorten(shown)}{'; leave the quotes out' if quoted else ''}"
+
+
+def _suggestion(word: str, model: type[Keys]) -> str:
+    """The nearest key; a short one also where the word begins with it: 'r' for 'rank'."""
+    begun = [name for name in model.model_fields if word.startswith(name)]
+    near = did_you_mean(word, model.model_fields)
+    return near if "mean" in near or not begun else did_you_mean(begun[0], begun)
 
 
 def _wanted(problem: Any) -> str:
     if problem["type"] in _KINDS:
         return _KINDS[problem["type"]]
+    for name, word in _BOUNDS.items():
+        if name in problem.get("ctx", {}):
+            return f"{word} {problem['ctx'][name]}"
     return str(problem["ctx"]["expected"] if "expected" in problem.get("ctx", {}) else problem["msg"]).removeprefix(
         "Input should be "
     )

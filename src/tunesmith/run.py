@@ -35,7 +35,7 @@ from tunesmith.models import load as models
 from tunesmith.models import package_index, sources
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Recipe, Train
-from tunesmith.talk import Talk
+from tunesmith.talk import Talk, scores_line
 from tunesmith.tasks import LOW_IS_GOOD, Task
 from tunesmith.techniques import Technique
 from tunesmith.training import checkpoint, evaluate, examples, files, loop, machine, optimizer, parallel
@@ -181,12 +181,15 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     for note in read.notes:
         talk.warn(note)
     source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
-    processor = models.load_processor(source)
+    processor = models.load_processor(source, read.task.model_class)
     model, anatomy = models.load_model(
         source,
         model_class=read.task.model_class,
         config=read.task.head_config(),
         seed=recipe.train.seed,
+    if recipe.train.early_stopping_patience and "validation" not in read.splits:
+        what = "train.early_stopping_patience: there is no validation split to watch"
+        raise RecipeError(what, hint="data.validation=0.1, or leave the key out")
         pad_token_id=processor.pad_token_id,
     )
     before = {name for name, _ in model.named_buffers()}
@@ -208,6 +211,8 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
 
 
 def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
+    if recipe.train.metric and "validation" in encoded:
+        _pick(evaluate.random_scores(read.task, encoded["train"], encoded["validation"]), recipe.train.metric)
     """The same mathematics faster, where it is known how; whether the blocks went padding-free."""
     if found.device.type != "cpu":
         return False
@@ -308,7 +313,7 @@ def _introduce(prepared: Prepared, folder: Path, talk: Talk) -> None:
 
 
 def _resume_command(folder: Path) -> str:
-    return f"tunesmith train --resume {folder}"
+    return f"tunesmith train --resume {shlex.quote(str(folder))}"
 
 
 def _fit(
@@ -336,6 +341,7 @@ def _fit(
                 since = []
             stop = _enough(train, progress)
             asked = parallel.largest(int(signals.requested is not None), prepared.machine.device)
+            talk.detail(f"step {step.number}  loss {step.loss:.4f}  gradient norm {step.grad_norm:.3g}")
             prepared.technique.thaw(prepared.model, prepared.anatomy, step.number / total)
             if last or stop or asked or improved or _due(train.save_every, step.number, batches.steps_per_epoch):
                 _save(prepared, engine, progress, folder)
@@ -611,10 +617,4 @@ def _conclude(prepared: Prepared, metrics: dict[str, Any], folder: Path, talk: T
         talk.say(
             f"a guess that knows only the training labels: {metric} {guess.get(metric, 0.0):.4f} on {guess['split']}"
         )
-    talk.say(f'written to {folder}; ask it: tunesmith predict {folder} "..."')
-
-
-def scores_line(scores: dict[str, Any], first: str) -> str:
-    """The plain numbers of a score on one line, the one that counts first."""
-    names = sorted((name for name, value in scores.items() if isinstance(value, float)), key=lambda name: name != first)
-    return "  ".join(f"{name} {scores[name]:.4f}" for name in names)
+    talk.say(f'written to {folder}; ask it: tunesmith predict {shlex.quote(str(folder))} "..."')

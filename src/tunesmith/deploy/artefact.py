@@ -71,7 +71,7 @@ def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, st
     technique.apply(model, anatomy)
     put(model, state)
     technique.merge(model)
-    with _complete(folder / "model") as target:
+    with _complete(folder / "model") as target, models.quiet():
         model.save_pretrained(target)  # type: ignore[operator]
         processor.save_pretrained(target)
 

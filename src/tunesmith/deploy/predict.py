@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -91,7 +92,8 @@ def load(run: str | Path, *, device: str = "auto", offline: bool = False) -> Tun
     if (folder / "adapter" / "adapter_config.json").exists():
         source = sources.resolve(recipe.model, offline=offline)
         return _ready(recipe, source, folder / "adapter", machine.find(device).device)
-    raise RecipeError("the run is not finished", where=str(folder), hint=f"`tunesmith train --resume {folder}`")
+    hint = f"`tunesmith train --resume {shlex.quote(str(folder))}`"
+    raise RecipeError("the run is not finished", where=str(folder), hint=hint)
 
 
 def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device: torch.device) -> Tuned:

@@ -15,6 +15,7 @@ from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_
 from torch import Tensor
 
 from tunesmith.data.batches import Batch
+from tunesmith.errors import NumericError
 
 Array = NDArray[Any]
 CALIBRATION_BINS = 15
@@ -32,6 +33,7 @@ class ClassScores:
 
     def update(self, outputs: Tensor, batch: Batch) -> None:
         """Take in logits (examples, classes)."""
+        check_finite(outputs)
         labels = batch.scalar("label")
         self._loss += float(F.cross_entropy(outputs, labels, reduction="sum"))
         self._probabilities.append(outputs.softmax(-1).float().cpu().numpy())
@@ -70,6 +72,7 @@ class LabelScores:
 
     def update(self, outputs: Tensor, batch: Batch) -> None:
         """Take in logits (examples, labels)."""
+        check_finite(outputs)
         wanted = batch.ragged("label").values.view_as(outputs)
         self._loss += float(F.binary_cross_entropy_with_logits(outputs, wanted, reduction="none").mean(1).sum())
         self._probabilities.append(outputs.sigmoid().float().cpu().numpy())
@@ -103,6 +106,7 @@ class NumberScores:
 
     def update(self, outputs: Tensor, batch: Batch) -> None:
         """Take in predictions (examples, 1)."""
+        check_finite(outputs)
         self._guesses.append(outputs.squeeze(-1).float().cpu().numpy())
         self._labels.append(batch.scalar("label").float().cpu().numpy())
 
@@ -118,6 +122,16 @@ class NumberScores:
             scores["pearson"] = float(np.corrcoef(guesses, labels)[0, 1])
             scores["spearman"] = float(np.corrcoef(_ranks(guesses), _ranks(labels))[0, 1])
         return scores
+
+
+def check_finite(outputs: Tensor) -> None:
+    """Refuse to score what is no number.
+
+    Raises:
+        NumericError: the model answers NaN or infinity.
+    """
+    if not bool(outputs.isfinite().all()):
+        raise NumericError("the model answers NaN or infinity", hint="a lower learning_rate, or precision=fp32")
 
 
 def calibration_error(confidence: Array, right: Array) -> float:

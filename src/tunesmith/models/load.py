@@ -27,13 +27,15 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 UNBOUNDED = 10**9
 
 
-def load_processor(source: Source) -> Any:
+def load_processor(source: Source, model_class: str | None = None) -> Any:
     """The tokenizer; one without a padding token pads with its end-of-text token.
 
     Raises:
-        RecipeError: the source has none.
+        RecipeError: the source has none, or its kind of model is not for this task.
     """
-    with _quiet(), _reading(source, "its tokenizer"):
+    if model_class is not None:
+        _config_class(source, safe_config(source)[0], model_class)
+    with quiet(), _reading(source, "its tokenizer"):
         processor = transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     if processor.pad_token_id is None:
         processor.pad_token = processor.eos_token or processor.unk_token
@@ -55,12 +57,9 @@ def load_model(
         RecipeError: this kind of model cannot do the task.
     """
     kept, _ = safe_config(source)
-    settings = _config(source, kept, config, pad_token_id)
+    settings = _config(source, kept, _config_class(source, kept, model_class), config, pad_token_id)
     loader = getattr(transformers, model_class)
-    if type(settings) not in loader._model_mapping:
-        what = f"model: a {settings.model_type} model has no {model_class.removeprefix('AutoModelFor')}"
-        raise RecipeError(what, where=source.spec, hint="choose another model or task")
-    with _quiet(), torch.random.fork_rng(devices=[]), _reading(source, "config.json and weights"):
+    with quiet(), torch.random.fork_rng(devices=[]), _reading(source, "config.json and weights"):
         torch.manual_seed(seed)
         model, info = loader.from_pretrained(
             source.folder,
@@ -76,17 +75,28 @@ def load_model(
     return model, anatomy(model, new=frozenset((set(info["missing_keys"]) | mismatched) & own))
 
 
-def _config(source: Source, kept: dict[str, Any], config: dict[str, Any], pad_token_id: int | None) -> Any:
-    kind = str(kept.pop("model_type"))
+def _config_class(source: Source, kept: dict[str, Any], model_class: str) -> Any:
+    kind = str(kept["model_type"])
     if kind not in transformers.CONFIG_MAPPING:
         raise RecipeError(
             f"model: transformers has no '{kind}'", where=source.spec, hint="a newer transformers may have"
         )
-    kept = {key: value for key, value in kept.items() if key not in ("id2label", "label2id", "num_labels")} | {
+    found = transformers.CONFIG_MAPPING[kind]
+    if found not in getattr(transformers, model_class)._model_mapping:
+        what = f"model: a {kind} model has no {model_class.removeprefix('AutoModelFor')}"
+        raise RecipeError(what, where=source.spec, hint="choose another model or task")
+    return found
+
+
+def _config(
+    source: Source, kept: dict[str, Any], config_class: Any, config: dict[str, Any], pad_token_id: int | None
+) -> Any:
+    own = ("model_type", "id2label", "label2id", "num_labels")
+    kept = {key: value for key, value in kept.items() if key not in own} | {
         key: value for key, value in config.items() if key != "num_labels" or "id2label" not in config
     }
     with _reading(source, "config.json"):
-        settings = transformers.CONFIG_MAPPING[kind](**kept)
+        settings = config_class(**kept)
     if getattr(settings, "pad_token_id", None) is None and pad_token_id is not None:
         settings.pad_token_id = pad_token_id
     return settings
@@ -166,7 +176,7 @@ def _reading(source: Source, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' bars and remarks: what matters of them is said by the run."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

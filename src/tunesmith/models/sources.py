@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -118,7 +119,8 @@ def _from_folder(spec: str) -> Source:
             if (folder / "adapter").is_dir():
                 hint = "name its own base, or a run by full or freeze"
                 raise RecipeError("model: this run has an adapter, no model of its own", where=spec, hint=hint)
-            raise RecipeError("model: this run is not finished", where=spec, hint=f"`tunesmith train --resume {spec}`")
+            hint = f"`tunesmith train --resume {shlex.quote(spec)}`"
+            raise RecipeError("model: this run is not finished", where=spec, hint=hint)
         return Source(spec, "run", folder / "model")
     return Source(spec, "folder", folder, license=_stated_license(folder))
 

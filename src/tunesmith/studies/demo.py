@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def demo(
     talk.say(
         f"\nThe run is in {output}: README.md is its card, report.html its page. Next, ask it something of your own:"
     )
-    talk.say(f'  tunesmith predict {output} "I would watch it again."')
+    talk.say(f'  tunesmith predict {shlex.quote(str(output))} "I would watch it again."')
     return result | {"before": before}
 
 

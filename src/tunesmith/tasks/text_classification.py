@@ -217,6 +217,9 @@ class TextClassification(Task):
 
     def _sum_of_losses(self, logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
         if self.labels == "regression":
+            if label_smoothing:
+                what = "train.label_smoothing: a regression has no classes to spread a target over"
+                raise RecipeError(what, hint="leave the key out")
             return F.mse_loss(logits.squeeze(-1), batch.scalar("label").float(), reduction="sum")
         if self.labels == "multi":
             wanted = batch.ragged("label").values.view_as(logits)

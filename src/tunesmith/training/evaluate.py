@@ -76,6 +76,16 @@ def baseline(task: Task, train: Encoded, encoded: Encoded) -> dict[str, Any]:
     return metrics.compute()
 
 
+def random_scores(task: Task, train: Encoded, encoded: Encoded) -> dict[str, Any]:
+    """The scores of answers drawn at random: which scores there are, before anything is learned."""
+    metrics, width = task.metrics(), len(task.prior(train))
+    drawn = torch.Generator().manual_seed(0)
+    for start in range(0, len(encoded), CHUNK_EXAMPLES):
+        batch = collate(encoded, np.arange(start, min(start + CHUNK_EXAMPLES, len(encoded))))
+        metrics.update(torch.randn(batch.size, width, generator=drawn), batch)
+    return metrics.compute()
+
+
 def answers(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) -> list[dict[str, Any]]:
     """What the model says to each example, in their order."""
     given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]

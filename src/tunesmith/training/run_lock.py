@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import socket
 import time
@@ -94,7 +95,8 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if resume:
         sweep(folder)
     elif taken and not overwrite:
-        hint = f"--resume {folder} goes on with it, --overwrite starts afresh, output=DIR puts the new run elsewhere"
+        again = f"--resume {shlex.quote(str(folder))} goes on with it"
+        hint = f"{again}, --overwrite starts afresh, output=DIR puts the new run elsewhere"
         raise RecipeError("output: the folder is not empty", where=str(folder), hint=hint)
     elif taken and not (folder / "recipe.yaml").exists():
         raise RecipeError("output: not a run folder, so it is not overwritten", where=str(folder), hint="output=DIR")
