@@ -1,7 +1,8 @@
 """Encoded examples as memory-mapped flat arrays with offsets.
 
 One mechanism gives the cache (a folder named by a hash of its content), data larger than memory, and resuming at any
-example. A folder is complete or absent: it is written beside and renamed.
+example. A folder is complete or absent: it is written beside and renamed, and one that a power cut has emptied since
+is written anew.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CHUNK_ROWS = 1024
-SCHEMA = 1
+SCHEMA = 2
 Array = NDArray[Any]
 RowT = TypeVar("RowT")
 
@@ -77,17 +78,36 @@ def _map(path: Path, dtype: str) -> Array:
 
 def encode(rows: Iterable[RowT], encode_rows: Callable[[list[RowT]], list[dict[str, Any]]], folder: Path) -> Encoded:
     """Encode `rows` in chunks into `folder`, or open the folder where it is there already."""
-    if not (folder / "fields.json").exists():
+    if not _is_whole(folder):
         writing = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
         try:
             _write(_chunks(rows, encode_rows), writing)
-            if not (folder / "fields.json").exists():  # another process may have been faster
-                writing.rename(folder)
+            _put_in_place(writing, folder)
         finally:
             shutil.rmtree(writing, ignore_errors=True)
     return Encoded(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all files are there in the sizes that were written."""
+    try:
+        sizes = json.loads((folder / "fields.json").read_text(encoding="utf-8"))["bytes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _put_in_place(writing: Path, folder: Path) -> None:
+    if _is_whole(folder):  # another process was faster
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        writing.rename(folder)
+    except OSError:
+        if not _is_whole(folder):
+            raise
 
 
 def _chunks(
@@ -110,13 +130,16 @@ def _write(chunks: Iterable[list[dict[str, Any]]], folder: Path) -> None:
         for name, field in fields.items():
             column = [row[name] for row in chunk]
             flat = np.concatenate([np.asarray(value) for value in column]) if field["ragged"] else np.asarray(column)
+            assert field["dtype"] == _dtype(column) or field["dtype"] == "float32", f"{name} has fractions only now"
             _append(folder / f"{name}.values", flat.astype(field["dtype"]))
             if field["ragged"]:
                 offsets = ends.get(name, 0) + np.cumsum([len(value) for value in column], dtype=np.int64)
                 _append(folder / f"{name}.offsets", offsets)
                 ends[name] = int(offsets[-1])
         size += len(chunk)
-    (folder / "fields.json").write_text(json.dumps({"size": size, "fields": fields}), encoding="utf-8")
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    about = {"size": size, "fields": fields, "bytes": sizes}
+    (folder / "fields.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 def _dtype(values: list[Any]) -> str:

@@ -73,7 +73,7 @@ def refuse_same_file(train: Path, other: Path, name: str) -> None:
     Raises:
         DataError: they are one file.
     """
-    if other.exists() and train.exists() and train.samefile(other):
+    if train.samefile(other):
         raise DataError(
             f"data.{name} is the training file", where=str(other), hint=f"give other rows, or data.{name}=0.1"
         )

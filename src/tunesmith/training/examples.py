@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -13,11 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data import splits
-from tunesmith.data.encoded import Encoded, encode, file_sha256, fingerprint
-from tunesmith.data.formats import Row, Table, find_splits, read_table
+from tunesmith.data.encoded import Encoded, encode, fingerprint
+from tunesmith.data.formats import Row, Table, find_splits, is_folder, read_table
 from tunesmith.errors import DataError, RecipeError, shorten
 from tunesmith.recipe import Data
 from tunesmith.tasks import Task
+
+MISSING = frozenset({"na", "n/a", "#n/a", "<na>", "nan", "nil", "none", "null"})
+"""Words that programs write where a value is missing."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,12 @@ class Split:
     """Rows of a table: all of them, or those at `indices` (ascending)."""
 
     table: Table
-    sha256: str
     indices: NDArray[np.int64] | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Of the file behind it."""
+        return self.table.sha256
 
     def rows(self) -> Iterator[Row]:
         """The rows in file order."""
@@ -68,7 +77,7 @@ def open_split(path: str | Path, task: Task, data: Data, *, labelled: bool = Tru
         on_bad_row=data.on_bad_row,
         limit=data.limit,
     )
-    return Split(table, file_sha256(Path(path)))
+    return Split(table)
 
 
 def read(task: Task, data: Data, seed: int) -> Examples:
@@ -82,8 +91,9 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     found = {"train": open_split(data.train, task, data)}
     for name, value in (("validation", data.validation), ("test", data.test)):
         if isinstance(value, str):
-            splits.refuse_same_file(Path(data.train), Path(value), name)
             found[name] = open_split(value, task, data)
+            splits.refuse_same_file(Path(data.train), Path(value), name)
+    _check_same_roles(found)
     every = _usable(found["train"], task, data)
     task, data = task.fit(every.targets, data, str(data.train))
     parts = {"train": every} | {name: _usable(found[name], task, data) for name in found.keys() - {"train"}}
@@ -101,6 +111,16 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     return Examples(task, data, {name: part.split for name, part in parts.items()}, notes, rows)
 
 
+def _check_same_roles(found: dict[str, Split]) -> None:
+    """Refuse a second text, say, that some splits have and others lack: they would be read in different ways."""
+    for name, split in found.items():
+        for other in found.values():
+            if more := sorted(split.table.columns.keys() - other.table.columns.keys()):
+                what = f"no column for {more[0]}, which {name} has ({shorten(split.table.columns[more[0]])})"
+                hint = f"data.columns.{more[0]}=NAME, or rename it in {name} if it is none"
+                raise DataError(what, where=str(other.table.path), hint=hint)
+
+
 @dataclass(frozen=True)
 class _Part:
     """A split read once: the rows that can be used, their targets, and a digest of what each says."""
@@ -109,49 +129,73 @@ class _Part:
     targets: list[Any]
     digests: splits.Digests
     skipped: Counter[str]
+    only_numbers: bool
+    """Every text is a number."""
 
     def at(self, positions: splits.Indices) -> _Part:
         """Some of the rows."""
         indices = positions if self.split.indices is None else self.split.indices[positions]
         targets = [self.targets[position] for position in positions.tolist()]
-        return _Part(replace(self.split, indices=indices), targets, self.digests[positions], Counter())
+        split = replace(self.split, indices=indices)
+        return _Part(split, targets, self.digests[positions], Counter(), self.only_numbers)
 
 
 def _usable(split: Split, task: Task, data: Data) -> _Part:
     """A row whose target cannot be read stops the run, or is left out and counted."""
     targets: list[Any] = []
     digests = array("Q")
-    kept, unusable = [], 0
+    kept, unusable = array("q"), 0
+    main, only_numbers = next(iter(task.columns)), True
     for index, row in enumerate(split.rows()):
         try:
-            targets.append(task.target(row))
+            target = task.target(row)
         except DataError:
             if data.on_bad_row == "stop":
                 raise
             unusable += 1
             continue
+        targets.append(sys.intern(target) if type(target) is str else target)  # a class is one object, not one a row
         kept.append(index)
         digests.append(splits.digest(row))
+        only_numbers = only_numbers and _is_number(row.values.get(main))
     skipped = split.table.skipped + Counter({"unusable label": unusable} if unusable else {})
     if not targets:
         raise DataError(f"no row can be used, left out are {_reasons(skipped)}", where=str(split.table.path))
-    split = replace(split, indices=np.asarray(kept)) if unusable else split
-    return _Part(split, targets, np.frombuffer(digests, dtype=np.uint64), skipped)
+    split = replace(split, indices=np.frombuffer(kept, dtype=np.int64)) if unusable else split
+    return _Part(split, targets, np.frombuffer(digests, dtype=np.uint64), skipped, only_numbers)
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(str(value))
+    except ValueError:
+        return False
+    return True
 
 
 def _remarks(train: _Part, strata: splits.Indices, task: Task) -> list[str]:
-    """Rows that say the same: a note, or a refusal where all of them do."""
+    """Rows that say the same (refused where all of them do), labels that may be missing, texts that may be none."""
+    notes = [
+        f"{count} train row{'s are' if count > 1 else ' is'} labelled {shorten(word)}, taken for a class as any other"
+        for word, count in sorted(Counter(word for word in train.targets if _means_nothing(word)).items())
+    ]
+    role = next(iter(task.columns))
+    if train.only_numbers:
+        notes.append(f"{role}: every one is a number; data.columns.{role}=NAME if it is another column")
     repeated, torn = splits.repeats(train.digests, strata)
     if repeated == len(train.digests) - 1 > 0:
-        role = next(iter(task.columns))
         what = f"{role}: every one of the {len(train.digests)} rows says the same; there is nothing to tell apart"
         raise DataError(
             what, where=str(train.split.table.path), hint=f"data.columns.{role}=NAME if it is another column"
         )
-    if not repeated:
-        return []
-    said = f"{repeated} of {len(train.digests)} train rows repeat an earlier text word for word"
-    return [f"{said}; {torn} of the texts stand there with different labels" if torn else said]
+    if repeated:
+        said = f"{repeated} of {len(train.digests)} train rows repeat an earlier text word for word"
+        notes.append(f"{said}; {torn} of the texts stand there with different labels" if torn else said)
+    return notes
+
+
+def _means_nothing(target: object) -> bool:
+    return isinstance(target, str) and target.lower() in MISSING
 
 
 def _alone(train: _Part, strata: splits.Indices) -> list[str]:
@@ -166,7 +210,7 @@ def _alone(train: _Part, strata: splits.Indices) -> list[str]:
 def _named_files(data: Data) -> Data:
     if data.train is None:
         raise RecipeError("data.train: missing", hint="data.train=reviews.csv, or a folder with train.csv and test.csv")
-    if not Path(data.train).is_dir():
+    if not is_folder(data.train):
         return data
     files = find_splits(data.train)
     if "train" not in files:
@@ -204,7 +248,7 @@ def encode_splits(examples: Examples, processor: Any, processor_hash: str, cache
 
 def encode_split(split: Split, task: Task, data: Data, processor: Any, processor_hash: str, cache: Path) -> Encoded:
     """One split encoded; the folder's name is a hash of all that the result depends on."""
-    drawn = None if split.indices is None else fingerprint(split.indices.tolist())
+    drawn = None if split.indices is None else hashlib.sha256(split.indices.tobytes()).hexdigest()
     keys: dict[str, Any] = {"max_length": data.max_length, "columns": split.table.columns, "limit": data.limit}
     keys |= {"on_bad_row": data.on_bad_row, "class_weights": data.class_weights}
     key = fingerprint(split.sha256, drawn, task.name, task.model_dump(), keys, processor_hash)

@@ -1,7 +1,7 @@
 """Reads what users have, as it is: recognised by content, row by row, every fault with its place.
 
-A table is read as a stream and can be read again; only a JSON array is held in memory. Columns are found by role
-(`text`, `label` ...): by the user's own naming, by the usual names, or by what is in them where there is no header.
+A table is read as a stream and can be read again. Columns are found by role (`text`, `label` ...): by the user's own
+naming, by the usual names, or by what is in them where there is no header.
 """
 
 from __future__ import annotations
@@ -10,38 +10,28 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from tunesmith.data.encoded import file_sha256
 from tunesmith.data.formats import delimited, json_array, json_lines, parquet
 from tunesmith.data.formats.columns import find_columns
-from tunesmith.data.formats.raw import BadRow, RawRow, open_text
-from tunesmith.errors import DataError, did_you_mean, shorten
+from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
+from tunesmith.data.formats.recognise import Format, format_of, unreachable
+from tunesmith.errors import DataError, shorten
 
-__all__ = ["Row", "Table", "find_splits", "read_table"]
+__all__ = ["Row", "Table", "find_splits", "is_folder", "read_lines", "read_table"]
 
-MAX_FIELD_CHARS = 16 * 2**20
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
     "test": ("test", "testing"),
 }
-SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".parquet", ".csv.gz", ".tsv.gz", ".jsonl.gz")
-FOREIGN = {
-    b"PK\x03\x04": ("a zip or Excel file", "save it as CSV (UTF-8)"),
-    b"\xd0\xcf\x11\xe0": ("an old Excel file", "save it as CSV (UTF-8)"),
-    b"%PDF": ("a PDF", "extract its text first"),
-    b"\x80\x04": ("a pickle", "export it as CSV or JSONL: pickles can run code"),
-    b"\x80\x05": ("a pickle", "export it as CSV or JSONL: pickles can run code"),
-    b"BZh": ("bzip2-compressed", "unpack it first"),
-    b"\xfd7zXZ": ("xz-compressed", "unpack it first"),
-    b"7z\xbc\xaf": ("a 7z archive", "unpack it first"),
-    b"\x28\xb5\x2f\xfd": ("zstd-compressed", "unpack it first"),
-    b"SQLite": ("an SQLite database", "export the table as CSV"),
-    b"<!DOCTYPE": ("an HTML page", "download the file itself"),
-    b"<html": ("an HTML page", "download the file itself"),
-}
+_TEXTS = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson")
+SUFFIXES = (".parquet", *_TEXTS, *(f"{suffix}.gz" for suffix in _TEXTS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,59 +47,104 @@ class Table:
     """Rows of one file under roles; iterating reads the file anew. `skipped` counts what the last reading left out."""
 
     path: Path
-    format: Literal["csv", "tsv", "jsonl", "json", "parquet"]
+    format: Format
     columns: dict[str, str | int]
     required: frozenset[str]
     on_bad_row: Literal["stop", "skip"]
     note: str | None
-    raw_rows: Callable[[], Iterator[RawRow | BadRow]] = field(repr=False)
+    raw_rows: Rows = field(repr=False)
     limit: int | None = None
     skipped: Counter[str] = field(default_factory=Counter)
+    state: tuple[int, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.state = _state(self.path)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the bytes of the file."""
+        self._check_unchanged()
+        return file_sha256(self.path)
+
+    def _check_unchanged(self) -> None:
+        if _state(self.path) != self.state:
+            what = "the file has changed since it was first read"
+            raise DataError(what, where=str(self.path), hint="leave it alone while a run reads it, and start again")
 
     def __iter__(self) -> Iterator[Row]:
+        self._check_unchanged()
         self.skipped = Counter()
         return islice(self._good_rows(), self.limit)
 
     def _good_rows(self) -> Iterator[Row]:
         for raw in self.raw_rows():
-            bad = raw if isinstance(raw, BadRow) else None
-            values = {} if isinstance(raw, BadRow) else self._values(raw)
-            if isinstance(values, BadRow):
-                bad = values
-            if bad is None:
-                assert isinstance(values, dict)
+            values = raw if isinstance(raw, BadRow) else self._values(raw)
+            if not isinstance(values, BadRow):
                 yield Row(f"{self.path}:{raw.line}", values)
             elif self.on_bad_row == "stop":
-                hint = f"{bad.hint}, or data.on_bad_row=skip" if bad.hint else "mend it, or data.on_bad_row=skip"
-                raise DataError(bad.what, where=f"{self.path}:{bad.line}", hint=hint)
+                raise _error(self.path, values, skippable=True)
             else:
-                self.skipped[bad.reason] += 1
+                self.skipped[values.reason] += 1
 
     def _values(self, raw: RawRow) -> dict[str, object] | BadRow:
         values: dict[str, object] = {}
         for role, column in self.columns.items():
             value = raw.values.get(column)
+            if isinstance(value, Decimal):
+                value = float(value)
             if isinstance(value, str) and role.startswith("label"):
                 value = value.strip()
-            if value is None or value == "" or (isinstance(value, str) and not value.strip()):
+            if _is_nothing(value) or (isinstance(value, str) and not value.strip()):
                 if role in self.required:
-                    return BadRow(raw.line, f"{column}: empty", "fill it in or remove the row", f"empty {role}")
+                    what = f"{_shown(column)}: {'empty' if column in raw.values else 'not there'}"
+                    return BadRow(raw.line, what, "fill it in or remove the row", f"empty {role}")
                 continue
-            if role.startswith("text") and not isinstance(value, str):
-                what = f"{column}: {shorten(value)} is not a text"
-                return BadRow(raw.line, what, "put it in quotes", f"{role} is not a text")
-            if isinstance(value, str) and len(value) > MAX_FIELD_CHARS:
-                what = f"{column}: {len(value):,} characters in one field {shorten(value, 40)}"
-                return BadRow(raw.line, what, "is a quotation mark left open?", "field too long")
-            if isinstance(value, dict) or _holds_object(value):
-                what = f"{column}: {shorten(value)} is an object"
-                return BadRow(raw.line, what, "give a value, or a list of values", f"{role} is an object")
+            if (fault := _fault(role, value)) is not None:
+                what, hint, reason = fault
+                return BadRow(raw.line, f"{_shown(column)}: {what}", hint, reason)
             values[role] = value
         return values
 
 
-def _holds_object(value: object) -> bool:
-    return isinstance(value, list) and any(isinstance(part, dict | list) for part in value)
+def _shown(column: str | int) -> str:
+    return f"column {column}" if isinstance(column, int) else shorten(column)[1:-1]
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise unreachable(path, error) from None
+    return found.st_size, found.st_mtime_ns
+
+
+def _error(path: Path, bad: BadRow, *, skippable: bool) -> DataError:
+    ways = [bad.hint or "mend it", *(["or data.on_bad_row=skip"] if skippable else [])]
+    return DataError(bad.what, where=f"{path}:{bad.line}", hint=", ".join(ways))
+
+
+def _is_nothing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and value != value)  # Parquet has NaN where a value is missing
+
+
+def _fault(role: str, value: object) -> tuple[str, str, str] | None:
+    """What is wrong with a value, the way out, and a short reason."""
+    if role.startswith("text") and not isinstance(value, str):
+        if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+            turns = f"{len(value)} turn{'s' * (len(value) > 1)}"
+            what = f"a conversation of {turns} is not a text: {shorten(value[:3])}"
+            return what, "write what is to be told apart as one text", f"{role} is not a text"
+        hint = "give one text a row" if isinstance(value, list | dict) else "put it in quotes"
+        return f"{shorten(value)} is not a text", hint, f"{role} is not a text"
+    if isinstance(value, str):
+        if len(value) <= MAX_CHARS:
+            return None
+        what = f"{len(value):,} characters in one field {shorten(value[:100], 40)}"
+        return what, "is a quotation mark left open?", "field too long"
+    parts = value if isinstance(value, list) else [value]
+    if all(isinstance(part, str | int | float) and not _is_nothing(part) for part in parts):
+        return None
+    return f"{shorten(value)} is no value", "give a text, a number, or a list of them", f"{role} is no value"
 
 
 def read_table(
@@ -127,60 +162,65 @@ def read_table(
         DataError: not a file we can read, or a required column is not in it.
     """
     path = Path(path)
-    kind = _recognise(path)
-    header, rows, sample = _reader(kind)(path)
-    chosen, note, has_header = find_columns(path, header, sample, roles, required, columns)
-    raw_rows = rows if has_header else lambda: delimited.without_header(path)
+    kind = format_of(path)
+    opened = _OPENERS[kind](path)
+    if not opened.names:
+        raise _nothing_in(path, opened)
+    chosen, note, has_header = find_columns(path, opened, roles, required, columns or {})
+    raw_rows = opened.rows if has_header else opened.by_number
+    assert raw_rows is not None, "only where the first line may be data is there no header"
     if not any(True for _ in islice(raw_rows(), 1)):
         raise DataError("there is a header but no row below it", where=str(path), hint="add rows")
     return Table(path, kind, chosen, required, on_bad_row, note, raw_rows, limit)
 
 
-_Reader = Callable[[Path], tuple[list[str], Callable[[], Iterator[RawRow | BadRow]], list[list[str]]]]
+_OPENERS: dict[Format, Callable[[Path], Opened]] = {
+    "csv": delimited.open_rows,
+    "tsv": delimited.open_rows,
+    "jsonl": json_lines.open_rows,
+    "json": json_array.open_rows,
+    "parquet": parquet.open_rows,
+}
 
 
-def _reader(kind: str) -> _Reader:
-    readers: dict[str, _Reader] = {
-        "parquet": parquet.open_rows,
-        "json": json_array.open_rows,
-        "jsonl": json_lines.open_rows,
-    }
-    return readers.get(kind, delimited.open_rows)
+def read_lines(path: str | Path, role: str) -> list[Row]:
+    """A plain text: each line that is not blank is a row with one role.
 
-
-def _recognise(path: Path) -> Literal["csv", "tsv", "jsonl", "json", "parquet"]:
-    """By the first bytes; the name of the file does not count."""
-    head = _head(path)
-    if head.startswith(b"PAR1"):
-        return "parquet"
-    for magic, (what, hint) in FOREIGN.items():
-        if head.lstrip().lower().startswith(magic.lower()):
-            raise DataError(f"this is {what}, whatever its name says", where=str(path), hint=hint)
+    Raises:
+        DataError: not a file we can read.
+    """
+    path = Path(path)
+    format_of(path)
+    rows = []
     with open_text(path) as file:
-        start = file.read(65536).lstrip()
-    if not start.strip():
-        raise DataError("the file is empty", where=str(path), hint="is it the right one, and did its download finish?")
-    if start[0] == "{":
-        return "jsonl"
-    if start[0] == "[" and start[1:].lstrip()[:1] in ("{", "]", ""):
-        return "json"
-    return "tsv" if delimited.delimiter_of(start) == "\t" else "csv"
+        for number, line in enumerate(lines(file), start=1):
+            if (bad := unreadable(line, number)) is not None:
+                raise _error(path, bad, skippable=False)
+            if text := line.strip():
+                rows.append(Row(f"{path}:{number}", {role: text}))
+    return rows
 
 
-def _head(path: Path) -> bytes:
+def _nothing_in(path: Path, opened: Opened) -> DataError:
+    """Why a file has no names of columns: its rows are bad, or it has none."""
+    first = next(opened.rows(), None)
+    if isinstance(first, BadRow):
+        return _error(path, first, skippable=False)
+    return DataError("there is no row in it", where=str(path), hint="is it the right file?")
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether this is a folder.
+
+    Raises:
+        DataError: it cannot be seen.
+    """
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise DataError("this is a folder, not a file", where=str(path), hint="name a file in it")
-        if not stat.S_ISREG(mode):
-            raise DataError("not a regular file (a pipe or a device)", where=str(path), hint="write it to a file first")
-        with path.open("rb") as file:
-            return file.read(16)
+        return stat.S_ISDIR(Path(path).stat().st_mode)
     except FileNotFoundError:
-        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise DataError("no such file", where=str(path), hint=near if "mean" in near else "check the path") from None
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", where=str(path), hint="check path and rights") from None
+        return False
+    except (OSError, ValueError) as error:
+        raise unreachable(Path(path), error) from None
 
 
 def find_splits(folder: str | Path) -> dict[str, Path]:
@@ -190,7 +230,11 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
         DataError: two files claim to be the same split.
     """
     found: dict[str, Path] = {}
-    for path in sorted(Path(folder).iterdir()):
+    try:
+        paths = sorted(Path(folder).iterdir())
+    except OSError as error:
+        raise unreachable(Path(folder), error) from None
+    for path in paths:
         stem, _, _ = path.name.lower().partition(".")
         for split, names in SPLIT_NAMES.items():
             if path.is_file() and path.name.lower().endswith(SUFFIXES) and stem in names:

@@ -2,80 +2,149 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Collection
 from pathlib import Path
 
-from tunesmith.errors import DataError, RecipeError, did_you_mean
+from tunesmith.data.formats.raw import Opened
+from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
 
 Columns = dict[str, str | int]
+Roles = dict[str, tuple[str, ...]]
+TAG = re.compile(r"O|[BIESLUM]-\S+")
+CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue")
 
 
 def find_columns(
-    path: Path,
-    header: list[str],
-    sample: list[list[str]],
-    roles: dict[str, tuple[str, ...]],
-    required: frozenset[str],
-    chosen: Columns | None,
+    path: Path, opened: Opened, roles: Roles, required: frozenset[str], chosen: Columns
 ) -> tuple[Columns, str | None, bool]:
     """Role -> column, what the user should be told, and whether the first line is a header.
 
-    `sample` holds the first lines of a format whose first line may be data; it is empty where names are certain.
+    Raises:
+        DataError: a required role has no column, or several that look alike.
     """
-    if chosen and all(isinstance(column, int) for column in chosen.values()) and sample:
-        _check_numbers(path, chosen, len(sample[0]))
-        return dict(chosen), None, _looks_like_header(header, sample, roles)
-    found = _by_name(header, roles) | _chosen_names(path, header, roles, chosen or {})
-    if required <= found.keys():
-        return found, None, True
-    if sample and not found and not _looks_like_header(header, sample, roles):
-        guessed = _by_content(sample)
-        if guessed is not None and required <= guessed.keys():
-            told = ", ".join(f"column {number + 1} is {role}" for role, number in guessed.items())
-            return dict(guessed), f"{path}: no header; {told} (data.columns says otherwise)", False
-    missing = ", ".join(sorted(required - found.keys()))
-    columns = ", ".join(header[:20])
-    role = missing.split(",")[0]
-    raise DataError(f"no column for {missing} among: {columns}", where=f"{path}:1", hint=f"data.columns.{role}=NAME")
+    where, names = f"{path}:{opened.line}", opened.names
+    for role in chosen:
+        if role not in roles:
+            raise RecipeError(f"data.columns.{role}: no such role", hint=did_you_mean(role, roles))
+    numbers = {role: column for role, column in chosen.items() if isinstance(column, int)}
+    wrong = next((role for role, number in numbers.items() if not 0 <= number < len(names)), None)
+    if wrong is not None:
+        raise DataError(f"data.columns.{wrong}: no column {numbers[wrong]}", where=where, hint=f"0 to {len(names) - 1}")
+    if len(numbers) == len(chosen) and opened.sample and not _looks_like_header(opened, roles):
+        return _without_header(where, opened, roles, required, numbers)
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"the column {shorten(twice)} is there twice", where=where, hint="rename one of them")
+    found: Columns = {role: _named(column, names, where) for role, column in chosen.items()}
+    found |= _by_usual_name(where, names, {role: roles[role] for role in roles if role not in found}, found)
+    if not required <= found.keys():
+        raise _missing(where, opened, roles, required - found.keys(), named=True)
+    note = f"{where}: taken for the names of the columns, not for a row: {_listed(names)}"
+    return found, note if numbers and opened.sample and not _plain_names(names, roles) else None, True
+
+
+def _without_header(
+    where: str, opened: Opened, roles: Roles, required: frozenset[str], numbers: dict[str, int]
+) -> tuple[Columns, str | None, bool]:
+    if required <= numbers.keys():
+        return dict(numbers), None, False
+    below = next((row for row in opened.sample[1:20] if required <= _plain_names(row, roles).keys()), None)
+    if below is not None:
+        what = f"the names of the columns stand below something else: {shorten(', '.join(below))}"
+        raise DataError(what, where=where, hint="remove the lines above them")
+    if (tags := _tags(opened.sample)) is not None:
+        what = f"these are words with tags, one a line ({shorten(tags)}), without {_and(required, roles)}"
+        raise DataError(what, where=where, hint=f"write {_and(required, roles)} into one row")
+    guessed = _by_content(opened.sample)
+    found = (guessed or {}) | numbers
+    if not required <= found.keys() or len(set(found.values())) < len(found):
+        raise _missing(where, opened, roles, required - numbers.keys(), named=False)
+    told = " and ".join(f"data.columns.{role}={number}" for role, number in found.items())
+    return dict(found), f"{where.rpartition(':')[0]}: no header, so read with {told}; say so if it is otherwise", False
+
+
+def _and(some: Collection[str], roles: Roles) -> str:
+    return " and ".join(role for role in roles if role in some)
+
+
+def _missing(where: str, opened: Opened, roles: Roles, missing: Collection[str], *, named: bool) -> DataError:
+    """What to say when a role has no column: where it may be."""
+    shown = _listed(opened.names)
+    near = {role: _near(role, roles, opened.names) for role in roles if role in missing}
+    what = f"no column for {_and(missing, roles)} among: {shown}"
+    way_out = " ".join(f"data.columns.{role}={'NAME' if named else 'NUMBER'}" for role in near)
+    if any(name.strip().lower() in CHATS for name in opened.names):
+        what = f"these are conversations ({shown}), without a column for {_and(missing, roles)}"
+        way_out = f"write {_and(missing, roles)} into one row"
+    elif opened.sample and len(opened.names) == 1:
+        way_out = "columns are told apart by comma, tab, semicolon or |; is the delimiter another one?"
+    elif not named:
+        what = f"no header, and what the columns hold does not tell which is {_and(missing, roles)}: {shown}"
+        way_out += ", counted from 0"
+    elif any(near.values()):
+        way_out = (
+            "did you mean " + " ".join(f"data.columns.{role}={name or 'NAME'}" for role, name in near.items()) + "?"
+        )
+    return DataError(what, where=where, hint=way_out)
+
+
+def _near(role: str, roles: Roles, names: list[str]) -> str | None:
+    """The name that is most like a usual one of the role."""
+    plain = {_plain(name): name for name in names}
+    close = [(usual, near) for usual in roles[role] for near in difflib.get_close_matches(usual, plain, 1, 0.7)]
+    best = max(close, key=lambda pair: difflib.SequenceMatcher(None, *pair).ratio(), default=None)
+    return shorten(plain[best[1]])[1:-1] if best is not None else None
 
 
 def _plain(name: str) -> str:
     return name.strip().strip("\ufeff\"'").lower().replace(" ", "_").replace("-", "_")
 
 
-def _by_name(header: list[str], roles: dict[str, tuple[str, ...]]) -> Columns:
-    plain = {_plain(name): name for name in reversed(header)}
-    found: Columns = {}
+def _plain_names(names: list[str], roles: Roles) -> dict[str, str]:
+    """Role -> the first of its usual names that is among these, in plain spelling."""
+    plain = {_plain(name) for name in names}
+    found: dict[str, str] = {}
     for role, usual in roles.items():
-        name = next((plain[name] for name in usual if name in plain and plain[name] not in found.values()), None)
+        name = next((name for name in usual if name in plain and name not in found.values()), None)
         if name is not None:
             found[role] = name
     return found
 
 
-def _chosen_names(path: Path, header: list[str], roles: dict[str, tuple[str, ...]], chosen: Columns) -> Columns:
+def _by_usual_name(where: str, names: list[str], roles: Roles, taken: Columns) -> Columns:
+    free = [name for name in names if name not in taken.values()]
     found: Columns = {}
-    for role, column in chosen.items():
-        if role not in roles:
-            raise RecipeError(f"data.columns.{role}: no such role", hint=did_you_mean(role, roles))
-        name = header[column] if isinstance(column, int) and 0 <= column < len(header) else str(column)
-        if name not in header:
-            raise DataError(f"no column '{column}'", where=f"{path}:1", hint=did_you_mean(str(column), header))
-        found[role] = name
+    for role, plain in _plain_names(free, roles).items():
+        alike = [name for name in free if _plain(name) == plain]
+        if len(alike) > 1:
+            what = f"{shorten(alike[0])} and {shorten(alike[1])} could both be {role}"
+            raise DataError(what, where=where, hint=f"data.columns.{role}=NAME says which")
+        found[role] = alike[0]
     return found
 
 
-def _check_numbers(path: Path, chosen: Columns, width: int) -> None:
-    for role, number in chosen.items():
-        if not 0 <= int(number) < width:
-            raise DataError(f"data.columns.{role}: no column {number}", where=f"{path}:1", hint=f"0 to {width - 1}")
+def _named(column: str | int, names: list[str], where: str) -> str:
+    name = names[column] if isinstance(column, int) else column
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {shorten(near[0])}?" if near else f"known: {_listed(names)}"
+        raise DataError(f"no column {shorten(name)}", where=where, hint=hint)
+    return name
 
 
-def _looks_like_header(header: list[str], sample: list[list[str]], roles: dict[str, tuple[str, ...]]) -> bool:
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(shorten(name, 40)[1:-1] for name in names[:40])
+    return shown if len(shown) <= 160 else f"{shown[:159]}…"
+
+
+def _looks_like_header(opened: Opened, roles: Roles) -> bool:
     """A header names a role, or differs in kind from what stands below it: short words over long texts or numbers."""
-    usual = {name for names in roles.values() for name in names}
-    if any(_plain(name) in usual for name in header):
+    header = opened.names
+    if _plain_names(header, roles):
         return True
-    below = [row for row in sample[1:] if len(row) == len(header)]
+    below = [row for row in opened.sample[1:] if len(row) == len(header)]
     if not below or any(_is_number(name) for name in header):
         return False
     for column, name in enumerate(header):
@@ -84,6 +153,8 @@ def _looks_like_header(header: list[str], sample: list[list[str]], roles: dict[s
             return True  # words over nothing but numbers
         if name in values:
             return False  # it recurs below: a value
+    if any(_near(role, roles, header) for role in roles):
+        return True  # a usual name, misspelt
     lengths = [sum(len(row[column]) for row in below) / len(below) for column in range(len(header))]
     return len(header[lengths.index(max(lengths))]) < 0.2 * max(lengths) and max(len(name) for name in header) < 30
 
@@ -94,6 +165,15 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _tags(sample: list[list[str]]) -> str | None:
+    """The tags of a CoNLL file, where a column holds nothing else."""
+    for column in range(1, len(sample[0])):
+        tags = sorted({row[column] for row in sample if len(row) == len(sample[0])})
+        if "O" in tags and all(TAG.fullmatch(tag) for tag in tags):
+            return ", ".join(tags[:4])
+    return None
 
 
 def _by_content(sample: list[list[str]]) -> dict[str, int] | None:

@@ -3,110 +3,225 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from tunesmith.data.formats.raw import BadRow, RawRow, open_text
-from tunesmith.errors import DataError
+from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, lines, open_text, unreadable
+from tunesmith.errors import DataError, shorten
 
 DELIMITERS = ("\t", ",", ";", "|")
+SAMPLE_CHARS = 65536
 SAMPLE_ROWS = 200
-MAX_QUOTED_LINES = 1000
-csv.field_size_limit(2**31 - 1)  # the table bounds fields itself, with a message that names the line
+csv.field_size_limit(2**31 - 1)  # records are bounded here, with a message that names the line
+
+
+@dataclass(frozen=True, slots=True)
+class _Dialect:
+    delimiter: str
+    literal: bool
+    """Quotation marks are plain characters."""
+    spaced: bool
+    """A blank stands between delimiter and quotation mark."""
+
+    def reader(self, text: Iterable[str]) -> Any:
+        if self.literal:
+            return csv.reader(text, delimiter=self.delimiter, quoting=csv.QUOTE_NONE)
+        return csv.reader(text, delimiter=self.delimiter, strict=True, skipinitialspace=self.spaced)
 
 
 def delimiter_of(sample: str) -> str:
-    """The delimiter that gives most of the sample's lines the same number (two or more) of fields."""
-    lines = [line for line in sample.splitlines()[:50] if line.strip()]
-    best, most = ",", 0.0
-    for delimiter in DELIMITERS:
-        counts = [len(row) for row in csv.reader(lines, delimiter=delimiter)]
-        usual = max(set(counts), key=counts.count) if counts else 1
-        score = counts.count(usual) / max(len(counts), 1) if usual > 1 else 0.0
-        if score > most + 1e-9:
-            best, most = delimiter, score
-    return best
+    """The delimiter that gives most of the sample's rows the same number (two or more) of fields."""
+    text = [line for line in sample.splitlines(keepends=True)[:200] if line.strip()]
+    scores = {delimiter: _evenness(text, delimiter) for delimiter in DELIMITERS}
+    best = max(scores, key=scores.__getitem__)
+    return best if scores[best] else ","
 
 
-def open_rows(path: Path) -> tuple[list[str], Callable[[], Iterator[RawRow | BadRow]], list[list[str]]]:
-    """First line, a fresh reader of what follows it by name, and a sample of lines (the first included)."""
-    sample = [row for _, row, _ in islice(_lines(path), SAMPLE_ROWS)]
-    header = [name.strip() for name in sample[0]]
-
-    def rows() -> Iterator[RawRow | BadRow]:
-        return _named(path, header)
-
-    return header, rows, sample
-
-
-def without_header(path: Path) -> Iterator[RawRow | BadRow]:
-    """Rows by column number, counted from 0, the first line included."""
-    return _named(path, None)
+def _evenness(text: list[str], delimiter: str) -> float:
+    """Share of rows with the usual number of fields: line by line, or by records where a quoted field has many lines
+    (a quotation mark left open makes one record of the rest).
+    """
+    by_line = [len(next(csv.reader([line], delimiter=delimiter))) for line in text[:50]]
+    by_record = [len(row) for row in islice(csv.reader(text, delimiter=delimiter), 50)]
+    scores = []
+    for widths in (by_line, by_record):
+        usual, times = max(Counter(widths).items(), key=lambda item: (item[1], item[0]), default=(1, 0))
+        scores.append(times / len(widths) if usual > 1 else 0.0)
+    return max(scores)
 
 
-def _named(path: Path, header: list[str] | None) -> Iterator[RawRow | BadRow]:
-    lines = _lines(path)
+def open_rows(path: Path) -> Opened:
+    """The first line, a sample of lines, and readers of the rows by name and by number.
+
+    Raises:
+        DataError: the first line cannot be read.
+    """
+    dialect = _dialect(path)
+    first = list(islice(_records(path, dialect), SAMPLE_ROWS))
+    if not first:
+        raise DataError("the file holds no value", where=str(path), hint="is it the right one?")
+    if isinstance(first[0], BadRow):
+        raise DataError(first[0].what, where=f"{path}:{first[0].line}", hint=first[0].hint)
+    line, header = first[0]
+    names = [name.strip() or f"column {number}" for number, name in enumerate(header)]
+    return Opened(
+        names,
+        lambda: _rows(path, dialect, names),
+        line=line,
+        sample=[record[1] for record in first if not isinstance(record, BadRow)],
+        by_number=lambda: _rows(path, dialect, None),
+    )
+
+
+def _rows(path: Path, dialect: _Dialect, header: list[str] | None) -> Iterator[RawRow | BadRow]:
+    """Rows by the names of the header, or by column number where the first line is a row."""
+    records = _records(path, dialect)
     names: list[str] | range | None = header
     if header is not None:
-        next(lines)
-        doubled = sorted({name for name in header if name and header.count(name) > 1})
-        if doubled:
-            raise DataError(f"the column '{doubled[0]}' is there twice", where=f"{path}:1", hint="rename one of them")
-    for line, row, fault in lines:
-        if fault:
-            yield BadRow(line, fault, "close it, or double it inside a quoted field", "quotation mark left open")
+        next(records)
+    for record in records:
+        if isinstance(record, BadRow):
+            yield record
             continue
+        line, row = record
         if names is None:
             names = range(len(row))
         if len(row) != len(names):
-            what = f"{len(row)} fields, but {'the header' if header else 'the first line'} has {len(names)}"
-            yield BadRow(line, what, "quote a field that holds the delimiter", "wrong number of fields")
+            fields = f"{len(row)} field{'s' * (len(row) != 1)}"
+            what = f"{fields}, but {'the header' if header else 'the first line'} has {len(names)}: {_shown(row)}"
+            yield BadRow(line, what, _way_out(row, len(names)), "wrong number of fields")
             continue
         yield RawRow(line, dict(zip(names, row, strict=True)))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, list[str], str]]:
-    """(line the row starts on, fields, what is wrong with its quotes)."""
+def _shown(row: list[str]) -> str:
+    return shorten(" | ".join(part[:100] for part in row[:20]))
+
+
+def _way_out(row: list[str], width: int) -> str:
+    if row[0].startswith("#"):
+        return "remove comment lines"
+    return "quote a field that holds the delimiter" if len(row) > width else "fill in what is missing"
+
+
+def _dialect(path: Path) -> _Dialect:
     with open_text(path) as file:
-        sample = file.read(65536)
+        sample = file.read(SAMPLE_CHARS)
     delimiter = delimiter_of(sample)
-    literal = _quotes_are_literal(sample, delimiter)
+    if delimiter == "\t":
+        return _Dialect(delimiter, _quotes_are_literal(path), spaced=False)
+    rows = csv.reader(sample.splitlines(keepends=True)[:SAMPLE_ROWS], delimiter=delimiter)
+    spaced = any(part.startswith(' "') and part.endswith('"') for row in rows for part in row)
+    return _Dialect(delimiter, False, spaced)
+
+
+def _quotes_are_literal(path: Path) -> bool:
+    """Whether more rows of a TSV come out whole when quotation marks are plain characters."""
+    text = _lines_with_quotes(path)
+    by_line = [line.count("\t") + 1 for line in text]
+    by_record: list[int] = []
+    reader = _Dialect("\t", literal=False, spaced=False).reader(text)
+    while True:
+        try:
+            by_record.append(len(next(reader)))
+        except StopIteration:
+            break
+        except csv.Error as error:
+            by_record += [0] * ("end of data" not in str(error))  # the sample may end inside of a field
+    usual = Counter(width for width in by_line if width > 1).most_common(1)
+    return bool(usual) and _judged(by_line, usual[0][0]) < _judged(by_record, usual[0][0])
+
+
+def _judged(widths: list[int], usual: int) -> tuple[int, int]:
+    """Less is better: few broken rows, then many whole ones."""
+    whole = widths.count(usual)
+    return len(widths) - whole, -whole
+
+
+def _lines_with_quotes(path: Path) -> list[str]:
+    """Some lines, from the first on in which a field begins with a quotation mark."""
     with open_text(path) as file:
-        text = _without_nul(file, path)
-        options: Any = {"quoting": csv.QUOTE_NONE} if literal else {"strict": True}
-        reader = csv.reader(text, delimiter=delimiter, **options)
-        start = 1
+        for line in lines(file):
+            if line.startswith('"') or '\t"' in line:
+                return [line, *file.read(SAMPLE_CHARS).splitlines(keepends=True)[:-1]]
+    return []
+
+
+class _RunsOn(Exception):
+    """A record has grown beyond what a field may hold."""
+
+
+class _Feed:
+    """Lines for csv.reader, record by record. Of a record that fails only the first line is given up: what follows is
+    read again, so that a quotation mark left open costs one row and not the rest of the file.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._lines = enumerate(lines(file), start=1)
+        self._again: deque[tuple[int, str]] = deque()
+        self._record: list[tuple[int, str]] = []
+        self._chars = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        item = self._again.popleft() if self._again else next(self._lines)
+        self._record.append(item)
+        self._chars += len(item[1])
+        if self._chars > MAX_CHARS:
+            raise _RunsOn
+        return item[1]
+
+    def begin(self) -> None:
+        """A new record starts."""
+        self._record, self._chars = [], 0
+
+    def line(self) -> int:
+        """Where the record starts."""
+        return self._record[0][0]
+
+    def fault(self) -> BadRow | None:
+        """What is wrong with the characters of the record."""
+        for number, text in self._record:
+            if (bad := unreadable(text, number)) is not None:
+                return bad
+            if "\0" in text:
+                what = f"holds a NUL byte: {shorten(text[:100])}"
+                return BadRow(number, what, "save the file as UTF-8 text", "NUL byte")
+        return None
+
+    def give_up(self, error: str) -> BadRow:
+        """The record's first line as a bad row."""
+        (line, text), *rest = self._record
+        self._again.extendleft(reversed(rest))
+        if (bad := unreadable(text, line)) is not None:
+            return bad
+        left_open = "end of data" in error or not error
+        what = "a quotation mark is left open" if left_open else f"quoting: {error}"
+        hint = "close it, or double it inside a quoted field"
+        return BadRow(line, f"{what}: {shorten(text.strip())}", hint, "quotation mark left open")
+
+
+def _records(path: Path, dialect: _Dialect) -> Iterator[tuple[int, list[str]] | BadRow]:
+    """(line it starts on, fields), or what is wrong with it; blank lines are passed over."""
+    with open_text(path) as file:
+        feed = _Feed(file)
+        reader = dialect.reader(feed)
         while True:
+            feed.begin()
             try:
                 row = next(reader)
             except StopIteration:
                 return
-            except csv.Error as error:
-                fault = "a quotation mark is left open" if "end of data" in str(error) else f"quoting: {error}"
-                yield start, [], fault
-                start = reader.line_num + 1
+            except (csv.Error, _RunsOn) as error:
+                yield feed.give_up(str(error))
                 continue
-            if row:
-                runs_on = reader.line_num - start >= MAX_QUOTED_LINES
-                yield start, row, "a quotation mark is left open" if runs_on else ""
-            start = reader.line_num + 1
-
-
-def _without_nul(lines: Iterator[str], path: Path) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if "\0" in line:
-            hint = "it is binary, or UTF-16 without its mark: save it as UTF-8"
-            raise DataError("holds a NUL byte", where=f"{path}:{number}", hint=hint)
-        yield line
-
-
-def _quotes_are_literal(sample: str, delimiter: str) -> bool:
-    """Whether quotation marks are plain characters: in a TSV unless some field is fully quoted and parses so."""
-    if delimiter != "\t" or '"' not in sample:
-        return False
-    lines = [line for line in sample.splitlines()[:-1] if line]
-    quoted = [field for line in lines for field in line.split("\t") if field.startswith('"')]
-    whole = [field for field in quoted if len(field) > 1 and field.endswith('"') and field[1:-1].count('"') % 2 == 0]
-    return len(whole) < len(quoted) or not quoted
+            if (bad := feed.fault()) is not None:
+                yield bad
+            elif len(row) > 1 or (row and row[0].strip()):
+                yield feed.line(), row

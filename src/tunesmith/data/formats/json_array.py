@@ -1,52 +1,105 @@
-"""A JSON array of objects; read whole, so bounded in size."""
+"""A JSON array of objects, read through a window that moves over the file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
-from tunesmith.data.formats.json_lines import _no_constant, _no_key_twice, _way_out, check_surrogates
-from tunesmith.data.formats.raw import BadRow, RawRow, open_text
+from tunesmith.data.formats.json_values import Decoder, way_out
+from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, open_text
 from tunesmith.errors import DataError, shorten
 
-MAX_BYTES = 512 * 2**20
 SAMPLE_ROWS = 200
+CHUNK_CHARS = 2**20
+CUT_OFF = "the array is cut off"
+_BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def open_rows(path: Path) -> tuple[list[str], Callable[[], Iterator[RawRow | BadRow]], list[list[str]]]:
-    """Keys seen in the first objects, and a fresh reader. `line` is the object's number in the array."""
-    items = _items(path)
-    names = dict.fromkeys(key for item in items[:SAMPLE_ROWS] if isinstance(item, dict) for key in item)
-    return list(names), lambda: _rows(items), []
+def open_rows(path: Path) -> Opened:
+    """Keys seen in the first objects, and a reader. `line` is the object's number in the array."""
+    names: dict[str, None] = {}
+    for row in islice(_rows(path), SAMPLE_ROWS):
+        if isinstance(row, RawRow):
+            names |= dict.fromkeys(row.values)
+    return Opened(list(names), lambda: _rows(path))
 
 
-def _items(path: Path) -> list[Any]:
-    if path.stat().st_size > MAX_BYTES:
-        raise DataError(
-            "a JSON array of over 512 MiB", where=str(path), hint="write one object a line (JSONL): it is streamed"
-        )
+def _rows(path: Path) -> Iterator[RawRow | BadRow]:
     with open_text(path) as file:
-        text = file.read()
-    try:
-        items = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        near = text[max(0, error.pos - 30) : error.pos + 10]
-        what = f"not valid JSON: {error.msg} near {shorten(near)}"
-        raise DataError(what, where=f"{path}:{error.lineno}", hint=_way_out(near, error.msg)) from None
-    except RecursionError:
-        raise DataError("nested too deep", where=str(path)) from None
-    except ValueError as error:
-        raise DataError(f"not valid JSON: {error}", where=str(path)) from None
-    if not items:
-        raise DataError("an empty array", where=str(path), hint="is it the right file?")
-    return list(items)
+        window = _Window(path, file)
+        window.take("[", "an array starts with a bracket")
+        numbers = count(1) if window.next_character() != "]" else ()
+        for number in numbers:
+            yield window.row(number)
+            if window.next_character() == "]":
+                break
+            window.take(",", "a comma is missing between two objects")
+        window.take("]", "the array is not closed")
+        if window.next_character():
+            raise window.error("something stands behind the array", "write one array of objects")
 
 
-def _rows(items: list[Any]) -> Iterator[RawRow | BadRow]:
-    for number, item in enumerate(items, start=1):
-        if isinstance(item, dict):
-            yield check_surrogates(item, number)
-        else:
-            yield BadRow(number, f"{shorten(item)} is not an object", "", "not an object")
+class _Window:
+    """A piece of the file's text, and how far it has been read."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self._path, self._file = path, file
+        self._text, self._at, self._line = "", 0, 1
+        self._decoder = Decoder()
+
+    def next_character(self) -> str:
+        """The next one that is not blank; nothing at the end of the file."""
+        while True:
+            blank = _BLANK.match(self._text, self._at)
+            assert blank is not None, "it matches nothing too"
+            self._move_to(blank.end())
+            if self._at < len(self._text) or not self._read_on():
+                return self._text[self._at : self._at + 1]
+
+    def take(self, character: str, otherwise: str) -> None:
+        """Step over a bracket or a comma that has to stand here."""
+        if self.next_character() != character:
+            raise self.error(otherwise if self.next_character() else CUT_OFF, "write or download it again")
+        self._move_to(self._at + 1)
+
+    def row(self, number: int) -> RawRow | BadRow:
+        """The object that starts here."""
+        self.next_character()
+        while True:
+            try:
+                row, end = self._decoder.row(self._text, self._at, number)
+            except json.JSONDecodeError as error:
+                if self._read_on():
+                    continue
+                self._move_to(error.pos)
+                if not self.next_character() or error.msg.startswith("Unterminated"):
+                    raise self.error(CUT_OFF, "write or download it again") from None
+                near = self._text[max(0, error.pos - 30) : error.pos + 10]
+                raise self.error(f"not valid JSON: {error.msg}", way_out(near, error.msg)) from None
+            except ValueError as error:
+                raise self.error(f"not valid JSON: {error}", way_out("", str(error))) from None
+            if end == len(self._text) and self._read_on():
+                continue  # a number may go on
+            self._move_to(end)
+            return row
+
+    def error(self, what: str, hint: str) -> DataError:
+        """Something is wrong here."""
+        near = self._text[max(0, self._at - 30) : self._at + 10].encode(errors="replace").decode()
+        return DataError(f"{what} near {shorten(near)}", where=f"{self._path}:{self._line}", hint=hint)
+
+    def _move_to(self, position: int) -> None:
+        self._line += self._text.count("\n", self._at, position)
+        self._at = position
+
+    def _read_on(self) -> bool:
+        """Put more of the file behind what is left; whether there is more, and it may be kept."""
+        left = len(self._text) - self._at
+        more = self._file.read(max(CHUNK_CHARS, left)) if left <= MAX_CHARS else ""
+        if more:
+            self._text, self._at = self._text[self._at :] + more, 0
+        return bool(more)

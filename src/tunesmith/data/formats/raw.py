@@ -1,17 +1,23 @@
-"""What every format's reader gives: rows as they stand, or what is wrong with one; and text opened strictly."""
+"""What every format's reader gives: rows as they stand, or what is wrong with one; and text in bounded memory."""
 
 from __future__ import annotations
 
 import codecs
 import gzip
 import io
-from collections.abc import Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, shorten
+
+MAX_CHARS = 16 * 2**20
+"""Of one line, and of one field."""
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,37 +38,66 @@ class BadRow:
     reason: str
 
 
+Rows = Callable[[], Iterator[RawRow | BadRow]]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A file of a known format: the names of its columns, the line they stand on, and a fresh reader of its rows.
+
+    Where the first line may be data, `sample` holds the first lines and `by_number` reads all of them by column number.
+    """
+
+    names: list[str]
+    rows: Rows
+    line: int = 1
+    sample: list[list[str]] = field(default_factory=list)
+    by_number: Rows | None = None
+
+
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
     """The file as text: UTF-8 (with or without BOM) or UTF-16 with BOM, gzip or not; line ends left as they are.
 
+    A byte that is not UTF-8 comes as half a surrogate pair, so that `unreadable` can name its row.
+
     Raises:
-        DataError: the bytes are no such text; names line and byte.
+        DataError: the file is damaged.
     """
     with path.open("rb") as probe:
         compressed = probe.read(2) == b"\x1f\x8b"
     opened: Any = gzip.open(path, "rb") if compressed else path.open("rb")
     with opened as binary:
-        head = binary.read(4)
-        binary.seek(0)
-        wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and head != codecs.BOM_UTF32_LE
         try:
-            yield io.TextIOWrapper(binary, encoding="utf-16" if wide else "utf-8-sig", errors="strict", newline="")
+            head = binary.read(4)
+            binary.seek(0)
+            wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and head != codecs.BOM_UTF32_LE
+            encoding, errors = ("utf-16", "strict") if wide else ("utf-8-sig", "surrogateescape")
+            yield io.TextIOWrapper(binary, encoding=encoding, errors=errors, newline="")
         except UnicodeDecodeError as error:
-            raise _not_text(path, error, compressed) from None
-        except (EOFError, gzip.BadGzipFile) as error:
+            raise DataError(f"damaged UTF-16 ({error.reason})", where=str(path), hint="save it as UTF-8") from None
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"the gzip file is damaged ({error})", where=str(path), hint="download it again") from None
 
 
-def _not_text(path: Path, error: UnicodeDecodeError, compressed: bool) -> DataError:
-    """Find the first offending line by reading the bytes line by line."""
-    opened: BinaryIO = gzip.open(path, "rb") if compressed else path.open("rb")  # type: ignore[assignment]
-    with opened as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as bad:
-                byte = line[bad.start]
-                hint = f"convert it: iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}"
-                return DataError(f"byte 0x{byte:02x} is not UTF-8", where=f"{path}:{number}", hint=hint)
-    return DataError(f"not UTF-8 ({error.reason})", where=str(path), hint="save it as UTF-8")
+def lines(file: TextIO) -> Iterator[str]:
+    """Lines with their ends. Of a line beyond MAX_CHARS only the beginning is given, one character too long."""
+    while line := file.readline(MAX_CHARS + 1):
+        yield line
+        while len(line) > MAX_CHARS and not line.endswith(("\n", "\r")):
+            line = file.readline(MAX_CHARS + 1)
+
+
+def unreadable(text: str, line: int) -> BadRow | None:
+    """What makes a line unreadable in any format."""
+    if len(text) > MAX_CHARS:
+        what = f"over {MAX_CHARS:,} characters in one line, {shorten(text[:100], 40)}"
+        return BadRow(line, what, "is a line end or a quotation mark missing?", "line too long")
+    if text.isascii():
+        return None
+    if found := _ESCAPED_BYTE.search(text):
+        near = text[max(0, found.start() - 20) : found.start() + 20].strip()
+        byte = ord(found[0]) - 0xDC00
+        what = f"byte 0x{byte:02x} is not UTF-8 in {shorten(near.encode(errors='replace').decode())}"
+        return BadRow(line, what, "save the file as UTF-8 (if it is Latin-1: iconv -f latin1 -t utf-8)", "not UTF-8")
+    return None

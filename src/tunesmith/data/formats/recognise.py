@@ -1,0 +1,85 @@
+"""What a file is, by its first bytes and not by its name; and why it is none that can be read."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Literal
+
+from tunesmith.data.formats.delimited import delimiter_of
+from tunesmith.data.formats.raw import open_text
+from tunesmith.errors import DataError, did_you_mean, shorten
+
+Format = Literal["csv", "tsv", "jsonl", "json", "parquet"]
+FOREIGN = {
+    b"PK\x03\x04": ("a zip or Excel file", "save it as CSV (UTF-8)"),
+    b"\xd0\xcf\x11\xe0": ("an old Excel file", "save it as CSV (UTF-8)"),
+    b"%PDF": ("a PDF", "extract its text first"),
+    b"\x80\x04": ("a pickle", "export it as CSV or JSONL: pickles can run code"),
+    b"\x80\x05": ("a pickle", "export it as CSV or JSONL: pickles can run code"),
+    b"BZh": ("bzip2-compressed", "unpack it first"),
+    b"\xfd7zXZ": ("xz-compressed", "unpack it first"),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it first"),
+    b"\x28\xb5\x2f\xfd": ("zstd-compressed", "unpack it first"),
+    b"SQLite format": ("an SQLite database", "export the table as CSV"),
+    b"<!DOCTYPE": ("an HTML page", "download the file itself"),
+    b"<html": ("an HTML page", "download the file itself"),
+}
+
+
+def format_of(path: Path) -> Format:
+    """The format of a file.
+
+    Raises:
+        DataError: it cannot be read, is empty, or is something else.
+    """
+    head = _head(path)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    for magic, (what, hint) in FOREIGN.items():
+        if head.startswith(magic) or (magic.startswith(b"<") and head.lstrip().lower().startswith(magic.lower())):
+            raise DataError(f"this is {what}, whatever its name says", where=str(path), hint=hint)
+    with open_text(path) as file:
+        start = file.read(65536)
+    text = start.lstrip()
+    if not text:
+        raise DataError("the file is empty", where=str(path), hint="is it the right one, and did its download finish?")
+    if start.count("\0") > len(start) / 20:
+        hint = "it is binary, or UTF-16 without its mark: save it as UTF-8 text"
+        raise DataError("holds NUL bytes", where=f"{path}:1", hint=hint)
+    lines = text.splitlines()
+    if any(line.startswith("{") for line in lines[:1]) or any(_is_braced(line) for line in lines[1:5]):
+        return "jsonl"
+    if text[0] == "[" and text[1:].lstrip()[:1] in ("{", "[", "]", '"', ""):
+        return "json"
+    return "tsv" if delimiter_of(start) == "\t" else "csv"
+
+
+def _is_braced(line: str) -> bool:
+    return line.startswith("{") and line.rstrip().endswith("}")
+
+
+def _head(path: Path) -> bytes:
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise DataError("this is a folder, not a file", where=str(path), hint="name a file in it")
+        if not stat.S_ISREG(mode):
+            raise DataError("not a regular file (a pipe or a device)", where=str(path), hint="write it to a file first")
+        with path.open("rb") as file:
+            return file.read(16)
+    except (OSError, ValueError) as error:
+        raise unreachable(path, error) from None
+
+
+def unreachable(path: Path, error: OSError | ValueError) -> DataError:
+    """Why a path leads to nothing that can be read."""
+    where = shorten(str(path), 200)[1:-1]
+    if isinstance(error, FileNotFoundError):
+        try:
+            near = did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
+        except OSError:
+            near = ""
+        return DataError("no such file", where=where, hint=near if near.startswith("did") else "check the path")
+    why = error.strerror if isinstance(error, OSError) else str(error)
+    return DataError(f"cannot be read ({why})", where=where, hint="check path and rights")
