@@ -8,6 +8,7 @@ recipe -> data -> model -> technique -> loop (evaluate, checkpoint) -> artefact 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
@@ -45,6 +46,7 @@ from tunesmith.training.signals import Signals, Stopped
 
 MAX_LENGTH = 512
 EPOCHS = 3.0
+MAX_ROWS_NAMED = 16
 LIBRARIES = ("tunesmith", "torch", "transformers", "safetensors", "tokenizers", "numpy")
 
 
@@ -84,7 +86,8 @@ class Prepared:
         tree = self.recipe.dump()
         del tree["output"]
         files = self.examples.fingerprints()
-        return tree | {"data_sha256": files, "base_sha256": models.base_hash(self.source)}
+        base = models.base_hash(self.source)
+        return tree | {"data_sha256": files, "base_sha256": base, "world_size": parallel.world_size()}
 
 
 @dataclass
@@ -126,6 +129,10 @@ def train(
         UserError: what the user can mend, each with its exit code.
     """
     talk = talk or Talk()
+    if override and resume is None:
+        raise RecipeError("--override: names what may differ from an earlier run", hint="give --resume RUN with it")
+    if overwrite and resume is not None:
+        raise RecipeError("--overwrite: starts afresh, --resume goes on with what is there", hint="keep one")
     wanted = _recipe(recipe, overrides, values, resume)
     folder = Path(resume or wanted.output)
     found = machine.find(wanted.train.device, wanted.train.precision)
@@ -180,6 +187,9 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     read = examples.read(task, recipe.data, recipe.train.seed)
     for note in read.notes:
         talk.warn(note)
+    if recipe.train.early_stopping_patience and "validation" not in read.splits:
+        what = "train.early_stopping_patience: there is no validation split to watch"
+        raise RecipeError(what, hint="data.validation=0.1, or leave the key out")
     source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
     processor = models.load_processor(source, read.task.model_class)
     model, anatomy = models.load_model(
@@ -187,9 +197,6 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
         model_class=read.task.model_class,
         config=read.task.head_config(),
         seed=recipe.train.seed,
-    if recipe.train.early_stopping_patience and "validation" not in read.splits:
-        what = "train.early_stopping_patience: there is no validation split to watch"
-        raise RecipeError(what, hint="data.validation=0.1, or leave the key out")
         pad_token_id=processor.pad_token_id,
     )
     before = {name for name, _ in model.named_buffers()}
@@ -204,6 +211,8 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     data = read.data.model_copy(update={"max_length": _max_length(read.data.max_length, model, processor)})
     read = replace(read, data=data)
     encoded = _encode(read, processor, talk)
+    if recipe.train.metric and "validation" in encoded:
+        _pick(evaluate.random_scores(read.task, encoded["train"], encoded["validation"]), recipe.train.metric)
     resolved = _resolve(recipe, read, technique, anatomy, found)
     return Prepared(
         resolved, read.task, technique, read, encoded, source, processor, model, anatomy, found, learned, padding_free
@@ -211,8 +220,6 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
 
 
 def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
-    if recipe.train.metric and "validation" in encoded:
-        _pick(evaluate.random_scores(read.task, encoded["train"], encoded["validation"]), recipe.train.metric)
     """The same mathematics faster, where it is known how; whether the blocks went padding-free."""
     if found.device.type != "cpu":
         return False
@@ -334,6 +341,7 @@ def _fit(
                 _not_finite(prepared, engine, progress, step, folder, talk)
             since.append(step)
             show(step.number, f"loss {step.loss:.4f}")
+            talk.detail(f"step {step.number}  loss {step.loss:.4f}  gradient norm {step.grad_norm:.3g}")
             last = step.number == total
             improved = False
             if last or _due(train.evaluate_every, step.number, batches.steps_per_epoch):
@@ -341,7 +349,6 @@ def _fit(
                 since = []
             stop = _enough(train, progress)
             asked = parallel.largest(int(signals.requested is not None), prepared.machine.device)
-            talk.detail(f"step {step.number}  loss {step.loss:.4f}  gradient norm {step.grad_norm:.3g}")
             prepared.technique.thaw(prepared.model, prepared.anatomy, step.number / total)
             if last or stop or asked or improved or _due(train.save_every, step.number, batches.steps_per_epoch):
                 _save(prepared, engine, progress, folder)
@@ -376,8 +383,8 @@ def _not_finite(
 ) -> None:
     """The step was not taken. Stop, or leave it out, or go back to the last checkpoint and leave it out."""
     train = prepared.recipe.train
-    rows = ", ".join(str(index + 1) for index in prepared.batches.indices(step.number - 1)[:16])
-    what = f"step {step.number}: loss {step.loss}, gradient norm {step.grad_norm} (training examples {rows})"
+    rows = _places(prepared.examples.splits["train"], prepared.batches.indices(step.number - 1))
+    what = f"step {step.number}: loss {step.loss}, gradient norm {step.grad_norm} ({rows})"
     progress.skips += 1
     if train.on_nan == "stop" or progress.skips > train.max_skips:
         hint = f"a lower learning rate than {step.learning_rate:.1e}, precision=fp32, or on_nan=skip"
@@ -387,6 +394,15 @@ def _not_finite(
         talk.warn(f"{what}: went back to the weights of step {saved.step}, left this step out")
         return
     talk.warn(f"{what}: left out ({progress.skips} of at most {train.max_skips})")
+
+
+def _places(split: examples.Split, indices: Collection[int]) -> str:
+    """Where some examples stand in their file, the first of them: `reviews.csv:3, 7, 12 and 5 more`."""
+    wanted = set(indices)
+    places = [row.place for index, row in enumerate(split.rows()) if index in wanted]
+    file = places[0].rpartition(":")[0]
+    more = f" and {len(places) - MAX_ROWS_NAMED} more" if len(places) > MAX_ROWS_NAMED else ""
+    return f"{file}:{', '.join(place.rpartition(':')[2] for place in places[:MAX_ROWS_NAMED])}{more}"
 
 
 def _step_line(step: loop.Step, found: Machine) -> dict[str, Any]:
@@ -446,12 +462,14 @@ def _pick(scores: dict[str, Any], metric: str) -> float:
 
 
 def _save(prepared: Prepared, engine: loop.Engine, progress: Progress, folder: Path) -> None:
+    learned = artefact.learned(prepared.model, prepared.learned)
+    for name, tensor in learned.items():
+        if not tensor.isfinite().all():
+            hint = "a lower learning rate; --resume goes on from the last checkpoint, which is sound"
+            raise NumericError(f"after step {progress.step} {name} is not finite, so it is not saved", hint=hint)
     if parallel.rank() == 0:
         where = folder / "checkpoints"
-        tensors = {
-            "learned": artefact.learned(prepared.model, prepared.learned),
-            "optimizer": optimizer.state_tensors(engine.optimizer, prepared.model),
-        }
+        tensors = {"learned": learned, "optimizer": optimizer.state_tensors(engine.optimizer, prepared.model)}
         saved = checkpoint.save(where, progress.step, tensors, asdict(progress), prepared.identity())
         checkpoint.point(where, "last", saved)
         if progress.best_step == progress.step:
@@ -469,6 +487,7 @@ def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Co
         files.truncate_metrics(folder / "metrics.jsonl", 0)
         return Progress()
     overridden = checkpoint.check_same_run(saved.identity, prepared.identity(), override)
+    _check_fits(artefact.learned(prepared.model, prepared.learned), saved.tensors["learned"], overridden)
     progress = Progress(**saved.state)
     progress.overridden += [key for key in overridden if key not in progress.overridden]
     _put(prepared, engine, saved.tensors)
@@ -482,7 +501,17 @@ def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Co
             if step is not None and checkpoint.place(where, step).exists():
                 checkpoint.point(where, name, checkpoint.place(where, step))
     talk.say(f"resumed after step {saved.step} of {prepared.total_steps}")
+    if progress.threads != torch.get_num_threads():
+        talk.say(f"on {progress.threads} threads, as before: another number would not give the same bits")
     return progress
+
+
+def _check_fits(own: dict[str, Tensor], saved: dict[str, Tensor], overridden: Collection[str]) -> None:
+    shapes, others = ({name: tuple(one.shape) for name, one in part.items()} for part in (own, saved))
+    differ = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+    if differ:
+        what = f"with {', '.join(overridden) or 'this version'} changed other parameters learn, first {differ[0]}"
+        raise CheckpointError(f"{what}: the checkpoint does not fit", hint="change it back, or start a new run")
 
 
 def _newest(where: Path, talk: Talk) -> checkpoint.Checkpoint | None:
@@ -594,7 +623,8 @@ def _outcome(folder: Path, outcome: str) -> None:
     about = json.loads(path.read_text(encoding="utf-8")) if parallel.rank() == 0 and path.exists() else {}
     if about.get("outcome") == "running":  # a finished run whose resumption was refused is still done
         about["outcome"] = package_index.redact(outcome)
-        files.atomic_write(path, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        with contextlib.suppress(ResourceError):  # on a full disk what ended the run counts, not that it is not noted
+            files.atomic_write(path, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
 def _write_predictions(prepared: Prepared, answers: list[dict[str, Any]], folder: Path) -> None:

@@ -15,9 +15,8 @@ from safetensors import SafetensorError
 
 from tunesmith.errors import ResourceError
 
-NOT_OURS = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
-)
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+NOT_OURS = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
 """What a disk answers when the user, not the code, has to mend it."""
 
 
@@ -63,10 +62,11 @@ def out_of_space(error: OSError | SafetensorError, path: Path, needed_bytes: int
         return error
     why = os.strerror(code).lower()
     what = why if needed_bytes is None else f"cannot write {needed_bytes:,} bytes: {why}"
+    way_out = "make room" if code in FULL else "mend that"
     return ResourceError(
         f"{what} ({free_bytes(path):,} bytes free)",
         where=str(path),
-        hint="make room and resume: what was saved before is untouched",
+        hint=f"{way_out} and resume: what was saved before is untouched",
     )
 
 

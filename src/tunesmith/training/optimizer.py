@@ -98,11 +98,10 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `state_tensors`."""
+    """The inverse of `state_tensors`. What is of another kind of optimizer is left out: this one starts afresh."""
     parameters = dict(model.named_parameters())
-    optimizer.state.clear()
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
-        parameter = parameters[name]
-        device = "cpu" if kind == "step" and parameter.device.type == "cpu" else parameter.device
-        optimizer.state[parameter][kind] = value.to(device, copy=True)
+        state = optimizer.state[parameters[name]]
+        if kind in state:
+            state[kind] = value.to(state[kind].device, copy=True)

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tunesmith.errors import ResourceError
+
 BUCKET_BYTES = 25 * 2**20
 
 
@@ -27,11 +29,29 @@ def group(device_type: str) -> Iterator[None]:
         yield
         return
     timeout = timedelta(seconds=int(os.environ.get("TUNESMITH_TIMEOUT_S", "600")))
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
+    try:
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        hint = "start them with torchrun --nproc-per-node N, or unset WORLD_SIZE"
+        raise ResourceError(f"{world} processes did not find each other ({_first_line(error)})", hint=hint) from error
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _with_all() -> Iterator[None]:
+    """An exchange; whatever fails in it is another process that is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        hint = "see what the others said; --resume goes on from the last checkpoint"
+        raise ResourceError(f"another process of this run is gone ({_first_line(error)})", hint=hint) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
 
 
 def rank() -> int:
@@ -47,7 +67,8 @@ def world_size() -> int:
 def barrier() -> None:
     """Wait for the others."""
     if world_size() > 1:
-        dist.barrier()
+        with _with_all():
+            dist.barrier()
 
 
 def largest(value: int, device: torch.device) -> int:
@@ -55,7 +76,8 @@ def largest(value: int, device: torch.device) -> int:
     if world_size() == 1:
         return value
     shared = torch.tensor(value, device=device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    with _with_all():
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return int(shared.item())
 
 
@@ -64,7 +86,8 @@ def sum_all(values: dict[str, Tensor], device: torch.device) -> dict[str, Tensor
     if world_size() == 1 or not values:
         return values
     stacked = torch.stack([value.double().to(device) for value in values.values()])
-    dist.all_reduce(stacked)
+    with _with_all():
+        dist.all_reduce(stacked)
     return {name: stacked[index].float() for index, name in enumerate(values)}
 
 
@@ -88,6 +111,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 def _sum_bucket(bucket: list[Tensor]) -> None:
     flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-    dist.all_reduce(flat)
+    with _with_all():
+        dist.all_reduce(flat)
     for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
         gradient.copy_(summed.view_as(gradient))
