@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 import string
 import unicodedata
 from collections import Counter
@@ -30,6 +31,7 @@ from tunesmith.tasks import Metrics, Task
 
 Target = str | tuple[str, ...] | float
 MAX_CHARS_PER_TOKEN = 64
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _INVISIBLE = string.whitespace + "\u00a0\u3000\u200b\u2060\ufeff"
 
 
@@ -320,9 +322,10 @@ def _is_number(text: str) -> bool:
 
 def _number(value: object, row: Row) -> float:
     if isinstance(value, bool) or not _is_number(str(value)):
-        raise DataError(
-            f"label: {shorten(value)} is not a finite number", where=row.place, hint="mend it, or data.on_bad_row=skip"
-        )
+        comma = _DECIMAL_COMMA.fullmatch(str(value).strip())
+        instead = f" (write {comma[0].replace(',', '.')})" if comma else ""
+        hint = f"mend it{instead}, or data.on_bad_row=skip"
+        raise DataError(f"label: {shorten(value)} is not a finite number", where=row.place, hint=hint)
     number = float(str(value))
     if abs(number) > 1e9:
         raise DataError(
@@ -338,6 +341,11 @@ def _natural(name: str) -> tuple[int, float, str]:
 def _single_or_regression(distinct: set[str], where: str) -> str:
     """Many different numbers with fractions are no classes; a word among them is more likely a mistake than a class."""
     words = sorted(name for name in distinct if not _is_number(name))
+    commas = [name for name in words if _DECIMAL_COMMA.fullmatch(name)]
+    if len(distinct) > 10 and len(commas) > len(distinct) / 2:
+        what = f"label: {shorten(commas[0])} has a decimal comma, as have {len(commas) - 1} others"
+        hint = f"write {commas[0].replace(',', '.')}, or set task.labels=single if these are classes"
+        raise DataError(what, where=where, hint=hint)
     fractions = any(not float(name).is_integer() for name in distinct.difference(words))
     if len(distinct) <= 10 or not fractions or len(words) > len(distinct) / 10:
         return "single"
