@@ -228,8 +228,8 @@ def train(
 
 
 def _recipe_and_pairs(words: list[str]) -> tuple[str | None, list[str]]:
-    first, rest = (words[0], words[1:]) if words and "=" not in words[0] else (None, words)
-    return first, rest
+    named = bool(words) and ("=" not in words[0] or Path(words[0]).is_file())
+    return (words[0], words[1:]) if named else (None, words)
 
 
 @app.command(epilog="Example: tunesmith evaluate runs/reviews --split validation")

