@@ -1,0 +1,187 @@
+"""Every key of the recipe is read: for each there is a change to it that changes what comes out of a run."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith import registry, run
+from tunesmith.errors import UserError
+from tunesmith.recipe import Data, Recipe, Train, load
+from tunesmith.talk import Talk
+from tunesmith.testing import MADE_UP, tiny_model, tiny_tokenizer
+from tunesmith.training import machine
+from tunesmith.training.signals import Signals
+
+LORA = "technique={name: lora, r: 4, target_modules: [query]}"
+BLOCKS = "technique={name: freeze, last_n_blocks: 2}"
+EACH_STEP = ("train.evaluate_every=1", "train.save_every=1")
+DIVERGES = ("train.learning_rate=1e30", "train.warmup_ratio=0", BLOCKS, "train.max_steps=4")
+Change = tuple[tuple[str, ...], str, str]
+
+KEYS: dict[str, Change] = {
+    "task": ((), "task=nothing", "error"),
+    "model": ((), "model=other", "losses"),
+    "technique": ((), "technique=full", "parameters"),
+    "data.train": ((), "data.train=turned.csv", "losses"),
+    "data.validation": ((), "data.validation=0.4", "rows"),
+    "data.test": ((), "data.test=0.4", "rows"),
+    "data.columns": ((), "data.columns={text: turned}", "losses"),
+    "data.max_length": ((), "data.max_length=6", "losses"),
+    "data.limit": ((), "data.limit=12", "rows"),
+    "data.on_bad_row": (("data.train=bad.csv",), "data.on_bad_row=skip", "error"),
+    "data.class_weights": ((), "data.class_weights={positive: 3}", "losses"),
+    "train.epochs": (("train.max_steps=null",), "train.epochs=0.5", "losses"),
+    "train.max_steps": ((), "train.max_steps=1", "losses"),
+    "train.batch_size": ((), "train.batch_size=4", "losses"),
+    "train.micro_batch_size": ((), "train.micro_batch_size=2", "weights"),
+    "train.learning_rate": ((), "train.learning_rate=1e-3", "rates"),
+    "train.head_learning_rate": ((), "train.head_learning_rate=1e-2", "rates"),
+    "train.weight_decay": ((), "train.weight_decay=0.9", "weights"),
+    "train.warmup_ratio": ((), "train.warmup_ratio=0.9", "rates"),
+    "train.schedule": ((), "train.schedule=constant", "rates"),
+    "train.optimizer": ((), "train.optimizer=sgd", "weights"),
+    "train.max_grad_norm": ((), "train.max_grad_norm=1e-6", "weights"),
+    "train.precision": ((), "train.precision=bf16", "losses"),
+    "train.seed": ((), "train.seed=1", "losses"),
+    "train.evaluate_every": ((), "train.evaluate_every=1", "scored"),
+    "train.save_every": ((), "train.save_every=1", "saved"),
+    "train.keep_checkpoints": (EACH_STEP, "train.keep_checkpoints=1", "saved"),
+    "train.metric": (EACH_STEP, "train.metric=ece", "said"),
+    "train.early_stopping_patience": (
+        (*EACH_STEP, "train.learning_rate=1e-12"),
+        "train.early_stopping_patience=1",
+        "losses",
+    ),
+    "train.gradient_checkpointing": ((), "train.gradient_checkpointing=true", "checkpointing"),
+    "train.label_smoothing": ((), "train.label_smoothing=0.3", "losses"),
+    "train.on_nan": (DIVERGES, "train.on_nan=skip", "error"),
+    "train.max_skips": ((*DIVERGES, "train.on_nan=skip"), "train.max_skips=1", "error"),
+    "train.device": ((), "train.device=cuda:99", "error"),
+    "task.text-classification.labels": ((), "task.labels=multi", "losses"),
+    "task.text-classification.classes": ((), "task.classes=[positive, negative]", "classes"),
+    "task.text-classification.windows": (("data.max_length=6",), "task.windows=3", "losses"),
+    "technique.full.layer_lr_decay": (("technique=full",), "technique.layer_lr_decay=0.5", "weights"),
+    "technique.freeze.last_n_blocks": ((BLOCKS,), "technique.last_n_blocks=1", "parameters"),
+    "technique.freeze.head_only": ((BLOCKS,), "technique={name: freeze, head_only: true}", "parameters"),
+    "technique.freeze.gradual": ((BLOCKS,), "technique.gradual=true", "weights"),
+    "technique.freeze.layer_lr_decay": ((BLOCKS,), "technique.layer_lr_decay=0.5", "weights"),
+    "technique.lora.r": ((LORA,), "technique.r=2", "parameters"),
+    "technique.lora.alpha": ((LORA,), "technique.alpha=64", "losses"),
+    "technique.lora.dropout": ((LORA,), "technique.dropout=0.5", "weights"),
+    "technique.lora.target_modules": ((LORA,), "technique.target_modules=[mlp_up]", "parameters"),
+    "technique.lora.rslora": ((LORA, "technique.alpha=8"), "technique.rslora=true", "losses"),
+    "technique.lora.dora": ((LORA,), "technique.dora=true", "parameters"),
+    "technique.lora.init": ((LORA,), "technique.init=pissa", "losses"),
+    "technique.lora.lora_plus_ratio": ((LORA,), "technique.lora_plus_ratio=8", "losses"),
+}
+"""Key -> the words of a run to compare with, the word that changes the key, and what of the outcome it changes."""
+
+
+def _keys() -> Iterator[str]:
+    """Every key that a recipe may have; `output` is only a place, and the tests of a whole run look there."""
+    yield from (name for name in Recipe.model_fields if name not in ("data", "train", "output"))
+    yield from (f"data.{name}" for name in Data.model_fields)
+    yield from (f"train.{name}" for name in Train.model_fields)
+    for kind in typing.get_args(registry.Kind):
+        for name in registry.names(kind):
+            yield from (f"{kind}.{name}.{field}" for field in registry.get(kind, name).model_fields)
+
+
+def test_each_key_has_a_change() -> None:
+    assert set(KEYS) == set(_keys())
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two models and three files of reviews."""
+    folder = tmp_path_factory.mktemp("room")
+    for seed, name in enumerate(("model", "other")):
+        tiny_model("bert", "AutoModelForMaskedLM", seed=seed).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    rows = [MADE_UP["text-classification"](number) for number in range(24)]
+    turned = [" ".join(reversed(str(row["text"]).split())) for row in rows]
+    files = {
+        "reviews.csv": [(row["text"], other, row["label"]) for row, other in zip(rows, turned, strict=True)],
+        "turned.csv": [(other, other, row["label"]) for row, other in zip(rows, turned, strict=True)],
+        "bad.csv": [(row["text"], "", row["label"] if number else "") for number, row in enumerate(rows)],
+    }
+    for name, lines in files.items():
+        with (folder / name).open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("text", "turned", "label"), *lines])
+    return folder
+
+
+Outcome = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[tuple[str, ...], dict[str, Any]]:
+    """What came out of the runs to compare with, each of them run once."""
+    return {}
+
+
+@pytest.fixture
+def outcome(room: Path, known: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Outcome:
+    """What comes out of a run with these words, clocks left out."""
+
+    def of(*words: str) -> dict[str, Any]:
+        if words not in known:
+            monkeypatch.chdir(room)
+            monkeypatch.setenv("TUNESMITH_HOME", str(room / "home"))
+            (tmp_path / str(len(known))).mkdir()
+            known[words] = _trained(tmp_path / str(len(known)), *words)
+            known[words]["said"] = re.sub(r"\d+ examples/s", "", capsys.readouterr().out)
+        return dict(known[words])
+
+    return of
+
+
+def _trained(folder: Path, *words: str) -> dict[str, Any]:
+    """A run from its recipe to its last step; what follows it reads no more keys and takes most of the time."""
+    given = {
+        "task": "text-classification",
+        "model": "model",
+        "data": {"train": "reviews.csv", "validation": 0.25},
+        "technique": {"name": "freeze"},
+        "train": {"max_steps": 3, "batch_size": 8, "learning_rate": 5e-3, "precision": "fp32", "device": "cpu"},
+    }
+    try:
+        recipe, talk = load(None, words, given), Talk()
+        found = machine.find(recipe.train.device, recipe.train.precision)
+        prepared = run.prepare(recipe, found, offline=True, allow_pickle=False, talk=talk)
+        engine = run._engine(prepared, talk)
+        run._fit(prepared, engine, run.Progress(), folder, Signals(), talk)
+    except UserError as error:
+        return {"error": str(error)}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    state = prepared.model.state_dict()
+    weights = b"".join(value.float().numpy().tobytes() for value in state.values())
+    return {
+        "error": None,
+        "parameters": {name: state[name].shape for name in prepared.learned},
+        "rows": prepared.examples.rows,
+        "classes": prepared.model.config.id2label,
+        "losses": [line["loss"] for line in steps],
+        "rates": [line["learning_rate"] for line in steps],
+        "scored": [line["step"] for line in lines if "validation/loss" in line],
+        "saved": sorted(path.name for path in folder.glob("checkpoints/step-*")),
+        "weights": hashlib.sha256(weights).hexdigest(),
+        "checkpointing": engine.checkpointing,
+    }
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_change_of_the_key_is_a_change_of_the_outcome(key: str, outcome: Outcome) -> None:
+    base, word, what = KEYS[key]
+    before, after = outcome(*base), outcome(*base, word)
+    assert before.get(what) != after.get(what), f"{word} changes nothing"
