@@ -25,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 import transformers.models.bert.modeling_bert  # noqa: F401 - before the fork, not in each child
-from safetensors.torch import load_file
+from outcome import differences, result
 
 from tunesmith import run
 from tunesmith.tasks import text_classification  # noqa: F401
@@ -63,29 +63,6 @@ def start(technique: str, folder: Path, model: str, data: str) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)
-
-
-def result(folder: Path) -> dict[str, Any]:
-    """All that must not depend on what happened: weights, optimizer, and each step's loss."""
-    found: dict[str, Any] = {"files": sorted(path.name for path in folder.iterdir())}
-    last = json.loads((folder / "checkpoints" / "last.json").read_text())["folder"]
-    kept = sorted((folder / "checkpoints" / last).glob("*.safetensors"))
-    for path in (*kept, *sorted(folder.glob("adapter/*.safetensors")), *sorted(folder.glob("model/*.safetensors"))):
-        found |= {f"{path.name}/{name}": tensor for name, tensor in load_file(path).items()}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found["losses"] = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    found["scores"] = [line for line in lines if "validation/accuracy" in line]
-    return found
-
-
-def differences(ours: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """The names of what is not the same, bit for bit."""
-    names = sorted(ours.keys() ^ expected.keys())
-    for name in ours.keys() & expected.keys():
-        a, b = ours[name], expected[name]
-        same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-        names += [] if same else [name]
-    return names
 
 
 def main() -> None:
