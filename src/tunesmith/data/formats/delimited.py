@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -37,10 +38,15 @@ def delimiter_of(sample: str) -> str:
     """The delimiter that gives most of the sample's rows the same number (two or more) of fields, the first included;
     of two such, the one that is followed by a blank less often, as marks in a sentence are.
     """
-    text = [line for line in sample.splitlines(keepends=True) if line.strip()]
+    text = [line for line in _split(sample) if line.strip()]
     scores = {delimiter: _evenness(text, delimiter) for delimiter in DELIMITERS}
     best = max(scores, key=lambda delimiter: (scores[delimiter], -_share_before_blanks(sample, delimiter)))
     return best if scores[best] else ","
+
+
+def _split(sample: str) -> list[str]:
+    """Lines as a file gives them; `splitlines` knows more ends than that."""
+    return list(io.StringIO(sample, newline=""))
 
 
 def _evenness(text: list[str], delimiter: str) -> float:
@@ -121,8 +127,8 @@ def _dialect(path: Path) -> _Dialect:
     delimiter = delimiter_of(sample)
     if delimiter == "\t":
         return _Dialect(delimiter, _quotes_are_literal(path), spaced=False)
-    rows = csv.reader(sample.splitlines(keepends=True)[:SAMPLE_ROWS], delimiter=delimiter)
-    spaced = any(part.startswith(' "') and part.endswith('"') for row in rows for part in row)
+    parts = [part for row in csv.reader(_split(sample), delimiter=delimiter) for part in row if part.startswith(' "')]
+    spaced = any(part.endswith('"') and f"{delimiter}{part}" in sample for part in parts)  # inside quotes it is doubled
     return _Dialect(delimiter, False, spaced)
 
 
@@ -141,6 +147,8 @@ def _quotes_are_literal(path: Path) -> bool:
             break
         except csv.Error as error:
             by_record += [0] * (not cut or "end of data" not in str(error))
+    if len(set(by_record)) == 1 and by_record[0] > 1:
+        return False
     usual = Counter(width for width in by_line if width > 1).most_common(1)
     broken = [sum(width != usual[0][0] for width in widths) for widths in (by_line, by_record)] if usual else [0, 0]
     return broken[0] < broken[1]
@@ -151,7 +159,7 @@ def _lines_with_quotes(path: Path) -> tuple[list[str], bool]:
     with open_text(path) as file:
         for line in lines(file):
             if line.startswith('"') or '\t"' in line:
-                more = file.read(SAMPLE_CHARS).splitlines(keepends=True)
+                more = _split(file.read(SAMPLE_CHARS))
                 cut = bool(file.read(1))
                 return [line, *(more[:-1] if cut else more)], cut
     return [], False

@@ -90,7 +90,9 @@ class _Window:
     def error(self, what: str, hint: str) -> DataError:
         """Something is wrong here."""
         near = self._text[max(0, self._at - 30) : self._at + 10].encode(errors="replace").decode()
-        return DataError(f"{what} near {shorten(near)}", where=f"{self._path}:{self._line}", hint=hint)
+        return DataError(
+            f"{what} near {shorten(near)}", where=f"{self._path}:{self._line}", hint=hint or "mend it there"
+        )
 
     def _move_to(self, position: int) -> None:
         self._line += self._text.count("\n", self._at, position)

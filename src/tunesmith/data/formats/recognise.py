@@ -47,11 +47,10 @@ def format_of(path: Path) -> Format:
     if start.count("\0") > len(start) / 20:
         hint = "it is binary, or UTF-16 without its mark: save it as UTF-8 text"
         raise DataError("holds NUL bytes", where=f"{path}:1", hint=hint)
-    lines = text.splitlines()
-    if any(line.startswith("{") for line in lines[:1]) or any(_is_braced(line) for line in lines[1:5]):
-        return "jsonl"
     if text[0] == "[" and text[1:].lstrip()[:1] in ("{", "[", "]", '"', ""):
         return "json"
+    if text[0] == "{" or any(_is_braced(line) for line in text.splitlines()[1:5]):
+        return "jsonl"
     return "tsv" if delimiter_of(start) == "\t" else "csv"
 
 
