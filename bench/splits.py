@@ -64,10 +64,11 @@ def symptom2disease(source: Path) -> tuple[Rows, Rows, Rows]:
 
 
 def hotel_zh(source: Path) -> tuple[Rows, Rows, Rows]:
-    """80 / 10 / 10."""
+    """1000 / 400 / 1000 of its 7765 rows: long texts, of which all would take a CPU days."""
     rows = _clean((row["review"], row["label"]) for row in _table(source / "ChnSentiCorp_htl_all.csv"))
-    train, rest = _stratified(rows, 0.2)
-    validation, test = _stratified(rest, 0.5)
+    rest, test = _stratified(rows, 1000)
+    rest, validation = _stratified(rest, 400)
+    _, train = _stratified(rest, 1000)
     return train, validation, test
 
 
@@ -87,8 +88,8 @@ def _clean(rows: Iterator[tuple[str, str]]) -> Rows:
     return [(" ".join(text.split()), label.strip()) for text, label in rows if text.strip()]
 
 
-def _stratified(rows: Rows, fraction: float) -> tuple[Rows, Rows]:
-    kept, drawn = train_test_split(rows, test_size=fraction, random_state=SEED, stratify=[label for _, label in rows])
+def _stratified(rows: Rows, share: float) -> tuple[Rows, Rows]:
+    kept, drawn = train_test_split(rows, test_size=share, random_state=SEED, stratify=[label for _, label in rows])
     return kept, drawn
 
 

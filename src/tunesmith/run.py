@@ -31,6 +31,7 @@ from tunesmith.deploy import artefact, card, predict
 from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, ResourceError, UserError
 from tunesmith.insight import report
 from tunesmith.kernels.dropout import use_fast_dropout
+from tunesmith.kernels.embedding import use_kept_gradients
 from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.models import load as models
 from tunesmith.models import package_index, sources
@@ -224,6 +225,8 @@ def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
     if found.device.type != "cpu":
         return False
     use_fast_dropout(model)
+    if parallel.world_size() == 1:  # others would add to rows that this process has not looked up
+        use_kept_gradients(model)
     return use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy.blocks])
 
 

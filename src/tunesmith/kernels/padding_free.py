@@ -25,8 +25,12 @@ from tunesmith.kernels.dropout import keep_scale
 __all__ = ["Layout", "use_padding_free_blocks"]
 
 NAME = "tunesmith_padding_free"
-GROUPS = Limits(2**20, 2**40, 48)
-"""What one more group of sequences costs, in padded tokens of attention."""
+ROUND_TOKENS, ROUND_LENGTH = 32, 8
+"""Tokens of a step and lengths of a group are rounded up to these: oneDNN compiles a kernel for each new shape (about a
+millisecond and half a megabyte each), and keeps a thousand."""
+
+GROUPS = Limits(2**20, 2**40, 16384)
+"""What one more group of sequences costs, in padded pairs of tokens."""
 
 
 class Layout:
@@ -36,23 +40,24 @@ class Layout:
         lengths = np.full(batch_size, tokens) if mask is None else mask.sum(1).cpu().numpy()
         self.batch_size, self.tokens, self.may_see = batch_size, tokens, may_see
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        self.total = int(starts[-1])
+        self.spare = -int(starts[-1]) % ROUND_TOKENS
+        self.total = int(starts[-1]) + self.spare
         self.places = _places(lengths, tokens)
         order = np.argsort(lengths, kind="stable")
         sorted_already = bool((np.diff(order) == 1).all())
         self.groups = [
             Group(lengths[order[a:b]], starts[order[a:b]], self.may_see, whole=sorted_already)
-            for a, b in cut(lengths[order], GROUPS)
+            for a, b in cut(lengths[order] ** 2, GROUPS)
         ]
 
     def flat(self, x: Tensor) -> Tensor:
-        """(batch or 1, tokens, ...) -> (1, valid tokens, ...)."""
+        """(batch or 1, tokens, ...) -> (1, total, ...): the valid tokens, and copies of one of them to round up."""
         if x.shape[0] == 1 and self.batch_size > 1:
-            return x.expand(self.batch_size, *x.shape[1:]).flatten(0, 1)[self.places][None]
-        return Take.apply(x.flatten(0, 1), self.places)[None]  # type: ignore[no-any-return, no-untyped-call]
+            x = x.expand(self.batch_size, *x.shape[1:])
+        return Take.apply(x.flatten(0, 1), self.places, self.spare)[None]  # type: ignore[no-any-return, no-untyped-call]
 
     def padded(self, x: Tensor) -> Tensor:
-        """(1, valid tokens, ...) -> (batch, tokens, ...), zero where there is no token."""
+        """(1, total, ...) -> (batch, tokens, ...), zero where there is no token."""
         spread = Put.apply(x[0], self.places, self.batch_size * self.tokens)  # type: ignore[no-untyped-call]
         return spread.view(self.batch_size, self.tokens, *x.shape[2:])  # type: ignore[no-any-return]
 
@@ -61,7 +66,7 @@ class Group:
     """Sequences that attend in one call, padded to the longest of them."""
 
     def __init__(self, lengths: Any, starts: Any, may_see: Callable[..., Any], *, whole: bool) -> None:
-        self.rows, self.longest = len(lengths), int(lengths[-1])
+        self.rows, self.longest = len(lengths), int(lengths[-1]) + -int(lengths[-1]) % ROUND_LENGTH
         self.even = int(lengths[0]) == self.longest
         self.tokens = slice(int(starts[0]), int(starts[0]) + int(lengths.sum())) if whole else None
         self.indices = torch.from_numpy(
@@ -82,8 +87,8 @@ class Group:
         return mask
 
     def gather(self, x: Tensor) -> Tensor:
-        """(valid tokens, heads, width) -> (rows, heads, longest, width)."""
-        own = x[self.tokens] if self.tokens is not None else Take.apply(x, self.indices)  # type: ignore[no-untyped-call]
+        """(total, heads, width) -> (rows, heads, longest, width)."""
+        own = x[self.tokens] if self.tokens is not None else Take.apply(x, self.indices, 0)  # type: ignore[no-untyped-call]
         if not self.even:
             own = Put.apply(own, self.places, self.rows * self.longest)  # type: ignore[no-untyped-call]
         return own.unflatten(0, (self.rows, self.longest)).transpose(1, 2)  # type: ignore[no-any-return]
@@ -91,7 +96,7 @@ class Group:
     def release(self, x: Tensor) -> Tensor:
         """(rows, heads, longest, width) -> (the group's valid tokens, heads, width)."""
         own = x.transpose(1, 2).flatten(0, 1)
-        return own if self.even else Take.apply(own, self.places)  # type: ignore[no-any-return, no-untyped-call]
+        return own if self.even else Take.apply(own, self.places, 0)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _places(lengths: Any, tokens: int) -> Tensor:
@@ -100,36 +105,39 @@ def _places(lengths: Any, tokens: int) -> Tensor:
 
 
 class Take(torch.autograd.Function):
-    """`x[indices]` for indices without repetition: the gradient is a copy, not an addition."""
+    """`x[indices]` for indices without repetition, then `spare` rows more: the gradient is a copy, not an addition."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, indices: Tensor) -> Tensor:
-        """The rows of x at indices."""
+    def forward(ctx: Any, x: Tensor, indices: Tensor, spare: int) -> Tensor:
+        """The rows of x at indices; the spare ones are copies of the first, and lead nowhere."""
         ctx.save_for_backward(indices)
         ctx.rows = x.shape[0]
-        return x.index_select(0, indices)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        """Back to where the rows came from."""
-        (indices,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, indices, grad), None
-
-
-class Put(torch.autograd.Function):
-    """The inverse of `Take`: x at `indices` of `rows` rows of zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, indices: Tensor, rows: int) -> Tensor:
-        """Zeros with x at indices."""
-        ctx.save_for_backward(indices)
-        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, indices, x)
+        return x.index_select(0, torch.cat([indices, indices[:1].expand(spare)]) if spare else indices)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        """The rows at indices."""
+        """Back to where the rows came from."""
         (indices,) = ctx.saved_tensors
-        return grad.index_select(0, indices), None, None
+        back = grad.new_zeros(ctx.rows, *grad.shape[1:])
+        return back.index_copy_(0, indices, grad[: len(indices)]), None, None
+
+
+class Put(torch.autograd.Function):
+    """The inverse of `Take`: the first rows of x at `indices` of `rows` rows of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, indices: Tensor, rows: int) -> Tensor:
+        """Zeros with x at indices, without its spare rows."""
+        ctx.save_for_backward(indices)
+        ctx.spare = x.shape[0] - len(indices)
+        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, indices, x[: len(indices)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """The rows at indices; what is spare has no gradient."""
+        (indices,) = ctx.saved_tensors
+        rows = grad.index_select(0, indices)
+        return torch.cat([rows, rows.new_zeros(ctx.spare, *rows.shape[1:])]) if ctx.spare else rows, None, None
 
 
 def layout_as_mask(
@@ -155,15 +163,14 @@ def attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function for transformers over (1, heads, valid tokens, width)."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (valid tokens, heads, width)
+    """An attention function for transformers over (1, heads, total tokens, width)."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, heads, width)
     dropout = dropout if module.training else 0.0
     parts = [_attend(group, q, k, v, dropout, scaling) for group in attention_mask.groups]
-    out = torch.cat(parts) if len(parts) > 1 else parts[0]
     if attention_mask.groups[0].tokens is None:
         back = torch.cat([group.indices for group in attention_mask.groups])
-        out = Put.apply(out, back, attention_mask.total)  # type: ignore[no-untyped-call]
-    return out[None], None
+        return Put.apply(torch.cat(parts), back, attention_mask.total)[None], None  # type: ignore[no-untyped-call]
+    return torch.cat([*parts, parts[0].new_zeros(attention_mask.spare, *parts[0].shape[1:])])[None], None
 
 
 def _attend(group: Group, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None) -> Tensor:

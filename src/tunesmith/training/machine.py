@@ -122,16 +122,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 def store_frozen(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Keep frozen matrices in the format they are multiplied in; what learns, norms and biases stay in fp32.
 
-    In one pass over memory a bf16 weight costs half of an fp32 one, and autocast has nothing to convert.
+    In one pass over memory a bf16 weight costs half of an fp32 one, and autocast has nothing to convert. Embeddings are
+    looked up, not multiplied: they stay as they are stored, for what they give out decides what all blocks add up in.
     """
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad or parameter.ndim < 2:
+            if parameter.requires_grad or parameter.ndim < 2 or dtype is None:
                 parameter.data = parameter.data.float()
-            elif dtype is not None:
+            elif id(parameter) not in looked_up:
                 parameter.data = parameter.data.to(dtype)
-            else:
-                parameter.data = parameter.data.float()
 
 
 def describe(machine: Machine) -> dict[str, Any]:

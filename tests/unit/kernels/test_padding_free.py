@@ -37,7 +37,8 @@ def test_answers_and_gradients_are_those_of_the_padded_model(family: str) -> Non
         ours = _answers_and_gradients(model, lengths)
         assert torch.allclose(ours[0], answers, atol=1e-5, rtol=1e-5)
         assert torch.dist(ours[1], gradients) < 1e-5 * gradients.norm()
-        assert seen.pop() == (1, sum(lengths), 32), "the blocks compute on valid tokens only"
+        rounded = -(-sum(lengths) // padding_free.ROUND_TOKENS) * padding_free.ROUND_TOKENS
+        assert seen.pop() == (1, rounded, 32), "the blocks compute on valid tokens only, rounded up"
 
 
 def test_dropout_of_attention_has_the_right_mean() -> None:
@@ -45,8 +46,8 @@ def test_dropout_of_attention_has_the_right_mean() -> None:
     batch = _batch([12, 3, 7])
     assert use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
     layer = model.encoder.layer[0].attention.self
-    states = torch.randn(1, 22, 32)
     layout = Layout(batch["attention_mask"], 3, 12, padding_free.bidirectional_mask_function)
+    states = torch.randn(1, layout.total, 32)
     model.eval()
     exact = layer(states, layout)[0].detach()
     model.train()
@@ -54,7 +55,7 @@ def test_dropout_of_attention_has_the_right_mean() -> None:
     drawn = torch.stack([layer(states, layout)[0].detach() for _ in range(800)])
     assert not torch.equal(drawn[0], drawn[1])
     standard_error = drawn.std(0) / len(drawn) ** 0.5
-    assert ((drawn.mean(0) - exact).abs() < 5 * standard_error + 1e-6).all()
+    assert ((drawn.mean(0) - exact).abs() < 5 * standard_error + 1e-6)[:, :22].all()
 
 
 def test_a_model_that_does_not_pass_its_mask_on_keeps_padding() -> None:
