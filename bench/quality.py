@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 GRID = {
     "full": (2e-5, 5e-5, 1e-4, 2e-4),
     "lora": (5e-4, 1e-3, 2e-3, 4e-3),
-    "head": (3e-3, 1e-2, 3e-2, 1e-1),
+    "head": (1e-2, 3e-2, 1e-1, 3e-1),
 }
 EPOCHS = {
     ("sst2", "full"): 3,
