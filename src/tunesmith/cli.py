@@ -34,7 +34,10 @@ class Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run one of them."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return result
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(141) from None
@@ -299,14 +302,16 @@ def predict(
 
 
 def _rows(file: Path, task: Task, columns: dict[str, str | int] | None) -> list[Row]:
-    """The rows of a table, or the lines of a plain text."""
+    """The rows of a table, or the lines of a plain text: a `.txt` is a table only if it names its columns."""
     from tunesmith.data.formats import read_lines, read_table
     from tunesmith.errors import DataError
 
     roles = {role: names for role, names in task.columns.items() if role != "label"}
     chosen = {role: column for role, column in (columns or {}).items() if role != "label"} or None
     try:
-        return list(read_table(file, roles, required=task.required - {"label"}, columns=chosen))
+        table = read_table(file, roles, required=task.required - {"label"}, columns=chosen)
+        if file.suffix != ".txt" or chosen or any(isinstance(column, str) for column in table.columns.values()):
+            return list(table)
     except DataError:
         if file.suffix != ".txt":
             raise

@@ -36,9 +36,8 @@ class Talk:
 
     def __post_init__(self) -> None:
         silent = int(os.environ.get("RANK", "0")) != 0
-        self.console = Console(
-            stderr=self.to_stderr, quiet=silent, highlight=False, soft_wrap=True, markup=False, force_jupyter=False
-        )
+        as_is = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True, "force_jupyter": False}
+        self.console = Console(stderr=self.to_stderr, quiet=silent, **as_is)  # type: ignore[arg-type]
 
     def say(self, text: str) -> None:
         """News."""
