@@ -27,7 +27,7 @@ def two(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     return result(folder)
 
 
-@pytest.mark.parametrize("rank", (1, 0))
+@pytest.mark.parametrize("rank", (1, pytest.param(0, marks=pytest.mark.slow)))
 def test_one_that_is_killed_ends_the_other(rank: int, forks: Forks, two: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = forks.train(folder, world=2, fault=KILL | {"rank": rank})
@@ -38,6 +38,7 @@ def test_one_that_is_killed_ends_the_other(rank: int, forks: Forks, two: dict[st
     assert differences(result(folder), two) == []
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all(forks: Forks, two: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = forks.train(folder, world=2, fault=STOP | {"rank": 1})
@@ -47,6 +48,7 @@ def test_a_signal_to_one_stops_all(forks: Forks, two: dict[str, Any], tmp_path: 
     assert differences(result(folder), two) == []
 
 
+@pytest.mark.slow
 def test_what_fails_in_one_ends_all(forks: Forks, two: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     fault = {"name": "fail_writing", "folder": str(folder / "checkpoints"), "nth": 12, "code": 28}

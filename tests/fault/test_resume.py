@@ -36,6 +36,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_another_run_is_refused(change: str, run: Path, forks: Forks) -> None:
     word, said = CHANGES[change]
@@ -45,9 +46,12 @@ def test_another_run_is_refused(change: str, run: Path, forks: Forks) -> None:
 
 
 def test_every_field_that_differs_is_named(run: Path, forks: Forks) -> None:
-    words, said = zip(*(CHANGES[name] for name in ("learning rate", "batch size", "seed")), strict=True)
+    before = _tree(run)
+    words, said = zip(*(CHANGES[name] for name in CHANGES if name != "technique"), strict=True)
     _refused(forks.resume(run, *words), *said)
-    _refused(forks.resume(run, *words, "--override", "train.seed", "--override", "train.batch_size"), said[0])
+    assert _tree(run) == before, "nothing was touched"
+    but_one = [over for line in said[1:] for over in ("--override", line.split()[0])]
+    _refused(forks.resume(run, *words, *but_one), said[0])
 
 
 def test_other_data_under_the_same_name_is_refused(forks: Forks, reviews_csv: Path, tmp_path: Path) -> None:
@@ -59,6 +63,7 @@ def test_other_data_under_the_same_name_is_refused(forks: Forks, reviews_csv: Pa
     _refused(forks.resume(tmp_path / "run"), "data_sha256.train was", "data_sha256.validation was")
 
 
+@pytest.mark.slow
 def test_another_base_under_the_same_name_is_refused(forks: Forks, tiny_bert: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
     assert forks.train(tmp_path / "run", f"model={model}", fault=STOP).code == [75]
@@ -84,6 +89,7 @@ def test_what_is_overridden_holds_and_is_written_down(run: Path, forks: Forks) -
     assert forks.resume(run).code == [0], "from then on it is the run's own"
 
 
+@pytest.mark.slow
 def test_another_optimizer_starts_afresh(run: Path, forks: Forks) -> None:
     assert forks.resume(run, "train.optimizer=sgd", "--override", "train.optimizer").code == [0]
 
@@ -115,6 +121,7 @@ def test_nothing_to_resume(forks: Forks, tmp_path: Path) -> None:
     assert done.code == [6] and "no run to resume in this folder" in done.err
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_finished(run: Path, forks: Forks, undisturbed: dict[str, Any]) -> None:
     assert forks.resume(run).code == [0]
     assert differences(result(run), undisturbed) == []

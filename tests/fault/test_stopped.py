@@ -28,7 +28,7 @@ MOMENTS = {
 }
 """Moment -> the how-manieth, and the step that is saved when the run has ended (None: none, it had not begun)."""
 
-FAST = {("reading", "SIGINT"), ("forward", "SIGTERM"), ("saving", "SIGINT"), ("final scores", "SIGTERM")}
+FAST = {("forward", "SIGTERM"), ("saving", "SIGINT")}
 CASES = [
     pytest.param(moment, signal, id=f"{moment}-{signal}", marks=() if (moment, signal) in FAST else pytest.mark.slow)
     for moment in MOMENTS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def _few(cases: Iterable[str], *fast: str) -> list[Any]:
+    """All cases, of which `make test` takes some."""
+    return [pytest.param(case, id=case, marks=() if case in fast else pytest.mark.slow) for case in cases]
+
+
 # --- best, and when to stop
 
 
@@ -67,7 +72,7 @@ BEST = {
 }
 
 
-@pytest.mark.parametrize("case", BEST)
+@pytest.mark.parametrize("case", _few(BEST, "a tie is no better", "loss"))
 def test_best_is_kept_and_shipped(case: str, recipe_of: Any, scored: Callable[..., None], tmp_path: Path) -> None:
     values, best = BEST[case]
     metric = case if case in ("loss", "ece", "f1_macro") else "accuracy"
@@ -117,7 +122,7 @@ EVERY = {
 }
 
 
-@pytest.mark.parametrize("case", EVERY)
+@pytest.mark.parametrize("case", _few(EVERY, "2, 3", "epoch, 5"))
 def test_every_so_many_steps_or_epochs(case: str, recipe_of: Any, scored: Callable[..., None], tmp_path: Path) -> None:
     (score, save), scores, saves = EVERY[case]
     scored("accuracy", 1.0, *[0.0] * 9)
@@ -135,7 +140,7 @@ def test_without_validation_nothing_is_scored_and_the_last_is_shipped(recipe_of:
     assert _same(_weights(tmp_path / "run"), _weights(tmp_path / "run", result["steps"]))
 
 
-@pytest.mark.parametrize("keep", (1, 3))
+@pytest.mark.parametrize("keep", (1, pytest.param(3, marks=pytest.mark.slow)))
 def test_the_newest_are_kept(keep: int, recipe_of: Any, scored: Callable[..., None], tmp_path: Path) -> None:
     scored("accuracy", *(1.0 - step / 10 for step in range(6)))
     every = ["train.evaluate_every=1", "train.save_every=1", f"train.keep_checkpoints={keep}"]
@@ -205,7 +210,7 @@ def test_skip_leaves_the_step_out(
     assert [step for step, loss in losses.items() if loss == "nan"] == [6, 9]
 
 
-@pytest.mark.parametrize("policy", ("skip", "rollback"))
+@pytest.mark.parametrize("policy", (pytest.param("skip", marks=pytest.mark.slow), "rollback"))
 def test_after_max_skips_it_stops(policy: str, recipe_of: Any, nan_at: Callable[..., Any], tmp_path: Path) -> None:
     nan_at(*range(6, 99))
     with pytest.raises(NumericError, match=r"^step 9: loss nan") as stopped:

@@ -66,8 +66,13 @@ def _same(ours: nn.Module, theirs: nn.Module, atol: float = 0.0) -> bool:
     return all(torch.allclose(a, b, atol=atol, rtol=0) for a, b in pairs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+def _pairs() -> list[Any]:
+    """Every family with every kind; each of both once in `make test`."""
+    every = [(row, family, column, kind) for row, family in enumerate(FAMILIES) for column, kind in enumerate(KINDS)]
+    return [pytest.param(f, k, id=f"{f}-{k}", marks=() if row == at else pytest.mark.slow) for row, f, at, k in every]
+
+
+@pytest.mark.parametrize(("family", "kind"), _pairs())
 def test_accumulation_is_exact(family: str, kind: str, tmp_path: Path) -> None:
     trial = _trial(tmp_path, family=family, **KINDS[kind])
     assert len(set(trial.encoded.lengths)) > 3, "lengths are unequal"
@@ -162,9 +167,8 @@ class Spoilt(torch.autograd.Function):
         return torch.full_like(grad, ctx.value), None
 
 
-@pytest.mark.parametrize("value", (math.nan, math.inf))
 @pytest.mark.parametrize("where", ("loss", "gradient", "input"))
-@pytest.mark.parametrize("kind", ("sgd", "adamw"))
+@pytest.mark.parametrize(("kind", "value"), (("sgd", math.nan), ("adamw", math.inf)))
 def test_what_is_not_finite_moves_no_weight(
     kind: str, where: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +230,7 @@ def _run_out(where: str, most: int, error: Callable[[], BaseException], monkeypa
     return tried
 
 
-@pytest.mark.parametrize("most", (4, 2, 1))
+@pytest.mark.parametrize("most", (1, *(pytest.param(most, marks=pytest.mark.slow) for most in (2, 4))))
 @pytest.mark.parametrize("where", ("forward", "backward", "optimizer"))
 def test_out_of_memory_repeats_the_same_step_in_smaller_pieces(
     where: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
