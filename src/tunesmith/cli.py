@@ -77,7 +77,7 @@ def main() -> NoReturn:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by libraries when they are imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app(prog_name="tunesmith", standalone_mode=False) or 0)
     except UserError as error:
         if debug:
             traceback.print_exc()
