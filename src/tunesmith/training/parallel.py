@@ -16,28 +16,40 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tunesmith.errors import ResourceError
+from tunesmith.errors import RecipeError, ResourceError
 
 BUCKET_BYTES = 25 * 2**20
 
 
 @contextmanager
 def group(device_type: str) -> Iterator[None]:
-    """Join the other processes, where there are any, and leave them at the end."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    """Join the other processes, where there are any, and leave them at the end.
+
+    Raises:
+        ResourceError: they do not find each other.
+    """
+    world, timeout = _number("WORLD_SIZE", 1), timedelta(seconds=_number("TUNESMITH_TIMEOUT_S", 600))
     if world == 1 or dist.is_initialized():
         yield
         return
-    timeout = timedelta(seconds=int(os.environ.get("TUNESMITH_TIMEOUT_S", "600")))
     try:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
         hint = "start them with torchrun --nproc-per-node N, or unset WORLD_SIZE"
-        raise ResourceError(f"{world} processes did not find each other ({_first_line(error)})", hint=hint) from error
+        raise ResourceError(f"{world} processes did not find each other ({_reason(error)})", hint=hint) from error
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "").strip() or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise RecipeError(
+            f"the environment's {variable}={text} is no whole number from 1 up", hint="set it, or unset it"
+        )
+    return int(text)
 
 
 @contextmanager
@@ -47,11 +59,12 @@ def _with_all() -> Iterator[None]:
         yield
     except RuntimeError as error:
         hint = "see what the others said; --resume goes on from the last checkpoint"
-        raise ResourceError(f"another process of this run is gone ({_first_line(error)})", hint=hint) from error
+        raise ResourceError(f"another process of this run is gone ({_reason(error)})", hint=hint) from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]
+def _reason(error: Exception) -> str:
+    """The first sentence of what the library says."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0]
 
 
 def rank() -> int:
