@@ -47,7 +47,6 @@ from tunesmith.training.signals import Signals, Stopped
 
 MAX_LENGTH = 512
 EPOCHS = 3.0
-MAX_ROWS_NAMED = 16
 LIBRARIES = ("tunesmith", "torch", "transformers", "safetensors", "tokenizers", "numpy")
 
 
@@ -86,9 +85,8 @@ class Prepared:
         """What a resumed run must share with the one it continues."""
         tree = self.recipe.dump()
         del tree["output"]
-        files = self.examples.fingerprints()
-        base = models.base_hash(self.source)
-        return tree | {"data_sha256": files, "base_sha256": base, "world_size": parallel.world_size()}
+        hashes = {"data_sha256": self.examples.fingerprints(), "base_sha256": models.base_hash(self.source)}
+        return tree | hashes | {"world_size": parallel.world_size()}
 
 
 @dataclass
@@ -132,8 +130,6 @@ def train(
     talk = talk or Talk()
     if override and resume is None:
         raise RecipeError("--override: names what may differ from an earlier run", hint="give --resume RUN with it")
-    if overwrite and resume is not None:
-        raise RecipeError("--overwrite: starts afresh, --resume goes on with what is there", hint="keep one")
     wanted = _recipe(recipe, overrides, values, resume)
     folder = Path(resume or wanted.output)
     found = machine.find(wanted.train.device, wanted.train.precision)
@@ -233,11 +229,8 @@ def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
 def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, Encoded]:
     cache = sources.cache_home() / "encoded"
     processor_hash = models.processor_hash(processor)
-    if parallel.rank() != 0:  # the first process encodes, the others open what it wrote
-        parallel.barrier()
-    encoded = examples.encode_splits(read, processor, processor_hash, cache)
-    if parallel.rank() == 0:
-        parallel.barrier()
+    with parallel.first_alone():  # it encodes, the others open what it wrote
+        encoded = examples.encode_splits(read, processor, processor_hash, cache)
     for name, split in encoded.items():
         for note in read.task.notes(split, processor):
             talk.warn(f"{name}: {note}")
@@ -386,26 +379,19 @@ def _not_finite(
 ) -> None:
     """The step was not taken. Stop, or leave it out, or go back to the last checkpoint and leave it out."""
     train = prepared.recipe.train
-    rows = _places(prepared.examples.splits["train"], prepared.batches.indices(step.number - 1))
+    rows = prepared.examples.splits["train"].places(prepared.batches.indices(step.number - 1))
     what = f"step {step.number}: loss {step.loss}, gradient norm {step.grad_norm} ({rows})"
     progress.skips += 1
     if train.on_nan == "stop" or progress.skips > train.max_skips:
         hint = f"a lower learning rate than {step.learning_rate:.1e}, precision=fp32, or on_nan=skip"
         raise NumericError(what, hint=hint)
-    if train.on_nan == "rollback" and (saved := _newest(folder / "checkpoints", talk)) is not None:
+    with parallel.first_alone():  # it sets damaged ones aside before the others look
+        saved = checkpoint.newest(folder / "checkpoints", talk.warn) if train.on_nan == "rollback" else None
+    if saved is not None:
         _put(prepared, engine, saved.tensors)
         talk.warn(f"{what}: went back to the weights of step {saved.step}, left this step out")
         return
     talk.warn(f"{what}: left out ({progress.skips} of at most {train.max_skips})")
-
-
-def _places(split: examples.Split, indices: Collection[int]) -> str:
-    """Where some examples stand in their file, the first of them: `reviews.csv:3, 7, 12 and 5 more`."""
-    wanted = set(indices)
-    places = [row.place for index, row in enumerate(split.rows()) if index in wanted]
-    file = places[0].rpartition(":")[0]
-    more = f" and {len(places) - MAX_ROWS_NAMED} more" if len(places) > MAX_ROWS_NAMED else ""
-    return f"{file}:{', '.join(place.rpartition(':')[2] for place in places[:MAX_ROWS_NAMED])}{more}"
 
 
 def _step_line(step: loop.Step, found: Machine) -> dict[str, Any]:
@@ -465,14 +451,12 @@ def _pick(scores: dict[str, Any], metric: str) -> float:
 
 
 def _save(prepared: Prepared, engine: loop.Engine, progress: Progress, folder: Path) -> None:
-    learned = artefact.learned(prepared.model, prepared.learned)
-    for name, tensor in learned.items():
-        if not tensor.isfinite().all():
-            hint = "a lower learning rate; --resume goes on from the last checkpoint, which is sound"
-            raise NumericError(f"after step {progress.step} {name} is not finite, so it is not saved", hint=hint)
     if parallel.rank() == 0:
         where = folder / "checkpoints"
-        tensors = {"learned": learned, "optimizer": optimizer.state_tensors(engine.optimizer, prepared.model)}
+        tensors = {
+            "learned": artefact.learned(prepared.model, prepared.learned),
+            "optimizer": optimizer.state_tensors(engine.optimizer, prepared.model),
+        }
         saved = checkpoint.save(where, progress.step, tensors, asdict(progress), prepared.identity())
         checkpoint.point(where, "last", saved)
         if progress.best_step == progress.step:
@@ -484,13 +468,14 @@ def _save(prepared: Prepared, engine: loop.Engine, progress: Progress, folder: P
 def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Collection[str], talk: Talk) -> Progress:
     """Put the newest checkpoint that can be trusted back; an empty folder starts from the beginning."""
     where = folder / "checkpoints"
-    saved = _newest(where, talk)
+    with parallel.first_alone():
+        saved = checkpoint.newest(where, talk.warn)
     if saved is None:
         talk.say("no checkpoint yet: starting from the beginning")
         files.truncate_metrics(folder / "metrics.jsonl", 0)
         return Progress()
     overridden = checkpoint.check_same_run(saved.identity, prepared.identity(), override)
-    _check_fits(artefact.learned(prepared.model, prepared.learned), saved.tensors["learned"], overridden)
+    checkpoint.check_fits(artefact.learned(prepared.model, prepared.learned), saved.tensors["learned"], overridden)
     progress = Progress(**saved.state)
     progress.overridden += [key for key in overridden if key not in progress.overridden]
     _put(prepared, engine, saved.tensors)
@@ -507,24 +492,6 @@ def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Co
     if progress.threads != torch.get_num_threads():
         talk.say(f"on {progress.threads} threads, as before: another number would not give the same bits")
     return progress
-
-
-def _check_fits(own: dict[str, Tensor], saved: dict[str, Tensor], overridden: Collection[str]) -> None:
-    shapes, others = ({name: tuple(one.shape) for name, one in part.items()} for part in (own, saved))
-    differ = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
-    if differ:
-        what = f"with {', '.join(overridden) or 'this version'} changed other parameters learn, first {differ[0]}"
-        raise CheckpointError(f"{what}: the checkpoint does not fit", hint="change it back, or start a new run")
-
-
-def _newest(where: Path, talk: Talk) -> checkpoint.Checkpoint | None:
-    """The newest checkpoint, for all processes the same: the first sets damaged ones aside before the others look."""
-    if parallel.rank() != 0:
-        parallel.barrier()
-    saved = checkpoint.newest(where, talk.warn)
-    if parallel.rank() == 0:
-        parallel.barrier()
-    return saved
 
 
 def _put(prepared: Prepared, engine: loop.Engine, tensors: dict[str, dict[str, Tensor]]) -> None:

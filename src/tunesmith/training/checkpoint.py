@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tunesmith.data.encoded import file_sha256
-from tunesmith.errors import CheckpointError, shorten
+from tunesmith.errors import CheckpointError, NumericError, shorten
 from tunesmith.training.files import atomic_write, free_bytes, fsync_file, fsync_folder, out_of_space, sweep
 
 SCHEMA = 1
@@ -63,7 +63,12 @@ def save(
 
     Raises:
         ResourceError: the disk is full; what was there before is untouched.
+        NumericError: there is a value that is not finite.
     """
+    for name, tensor in ((name, tensor) for named in tensors.values() for name, tensor in named.items()):
+        if not tensor.isfinite().all():
+            hint = "a lower learning rate; --resume goes on from the last checkpoint, which is sound"
+            raise NumericError(f"after step {step} {name} is not finite, so it is not saved", hint=hint)
     target = place(folder, step)
     if target.exists():
         try:
@@ -285,3 +290,16 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], overrides: Co
         hint = " ".join(f"--override {key}" for key in refused)
         raise CheckpointError(f"this would not be the same run: {listed}", hint=f"change it back, or go on with {hint}")
     return accepted
+
+
+def check_fits(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], overridden: Collection[str]) -> None:
+    """Refuse a checkpoint of other parameters than those that learn now.
+
+    Raises:
+        CheckpointError: names the first, and what was overridden.
+    """
+    shapes, others = ({name: tuple(one.shape) for name, one in part.items()} for part in (own, saved))
+    differ = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+    if differ:
+        what = f"with {', '.join(overridden) or 'this version'} changed other parameters learn, first {differ[0]}"
+        raise CheckpointError(f"{what}: the checkpoint does not fit", hint="change it back, or start a new run")

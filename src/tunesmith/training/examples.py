@@ -6,7 +6,7 @@ import hashlib
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,13 @@ class Split:
             if index == following:
                 yield row
                 following = next(wanted, None)
+
+    def places(self, indices: Collection[int], limit: int = 16) -> str:
+        """Where some of the rows stand in the file, the first of them: `reviews.csv:3, 7, 12 and 5 more`."""
+        wanted = set(indices)
+        places = [row.place.rpartition(":") for index, row in enumerate(self.rows()) if index in wanted]
+        more = f" and {len(places) - limit} more" if len(places) > limit else ""
+        return f"{places[0][0]}:{', '.join(line for _, _, line in places[:limit])}{more}"
 
 
 @dataclass(frozen=True)

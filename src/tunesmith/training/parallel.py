@@ -84,6 +84,16 @@ def barrier() -> None:
             dist.barrier()
 
 
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process goes through the block before the others do."""
+    if rank() != 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
 def largest(value: int, device: torch.device) -> int:
     """The largest of the processes' values."""
     if world_size() == 1:

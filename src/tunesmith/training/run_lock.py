@@ -89,8 +89,10 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Make a locked run folder ready for its run: never write over what is there unless told to.
 
     Raises:
-        RecipeError: there is something already.
+        RecipeError: there is something already, or both are asked for.
     """
+    if resume and overwrite:
+        raise RecipeError("--overwrite: starts afresh, --resume goes on with what is there", hint="keep one")
     taken = [path for path in folder.iterdir() if path.name != ".lock"]
     if resume:
         sweep(folder)
