@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ def test_the_head_alone_learns_by_default(family: str) -> None:
     technique.apply(model, found)
     assert technique.head_only and learning(model) == found.learns_always
     assert technique.learning_rate(found) == HEAD_LEARNING_RATE
+    assert technique.learning_rate(replace(found, hidden_size=1536)) == pytest.approx(HEAD_LEARNING_RATE / 4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
