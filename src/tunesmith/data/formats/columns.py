@@ -40,7 +40,7 @@ def find_columns(
     found: Columns = {role: _named(column, names, where) for role, column in chosen.items()}
     found |= _by_usual_name(where, names, {role: roles[role] for role in roles if role not in found}, found)
     if not required <= found.keys():
-        raise _missing(where, opened, roles, required - found.keys(), named=True)
+        raise _missing(where, opened, roles, required - found.keys(), taken=found)
     note = f"{where}: taken for the names of the columns, not for a row: {_listed(names)}"
     return found, note if numbers and opened.sample and not _plain_names(names, roles) else None, True
 
@@ -60,7 +60,7 @@ def _without_header(
     guessed = _by_content(opened.sample)
     found = (guessed or {}) | numbers
     if not required <= found.keys() or len(set(found.values())) < len(found):
-        raise _missing(where, opened, roles, required - numbers.keys(), named=False)
+        raise _missing(where, opened, roles, required - numbers.keys(), taken=None)
     told = " and ".join(f"data.columns.{role}={number}" for role, number in found.items())
     return dict(found), f"{where.rpartition(':')[0]}: no header, so read with {told}; say so if it is otherwise", False
 
@@ -69,10 +69,11 @@ def _and(some: Collection[str], roles: Roles) -> str:
     return " and ".join(role for role in roles if role in some)
 
 
-def _missing(where: str, opened: Opened, roles: Roles, missing: Collection[str], *, named: bool) -> DataError:
-    """What to say when a role has no column: where it may be."""
-    shown = _listed(opened.names)
-    near = {role: _near(role, roles, opened.names) for role in roles if role in missing}
+def _missing(where: str, opened: Opened, roles: Roles, missing: Collection[str], *, taken: Columns | None) -> DataError:
+    """What to say when a role has no column: where it may be. `taken` is None where there is no header."""
+    named, shown = taken is not None, _listed(opened.names)
+    free = [name for name in opened.names if name not in (taken or {}).values()]
+    near = {role: _near(role, roles, free) for role in roles if role in missing}
     what = f"no column for {_and(missing, roles)} among: {shown}"
     way_out = " ".join(f"data.columns.{role}={'NAME' if named else 'NUMBER'}" for role in near)
     if any(name.strip().lower() in CHATS for name in opened.names):
@@ -170,7 +171,7 @@ def _is_number(text: str) -> bool:
 def _tags(sample: list[list[str]]) -> str | None:
     """The tags of a CoNLL file, where a column holds nothing else."""
     for column in range(1, len(sample[0])):
-        tags = sorted({row[column] for row in sample if len(row) == len(sample[0])})
+        tags = sorted({row[column] for row in sample if len(row) == len(sample[0])} - {""})
         if "O" in tags and all(TAG.fullmatch(tag) for tag in tags):
             return ", ".join(tags[:4])
     return None

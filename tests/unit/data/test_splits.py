@@ -1,0 +1,116 @@
+"""Splits are in proportion and seeded; rows that say the same are found however they are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunesmith.data.formats import Row
+from tunesmith.data.splits import digest, overlap, refuse_same_file, repeats, stratified_split
+from tunesmith.errors import DataError
+
+COUNTS = st.lists(st.integers(1, 60), min_size=1, max_size=8)
+
+
+def _strata(counts: list[int]) -> np.ndarray:
+    """Classes in no order."""
+    return np.random.default_rng(len(counts)).permutation(np.repeat(np.arange(len(counts)), counts))
+
+
+@given(counts=COUNTS, fraction=st.floats(0.01, 0.99), seed=st.integers(0, 5))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_each_class_gives_its_share(counts: list[int], fraction: float, seed: int) -> None:
+    strata = _strata(counts)
+    if round(fraction * len(strata)) < 1 or max(counts) == 1:
+        with pytest.raises(DataError, match=r"^data.test: "):
+            stratified_split(strata, fraction, seed, "test")
+        return
+    kept, drawn = stratified_split(strata, fraction, seed)
+    assert sorted([*kept, *drawn]) == list(range(len(strata)))
+    assert (np.diff(kept) > 0).all() and (np.diff(drawn) > 0).all()
+    gives = np.bincount(strata[drawn], minlength=len(counts))
+    assert (gives < counts).all(), "every class stays in train"
+    assert 1 <= gives.sum() <= round(fraction * len(strata))
+    if all(count * (1 - fraction) >= 2 for count in counts):  # nobody is too small to give what is asked
+        assert gives.sum() == round(fraction * len(strata))
+        assert (np.abs(gives - fraction * np.array(counts)) <= 1).all()
+
+
+def test_classes_without_a_second_row_give_none_and_others_give_for_them() -> None:
+    kept, drawn = stratified_split(np.array([0] * 18 + [1, 2]), 0.25, 0)
+    assert len(drawn) == 5 and {18, 19} <= set(kept.tolist())
+
+
+def test_the_draw_is_a_function_of_the_seed() -> None:
+    strata = _strata([30, 20, 10])
+    draws = [tuple(stratified_split(strata, 0.2, seed)[1].tolist()) for seed in (0, 1, 2, 0)]
+    assert draws[0] == draws[3] and len(set(draws)) == 3
+
+
+def test_the_names_of_classes_do_not_matter() -> None:
+    strata = _strata([30, 20, 10])
+    renamed = np.array([7, -3, 100])[strata]
+    one, two = (stratified_split(codes, 0.2, 0)[1] for codes in (strata, renamed))
+    assert np.bincount(strata[one]).tolist() == np.bincount(strata[two]).tolist() == [6, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("counts", "fraction", "said"),
+    (
+        ([20, 20], 0.01, "data.validation: 0.01 of 40 rows is none; a larger fraction, a file of its own, or "),
+        ([1, 1, 1], 0.5, "data.validation: every class has a single row: no split is possible; a file of its own, or "),
+    ),
+)
+def test_what_cannot_be_drawn_is_refused(counts: list[int], fraction: float, said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        stratified_split(_strata(counts), fraction, 0)
+    assert str(caught.value).startswith(said)
+
+
+def _digest(**values: object) -> int:
+    return digest(Row("here", values))
+
+
+SAME = ("The café was great", "the CAFÉ was great", " the cafe\u0301  was\ngreat ", "the\u00a0café was great")
+OTHER = ("the cafe was great", "the café was great!", "café the was great", "thecafé was great", "")
+
+
+@pytest.mark.parametrize("text", SAME)
+def test_case_white_space_and_coding_make_no_other_text(text: str) -> None:
+    assert _digest(text=text, label="pos") == _digest(text=SAME[0], label="neg")
+
+
+@pytest.mark.parametrize("text", OTHER)
+def test_other_words_make_another_text(text: str) -> None:
+    assert _digest(text=text) != _digest(text=SAME[0])
+
+
+def test_both_texts_of_a_pair_count_and_their_border() -> None:
+    pairs = [_digest(text=a, text_pair=b) for a, b in (("a", "b"), ("b", "a"), ("a b", ""), ("", "a b"), ("a", "c"))]
+    assert len({*pairs, _digest(text="a"), _digest(text="a b")}) == 7
+    assert _digest(text="a", text_pair="b") == _digest(text_pair="b", text="a")
+
+
+def test_half_a_character_has_a_digest_too() -> None:
+    assert 0 <= _digest(text="\ud83d") < 2**64
+
+
+def test_overlaps_and_repeats_are_counted() -> None:
+    train, other = (np.array(values, dtype=np.uint64) for values in ([5, 2**64 - 1, 7, 5], [5, 5, 8, 2**64 - 1]))
+    assert overlap(train, other) == 3 and overlap(train, other[2:3]) == 0
+    assert repeats(train, np.array([0, 1, 0, 1])) == (1, 1)
+    assert repeats(train, np.array([0, 1, 0, 0])) == (1, 0)
+    assert repeats(np.array([5, 5, 5, 6, 6], dtype=np.uint64), np.array([0, 1, 2, 0, 0])) == (3, 1)
+
+
+def test_the_training_file_is_no_other_split(tmp_path: Path) -> None:
+    for name in ("train.csv", "copy.csv"):
+        (tmp_path / name).write_text("text,label\n")
+    (tmp_path / "hard.csv").hardlink_to(tmp_path / "train.csv")
+    refuse_same_file(tmp_path / "train.csv", tmp_path / "copy.csv", "test")
+    with pytest.raises(DataError, match=r"hard.csv: data.test is the training file; give other rows, or data.test=0.1"):
+        refuse_same_file(tmp_path / "train.csv", tmp_path / "hard.csv", "test")
