@@ -63,6 +63,7 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Warnings only.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Open no connection.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights (weights_only).")]
 Run = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/reviews.")]
 Pairs = Annotated[
     list[str] | None,
@@ -201,7 +202,7 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="With --resume: a key that may differ.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder.")] = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights (weights_only).")] = False,
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -242,6 +243,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, validation or test of the run.")] = "test",
     base: Annotated[bool, typer.Option("--base", help="Score a linear probe on the untouched base.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -252,7 +254,9 @@ def evaluate(
     from tunesmith.studies import score
     from tunesmith.talk import scores_line
 
-    result = score.evaluate(run, data=data, split=split, base=base, device=device, offline=offline)
+    result = score.evaluate(
+        run, data=data, split=split, base=base, device=device, offline=offline, allow_pickle=allow_pickle
+    )
     if as_json:
         _emit(result)
         return
@@ -269,6 +273,7 @@ def predict(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Write JSON lines here.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -284,7 +289,7 @@ def predict(
     from tunesmith.deploy.predict import load
     from tunesmith.training.files import atomic_write
 
-    tuned = load(run, device=device, offline=offline)
+    tuned = load(run, device=device, offline=offline, allow_pickle=allow_pickle)
     main_role = next(iter(tuned.task.columns))
     rows = [Row(f"input {number}", {main_role: text}) for number, text in enumerate(inputs or [], start=1)]
     if file is not None:

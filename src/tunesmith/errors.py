@@ -19,21 +19,28 @@ __all__ = [
     "ResourceError",
     "UserError",
     "did_you_mean",
+    "redact",
     "shorten",
 ]
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_SECRET_NAME = r"[\w-]*(?:token|secret|password|passwd|api[-_]?key)"
+_SECRETS = (
+    (re.compile(r"(\w+://)[^/\s\"'<>]+@"), r"\1***@"),
+    (re.compile(r"\b(hf_|sk-|AKIA|ghp_|github_pat_|glpat-|pypi-AgE)[A-Za-z0-9_-]{8,}"), r"\1***"),
+    (re.compile(rf"(?<!\S)(--?{_SECRET_NAME} |[-'\"]*{_SECRET_NAME}=)('[^']*'|[^\s'\"]+)", re.IGNORECASE), r"\1***"),
+)
 
 
 class UserError(Exception):
-    """What the user can mend. `str()` reads `where: what; hint` on one line, without control characters."""
+    """What the user can mend. `str()` reads `where: what; hint` on one line, without control characters or secrets."""
 
     exit_code = 2
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint
         text = f"{where}: {what}" if where else what
-        super().__init__(_CONTROL.sub("?", f"{text}; {hint}" if hint else text))
+        super().__init__(redact(_CONTROL.sub("?", f"{text}; {hint}" if hint else text)))
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows of it in a notebook: where a user erred is in the words, not in our code."""
@@ -74,6 +81,13 @@ class Interrupted(UserError):
     """A signal stopped the run after a checkpoint was written; the message is the command that resumes it."""
 
     exit_code = 75
+
+
+def redact(text: str) -> str:
+    """The text without credentials: user and password in addresses, tokens, what `--token` or `password=` says."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

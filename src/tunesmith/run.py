@@ -28,13 +28,13 @@ from tunesmith import recipe as recipes
 from tunesmith.data.batches import Batches
 from tunesmith.data.encoded import Encoded
 from tunesmith.deploy import artefact, card, predict
-from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, ResourceError, UserError
+from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, ResourceError, UserError, redact
 from tunesmith.insight import report
 from tunesmith.kernels.dropout import use_fast_dropout
 from tunesmith.kernels.embedding import use_kept_gradients
 from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.models import load as models
-from tunesmith.models import package_index, sources
+from tunesmith.models import sources
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Recipe, Train
 from tunesmith.talk import Talk, scores_line
@@ -507,7 +507,8 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
     if parallel.rank() == 0:
         _write_artefact(prepared, folder)
     parallel.barrier()
-    tuned = predict.load(folder, device=str(prepared.machine.device), offline=True)
+    pickled, device = prepared.source.allow_pickle, str(prepared.machine.device)
+    tuned = predict.load(folder, device=device, offline=True, allow_pickle=pickled)
     metrics: dict[str, Any] = {}
     said: list[dict[str, Any]] = []
     for name in ("validation", "test"):
@@ -562,13 +563,13 @@ def _write_run(folder: Path, prepared: Prepared, progress: Progress, outcome: di
     source = prepared.source
     about = {
         **outcome,
-        "command": package_index.redact(shlex.join(sys.argv)),
+        "command": redact(shlex.join(sys.argv)),
         "resume": _resume_command(folder),
         "seed": prepared.recipe.train.seed,
         "overridden": progress.overridden,
         "world_size": parallel.world_size(),
         "model": {
-            "spec": package_index.redact(source.spec),
+            "spec": redact(source.spec),
             "kind": source.kind,
             "revision": source.revision,
             "license": source.license,
@@ -592,7 +593,7 @@ def _outcome(folder: Path, outcome: str) -> None:
     path = folder / "run.json"
     about = json.loads(path.read_text(encoding="utf-8")) if parallel.rank() == 0 and path.exists() else {}
     if about.get("outcome") == "running":  # a finished run whose resumption was refused is still done
-        about["outcome"] = package_index.redact(outcome)
+        about["outcome"] = redact(outcome)
         with contextlib.suppress(ResourceError):  # on a full disk what ended the run counts, not that it is not noted
             files.atomic_write(path, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
@@ -613,8 +614,7 @@ def _conclude(prepared: Prepared, metrics: dict[str, Any], folder: Path, talk: T
     for name in ("validation", "test"):
         if name in metrics:
             talk.say(f"{name}: {scores_line(metrics[name], metric)}")
-    if (guess := metrics.get("baseline")) is not None:
-        talk.say(
-            f"a guess that knows only the training labels: {metric} {guess.get(metric, 0.0):.4f} on {guess['split']}"
-        )
+    if metric in (guess := metrics.get("baseline", {})):
+        score = f"{metric} {guess[metric]:.4f} on {guess['split']}"
+        talk.say(f"a guess that knows only the training labels: {score}")
     talk.say(f'written to {folder}; ask it: tunesmith predict {shlex.quote(str(folder))} "..."')

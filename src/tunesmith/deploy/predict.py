@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import shlex
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from tunesmith.data.encoded import encode
 from tunesmith.data.formats import Row
-from tunesmith.errors import CheckpointError, RecipeError, UserError
+from tunesmith.errors import CheckpointError, RecipeError, UserError, shorten
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.models.anatomy import Anatomy
@@ -49,13 +51,16 @@ class Tuned:
         """How its texts are read."""
         return self.recipe.data
 
-    def predict(self, inputs: Iterable[str | Mapping[str, object]]) -> list[dict[str, Any]]:
-        """One answer for each text, or each mapping with the task's columns, in their order.
+    def predict(
+        self, inputs: str | Mapping[str, object] | Iterable[str | Mapping[str, object]]
+    ) -> list[dict[str, Any]]:
+        """One answer for each text, or each mapping with the task's columns, in their order; a text alone is one.
 
         Example:
             >>> tunesmith.load("runs/reviews").predict(["A lovely film."])  # doctest: +SKIP
             [{'label': 'positive', 'score': 0.98, 'probabilities': {...}}]
         """
+        inputs = [inputs] if isinstance(inputs, str | Mapping) else inputs
         main = next(iter(self.task.columns))
         rows = []
         for number, given in enumerate(inputs, start=1):
@@ -75,12 +80,12 @@ class Tuned:
             return evaluate.answers(self.model, self.task, encoded, self.machine)
 
 
-def load(run: str | Path, *, device: str = "auto", offline: bool = False) -> Tuned:
-    """The model of a finished run.
+def load(run: str | Path, *, device: str = "auto", offline: bool = False, allow_pickle: bool = False) -> Tuned:
+    """The model of a finished run; `allow_pickle` reads `.bin` weights of the base of an adapter (weights_only).
 
     Raises:
         RecipeError: there is no finished run in that folder.
-        CheckpointError: the base model is not the one that the adapter was trained on.
+        CheckpointError: the adapter is damaged, or the base is not the one that it was trained on.
     """
     folder = Path(run)
     if not (folder / "recipe.yaml").exists():
@@ -90,7 +95,7 @@ def load(run: str | Path, *, device: str = "auto", offline: bool = False) -> Tun
         source = sources.resolve(str(folder / "model"), offline=True)
         return _ready(recipe, source, None, machine.find(device).device)
     if (folder / "adapter" / "adapter_config.json").exists():
-        source = sources.resolve(recipe.model, offline=offline)
+        source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle)
         return _ready(recipe, source, folder / "adapter", machine.find(device).device)
     hint = f"`tunesmith train --resume {shlex.quote(str(folder))}`"
     raise RecipeError("the run is not finished", where=str(folder), hint=hint)
@@ -111,19 +116,33 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
     if adapter is not None:
         assert isinstance(recipe.technique, Technique)
         recipe.technique.apply(model, anatomy)
-        recipe.technique.load_adapter(model, load_file(adapter / "adapter_model.safetensors"))
+        with _reading(adapter):
+            tensors = load_file(adapter / "adapter_model.safetensors")
+        recipe.technique.load_adapter(model, tensors)
     model.to(device).eval()
     return Tuned(model, processor, anatomy, recipe, Machine(device, None))
 
 
 def _check_base(source: sources.Source, adapter: Path) -> None:
-    known = json.loads((adapter / "tunesmith.json").read_text(encoding="utf-8"))
+    with _reading(adapter):
+        known = json.loads((adapter / "tunesmith.json").read_text(encoding="utf-8"))
     if (found := models.base_hash(source)) != known["base_sha256"]:
         raise CheckpointError(
             f"the adapter belongs to other weights of {source.spec} ({known['base_sha256'][:12]}, not {found[:12]})",
             where=str(adapter),
             hint="give the base it was trained on",
         )
+
+
+@contextmanager
+def _reading(adapter: Path) -> Iterator[None]:
+    """A file of the adapter that is damaged or gone, as the user's error."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        what = f"the adapter cannot be read ({type(error).__name__}: {shorten(error, 120)[1:-1]})"
+        again = f"`tunesmith train --resume {shlex.quote(str(adapter.parent))}` writes it anew"
+        raise CheckpointError(what, where=str(adapter), hint=again) from error
 
 
 def predict(run: str | Path, inputs: Iterable[str | Mapping[str, object]], **options: Any) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support, roc_auc_score
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 from torch import Tensor
 
 from tunesmith.data.batches import Batch
@@ -82,9 +82,10 @@ class LabelScores:
         """The scores so far; accuracy counts an example only when all its labels are right."""
         probabilities, labels = np.concatenate(self._probabilities), np.concatenate(self._labels)
         guesses = probabilities > 0.5
-        each = f1_score(labels, guesses, average=None, zero_division=0)
+        both, said_or_meant = (guesses & labels).sum(0), guesses.sum(0) + labels.sum(0)
+        each = 2 * both / np.maximum(said_or_meant, 1)  # 0 for a label that is neither said nor meant
         scores: dict[str, Any] = {
-            "f1_micro": float(f1_score(labels, guesses, average="micro", zero_division=0)),
+            "f1_micro": float(2 * both.sum() / max(said_or_meant.sum(), 1)),
             "f1_macro": float(np.mean(each)),
             "accuracy": float((guesses == labels).all(1).mean()),
             "loss": self._loss / len(labels),
@@ -116,9 +117,9 @@ class NumberScores:
         labels = np.concatenate(self._labels).astype(np.float64)
         squared = float(((guesses - labels) ** 2).mean())
         scores = {"rmse": squared**0.5, "mae": float(np.abs(guesses - labels).mean()), "loss": squared}
-        if labels.std() > 0:
+        if np.ptp(labels) > 0:  # the deviation of equal numbers is not exactly 0
             scores["r2"] = 1 - squared / float(labels.var())
-        if labels.std() > 0 and guesses.std() > 0:
+        if np.ptp(labels) > 0 and np.ptp(guesses) > 0:
             scores["pearson"] = float(np.corrcoef(guesses, labels)[0, 1])
             scores["spearman"] = float(np.corrcoef(_ranks(guesses), _ranks(labels))[0, 1])
         return scores

@@ -26,7 +26,7 @@ from pypi_simple import PYPI_SIMPLE_ENDPOINT, DistributionPackage, NoSuchProject
 from pypi_simple.errors import DigestMismatchError, UnsupportedContentTypeError, UnsupportedRepoVersionError
 from requests.auth import HTTPBasicAuth
 
-from tunesmith.errors import RecipeError, ResourceError
+from tunesmith.errors import RecipeError, ResourceError, redact
 from tunesmith.models.archives import Select, extract, publish
 
 T = TypeVar("T")
@@ -34,17 +34,6 @@ _ELSEWHERE = "make room, or name another cache folder with TUNESMITH_HOME"
 TIMEOUT_S = (10.0, 60.0)
 MAX_TRIES = 5
 FETCHED = "fetched.json"
-_SECRETS = (
-    (re.compile(r"(\w+://)[^/\s\"'<>]+@"), r"\1***@"),
-    (re.compile(r"\b(hf_|sk-|AKIA)[A-Za-z0-9_-]{8,}"), r"\1***"),
-)
-
-
-def redact(text: str) -> str:
-    """The text without credentials: user and password in addresses, tokens."""
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
 
 
 @dataclass(frozen=True)

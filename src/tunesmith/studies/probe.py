@@ -20,10 +20,11 @@ from tunesmith.data.batches import collate
 from tunesmith.data.encoded import Encoded
 from tunesmith.deploy import predict
 from tunesmith.models import load as models
-from tunesmith.models import sources
+from tunesmith.models.sources import Source
 from tunesmith.training import evaluate, machine
 
 MAX_ROWS = 5000
+LEAST_PROBABILITY = 1e-9
 Array = NDArray[Any]
 
 
@@ -35,16 +36,15 @@ class _Features(nn.Module):
         self.backbone, self.config = model.base_model, model.config
 
     def forward(self, **inputs: Tensor) -> SimpleNamespace:
-        hidden = self.backbone(**inputs).last_hidden_state  # (texts, tokens, hidden)
+        hidden = self.backbone(**inputs).last_hidden_state.float()  # (texts, tokens, hidden)
         mask = inputs["attention_mask"].unsqueeze(-1)
         return SimpleNamespace(logits=(hidden * mask).sum(1) / mask.sum(1))
 
 
-def scores(tuned: predict.Tuned, train: Encoded, encoded: Encoded, *, offline: bool = False) -> dict[str, Any]:
-    """The task's scores of a probe fitted on at most `MAX_ROWS` of `train`."""
-    source = sources.resolve(tuned.recipe.model, offline=offline)
+def scores(tuned: predict.Tuned, base: Source, train: Encoded, encoded: Encoded) -> dict[str, Any]:
+    """The task's scores of a probe on the features of `base`, fitted on at most `MAX_ROWS` of `train`."""
     model, _ = models.load_model(
-        source,
+        base,
         model_class=tuned.task.model_class,
         config=tuned.task.head_config(),
         seed=tuned.recipe.train.seed,
@@ -55,7 +55,8 @@ def scores(tuned: predict.Tuned, train: Encoded, encoded: Encoded, *, offline: b
     known, labels = _features(features, tuned, train, np.sort(shuffled[:MAX_ROWS]))
     asked, _ = _features(features, tuned, encoded, np.arange(len(encoded)))
     scale = StandardScaler().fit(known)
-    outputs = _fit_and_answer(tuned.task.prior(train), scale.transform(known), labels, scale.transform(asked))
+    fit = _fit_several if train.fields["label"] else _fit_number if len(tuned.task.prior(train)) == 1 else _fit_one
+    outputs = fit(tuned.task.prior(train), scale.transform(known), labels, scale.transform(asked))
     metrics = tuned.task.metrics()
     metrics.update(torch.from_numpy(outputs).float(), collate(encoded, np.arange(len(encoded))))
     return metrics.compute()
@@ -71,20 +72,27 @@ def _features(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, rows: Ar
     return np.stack([values[int(row)] for row in rows]), labels[rows]
 
 
-def _fit_and_answer(prior: Tensor, known: Array, labels: Array, asked: Array) -> Array:
-    """Outputs like the task's own: log probabilities, log odds per label, or a number."""  # (rows, outputs)
-    if len(prior) == 1:
-        return np.asarray(Ridge(alpha=1.0).fit(known, labels[:, 0]).predict(asked)[:, None])
-    if labels.shape[1] > 1:
-        columns = [_yes_or_no(known, labels[:, c], asked, float(prior[c])) for c in range(labels.shape[1])]
-        return np.stack(columns, axis=1)
+def _fit_number(prior: Tensor, known: Array, labels: Array, asked: Array) -> Array:
+    """A number for each row."""  # (rows, 1)
+    return np.asarray(Ridge(alpha=1.0).fit(known, labels[:, 0]).predict(asked)[:, None])
+
+
+def _fit_one(prior: Tensor, known: Array, labels: Array, asked: Array) -> Array:
+    """Log probabilities of the classes; of one that the probe has not seen, the least."""  # (rows, classes)
+    if len(np.unique(labels)) < 2:
+        return np.tile(prior.numpy(), (len(asked), 1))
     fitted = LogisticRegression(max_iter=2000, C=0.1).fit(known, labels[:, 0])
-    outputs = np.full((len(asked), len(prior)), -20.0)
-    outputs[:, fitted.classes_.astype(int)] = fitted.predict_log_proba(asked)
-    return outputs
+    probabilities = np.zeros((len(asked), len(prior)))
+    probabilities[:, fitted.classes_.astype(int)] = fitted.predict_proba(asked)
+    return np.log(np.maximum(probabilities, LEAST_PROBABILITY))
 
 
-def _yes_or_no(known: Array, label: Array, asked: Array, prior: float) -> Array:
-    if len(np.unique(label)) < 2:
-        return np.full(len(asked), prior)
-    return np.asarray(LogisticRegression(max_iter=2000, C=0.1).fit(known, label > 0.5).decision_function(asked))
+def _fit_several(prior: Tensor, known: Array, labels: Array, asked: Array) -> Array:
+    """Log odds of each label; of one that is always or never there, those of its frequency."""  # (rows, labels)
+    columns = []
+    for wanted, odds in zip(labels.T > 0.5, prior.tolist(), strict=True):
+        if wanted.all() or not wanted.any():
+            columns.append(np.full(len(asked), odds))
+        else:
+            columns.append(LogisticRegression(max_iter=2000, C=0.1).fit(known, wanted).decision_function(asked))
+    return np.stack(columns, axis=1)

@@ -24,6 +24,7 @@ def evaluate(
     base: bool = False,
     device: str = "auto",
     offline: bool = False,
+    allow_pickle: bool = False,
 ) -> dict[str, Any]:
     """The scores of a run on one of its splits, or on another file.
 
@@ -32,11 +33,13 @@ def evaluate(
     Raises:
         DataError: the run has no such split, or the file cannot be read.
     """
-    tuned = predict.load(run, device=device, offline=offline)
+    tuned = predict.load(run, device=device, offline=offline, allow_pickle=allow_pickle)
     chosen = _split(tuned, Path(run), data, split)
     encoded = _encode(tuned, chosen)
     if base:
-        metrics = probe.scores(tuned, _encode(tuned, _split(tuned, Path(run), None, "train")), encoded, offline=offline)
+        base_model = sources.resolve(tuned.recipe.model, offline=offline, allow_pickle=allow_pickle)
+        train = _encode(tuned, _split(tuned, Path(run), None, "train"))
+        metrics = probe.scores(tuned, base_model, train, encoded)
     else:
         metrics = evaluation.scores(tuned.model, tuned.task, encoded, tuned.machine)
     return {"run": str(run), "split": str(data or split), "base": base, "examples": len(encoded), "metrics": metrics}

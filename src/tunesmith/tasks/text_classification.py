@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch, Ragged
@@ -60,6 +60,24 @@ class TextClassification(Task):
     }  # fmt: skip
     required: ClassVar[frozenset[str]] = frozenset({"text", "label"})
 
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _spelled_as_labels(cls, classes: Any) -> Any:
+        """Numbers may be given bare, and are spelled as the labels of rows are."""
+        if not isinstance(classes, list):
+            return classes
+        return [_name(one) if isinstance(one, str | int | float) else one for one in classes]
+
+    @model_validator(mode="after")
+    def _sane(self) -> Self:
+        if self.classes is not None and self.labels == "regression":
+            raise ValueError("a regression has no classes; leave classes out")
+        twice = [name for name, count in Counter(self.classes).items() if count > 1]
+        if twice or self.classes == []:
+            what = f"classes: {shorten(twice[0])} is given twice" if twice else "classes: there is none in the list"
+            raise ValueError(f"{what}; give each class once, or leave the key out")
+        return self
+
     def target(self, row: Row) -> Target:
         """A class name, a tuple of them, or a number."""
         value = row.values["label"]
@@ -67,11 +85,14 @@ class TextClassification(Task):
             return _number(value, row)
         parts = value if isinstance(value, list | tuple) else None
         if parts is None and self.labels != "multi":
-            return self._known(_single(value, row), row)
+            return self._known(_single(value, row, self.labels == "single"), row)
         if self.labels == "single":
             what = f"label: {shorten(value)} is a list, and the others are one class a text"
             raise DataError(what, where=row.place, hint="set task.labels=multi")
-        names = (_name(part) for part in (_listed(str(value)) if parts is None else parts))
+        names = [_name(part) for part in (_listed(str(value)) if parts is None else parts)]
+        if len(names) > 2 and {"0", "1"}.issuperset(names):
+            what = f"label: {shorten(value)} looks like a flag for each class, of which no name is known"
+            raise DataError(what, where=row.place, hint="list the names of those that fit, such as ['a', 'c']")
         return tuple(sorted({self._known(name, row) for name in names if name}))
 
     def _known(self, name: str, row: Row) -> str:
@@ -127,25 +148,42 @@ class TextClassification(Task):
         }
 
     def encode(self, rows: Sequence[Row], processor: Any, data: Data) -> list[dict[str, Any]]:
-        """input_ids (all windows of a document, flat), their lengths, whether words were cut, label and weight."""
+        """input_ids (all windows of a document, flat), their lengths, whether words were cut, label and weight.
+
+        Raises:
+            DataError: a row's text is nothing to this tokenizer.
+            RecipeError: this tokenizer cannot read in windows.
+        """
+        if self.windows and not processor.is_fast:
+            what = f"task.windows: {type(processor).__name__} has no fast form, which alone gives what is left over"
+            raise RecipeError(what, hint="leave the key out: longer texts are cut")
+        encoded: dict[int, dict[str, Any]] = {}
+        for roles in (("text",), ("text", "text_pair")):  # a row without a second text is read as a text alone
+            part = {n: row for n, row in enumerate(rows) if ("text_pair" in row.values) == (len(roles) == 2)}
+            if part:
+                encoded |= zip(part, self._encode(list(part.values()), roles, processor, data), strict=True)
+        return [encoded[number] for number in range(len(rows))]
+
+    def _encode(self, rows: list[Row], roles: Sequence[str], processor: Any, data: Data) -> list[dict[str, Any]]:
         most = self._most_chars(data)
-        texts, pairs = ([_head(str(row.values.get(role, "")), most) for row in rows] for role in ("text", "text_pair"))
-        pairs_given = any("text_pair" in row.values for row in rows)
+        texts = [[_head(str(row.values[role]), most) for row in rows] for role in roles]
         coded = processor(
-            *((texts, pairs) if pairs_given else (texts,)),
-            truncation=True,
-            max_length=data.max_length,
-            return_overflowing_tokens=bool(self.windows and processor.is_fast),
+            *texts, truncation=True, max_length=data.max_length, return_overflowing_tokens=bool(self.windows)
         )
         owner = coded.get("overflow_to_sample_mapping", range(len(rows)))
         windows: list[list[int]] = [[] for _ in rows]
         for index, row in enumerate(owner):
             windows[row].append(index)
-        specials = processor.num_special_tokens_to_add(pair=pairs_given)
+        specials = processor.num_special_tokens_to_add(pair=len(roles) == 2)
         for row, mine in zip(rows, windows, strict=True):
             if sum(len(coded["input_ids"][index]) for index in mine) <= specials:
                 raise DataError("text: nothing is left of it as tokens", where=row.place, hint="remove the row")
-        return [self._fields(row, coded, mine, data) for row, mine in zip(rows, windows, strict=True)]
+        fields = [self._fields(row, coded, mine, data) for row, mine in zip(rows, windows, strict=True)]
+        if not processor.is_fast:  # such a tokenizer does not say what it has cut
+            for one, *pieces in zip(fields, *texts, strict=True):
+                full = len(one["input_ids"]) == data.max_length
+                one["cut"] |= int(full and len(processor(*pieces)["input_ids"]) > len(one["input_ids"]))
+        return fields
 
     def _most_chars(self, data: Data) -> int:
         """How much of a text is shown to the tokenizer, whose time grows with all of it."""
@@ -283,11 +321,12 @@ def _name(value: object) -> str:
     return name[:-2] if name.endswith(".0") and name[:-2].lstrip("-").isdigit() else name
 
 
-def _single(value: object, row: Row) -> str:
+def _single(value: object, row: Row, brackets: bool) -> str:
+    """A class name; one in brackets is more likely a list, unless one class a text is asked for."""
     name = _name(value)
     if not name:
         raise DataError("label: nothing but invisible characters", where=row.place, hint="fill it in or remove the row")
-    if name.startswith("[") and name.endswith("]"):
+    if name.startswith("[") and name.endswith("]") and not brackets:
         raise DataError(
             f"label: {shorten(name)} is a list written as text", where=row.place, hint="set task.labels=multi"
         )
@@ -387,7 +426,10 @@ def _weights(data: Data, classes: list[str], counts: Counter[Any], kind: str) ->
         raise RecipeError("data.class_weights: only for one class a text", hint="leave the key out")
     if data.class_weights == "balanced":
         return {name: counts.total() / (len(classes) * max(counts[name], 1)) for name in classes}
-    unknown = sorted(set(data.class_weights) - set(classes))
-    if unknown:
+    given = {_name(name): weight for name, weight in data.class_weights.items()}
+    if unknown := sorted(given.keys() - set(classes)):
         raise RecipeError(f"data.class_weights: no class {shorten(unknown[0])}", hint=did_you_mean(unknown[0], classes))
-    return {name: data.class_weights.get(name, 1.0) for name in classes}
+    if wrong := next((name for name in classes if given.get(name, 1.0) <= 0), None):
+        what = f"data.class_weights: {given[wrong]:g} for {shorten(wrong)}"
+        raise RecipeError(what, hint="a weight is above 0; remove the rows of a class that is not to be learned")
+    return {name: given.get(name, 1.0) for name in classes}
