@@ -257,6 +257,8 @@ def evaluate(
     result = score.evaluate(
         run, data=data, split=split, base=base, device=device, offline=offline, allow_pickle=allow_pickle
     )
+    for note in result["notes"]:
+        print(f"warning: {note}", file=sys.stderr)
     if as_json:
         _emit(result)
         return

@@ -26,7 +26,7 @@ def evaluate(
     offline: bool = False,
     allow_pickle: bool = False,
 ) -> dict[str, Any]:
-    """The scores of a run on one of its splits, or on another file.
+    """The scores of a run on one of its splits, or on another file (`notes`: what was left out of that).
 
     With `base`, a linear probe on the features of the untouched base is scored instead: what the model knew before.
 
@@ -34,20 +34,21 @@ def evaluate(
         DataError: the run has no such split, or the file cannot be read.
     """
     tuned = predict.load(run, device=device, offline=offline, allow_pickle=allow_pickle)
-    chosen = _split(tuned, Path(run), data, split)
+    chosen, notes = (
+        (_split(tuned, Path(run), split), []) if data is None else examples.read_other(data, tuned.task, tuned.data)
+    )
     encoded = _encode(tuned, chosen)
     if base:
         base_model = sources.resolve(tuned.recipe.model, offline=offline, allow_pickle=allow_pickle)
-        train = _encode(tuned, _split(tuned, Path(run), None, "train"))
+        train = _encode(tuned, _split(tuned, Path(run), "train"))
         metrics = probe.scores(tuned, base_model, train, encoded)
     else:
         metrics = evaluation.scores(tuned.model, tuned.task, encoded, tuned.machine)
-    return {"run": str(run), "split": str(data or split), "base": base, "examples": len(encoded), "metrics": metrics}
+    about = {"run": str(run), "split": str(data or split), "base": base, "examples": len(encoded), "notes": notes}
+    return about | {"metrics": metrics}
 
 
-def _split(tuned: predict.Tuned, run: Path, data: str | Path | None, split: str) -> examples.Split:
-    if data is not None:
-        return examples.open_split(data, tuned.task, tuned.data)
+def _split(tuned: predict.Tuned, run: Path, split: str) -> examples.Split:
     read = examples.read(tuned.task, tuned.data, tuned.recipe.train.seed)
     if split not in read.splits:
         known = ", ".join(sorted(read.splits))

@@ -105,7 +105,7 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     task, data = task.fit(every.targets, data, str(data.train))
     parts = {"train": every} | {name: _usable(found[name], task, data) for name in found.keys() - {"train"}}
     notes = [note for split in found.values() if (note := split.table.note)]
-    notes += [f"{name}: skipped {_reasons(part.skipped)}" for name, part in parts.items() if part.skipped]
+    notes += [_left_out(name, part) for name, part in parts.items() if part.skipped]
     strata = np.asarray(task.strata(every.targets) or np.zeros(len(every.targets)), dtype=np.int64)
     notes += _remarks(every, strata, task)
     if drawn := _drawn(strata, data, seed):
@@ -116,6 +116,17 @@ def read(task: Task, data: Data, seed: int) -> Examples:
         if repeated := splits.overlap(parts["train"].digests, parts[name].digests):
             notes.append(f"{repeated} of {rows[name]} {name} rows stand word for word in train: scores will flatter")
     return Examples(task, data, {name: part.split for name, part in parts.items()}, notes, rows)
+
+
+def read_other(path: str | Path, task: Task, data: Data) -> tuple[Split, list[str]]:
+    """A file that is no split of the run: the rows of it that can be used, and what to tell the user.
+
+    Raises:
+        DataError: a file or row that cannot be scored.
+    """
+    part = _usable(open_split(path, task, data), task, data)
+    notes = [part.split.table.note] if part.split.table.note else []
+    return part.split, notes + ([_left_out(str(path), part)] if part.skipped else [])
 
 
 def _check_same_roles(found: dict[str, Split]) -> None:
@@ -239,6 +250,10 @@ def _drawn(strata: splits.Indices, data: Data, seed: int) -> dict[str, splits.In
             found[name] = left[drawn]
             left = left[kept]
     return found | ({"train": left} if found else {})
+
+
+def _left_out(name: str, part: _Part) -> str:
+    return f"{name}: skipped {_reasons(part.skipped)}"
 
 
 def _reasons(skipped: Counter[str]) -> str:

@@ -272,6 +272,28 @@ def test_f13_a_run_does_not_go_on_with_other_data(command: Any, tiny_bert: Path,
     assert code == 3 and "train.csv: the file has changed since the run; sha256 is " in err
 
 
+def test_what_is_left_out_of_another_file_is_said(command: Any, tiny_bert: Path, written: Any, tmp_path: Path) -> None:
+    given = ("task=text-classification", f"model={tiny_bert}", f"data.train={written(_reviews(24))}", "device=cpu")
+    run = str(tmp_path / "run")
+    code, _, err = command("train", *given, "train.max_steps=1", "data.on_bad_row=skip", f"output={run}")
+    assert code == 0, err
+    other = written([*_reviews(8, 100), ("", "pos"), ("so so", "other")], "other.csv")
+    for _ in range(2):  # encoded, and from what was encoded
+        code, out, err = command("evaluate", run, "--data", other)
+        assert code == 0 and "(8 examples)" in out
+        assert err == f"warning: {other}: skipped 1 row (empty text), 1 row (unusable label)\n"
+
+
+def test_a_row_is_encoded_the_same_whatever_its_neighbours(tmp_path: Path) -> None:
+    lines = [f"so warm,{'film' * (n % 3 == 0)},{'pos' if n % 2 else 'neg'}" for n in range(12)]
+    (tmp_path / "a.csv").write_text("\n".join(["text,text_pair,label", *lines, ""]))
+    read = _read(str(tmp_path / "a.csv"))
+    encoded = examples.encode_splits(read, tiny_tokenizer(), "tiny", tmp_path / "cache")["train"]
+    alone = [read.task.encode([row], tiny_tokenizer(), read.data)[0] for row in read.splits["train"].rows()]
+    assert [encoded.take([n])["input_ids"][0].tolist() for n in range(12)] == [one["input_ids"] for one in alone]
+    assert len({tuple(one["input_ids"]) for one in alone}) == 2
+
+
 needs = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
 
 
