@@ -63,12 +63,11 @@ def page() -> str:
         "",
     ]
     lines += [
-        "A recipe is a YAML file, `KEY=VALUE` words (`train.epochs=1`), or keywords in Python; later ones win. Keys of `data`"
+        "A recipe is a YAML file, `KEY=VALUE` words (`train.epochs=1`), or keywords in Python; later ones win. Keys of",
+        "`data` and `train` may stand at the top level too. `null` as a default means that the run derives the value;",
+        "the run folder's `recipe.yaml` holds what was used. `tunesmith schema` prints the same for editors.",
+        "",
     ]
-    lines += [
-        "and `train` may stand at the top level too. `null` as a default means that the run derives the value; the run folder's"
-    ]
-    lines += ["`recipe.yaml` holds what was used. `tunesmith schema` prints the same for editors.", ""]
     lines += ["| key | |", "|---|---|"]
     lines += [f"| `{name}` | {field.description} |" for name, field in Recipe.model_fields.items()]
     lines += [""]

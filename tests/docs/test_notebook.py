@@ -58,7 +58,6 @@ def test_a_cell_that_is_run_twice_says_the_way_out(output: Any) -> None:
         output(CELL)
     (line,) = caught.value._render_traceback_()
     assert line == f"RecipeError: {caught.value}" and "\n" not in line
-    output(CELL.replace(", output=", ", overwrite=True, output="))
 
 
 def test_an_interrupted_kernel_goes_on_where_it_was(output: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,11 +78,11 @@ def test_the_record_sees_a_connection(from_index: Prepare) -> None:
     assert {"socket.connect", "socket.getaddrinfo"} <= set(seen)
 
 
-@pytest.mark.parametrize("kind", ("folder", "from_index", "from_hub"))
+@pytest.mark.parametrize("kind", ("from_index", "from_hub"))
 def test_train_evaluate_and_predict_open_no_socket(
-    kind: str, request: pytest.FixtureRequest, command: Any, tiny_bert: Path, reviews_csv: Path, tmp_path: Path
+    kind: str, request: pytest.FixtureRequest, command: Any, reviews_csv: Path, tmp_path: Path
 ) -> None:
-    model = str(tiny_bert) if kind == "folder" else request.getfixturevalue(kind)()
+    model = request.getfixturevalue(kind)()
     seen.clear()
     run = str(tmp_path / "run")
     given = ("task=text-classification", f"model={model}", f"data.train={reviews_csv}", "data.test=0.2", *QUICK)
