@@ -35,7 +35,7 @@ class Talk:
     _written_s: float = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        silent = int(os.environ.get("RANK", "0")) != 0
+        silent = os.environ.get("RANK", "0") not in ("", "0")
         as_is = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True, "force_jupyter": False}
         self.console = Console(stderr=self.to_stderr, quiet=silent, **as_is)  # type: ignore[arg-type]
 
