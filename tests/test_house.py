@@ -22,6 +22,7 @@ FLOORS = [
     {"deploy"},
     {"insight"},
     {"testing"},
+    {"prepare"},
     {"run"},
     {"studies"},
     {"cli", "__init__"},
@@ -108,4 +109,4 @@ def test_ratchets() -> None:
     for name in tunesmith.__all__:
         assert getattr(tunesmith, name) is not None
     longest = max(FILES, key=lambda path: path.read_text(encoding="utf-8").count("\n"))
-    assert longest.read_text(encoding="utf-8").count("\n") <= 620, longest
+    assert longest.read_text(encoding="utf-8").count("\n") <= 570, longest

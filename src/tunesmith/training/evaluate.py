@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch, Limits, collate, cut
 from tunesmith.data.encoded import Encoded
-from tunesmith.errors import ResourceError
+from tunesmith.errors import RecipeError, ResourceError
 from tunesmith.tasks import Task
 from tunesmith.training.machine import Machine, is_out_of_memory
 
@@ -109,3 +109,15 @@ def scores_and_answers(
 def _place(given: list[dict[str, Any]], indices: NDArray[np.int64], said: list[dict[str, Any]]) -> None:
     for index, answer in zip(indices, said, strict=True):
         given[int(index)] = answer
+
+
+def pick(scores: dict[str, Any], metric: str) -> float:
+    """The score that `train.metric` names.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    if not isinstance(scores.get(metric), float):
+        numbers = [name for name, value in scores.items() if isinstance(value, float)]
+        raise RecipeError(f"train.metric: no '{metric}' here", hint=f"known: {', '.join(sorted(numbers))}")
+    return float(scores[metric])

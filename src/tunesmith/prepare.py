@@ -1,0 +1,157 @@
+"""What a run needs before its first step: data, then model, then technique, and a recipe with every value filled in.
+
+What can be refused is refused here, and what needs no model before anything is fetched.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith.data.batches import Batches
+from tunesmith.data.encoded import Encoded
+from tunesmith.errors import RecipeError
+from tunesmith.kernels.dropout import use_fast_dropout
+from tunesmith.kernels.embedding import use_kept_gradients
+from tunesmith.kernels.padding_free import use_padding_free_blocks
+from tunesmith.models import load as models
+from tunesmith.models import sources
+from tunesmith.models.anatomy import Anatomy
+from tunesmith.recipe import Recipe
+from tunesmith.talk import Talk
+from tunesmith.tasks import Task
+from tunesmith.techniques import Technique
+from tunesmith.training import evaluate, examples, machine, parallel
+from tunesmith.training.machine import Machine
+
+MAX_LENGTH = 512
+EPOCHS = 3.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs before its first step; `recipe` holds every value that will be used."""
+
+    recipe: Recipe
+    task: Task
+    technique: Technique
+    examples: examples.Examples
+    encoded: dict[str, Encoded]
+    source: sources.Source
+    processor: Any
+    model: nn.Module
+    anatomy: Anatomy
+    machine: Machine
+    learned: tuple[str, ...]
+    """Names of what the run keeps: what learns, and the buffers that the technique added."""
+    padding_free: bool
+    """Whether the blocks compute on valid tokens only."""
+
+    @property
+    def batches(self) -> Batches:
+        """This process's share of the training data."""
+        train = self.recipe.train
+        return Batches(self.encoded["train"], train.batch_size, train.seed, parallel.rank(), parallel.world_size())
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        train = self.recipe.train
+        return train.max_steps or math.ceil((train.epochs or EPOCHS) * self.batches.steps_per_epoch)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it continues."""
+        tree = self.recipe.dump()
+        del tree["output"]
+        hashes = {"data_sha256": self.examples.fingerprints(), "base_sha256": models.base_hash(self.source)}
+        return tree | hashes | {"world_size": parallel.world_size()}
+
+
+def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool, talk: Talk) -> Prepared:
+    """Data, then model, then technique: what can be refused is refused before anything is fetched."""
+    task, technique = recipe.task, recipe.technique
+    assert isinstance(task, Task) and isinstance(technique, Technique)
+    read = examples.read(task, recipe.data, recipe.train.seed)
+    for note in read.notes:
+        talk.warn(note)
+    if recipe.train.early_stopping_patience and "validation" not in read.splits:
+        what = "train.early_stopping_patience: there is no validation split to watch"
+        raise RecipeError(what, hint="data.validation=0.1, or leave the key out")
+    source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
+    processor = models.load_processor(source, read.task.model_class)
+    model, anatomy = models.load_model(
+        source,
+        model_class=read.task.model_class,
+        config=read.task.head_config(),
+        seed=recipe.train.seed,
+        pad_token_id=processor.pad_token_id,
+    )
+    before = {name for name, _ in model.named_buffers()}
+    torch.manual_seed(recipe.train.seed)
+    models.check_vocabulary(model, processor, recipe.model)
+    technique.apply(model, anatomy)
+    learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    learned += tuple(name for name, _ in model.named_buffers() if name not in before)
+    padding_free = _speed_up(model, anatomy, found)
+    machine.store_frozen(model, found.autocast_dtype)
+    model.to(found.device)
+    data = read.data.model_copy(update={"max_length": _max_length(read.data.max_length, model, processor)})
+    read = replace(read, data=data)
+    encoded = _encode(read, processor, talk)
+    if recipe.train.metric and "validation" in encoded:
+        evaluate.pick(evaluate.random_scores(read.task, encoded["train"], encoded["validation"]), recipe.train.metric)
+    resolved = _resolve(recipe, read, technique, anatomy, found)
+    return Prepared(
+        resolved, read.task, technique, read, encoded, source, processor, model, anatomy, found, learned, padding_free
+    )
+
+
+def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
+    """The same mathematics faster, where it is known how; whether the blocks went padding-free."""
+    if found.device.type != "cpu":
+        return False
+    use_fast_dropout(model)
+    if parallel.world_size() == 1:  # others would add to rows that this process has not looked up
+        use_kept_gradients(model)
+    return use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy.blocks])
+
+
+def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, Encoded]:
+    cache = sources.cache_home() / "encoded"
+    processor_hash = models.processor_hash(processor)
+    with parallel.first_alone():  # it encodes, the others open what it wrote
+        encoded = examples.encode_splits(read, processor, processor_hash, cache)
+    for name, split in encoded.items():
+        for note in read.task.notes(split, processor):
+            talk.warn(f"{name}: {note}")
+    return encoded
+
+
+def _max_length(asked: int | None, model: nn.Module, processor: Any) -> int:
+    limit = models.length_limit(model, processor)
+    if asked is not None and asked > limit:
+        raise RecipeError(
+            f"data.max_length: {asked} tokens, but this model reads at most {limit}", hint=f"at most {limit}"
+        )
+    return asked or min(limit, MAX_LENGTH)
+
+
+def _resolve(recipe: Recipe, read: examples.Examples, technique: Technique, anatomy: Anatomy, found: Machine) -> Recipe:
+    """The recipe with every default that depends on data, model and machine filled in."""
+    train = recipe.train
+    metric = train.metric or read.task.metric()
+    rate = train.learning_rate or technique.learning_rate(anatomy)
+    update = {
+        "epochs": train.epochs or (None if train.max_steps else EPOCHS),
+        "learning_rate": rate,
+        "head_learning_rate": train.head_learning_rate or rate,
+        "metric": metric,
+        "precision": found.precision,
+        "device": found.device.type,
+    }
+    train = train.model_copy(update=update)
+    return recipe.model_copy(update={"task": read.task, "data": read.data, "train": train})
