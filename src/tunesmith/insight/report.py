@@ -3,52 +3,60 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
 
+from tunesmith.data.formats import Row
+from tunesmith.recipe import load as load_recipe
+from tunesmith.tasks import Task
 from tunesmith.training.files import atomic_write
 
 WIDTH, HEIGHT = 560, 180
 WORST_SHOWN = 20
 COLUMNS_AT_MOST = 30
+CHARS_SHOWN = 300
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _PAGE = Path(__file__).with_name("report.html.jinja")
 
 
 def write(folder: Path) -> None:
-    """Write `report.html` of a finished run from `run.json`, `metrics.jsonl` and the test predictions."""
+    """Write `report.html` of a finished run from its recipe, `run.json`, `metrics.jsonl` and the test predictions."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    assert isinstance(recipe.task, Task)
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     splits = [name for name in ("validation", "test") if name in run["metrics"]]
     scores = run["metrics"][splits[-1]] if splits else {}
     confusion = scores.get("confusion_matrix", [])
-    page = Environment(autoescape=True).from_string(_PAGE.read_text(encoding="utf-8"))
+    page = Environment(autoescape=True, finalize=_printable).from_string(_PAGE.read_text(encoding="utf-8"))
     html = page.render(
         run=run,
         splits=splits,
         names=[name for name, value in scores.items() if isinstance(value, float)],
         number=lambda value: "" if value is None else f"{value:.4f}",
-        curves=_curves(folder / "metrics.jsonl"),
-        classes=list(scores.get("f1", {})),
+        curves=_curves(folder / "metrics.jsonl", ("loss", recipe.train.metric)),
+        each=scores.get("f1", {}),
         confusion=confusion if len(confusion) <= COLUMNS_AT_MOST else [],
-        worst=_worst(folder / "predictions-test.jsonl"),
+        worst=_worst(folder / "predictions-test.jsonl", recipe.task),
         width=WIDTH,
         height=HEIGHT,
     )
     atomic_write(folder / "report.html", html)
 
 
-def _curves(path: Path) -> list[dict[str, Any]]:
+def _printable(value: object) -> object:
+    """Without control characters, which no page may hold."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
+
+
+def _curves(path: Path, validated: Collection[str | None]) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     named = {"loss": "Training loss", "learning_rate": "Learning rate"}
-    named |= {
-        key: f"Validation {key.partition('/')[2]}"
-        for line in lines
-        for key in line
-        if key in ("validation/loss", "validation/accuracy")
-    }
+    named |= {f"validation/{name}": f"Validation {name}" for name in validated}
     curves = []
     for key, title in named.items():
         points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), float)]
@@ -75,18 +83,29 @@ def _polyline(points: Sequence[tuple[int, float]]) -> dict[str, Any]:
     return {"points": " ".join(drawn), "low": f"{low:.3g}", "high": f"{high:.3g}", "first": steps[0], "last": steps[-1]}
 
 
-def _worst(path: Path) -> list[dict[str, Any]]:
-    """The wrong answers the model was surest of."""
+def _worst(path: Path, task: Task) -> list[dict[str, Any]]:
+    """The wrong answers that the model was surest of, or that are furthest off."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    wrong = [
-        {
-            "row": row["row"].rpartition(":")[2],
-            "text": row["text"],
-            "label": row["label"],
-            "said": said["label"],
-            "score": said["score"],
-        }
-        for row in rows
-        if "label" in (said := row["prediction"]) and str(row.get("label")) != said["label"]
-    ]
+    wrong = []
+    for row in rows:
+        found = _mistake(row["prediction"], task.target(Row(row["row"], row))) if "label" in row else None
+        if found is not None:
+            texts = [str(row[role])[:CHARS_SHOWN] for role in task.columns if role != "label" and role in row]
+            line = row["row"].rpartition(":")[2]
+            wrong.append({"row": line, "texts": texts, "meant": found[0], "said": found[1], "score": found[2]})
     return sorted(wrong, key=lambda row: -row["score"])[:WORST_SHOWN]
+
+
+def _mistake(answer: dict[str, Any], target: Any) -> tuple[str, str, float] | None:
+    """(what it is, what was said, how sure or how far off that was) of an answer that is wrong."""
+    if "label" in answer:
+        return (str(target), answer["label"], answer["score"]) if answer["label"] != target else None
+    if "labels" in answer:
+        wrong = set(answer["labels"]) ^ set(target)
+        sure = [
+            p if name in answer["labels"] else 1 - p for name, p in answer["probabilities"].items() if name in wrong
+        ]
+        return (", ".join(target), ", ".join(answer["labels"]), max(sure)) if wrong else None
+    if "value" in answer:
+        return f"{target:g}", f"{answer['value']:.4g}", abs(answer["value"] - target)
+    return None
