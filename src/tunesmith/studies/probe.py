@@ -1,7 +1,8 @@
 """A linear probe: what a linear map can tell from the features of the untouched base (Alain & Bengio 2016).
 
-Features are the last hidden states, averaged over a text's tokens and standardised; the probe is a logistic (or ridge)
-regression. It answers what fine-tuning was worth better than a majority guess does.
+Features are the last hidden states, in the number format that the machine is fast in, averaged over a text's tokens and
+standardised; the probe is a logistic (or ridge) regression. It answers what fine-tuning was worth better than a
+majority guess does.
 """
 
 from __future__ import annotations
