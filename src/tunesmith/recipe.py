@@ -504,6 +504,7 @@ def to_yaml(tree: Mapping[str, Any]) -> str:
     """The tree as block-style YAML 1.2, keys in the given order."""
     yaml = YAML()
     yaml.default_flow_style = False
+    yaml.width = 2**20  # a long path stays on its line
     text = io.StringIO()
     yaml.dump(dict(tree), text)
     return text.getvalue()
