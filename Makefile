@@ -29,10 +29,10 @@ demo: $(VENV)/.installed
 	$(BIN)/tunesmith demo --overwrite
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: $(VENV)/.ready
-	TUNESMITH_TRIALS=60 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 TUNESMITH_TRIALS=60 $(BIN)/python -m pytest -n 2
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
