@@ -117,7 +117,7 @@ class NumberScores:
         labels = np.concatenate(self._labels).astype(np.float64)
         squared = float(((guesses - labels) ** 2).mean())
         scores = {"rmse": squared**0.5, "mae": float(np.abs(guesses - labels).mean()), "loss": squared}
-        if np.ptp(labels) > 0:  # the deviation of equal numbers is not exactly 0
+        if np.ptp(labels) > 0:
             scores["r2"] = 1 - squared / float(labels.var())
         if np.ptp(labels) > 0 and np.ptp(guesses) > 0:
             scores["pearson"] = float(np.corrcoef(guesses, labels)[0, 1])

@@ -32,8 +32,6 @@ with warnings.catch_warnings():
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 
 FREEZE = {"name": "freeze", "last_n_blocks": 1}
-PISSA = {"name": "lora", "init": "pissa", "r": 4}
-DORA = {"name": "lora", "dora": True, "target_modules": "all-linear"}
 TEXTS = ["the film was great", "bad", "a very very dull plot . not so"]
 SECRET = "hunter2hunter2"
 
@@ -61,15 +59,12 @@ def _check_loading(folder: Path) -> None:
     assert theirs.std(0).min() > 1e-4, "the answers differ from text to text"
 
 
-TECHNIQUES = {"full": "full", "freeze": FREEZE, "lora": "lora", "pissa": PISSA, "dora": DORA}
-LOADED = [(family, name) for family in ("bert", "gpt2", "llama") for name in ("full", "freeze", "lora")]
-
-
-@pytest.mark.parametrize(("family", "technique"), [*LOADED, ("bert", "pissa"), ("gpt2", "dora")])
+@pytest.mark.parametrize("technique", ("full", FREEZE, "lora"), ids=("full", "freeze", "lora"))
+@pytest.mark.parametrize("family", ("bert", "gpt2", "llama"))
 def test_the_lines_of_the_card_load_the_run(
-    family: str, technique: str, finish: Any, bases: dict[str, Path], tmp_path: Path
+    family: str, technique: Any, finish: Any, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    finish("train.max_steps=3", "train.epochs=null", model=str(bases[family]), technique=TECHNIQUES[technique])
+    finish("train.max_steps=3", "train.epochs=null", model=str(bases[family]), technique=technique)
     _check_loading(tmp_path / "run")
 
 

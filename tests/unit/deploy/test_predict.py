@@ -40,10 +40,22 @@ def test_the_answers_of_the_test_split_come_again(technique: str, finish: Any, t
         assert f"{line['text']},{line['label']}" == Path(file).read_text().splitlines()[int(number) - 1]
 
 
-@pytest.fixture
-def tuned(finish: Any, tmp_path: Path) -> Any:
-    finish("technique=full")
-    return tunesmith.load(tmp_path / "run")
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, reviews_csv: Path) -> Any:
+    """A loaded run, to be asked."""
+    folder = tmp_path_factory.mktemp("predict")
+    given = {
+        "task": "text-classification",
+        "model": str(tiny_bert),
+        "data": {"train": str(reviews_csv)},
+        "technique": "full",
+        "train": {"max_steps": 4, "batch_size": 8, "precision": "fp32", "device": "cpu"},
+        "output": str(folder / "run"),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_HOME", str(folder / "home"))
+        tunesmith.train(given, talk=Talk(level=-1))
+    return tunesmith.load(folder / "run")
 
 
 def test_answers_stand_in_the_order_of_the_questions(tuned: Any) -> None:
