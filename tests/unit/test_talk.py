@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import io
 import os
 import pty
@@ -73,7 +74,11 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Written]]
 
     def written() -> str:
         stream.flush()
-        return os.read(reader, 100_000).decode()
+        parts = []
+        with contextlib.suppress(BlockingIOError):  # a terminal hands over some 4 KB at a time
+            while part := os.read(reader, 4096):
+                parts.append(part)
+        return b"".join(parts).decode()
 
     def begin() -> Written:  # in the test itself: pytest puts its own stdout in place after the fixtures
         monkeypatch.setattr(sys, "stdout", stream)
