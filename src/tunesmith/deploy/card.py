@@ -113,9 +113,9 @@ def _loading_lines(folder: Path, auto: str, base: dict[str, Any], adapter: bool)
     elif base["kind"] == "run":
         where = _quoted(Path(base["spec"]).expanduser() / "model")
     elif base["kind"] == "pypi":
-        imports = f"import subprocess\n\n{imports}"
-        words = ", ".join(_quoted(word) for word in ("tunesmith", "models", "path", base["spec"]))
-        where = f"subprocess.check_output([{words}], text=True).strip()"
+        imports = f"import subprocess\nimport sys\n\n{imports}"
+        words = ", ".join(_quoted(word) for word in ("-m", "tunesmith", "models", "path", base["spec"]))
+        where = f"subprocess.check_output([sys.executable, {words}], text=True).strip()"
     return (
         f"{imports}\n"
         f"base = {where}\n"

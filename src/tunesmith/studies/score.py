@@ -28,7 +28,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The scores of a run on one of its splits, or on another file (`notes`: what was left out of that).
 
-    With `base`, a linear probe on the features of the untouched base is scored instead: what the model knew before.
+    `baseline` is what a guess that knows only the training labels scores there. With `base`, a linear probe on the
+    features of the untouched base is scored instead: what the model knew before.
 
     Raises:
         DataError: the run has no such split, or the file cannot be read.
@@ -38,14 +39,18 @@ def evaluate(
         (_split(tuned, Path(run), split), []) if data is None else examples.read_other(data, tuned.task, tuned.data)
     )
     encoded = _encode(tuned, chosen)
+    about = {"run": str(run), "split": str(data or split), "base": base, "examples": len(encoded), "notes": notes}
+    try:
+        train = _encode(tuned, _split(tuned, Path(run), "train"))
+        about["baseline"] = evaluation.baseline(tuned.task, train, encoded)
+    except DataError as error:  # a run is scored where its training data is gone, but no probe is fitted
+        if base:
+            raise
+        notes.append(f"no guess beside the score, for want of the training labels ({error})")
     if base:
         base_model = sources.resolve(tuned.recipe.model, offline=offline, allow_pickle=allow_pickle)
-        train = _encode(tuned, _split(tuned, Path(run), "train"))
-        metrics = probe.scores(tuned, base_model, train, encoded)
-    else:
-        metrics = evaluation.scores(tuned.model, tuned.task, encoded, tuned.machine)
-    about = {"run": str(run), "split": str(data or split), "base": base, "examples": len(encoded), "notes": notes}
-    return about | {"metrics": metrics}
+        return about | {"metrics": probe.scores(tuned, base_model, train, encoded)}
+    return about | {"metrics": evaluation.scores(tuned.model, tuned.task, encoded, tuned.machine)}
 
 
 def _split(tuned: predict.Tuned, run: Path, split: str) -> examples.Split:
