@@ -23,7 +23,7 @@ __all__ = [
     "shorten",
 ]
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SECRET_NAME = r"[\w-]*(?:token|secret|password|passwd|api[-_]?key)"
 _SECRETS = (
     (re.compile(r"(\w{2,}:/{1,2})[^/\s\"'<>]+@"), r"\1***@"),
@@ -40,7 +40,7 @@ class UserError(Exception):
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint
         text = f"{where}: {what}" if where else what
-        super().__init__(redact(_CONTROL.sub("?", f"{text}; {hint}" if hint else text)))
+        super().__init__(redact(CONTROL.sub("?", f"{text}; {hint}" if hint else text)))
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows of it in a notebook: where a user erred is in the words, not in our code."""

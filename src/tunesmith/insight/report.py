@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from jinja2 import Environment
 
 from tunesmith.data.formats import Row
+from tunesmith.errors import CONTROL
 from tunesmith.recipe import load as load_recipe
 from tunesmith.tasks import Task
 from tunesmith.training.files import atomic_write
@@ -20,7 +20,6 @@ WORST_SHOWN = 20
 COLUMNS_AT_MOST = 30
 CHARS_SHOWN = 300
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _PAGE = Path(__file__).with_name("report.html.jinja")
 
 
@@ -50,7 +49,7 @@ def write(folder: Path) -> None:
 
 def _printable(value: object) -> object:
     """Without control characters, which no page may hold."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
 
 
 def _curves(path: Path, validated: Collection[str | None]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tunesmith.data import splits
 from tunesmith.data.encoded import Encoded, encode, fingerprint
 from tunesmith.data.formats import Row, Table, find_splits, is_folder, read_table
+from tunesmith.data.formats.columns import is_number
 from tunesmith.errors import DataError, RecipeError, shorten
 from tunesmith.recipe import Data
 from tunesmith.tasks import Task
@@ -175,20 +176,12 @@ def _usable(split: Split, task: Task, data: Data) -> _Part:
         targets.append(sys.intern(target) if type(target) is str else target)  # a class is one object, not one a row
         kept.append(index)
         digests.append(splits.digest(row))
-        only_numbers = only_numbers and _is_number(row.values.get(main))
+        only_numbers = only_numbers and is_number(str(row.values.get(main)))
     skipped = split.table.skipped + Counter({"unusable label": unusable} if unusable else {})
     if not targets:
         raise DataError(f"no row can be used, left out are {_reasons(skipped)}", where=str(split.table.path))
     split = replace(split, indices=np.frombuffer(kept, dtype=np.int64)) if unusable else split
     return _Part(split, targets, np.frombuffer(digests, dtype=np.uint64), skipped, only_numbers)
-
-
-def _is_number(value: object) -> bool:
-    try:
-        float(str(value))
-    except ValueError:
-        return False
-    return True
 
 
 def _remarks(train: _Part, strata: splits.Indices, task: Task) -> list[str]:

@@ -146,11 +146,11 @@ def _looks_like_header(opened: Opened, roles: Roles) -> bool:
     if _plain_names(header, roles):
         return True
     below = [row for row in opened.sample[1:] if len(row) == len(header)]
-    if not below or any(_is_number(name) for name in header):
+    if not below or any(is_number(name) for name in header):
         return False
     for column, name in enumerate(header):
         values = [row[column] for row in below]
-        if all(_is_number(value) for value in values):
+        if all(is_number(value) for value in values):
             return True  # words over nothing but numbers
         if name in values:
             return False  # it recurs below: a value
@@ -160,7 +160,8 @@ def _looks_like_header(opened: Opened, roles: Roles) -> bool:
     return len(header[lengths.index(max(lengths))]) < 0.2 * max(lengths) and max(len(name) for name in header) < 30
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a text is a number, infinity and NaN among them."""
     try:
         float(text)
     except ValueError:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import TextIO
 
-from tunesmith.data.formats.json_values import Decoder, way_out
+from tunesmith.data.formats.json_values import Decoder, opened, way_out
 from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, open_text
 from tunesmith.errors import DataError, shorten
 
-SAMPLE_ROWS = 200
 CHUNK_CHARS = 2**20
 CUT_OFF = "the array is cut off"
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -21,11 +20,7 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 
 def open_rows(path: Path) -> Opened:
     """Keys seen in the first objects, and a reader. `line` is the object's number in the array."""
-    names: dict[str, None] = {}
-    for row in islice(_rows(path), SAMPLE_ROWS):
-        if isinstance(row, RawRow):
-            names |= dict.fromkeys(row.values)
-    return Opened(list(names), lambda: _rows(path))
+    return opened(lambda: _rows(path))
 
 
 def _rows(path: Path) -> Iterator[RawRow | BadRow]:

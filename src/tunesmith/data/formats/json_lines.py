@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
-from tunesmith.data.formats.json_values import Decoder, way_out
+from tunesmith.data.formats.json_values import Decoder, opened, way_out
 from tunesmith.data.formats.raw import BadRow, Opened, RawRow, lines, open_text, unreadable
 from tunesmith.errors import shorten
-
-SAMPLE_ROWS = 200
 
 
 def open_rows(path: Path) -> Opened:
     """Keys seen in the first lines, and a reader."""
-    names: dict[str, None] = {}
-    for row in islice(_rows(path), SAMPLE_ROWS):
-        if isinstance(row, RawRow):
-            names |= dict.fromkeys(row.values)
-    return Opened(list(names), lambda: _rows(path))
+    return opened(lambda: _rows(path))
 
 
 def _rows(path: Path) -> Iterator[RawRow | BadRow]:
