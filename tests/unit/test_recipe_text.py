@@ -1,0 +1,127 @@
+"""Recipes are YAML 1.2 with the line of each key; what is broken or made to take all memory is refused by its line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith import recipe_text
+from tunesmith.errors import RecipeError
+from tunesmith.recipe_text import read_file, read_mapping, read_word, to_yaml
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """`read(text)`: the values of a recipe of that text."""
+
+    def of(text: str) -> dict[str, Any]:
+        (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+        return read_file(tmp_path / "recipe.yaml")[0]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    (
+        ("2e-4", 2e-4),
+        ("1e-5", 1e-5),
+        ("2E+1", 20.0),
+        ("1e3", 1000.0),
+        (".5", 0.5),
+        ("3", 3.0),
+        ("1.", 1.0),
+        ("1.10", 1.1),
+    ),
+)
+def test_numbers_are_numbers(text: str, value: float, read: Any) -> None:
+    for values in (read(f"train: {{rate: {text}}}\n"), read_word(f"train.rate={text}")[0]):
+        assert values == {"train": {"rate": value}} and type(values["train"]["rate"]) in (int, float)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ("no", "yes", "on", "off", "y", "NO", "12:30", "1:30:45", "2024-01-02", "2024-01-02T03:04:05", "~x", "1e", "v1.0"),
+)
+def test_what_yaml_1_1_took_for_something_else_is_a_text(text: str, read: Any) -> None:
+    found = read(f"output: {text}\ndata: {{train: {text}}}\n")
+    assert found == {"output": text, "data": {"train": text}} and type(found["output"]) is str
+
+
+@pytest.mark.parametrize(("text", "value"), (("010", 10), ("0o10", 8), ("0x1F", 31), ("+7", 7)))
+def test_whole_numbers_are_those_of_yaml_1_2(text: str, value: int, read: Any) -> None:
+    found = read(f"seed: {text}\n")["seed"]
+    assert found == value and type(found) is int
+
+
+def test_a_key_given_twice(read: Any) -> None:
+    with pytest.raises(RecipeError, match=r"recipe.yaml:4: epochs: the key is given twice; keep one$"):
+        read("train:\n  epochs: 1\n  seed: 0\n  epochs: 2\n")
+
+
+def test_yaml_aliases_are_read(read: Any) -> None:
+    text = "data: {train: &file a.csv, test: *file}\ntrain: {<<: {seed: 3}, epochs: 2}\n"
+    assert read(text) == {"data": {"train": "a.csv", "test": "a.csv"}, "train": {"seed": 3, "epochs": 2}}
+
+
+BOMB = "x: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"x{n}: &a{n} [{','.join([f'*a{n - 1 if n else str()}'] * 9)}]\n" for n in range(9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    (
+        (BOMB, "aliases unfold to more than 1,000 values"),
+        ("x: &a 1\ny: [" + ", ".join(["*a"] * 101) + "]\n", "at most 100 YAML aliases"),
+        ("x: [" + "1," * 1001 + "]", "1,000 values"),
+        ("x: " + "[" * 30 + "]" * 30, "20 levels deep"),
+        ("x: " + "[" * 5000, "recipe.yaml:1: a recipe is at most 20 levels deep"),
+        ("x: " + "a" * 2**20, "at most 1 MiB"),
+        ("x: [1\n", "recipe.yaml:2: not valid YAML"),
+        ("\tx: 1\n", "recipe.yaml:1: not valid YAML"),
+        ("x: 1\n---\ny: 2\n", "not valid YAML"),
+        ("x: *nobody\n", "recipe.yaml:1: not valid YAML"),
+    ),
+    ids=lambda text: text[:12],
+)
+def test_hostile_and_broken_yaml(text: str, said: str, read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe_text, "MAX_YAML_VALUES", 1000)
+    with pytest.raises(RecipeError, match=said):
+        read(text)
+
+
+@pytest.mark.parametrize("text", ("", "just words", "- a\n- list\n", "# nothing\n"))
+def test_what_is_no_recipe(text: str, read: Any) -> None:
+    with pytest.raises(RecipeError, match="recipe.yaml:1: a recipe is a list of `key: value` lines"):
+        read(text)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("output: café".encode("latin-1"))
+    for name, said in (("none.yaml", "`tunesmith init"), ("latin.yaml", "not UTF-8"), (".", "cannot read the recipe")):
+        with pytest.raises(RecipeError, match=said):
+            read_file(tmp_path / name)
+
+
+def test_a_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"\xef\xbb\xbftask: some\r\nmodel: tiny\r\n")
+    assert read_file(tmp_path / "recipe.yaml")[0] == {"task": "some", "model": "tiny"}
+
+
+def test_each_key_has_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: tiny\ntrain:\n  <<: {seed: 3}\n\n  epochs: 2\n", encoding="utf-8")
+    places = [read_file(path)[1], read_mapping({"train": {"epochs": 2}})[1], read_word("train.epochs=2")[1]]
+    key = ("train", "epochs")
+    written = [place(key).removesuffix(": train.epochs") for place in places]
+    assert written == [f"{path}:5", "recipe", "command line"]
+    assert places[0](("train", "seed")) == f"{path}:2: train.seed", "merged in from elsewhere: the line of its section"
+
+
+def test_what_is_written_is_read_back(read: Any) -> None:
+    tree = {"model": "no", "data": {"train": "1:30", "columns": None, "path": "a " * 99}, "list": ["a", 2e-5, True]}
+    assert read(to_yaml(tree)) == tree
