@@ -1,9 +1,10 @@
-"""Splits that can be trusted: in proportion, seeded, and not the same rows twice."""
+"""Splits that can be trusted: in proportion, seeded, and not the same text on two sides."""
 
 from __future__ import annotations
 
 import hashlib
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,36 +17,75 @@ Indices = NDArray[np.int64]
 Digests = NDArray[np.uint64]
 
 
-def stratified_split(strata: Indices, fraction: float, seed: int, name: str = "validation") -> tuple[Indices, Indices]:
-    """(kept, drawn) indices, ascending: each class gives its share, a class with a single row gives none.
+def stratified_split(
+    strata: Indices, digests: Digests, fraction: float, seed: int, name: str = "validation"
+) -> tuple[Indices, Indices]:
+    """(kept, drawn) indices, ascending: each class gives its share, rows that say the same stay on one side.
 
-    The shares are rounded so that together they make `fraction` of all rows (largest remainders).
+    The shares are rounded so that together they make `fraction` of all rows (largest remainders); every class keeps a
+    text. Equal rows that are more than what is still missing are not drawn: others are in their place.
 
     Raises:
-        DataError: the fraction is less than one row.
+        DataError: the fraction is less than one row, or no rows can be drawn.
     """
-    codes, inverse, counts = np.unique(strata, return_inverse=True, return_counts=True)
+    _, classes, counts = np.unique(strata, return_inverse=True, return_counts=True)
     wanted = round(fraction * len(strata))
     if wanted < 1:
         rows = f"{fraction:g} of {len(strata)} rows is none"
         hint = f"a larger fraction, a file of its own, or data.{name}=null"
         raise DataError(rows, where=f"data.{name}", hint=hint)
-    can_give = np.where(counts > 1, counts - 1, 0)
-    ideal = fraction * counts * (counts > 1)
+    can_give = counts - _smallest_text(classes, digests, len(counts))
+    ideal = fraction * counts * (can_give > 0)
     shares = np.minimum(np.floor(ideal).astype(np.int64), can_give)
     by_remainder = np.argsort(-(ideal - np.floor(ideal)), kind="stable")
     for code in np.concatenate([by_remainder] * 2):
         if shares.sum() >= wanted:
             break
         shares[code] += shares[code] < can_give[code]
-    order = np.random.default_rng([seed, len(strata)]).permutation(len(strata))
-    by_class = order[np.argsort(inverse[order], kind="stable")]
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    drawn = np.concatenate([by_class[start : start + share] for start, share in zip(starts, shares, strict=True)])
-    if not len(drawn):
-        what = "every class has a single row: no split is possible"
+    if not shares.any():
+        what = "every class has a single text: no split is possible"
         raise DataError(what, where=f"data.{name}", hint=f"a file of its own, or data.{name}=null")
+    order = np.random.default_rng([seed, len(strata)]).permutation(len(strata))
+    by_class = order[np.argsort(classes[order], kind="stable")]
+    drawn = _whole_texts(by_class, classes, digests, shares.tolist(), can_give.tolist())
+    if not len(drawn):
+        what = f"{fraction:g} of {len(strata)} rows is less than rows that say the same, which stay together"
+        hint = f"a larger fraction, a file of its own, or data.{name}=null"
+        raise DataError(what, where=f"data.{name}", hint=hint)
     return np.setdiff1d(np.arange(len(strata)), drawn), np.sort(drawn)
+
+
+def _smallest_text(classes: Indices, digests: Digests, num_classes: int) -> Indices:
+    """In how few rows of each class one text stands: what at least is left of it when texts are drawn whole."""
+    pairs, rows = np.unique(np.stack([classes.astype(np.uint64), digests]), axis=1, return_counts=True)
+    fewest = np.full(num_classes, len(classes))
+    np.minimum.at(fewest, pairs[0].astype(np.int64), rows)
+    return fewest
+
+
+def _whole_texts(
+    by_class: Indices, classes: Indices, digests: Digests, shares: list[int], can_give: list[int]
+) -> Indices:
+    """Rows in the order given, each with all that say the same, as long as they fit into the shares of their classes;
+    then such as fit into what is missing from all shares together.
+    """
+    texts: dict[int, list[int]] = {}
+    for row, key in zip(by_class.tolist(), digests[by_class].tolist(), strict=True):
+        texts.setdefault(key, []).append(row)
+    codes, wanted = classes.tolist(), sum(shares)
+    drawn: list[int] = []
+    taken = [0] * len(shares)
+    for limits in (shares, can_give):
+        for key, rows in list(texts.items()):
+            if len(drawn) + len(rows) > wanted:
+                continue
+            needs = Counter(codes[row] for row in rows)
+            missing = any(taken[code] < shares[code] for code in needs)
+            if missing and all(taken[code] + need <= limits[code] for code, need in needs.items()):
+                drawn += texts.pop(key)
+                for code, need in needs.items():
+                    taken[code] += need
+    return np.asarray(drawn, dtype=np.int64)
 
 
 def digest(row: Row) -> int:

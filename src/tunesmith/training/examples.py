@@ -109,13 +109,14 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     notes += [_left_out(name, part) for name, part in parts.items() if part.skipped]
     strata = np.asarray(task.strata(every.targets) or np.zeros(len(every.targets)), dtype=np.int64)
     notes += _remarks(every, strata, task)
-    if drawn := _drawn(strata, data, seed):
+    if drawn := _drawn(strata, every.digests, data, seed):
         parts |= {name: every.at(positions) for name, positions in drawn.items()}
         notes += _alone(every, strata)
     rows = {name: len(part.targets) for name, part in parts.items()}
     for name in sorted(parts.keys() - {"train"}):
         if repeated := splits.overlap(parts["train"].digests, parts[name].digests):
-            notes.append(f"{repeated} of {rows[name]} {name} rows stand word for word in train: scores will flatter")
+            said = f"{repeated} of {rows[name]} {name} rows stand word for word in train: scores will flatter"
+            notes.append(f"{said}; remove them from one of the files, or data.{name}=0.1 draws rows that train lacks")
     return Examples(task, data, {name: part.split for name, part in parts.items()}, notes, rows)
 
 
@@ -210,12 +211,14 @@ def _means_nothing(target: object) -> bool:
 
 
 def _alone(train: _Part, strata: splits.Indices) -> list[str]:
-    _, first, counts = np.unique(strata, return_index=True, return_counts=True)
+    texts = np.unique(np.stack([strata.astype(np.uint64), train.digests]), axis=1)[0]
+    _, first = np.unique(strata, return_index=True)
+    counts = np.unique(texts, return_counts=True)[1]
     names = [shorten(train.targets[index]) for index in first[counts == 1]]
     if not names:
         return []
     who = "1 class has" if len(names) == 1 else f"{len(names)} classes have"
-    return [f"{who} a single row, which stays in train where no score sees it: {', '.join(names[:3])}"]
+    return [f"{who} a single text, which stays in train where no score sees it: {', '.join(names[:3])}"]
 
 
 def _named_files(data: Data) -> Data:
@@ -232,14 +235,14 @@ def _named_files(data: Data) -> Data:
     return data.model_copy(update=named)
 
 
-def _drawn(strata: splits.Indices, data: Data, seed: int) -> dict[str, splits.Indices]:
+def _drawn(strata: splits.Indices, digests: splits.Digests, data: Data, seed: int) -> dict[str, splits.Indices]:
     """Which rows of train are in the splits that the recipe draws from it: test first, then validation, then train."""
     found: dict[str, splits.Indices] = {}
     left = np.arange(len(strata))
     for name, fraction in (("test", data.test), ("validation", data.validation)):
         if isinstance(fraction, float):
             of_all = min(fraction * len(strata) / len(left), 1.0)
-            kept, drawn = splits.stratified_split(strata[left], of_all, seed, name)
+            kept, drawn = splits.stratified_split(strata[left], digests[left], of_all, seed, name)
             found[name] = left[drawn]
             left = left[kept]
     return found | ({"train": left} if found else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,11 @@ from tunesmith.errors import DataError
 COUNTS = st.lists(st.integers(1, 60), min_size=1, max_size=8)
 
 
+def _draw(strata: np.ndarray, fraction: float, seed: int, name: str = "validation") -> tuple[np.ndarray, np.ndarray]:
+    """Of rows that all differ."""
+    return stratified_split(strata, np.arange(len(strata), dtype=np.uint64), fraction, seed, name)
+
+
 def _strata(counts: list[int]) -> np.ndarray:
     """Classes in no order."""
     return np.random.default_rng(len(counts)).permutation(np.repeat(np.arange(len(counts)), counts))
@@ -27,9 +33,9 @@ def test_each_class_gives_its_share(counts: list[int], fraction: float, seed: in
     strata = _strata(counts)
     if round(fraction * len(strata)) < 1 or max(counts) == 1:
         with pytest.raises(DataError, match=r"^data.test: "):
-            stratified_split(strata, fraction, seed, "test")
+            _draw(strata, fraction, seed, "test")
         return
-    kept, drawn = stratified_split(strata, fraction, seed)
+    kept, drawn = _draw(strata, fraction, seed)
     assert sorted([*kept, *drawn]) == list(range(len(strata)))
     assert (np.diff(kept) > 0).all() and (np.diff(drawn) > 0).all()
     gives = np.bincount(strata[drawn], minlength=len(counts))
@@ -41,20 +47,20 @@ def test_each_class_gives_its_share(counts: list[int], fraction: float, seed: in
 
 
 def test_classes_without_a_second_row_give_none_and_others_give_for_them() -> None:
-    kept, drawn = stratified_split(np.array([0] * 18 + [1, 2]), 0.25, 0)
+    kept, drawn = _draw(np.array([0] * 18 + [1, 2]), 0.25, 0)
     assert len(drawn) == 5 and {18, 19} <= set(kept.tolist())
 
 
 def test_the_draw_is_a_function_of_the_seed() -> None:
     strata = _strata([30, 20, 10])
-    draws = [tuple(stratified_split(strata, 0.2, seed)[1].tolist()) for seed in (0, 1, 2, 0)]
+    draws = [tuple(_draw(strata, 0.2, seed)[1].tolist()) for seed in (0, 1, 2, 0)]
     assert draws[0] == draws[3] and len(set(draws)) == 3
 
 
 def test_the_names_of_classes_do_not_matter() -> None:
     strata = _strata([30, 20, 10])
     renamed = np.array([7, -3, 100])[strata]
-    one, two = (stratified_split(codes, 0.2, 0)[1] for codes in (strata, renamed))
+    one, two = (_draw(codes, 0.2, 0)[1] for codes in (strata, renamed))
     assert np.bincount(strata[one]).tolist() == np.bincount(strata[two]).tolist() == [6, 4, 2]
 
 
@@ -62,13 +68,65 @@ def test_the_names_of_classes_do_not_matter() -> None:
     ("counts", "fraction", "said"),
     (
         ([20, 20], 0.01, "data.validation: 0.01 of 40 rows is none; a larger fraction, a file of its own, or "),
-        ([1, 1, 1], 0.5, "data.validation: every class has a single row: no split is possible; a file of its own, or "),
+        (
+            [1, 1, 1],
+            0.5,
+            "data.validation: every class has a single text: no split is possible; a file of its own, or ",
+        ),
     ),
 )
 def test_what_cannot_be_drawn_is_refused(counts: list[int], fraction: float, said: str) -> None:
     with pytest.raises(DataError) as caught:
-        stratified_split(_strata(counts), fraction, 0)
+        _draw(_strata(counts), fraction, 0)
     assert str(caught.value).startswith(said)
+
+
+def test_rows_that_all_differ_are_drawn_as_they_always_were() -> None:
+    assert _draw(np.arange(40) % 4 // 3, 0.2, 0)[1].tolist() == [0, 1, 10, 15, 21, 22, 32, 35]
+
+
+@given(texts=st.integers(15, 40), fraction=st.floats(0.1, 0.6), seed=st.integers(0, 10_000))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_equal_rows_stay_on_one_side(texts: int, fraction: float, seed: int) -> None:
+    chosen = np.random.default_rng(seed)
+    digests, strata = chosen.integers(0, texts, 120).astype(np.uint64), chosen.integers(0, 4, 120)
+    kept, drawn = stratified_split(strata, digests, fraction, seed)
+    assert sorted([*kept, *drawn]) == list(range(120))
+    assert not set(digests[kept]) & set(digests[drawn])
+    assert set(strata[kept]) == set(strata), "every class stays in train"
+    assert 0.6 * fraction * 120 - 1 <= len(drawn) <= round(fraction * 120)
+
+
+def test_of_rows_given_twice_each_class_still_gives_its_share() -> None:
+    strata = np.repeat(np.arange(24), 50)
+    texts = np.arange(1200, dtype=np.uint64) // 2
+    kept, drawn = stratified_split(strata, texts, 0.1, 0)
+    assert len(drawn) == 120 and not set(texts[kept]) & set(texts[drawn])
+    assert np.abs(np.bincount(strata[drawn]) - 5).max() == 1, "5 is no number of pairs: some give 4, some 6"
+
+
+def test_a_text_too_often_to_be_drawn_stays_in_train_and_others_go_for_it() -> None:
+    strata, texts = np.arange(100) % 2, np.maximum(np.arange(100), 59).astype(np.uint64)
+    kept, drawn = stratified_split(strata, texts, 0.1, 0)
+    assert len(drawn) == 10 and set(range(60)) <= set(kept.tolist())
+    assert np.bincount(strata[drawn]).tolist() == [5, 5]
+
+
+def test_texts_too_few_to_draw_from_are_refused() -> None:
+    strata, texts = np.arange(40) % 2, np.arange(40, dtype=np.uint64) % 4
+    with pytest.raises(DataError, match=r"^data.test: 0.1 of 40 rows is less than rows that say the same, which stay"):
+        stratified_split(strata, texts, 0.1, 0, "test")
+    assert len(stratified_split(strata, texts, 0.25, 0)[1]) == 10
+    with pytest.raises(DataError, match="every class has a single text: no split is possible"):
+        stratified_split(strata, strata.astype(np.uint64), 0.5, 0)
+
+
+def test_a_hundred_thousand_rows_are_drawn_at_once() -> None:
+    strata, texts = np.arange(100_000) % 7, np.arange(100_000, dtype=np.uint64) // 3
+    before = time.process_time()
+    kept, drawn = stratified_split(strata, texts, 0.1, 0)
+    assert time.process_time() - before < 2
+    assert 9_990 <= len(drawn) <= 10_000 and not np.isin(texts[kept], texts[drawn]).any()
 
 
 def _digest(**values: object) -> int:

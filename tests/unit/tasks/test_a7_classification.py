@@ -72,7 +72,7 @@ def test_a7_70_a_class_of_one_row_stays_in_train_and_that_is_said(written: Any) 
     read = _read(written([*_reviews(40), ("the plot was very poor", "odd")]), validation=0.2)
     labels = [row.values["label"] for row in read.splits["train"].rows()]
     assert labels.count("odd") == 1 and read.rows == {"train": 33, "validation": 8}
-    assert read.notes == ["1 class has a single row, which stays in train where no score sees it: 'odd'"]
+    assert read.notes == ["1 class has a single text, which stays in train where no score sees it: 'odd'"]
 
 
 def test_a7_71_ten_thousand_classes_are_identifiers(refuse: Refuse) -> None:
@@ -142,13 +142,12 @@ def test_a7_76_one_text_for_all_rows_is_refused(refuse: Refuse) -> None:
     assert said == f"train.jsonl: {what}; data.columns.text=NAME if it is another column"
 
 
-def test_a7_77_rows_given_twice_are_counted(written: Any) -> None:
+def test_a7_77_rows_given_twice_are_counted_and_stay_on_one_side(written: Any) -> None:
     read = _read(written(_reviews(20) * 2), validation=0.5)
-    repeat, flatter = read.notes
-    assert repeat == "20 of 40 train rows repeat an earlier text word for word"
-    seen = {row.values["text"] for row in read.splits["train"].rows()}
-    twice = sum(row.values["text"] in seen for row in read.splits["validation"].rows())
-    assert flatter == f"{twice} of 20 validation rows stand word for word in train: scores will flatter"
+    assert read.notes == ["20 of 40 train rows repeat an earlier text word for word"]
+    assert read.rows == {"train": 20, "validation": 20}
+    train, validation = ({row.values["text"] for row in read.splits[name].rows()} for name in ("train", "validation"))
+    assert len(train) == len(validation) == 10 and not train & validation
 
 
 def test_a7_78_texts_with_two_labels_are_counted(written: Any) -> None:
@@ -259,7 +258,8 @@ def test_a7_99_and_100_such_rows_can_be_skipped(written: Any, tmp_path: Path) ->
 def test_a7_140_rows_that_also_stand_in_train_are_counted(written: Any) -> None:
     twins = [(f"  {GOOD.upper()} .", "pos"), ("the film was fine", "pos"), (f"{BAD} .", "neg")]
     read = _read(written(_reviews(20)), test=written(twins, "test"))
-    assert read.notes == ["2 of 3 test rows stand word for word in train: scores will flatter"]
+    said = "2 of 3 test rows stand word for word in train: scores will flatter; remove them from one of the files, or "
+    assert read.notes == [f"{said}data.test=0.1 draws rows that train lacks"]
 
 
 @pytest.mark.parametrize("split", ("validation", "test"))
@@ -291,4 +291,4 @@ def test_a7_140_a_fraction_of_no_row_is_refused(split: str, refuse: Refuse) -> N
 
 def test_a7_140_classes_of_one_row_each_leave_nothing_to_draw(refuse: Refuse) -> None:
     said = refuse([(f"{GOOD} {n}", f"class {n}") for n in range(20)], "data.test=0.2")
-    assert said.startswith("data.test: every class has a single row: no split is possible")
+    assert said.startswith("data.test: every class has a single text: no split is possible")
