@@ -41,7 +41,7 @@ def read_file(path: Path) -> Written:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise RecipeError(f"cannot read the recipe: {reason}", where=str(path), hint=hint) from None
     tree = _parse(text, str(path))
-    if not isinstance(tree, Mapping):
+    if not isinstance(tree, Mapping) or not tree:
         raise RecipeError("a recipe is a list of `key: value` lines", where=f"{path}:1")
     return _plain(tree), lambda key: f"{path}:{_line(tree, key)}: {'.'.join(key)}"
 

@@ -94,7 +94,7 @@ def test_hostile_and_broken_yaml(text: str, said: str, read: Any, monkeypatch: p
         read(text)
 
 
-@pytest.mark.parametrize("text", ("", "just words", "- a\n- list\n", "# nothing\n"))
+@pytest.mark.parametrize("text", ("", "just words", "- a\n- list\n", "# nothing\n", "{}\n"))
 def test_what_is_no_recipe(text: str, read: Any) -> None:
     with pytest.raises(RecipeError, match="recipe.yaml:1: a recipe is a list of `key: value` lines"):
         read(text)
