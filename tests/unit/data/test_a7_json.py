@@ -235,6 +235,15 @@ def test_a7_48_a_text_that_is_none_is_refused_or_skipped(value: str, form: str, 
 
 
 @each_form
+def test_a7_48_a_second_text_that_only_late_rows_have_is_found(form: str, read: Read) -> None:
+    objects = [{"text": f"the film {n}", "label": ("pos", "neg")[n % 2]} for n in range(300)]
+    objects[270] |= {"hypothesis": "it was great"}
+    found = list(read(_file([json.dumps(row) for row in objects], form)).splits["train"].rows())
+    assert found[270].values["text_pair"] == "it was great" and len(found) == 300
+    assert not any("text_pair" in row.values for row in found if row is not found[270])
+
+
+@each_form
 @pytest.mark.parametrize("missing", ("text", "label"))
 def test_a7_48_a_key_that_is_not_there_is_refused_or_skipped(
     missing: str, form: str, refuse: Refuse, read: Read

@@ -341,7 +341,7 @@ OTHERS = {
     "huatuo_zh/llama_data.json": ":1: no column for label among: instruction, input, output; ",
     "tatoeba_en_zh/cmn.txt.gz": ":1: no header, and what the columns hold does not tell which is text and label: Hi.",
     "multi30k_en_de/train.en.gz": ":1: no header, and what the columns hold does not tell which is text and label: Two",
-    "pneumoniamnist/pneumoniamnist_merged.npz": ": this is a zip or Excel file, whatever its name says; ",
+    "pneumoniamnist/pneumoniamnist_merged.npz": ": this is a zip, Excel or Word file, whatever its name says; ",
     "hymenoptera": ": no train file in this folder; name it train.csv, or give the file",
 }
 

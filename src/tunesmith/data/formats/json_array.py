@@ -19,7 +19,7 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 
 
 def open_rows(path: Path) -> Opened:
-    """Keys seen in the first objects, and a reader. `line` is the object's number in the array."""
+    """Keys of all objects, and a reader. `line` is the object's number in the array."""
     return opened(lambda: _rows(path))
 
 

@@ -11,7 +11,7 @@ from tunesmith.errors import shorten
 
 
 def open_rows(path: Path) -> Opened:
-    """Keys seen in the first lines, and a reader."""
+    """Keys of all lines, and a reader."""
     return opened(lambda: _rows(path))
 
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import islice
 from typing import Any
 
 from tunesmith.data.formats.raw import BadRow, Opened, RawRow, Rows, unreadable
 from tunesmith.errors import shorten
 
 MAX_DIGITS = 4000
-SAMPLE_ROWS = 200
 
 
 def opened(rows: Rows) -> Opened:
-    """The keys seen in the first objects, and the reader."""
+    """The keys of all objects, since any may be the first with a second text, and the reader."""
     names: dict[str, None] = {}
-    for row in islice(rows(), SAMPLE_ROWS):
+    for row in rows():
         if isinstance(row, RawRow):
             names |= dict.fromkeys(row.values)
     return Opened(list(names), rows)

@@ -12,9 +12,11 @@ from tunesmith.errors import DataError, did_you_mean, shorten
 
 Format = Literal["csv", "tsv", "jsonl", "json", "parquet"]
 FOREIGN = {
-    b"PK\x03\x04": ("a zip or Excel file", "save it as CSV (UTF-8)"),
+    b"PK\x03\x04": ("a zip, Excel or Word file", "unpack it, or save its table as CSV (UTF-8)"),
     b"\xd0\xcf\x11\xe0": ("an old Excel file", "save it as CSV (UTF-8)"),
     b"%PDF": ("a PDF", "extract its text first"),
+    b"\x89PNG": ("a PNG picture", "give a table of texts, as CSV or JSONL"),
+    b"\xff\xd8\xff": ("a JPEG picture", "give a table of texts, as CSV or JSONL"),
     b"\x80\x04": ("a pickle", "export it as CSV or JSONL: pickles can run code"),
     b"\x80\x05": ("a pickle", "export it as CSV or JSONL: pickles can run code"),
     b"BZh": ("bzip2-compressed", "unpack it first"),

@@ -1,0 +1,120 @@
+"""Texts as what a model reads: tokens as ragged fields of examples, and a batch of them as padded inputs.
+
+Longer texts are cut and counted, or read in windows, each a whole input, whose outputs are averaged per text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunesmith.data.batches import Batch, Ragged
+from tunesmith.data.encoded import Encoded
+from tunesmith.data.formats import Row
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.recipe import Data
+
+MAX_CHARS_PER_TOKEN = 64
+
+
+def encode_texts(rows: Sequence[Row], processor: Any, data: Data, windows: int | None = None) -> list[dict[str, Any]]:
+    """Each row's `text`, or `text` and `text_pair`: input_ids (all windows of a row, flat), whether words were cut,
+    the windows' lengths where there are windows, token_type_ids where the model was made with them.
+
+    Raises:
+        DataError: a row's text is nothing to this tokenizer.
+        RecipeError: this tokenizer cannot read in windows.
+    """
+    if windows and not processor.is_fast:
+        what = f"task.windows: {type(processor).__name__} has no fast form, which alone gives what is left over"
+        raise RecipeError(what, hint="leave the key out: longer texts are cut")
+    encoded: dict[int, dict[str, Any]] = {}
+    for roles in (("text",), ("text", "text_pair")):  # a row without a second text is read as a text alone
+        part = {n: row for n, row in enumerate(rows) if ("text_pair" in row.values) == (len(roles) == 2)}
+        if part:
+            encoded |= zip(part, _encode(list(part.values()), roles, processor, data, windows), strict=True)
+    return [encoded[number] for number in range(len(rows))]
+
+
+def _encode(
+    rows: list[Row], roles: Sequence[str], processor: Any, data: Data, windows: int | None
+) -> list[dict[str, Any]]:
+    assert data.max_length is not None, "the run resolves max_length"
+    most = data.max_length * (windows or 1) * MAX_CHARS_PER_TOKEN  # a tokenizer's time grows with all that it is shown
+    texts = [[_head(str(row.values[role]), most) for row in rows] for role in roles]
+    coded = processor(*texts, truncation=True, max_length=data.max_length, return_overflowing_tokens=bool(windows))
+    pieces: list[list[int]] = [[] for _ in rows]
+    for index, row in enumerate(coded.get("overflow_to_sample_mapping", range(len(rows)))):
+        pieces[row].append(index)
+    specials = processor.num_special_tokens_to_add(pair=len(roles) == 2)
+    for row, mine in zip(rows, pieces, strict=True):
+        if sum(len(coded["input_ids"][index]) for index in mine) <= specials:
+            raise DataError("text: nothing is left of it as tokens", where=row.place, hint="remove the row")
+    fields = [_fields(coded, mine, data.max_length, windows) for mine in pieces]
+    for one, row, *parts in zip(fields, rows, *texts, strict=True):
+        one["cut"] |= int(len(str(row.values["text"]).strip()) > most)
+        if not processor.is_fast and len(one["input_ids"]) == data.max_length:  # it does not say what it has cut
+            one["cut"] |= int(len(processor(*parts)["input_ids"]) > data.max_length)
+    return fields
+
+
+def _head(text: str, most: int) -> str:
+    return text if len(text) <= most else text.lstrip()[:most]
+
+
+def _fields(coded: Any, pieces: list[int], max_length: int, windows: int | None) -> dict[str, Any]:
+    """The fields of one row, of whose tokens `pieces` are the numbers in `coded`, in their order."""
+    kept = pieces[: windows or 1]
+    full = len(coded["input_ids"][kept[-1]]) == max_length
+    cut = len(pieces) > len(kept) or (full and bool(coded.encodings and coded.encodings[kept[-1]].overflowing))
+    fields: dict[str, Any] = {
+        "input_ids": [token for index in kept for token in coded["input_ids"][index]],
+        "cut": int(cut),
+    }
+    if windows:
+        fields["windows"] = [len(coded["input_ids"][index]) for index in kept]
+    if "token_type_ids" in coded:
+        fields["token_type_ids"] = [kind for index in kept for kind in coded["token_type_ids"][index]]
+    return fields
+
+
+def text_notes(encoded: Encoded, processor: Any, windows: int | None = None) -> list[str]:
+    """Texts cut, and unknown tokens above 5 %."""
+    notes = []
+    cut = int(encoded.column("cut").sum())
+    if cut:
+        way_out = "task.windows=N reads more of them" if windows is None else "raise task.windows"
+        notes.append(f"{cut} of {len(encoded)} texts are longer than is read and were cut ({way_out})")
+    ids = encoded.column("input_ids")
+    unknown = getattr(processor, "unk_token_id", None)
+    if unknown is not None and len(ids) and (share := float(np.mean(ids == unknown))) > 0.05:
+        notes.append(f"{share:.0%} of the tokens are unknown to this model: another model may fit the language")
+    return notes
+
+
+def model_inputs(batch: Batch, pad_token_id: int) -> dict[str, Tensor]:
+    """A batch of texts, or of all their windows, as a model's arguments."""  # each (texts or windows, tokens)
+    ids = batch.ragged("input_ids")
+    offsets = ids.offsets
+    if "windows" in batch:
+        offsets = F.pad(batch.ragged("windows").values.cumsum(0), (1, 0))
+    rows = Ragged(ids.values, offsets)
+    inputs = {"input_ids": rows.padded(pad_token_id), "attention_mask": rows.mask()}
+    if "token_type_ids" in batch:
+        inputs["token_type_ids"] = Ragged(batch.ragged("token_type_ids").values, offsets).padded(0)
+    return inputs
+
+
+def mean_of_windows(outputs: Tensor, batch: Batch) -> Tensor:
+    """What the model gave for each text or window as one output per text."""  # (texts, outputs)
+    if "windows" not in batch:
+        return outputs
+    windows = batch.ragged("windows").lengths
+    owner = torch.repeat_interleave(torch.arange(len(windows), device=outputs.device), windows)
+    summed = outputs.new_zeros(len(windows), outputs.shape[1]).index_add(0, owner, outputs)
+    return summed / windows[:, None]
