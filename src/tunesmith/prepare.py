@@ -93,13 +93,13 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     before = {name for name, _ in model.named_buffers()}
     torch.manual_seed(recipe.train.seed)
     models.check_vocabulary(model, processor, recipe.model)
-    technique.apply(model, anatomy)
+    technique.apply(model, anatomy, processor)
     learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     learned += tuple(name for name, _ in model.named_buffers() if name not in before)
     padding_free = _speed_up(model, anatomy, found)
     machine.store_frozen(model, found.autocast_dtype)
     model.to(found.device)
-    data = read.data.model_copy(update={"max_length": _max_length(read.data.max_length, model, processor)})
+    data = read.data.model_copy(update={"max_length": _max_length(read.data.max_length, model, processor, technique)})
     read = replace(read, data=data)
     encoded = _encode(read, processor, talk)
     if recipe.train.metric and "validation" in encoded:
@@ -131,8 +131,8 @@ def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, En
     return encoded
 
 
-def _max_length(asked: int | None, model: nn.Module, processor: Any) -> int:
-    limit = models.length_limit(model, processor)
+def _max_length(asked: int | None, model: nn.Module, processor: Any, technique: Technique) -> int:
+    limit = models.length_limit(model, processor) - technique.virtual_tokens
     if asked is not None and asked > limit:
         raise RecipeError(
             f"data.max_length: {asked} tokens, but this model reads at most {limit}", hint=f"at most {limit}"

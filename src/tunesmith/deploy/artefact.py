@@ -68,7 +68,7 @@ def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, st
         seed=recipe.train.seed,
         pad_token_id=processor.pad_token_id,
     )
-    technique.apply(model, anatomy)
+    technique.apply(model, anatomy, processor)
     put(model, state)
     technique.merge(model)
     with _complete(folder / "model") as target, models.quiet():

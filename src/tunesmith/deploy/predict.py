@@ -116,7 +116,7 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
     )
     if adapter is not None:
         assert isinstance(recipe.technique, Technique)
-        recipe.technique.apply(model, anatomy)
+        recipe.technique.apply(model, anatomy, processor)
         with _reading(adapter / "adapter_model.safetensors") as file:
             tensors = load_file(file)
         recipe.technique.load_adapter(model, tensors)
