@@ -81,8 +81,17 @@ class Tuned:
             return evaluate.answers(self.model, self.task, encoded, self.machine)
 
 
-def load(run: str | Path, *, device: str = "auto", offline: bool = False, allow_pickle: bool = False) -> Tuned:
+def load(
+    run: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: str = "auto",
+    offline: bool = False,
+    allow_pickle: bool = False,
+) -> Tuned:
     """The model of a finished run; `allow_pickle` reads `.bin` weights of the base of an adapter (weights_only).
+
+    `base` says where the base of an adapter is now, if it has moved.
 
     Raises:
         RecipeError: there is no finished run in that folder.
@@ -96,7 +105,7 @@ def load(run: str | Path, *, device: str = "auto", offline: bool = False, allow_
         source = sources.resolve(str(folder / "model"), offline=True)
         return _ready(recipe, source, None, machine.find(device).device)
     if (folder / "adapter" / "adapter_config.json").exists():
-        source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle)
+        source = sources.resolve(str(base or recipe.model), offline=offline, allow_pickle=allow_pickle)
         return _ready(recipe, source, folder / "adapter", machine.find(device).device)
     hint = f"`tunesmith train --resume {shlex.quote(str(folder))}`"
     raise RecipeError("the run is not finished", where=str(folder), hint=hint)
