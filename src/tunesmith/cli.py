@@ -195,13 +195,16 @@ def init(
 ) -> None:
     """Write a commented starter recipe."""
     from tunesmith.recipe import starter
+    from tunesmith.talk import command
     from tunesmith.training.files import atomic_write
 
     text = starter(task, technique)
     _check_new(output)
     atomic_write(output, text)
-    again = f"tunesmith train {shlex.quote(str(output))}"
-    _talk(as_json, quiet, verbose).say(f"wrote {output}; put your data's name in it, then: {again}")
+    talk = _talk(as_json, quiet, verbose)
+    talk.say(f"wrote {output}; put your data's name in it, then: {command('train', output)}")
+    schema = shlex.quote(str(output.with_name("tunesmith.schema.json")))
+    talk.say(f"for an editor that completes and checks its keys: {command('schema')} > {schema}")
     if as_json:
         _emit({"recipe": str(output)})
 
@@ -279,8 +282,9 @@ def evaluate(
     if as_json:
         _emit(result)
         return
-    who = "linear probe on the untouched base" if base else str(run)
-    print(f"{who} on {result['split']} ({result['examples']} examples): {scores_line(result['metrics'], 'accuracy')}")
+    probe = {"linear probe on the untouched base": result["metrics"]} if base else {}
+    for who, scores in (probe | {str(run): result["run_metrics" if base else "metrics"]}).items():
+        print(f"{who} on {result['split']} ({result['examples']} examples): {scores_line(scores, 'accuracy')}")
     if "baseline" in result:
         print(f"a guess that knows only the training labels: {scores_line(result['baseline'], 'accuracy')}")
 

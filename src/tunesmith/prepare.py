@@ -75,7 +75,8 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     """Data, then model, then technique: what can be refused is refused before anything is fetched."""
     task, technique = recipe.task, recipe.technique
     assert isinstance(task, Task) and isinstance(technique, Technique)
-    read = examples.read(task, recipe.data, recipe.train.seed)
+    with talk.during(f"reading {recipe.data.train}"):
+        read = examples.read(task, recipe.data, recipe.train.seed)
     for note in read.notes:
         talk.warn(note)
     if recipe.train.early_stopping_patience and "validation" not in read.splits:
@@ -123,11 +124,12 @@ def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
 def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, Encoded]:
     cache = sources.cache_home() / "encoded"
     processor_hash = models.processor_hash(processor)
-    with parallel.first_alone():  # it encodes, the others open what it wrote
+    rows = f"{sum(read.rows.values()):,} rows"
+    with talk.during(f"encoding {rows}"), parallel.first_alone():  # it encodes, the others open what it wrote
         encoded = examples.encode_splits(read, processor, processor_hash, cache)
-    for name, split in encoded.items():
-        for note in read.task.notes(split, processor):
-            talk.warn(f"{name}: {note}")
+    notes = ((name, f": {note}") for name, split in encoded.items() for note in read.task.notes(split, processor))
+    for note in examples.said_once(notes):
+        talk.warn(note)
     return encoded
 
 

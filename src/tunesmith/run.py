@@ -30,7 +30,7 @@ from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeE
 from tunesmith.insight import report
 from tunesmith.prepare import Prepared, prepare
 from tunesmith.recipe import Recipe, Train
-from tunesmith.talk import Talk, scores_line
+from tunesmith.talk import Talk, command, scores_line
 from tunesmith.tasks import LOW_IS_GOOD
 from tunesmith.training import checkpoint, evaluate, files, loop, machine, optimizer, parallel
 from tunesmith.training.machine import Machine
@@ -85,7 +85,6 @@ def train(
     folder = Path(resume or wanted.output)
     found = machine.find(wanted.train.device, wanted.train.precision)
     with parallel.group(found.device.type):
-        files.make_folder(folder)
         with RunLock(folder, enabled=parallel.rank() == 0):
             if parallel.rank() == 0:
                 claim(folder, resume=resume is not None, overwrite=overwrite)
@@ -181,7 +180,7 @@ def _introduce(prepared: Prepared, folder: Path, talk: Talk) -> None:
 
 
 def _resume_command(folder: Path) -> str:
-    return f"tunesmith train --resume {shlex.quote(str(folder))}"
+    return command("train", "--resume", folder)
 
 
 def _fit(
@@ -290,7 +289,8 @@ def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], fo
     words = [f"epoch {step.epoch:.3g}", f"loss {sum(one.loss for one in since) / len(since):.4f}"]
     better = False
     if "validation" in prepared.encoded:
-        scores = evaluate.scores(prepared.model, prepared.task, prepared.encoded["validation"], prepared.machine)
+        with talk.during("scoring validation"):
+            scores = evaluate.scores(prepared.model, prepared.task, prepared.encoded["validation"], prepared.machine)
         score = evaluate.pick(scores, metric)
         sign = -1 if metric in LOW_IS_GOOD else 1
         better = math.isfinite(score) and (progress.best is None or sign * score > sign * progress.best)
@@ -366,15 +366,16 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
         _write_artefact(prepared, folder)
     parallel.barrier()
     pickled, device = prepared.source.allow_pickle, str(prepared.machine.device)
+    held_out = [name for name in ("validation", "test") if name in prepared.encoded]
     tuned = predict.load(folder, device=device, offline=True, allow_pickle=pickled)
     metrics: dict[str, Any] = {}
     said: list[dict[str, Any]] = []
-    for name in ("validation", "test"):
-        if name in prepared.encoded:
-            split = prepared.encoded[name]
+    for name in held_out:
+        split = prepared.encoded[name]
+        with talk.during(f"scoring what was saved on {name}"):
             metrics[name], said = evaluate.scores_and_answers(tuned.model, tuned.task, split, tuned.machine)
-            guess = evaluate.baseline(prepared.task, prepared.encoded["train"], prepared.encoded[name])
-            metrics["baseline"] = {"split": name, **guess}
+        guess = evaluate.baseline(prepared.task, prepared.encoded["train"], split)
+        metrics["baseline"] = {"split": name, **guess}
     result = _result(prepared, progress, folder, metrics)
     if parallel.rank() == 0:
         if "test" in prepared.examples.splits:
@@ -418,10 +419,10 @@ def _result(prepared: Prepared, progress: Progress, folder: Path, metrics: dict[
 
 def _write_run(folder: Path, prepared: Prepared, progress: Progress, outcome: dict[str, Any]) -> None:
     """`run.json`: everything that is needed to know what was done with what, and to go on."""
-    source = prepared.source
+    source, before = prepared.source, files.read_json(folder / "run.json")
     about = {
         **outcome,
-        "command": redact(shlex.join(sys.argv)),
+        "command": before.get("command") or redact(shlex.join(sys.argv)),  # a resume is no other run
         "resume": _resume_command(folder),
         "seed": prepared.recipe.train.seed,
         "overridden": progress.overridden,
@@ -431,6 +432,7 @@ def _write_run(folder: Path, prepared: Prepared, progress: Progress, outcome: di
             "kind": source.kind,
             "revision": source.revision,
             "license": source.license,
+            "package_license": source.package_license,
             "sha256": source.sha256(),
             "family": prepared.anatomy.family,
         },
@@ -448,12 +450,11 @@ def _write_run(folder: Path, prepared: Prepared, progress: Progress, outcome: di
 
 def _outcome(folder: Path, outcome: str) -> None:
     """Note in `run.json` how a run ended that did not finish."""
-    path = folder / "run.json"
-    about = json.loads(path.read_text(encoding="utf-8")) if parallel.rank() == 0 and path.exists() else {}
+    about = files.read_json(folder / "run.json") if parallel.rank() == 0 else {}
     if about.get("outcome") == "running":  # a finished run whose resumption was refused is still done
         about["outcome"] = redact(outcome)
         with contextlib.suppress(ResourceError):  # on a full disk what ended the run counts, not that it is not noted
-            files.atomic_write(path, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+            files.atomic_write(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
 def _write_predictions(prepared: Prepared, answers: list[dict[str, Any]], folder: Path) -> None:
@@ -475,4 +476,4 @@ def _conclude(prepared: Prepared, metrics: dict[str, Any], folder: Path, talk: T
     if metric in (guess := metrics.get("baseline", {})):
         score = f"{metric} {guess[metric]:.4f} on {guess['split']}"
         talk.say(f"a guess that knows only the training labels: {score}")
-    talk.say(f'written to {folder}; ask it: tunesmith predict {shlex.quote(str(folder))} "..."')
+    talk.say(f'written to {folder}; ask it: {command("predict", folder)} "..."')

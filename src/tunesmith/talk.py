@@ -1,26 +1,37 @@
 """What a run says while it works: plain lines, and a progress bar where a person is watching.
 
 With `--json` all talk goes to stderr, so that stdout holds one JSON object. A notebook gets the same plain lines and,
-below them, one that is written over as the steps go by.
+below them, one that is written over as the steps go by. A file gets a line now and then.
 """
 
 from __future__ import annotations
 
 import builtins
 import os
+import shlex
+import shutil
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["Talk", "scores_line"]
+__all__ = ["Talk", "command", "scores_line"]
 
 REWRITE_S = 0.2
 """How often a notebook's last line is written anew."""
+
+SILENCE_S = 30.0
+"""How long a run says nothing of its steps where there is no bar."""
+
+PATIENCE_S = 5.0
+"""How long what comes between the steps may take before it is said what that is."""
 
 
 @dataclass
@@ -53,33 +64,56 @@ class Talk:
         """What should not pass unseen, even when quiet."""
         self._print(f"warning: {text}", style="yellow")
 
+    @contextmanager
+    def during(self, text: str) -> Iterator[None]:
+        """Say what is going on, if it is not over soon."""
+        timer = threading.Timer(PATIENCE_S, self.say, (text,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def _print(self, text: str, **style: Any) -> None:
         self._rewrite("")
         self.console.print(text, **style)
 
     @contextmanager
     def progress(self, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-        """A bar on a terminal; nothing in a file, where epoch lines are enough. Call with (steps done, text)."""
-        watched = self.level >= 0 and not self.console.quiet and not os.environ.get("CI")
-        if watched and not self.console.is_terminal and hasattr(builtins, "get_ipython"):  # a notebook
+        """A bar on a terminal, a line now and then in a file. Call with (steps done, text)."""
+        drawn = self.level >= 0 and not self.console.quiet and not os.environ.get("CI")
+        if drawn and self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("steps"),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                task = bar.add_task("training", total=total, completed=done)
+                yield lambda completed, text: bar.update(task, completed=completed, description=text)
+        elif drawn and hasattr(builtins, "get_ipython"):  # a notebook
             try:
                 yield lambda completed, text: self._step(f"step {completed} of {total}  {text}")
             finally:
                 self._rewrite("")
-            return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
-            TimeRemainingColumn(),
-        )
-        bar = Progress(
-            *columns, console=self.console, disable=not (watched and self.console.is_terminal), transient=True
-        )
-        with bar:
-            task = bar.add_task("training", total=total, completed=done)
-            yield lambda completed, text: bar.update(task, completed=completed, description=text)
+        else:
+            yield self._now_and_then(total, done)
+
+    def _now_and_then(self, total: int, done: int) -> Callable[[int, str], None]:
+        began = said = time.monotonic()
+
+        def show(completed: int, text: str) -> None:
+            nonlocal said
+            now = time.monotonic()
+            if now - said >= SILENCE_S:
+                left = (now - began) / max(completed - done, 1) * (total - completed)
+                self.say(f"step {completed} of {total}  {text}  {_duration(left)} left")
+                said = now
+
+        return show
 
     def _step(self, text: str) -> None:
         if time.monotonic() - self._written_s > REWRITE_S:
@@ -98,3 +132,23 @@ def scores_line(scores: dict[str, Any], first: str) -> str:
     """The plain numbers of a score on one line, the one that counts first."""
     names = sorted((name for name, value in scores.items() if isinstance(value, float)), key=lambda name: name != first)
     return "  ".join(f"{name} {scores[name]:.4f}" for name in names)
+
+
+def _duration(seconds: float) -> str:
+    """As one would say it: `40 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def command(*words: object) -> str:
+    """What to type for `tunesmith WORDS`: by its name where PATH finds this very program, else by where it lies."""
+    python = Path(sys.executable)
+    script, found = python.with_name("tunesmith"), shutil.which("tunesmith")
+    program: list[object] = [script] if script.exists() else [python, "-m", "tunesmith"]
+    if found and (not script.exists() or script.samefile(found)):
+        program = ["tunesmith"]
+    elif python.is_relative_to(Path.cwd()):
+        program[0] = Path(str(program[0])).relative_to(Path.cwd())
+    return shlex.join(str(word) for word in (*program, *words))

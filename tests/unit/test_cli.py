@@ -317,7 +317,10 @@ def test_init_writes_a_recipe_that_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = command("init", "text-classification", "--technique", technique)
-    assert (code, err) == (0, "") and out.endswith("then: tunesmith train recipe.yaml\n")
+    assert (code, err) == (0, "")
+    then, editor = out.splitlines()
+    assert then.endswith("then: tunesmith train recipe.yaml")
+    assert editor.endswith(": tunesmith schema > tunesmith.schema.json")
     text = Path("recipe.yaml").read_text(encoding="utf-8")
     for key in (
         *recipe.Data.model_fields,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tunesmith
+from tunesmith.errors import RecipeError, UserError
 
 TECHNIQUES = ("full", {"name": "freeze", "last_n_blocks": 1}, {"name": "lora", "r": 4})
 
@@ -35,3 +37,43 @@ def test_the_same_recipe_gives_the_same_bits(recipe_of: Any, tmp_path: Path) -> 
     assert losses[0] == losses[1] and len(losses[0]) == 6
     first, second = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("a", "b"))
     assert first == second
+
+
+def test_a_resume_keeps_the_command_that_began_the_run(
+    recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tunesmith", "train", "my.yaml"])
+    tunesmith.train(recipe_of("train.max_steps=1", "train.epochs=null"))
+    monkeypatch.setattr(sys, "argv", ["tunesmith", "train", "--resume", "run"])
+    tunesmith.train(resume=tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["command"] == "tunesmith train my.yaml" and about["resume"].endswith(f"train --resume {tmp_path}/run")
+    assert "- command: `tunesmith train my.yaml`\n" in (tmp_path / "run" / "README.md").read_text()
+    (tmp_path / "run" / "run.json").write_bytes(b"")
+    tunesmith.train(resume=tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"] == "done", "a power cut has spoilt it"
+
+
+REFUSED = {
+    "no data": {"data": {"train": "none.csv"}},
+    "no model": {"model": "./none"},
+    "a value found late": {"data": {"max_length": 10**6}},
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_run_refused_before_it_began_leaves_nothing(
+    why: str, recipe_of: Any, reviews_csv: Path, tmp_path: Path
+) -> None:
+    values = REFUSED[why] | {"data": {"train": str(reviews_csv)} | REFUSED[why].get("data", {})}
+    with pytest.raises(UserError):
+        tunesmith.train(recipe_of(**values, output=str(tmp_path / "mine" / "runs" / "new")))
+    assert not (tmp_path / "mine").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError):
+        tunesmith.train(recipe_of(**values, output=str(tmp_path / "mine")))
+    assert list((tmp_path / "mine").iterdir()) == [], "a folder of the user's stays, without our lock"
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="not empty"):
+        tunesmith.train(recipe_of(**values, output=str(tmp_path / "mine")))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]

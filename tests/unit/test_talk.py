@@ -9,12 +9,13 @@ import os
 import pty
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tunesmith import talk
-from tunesmith.talk import Talk, scores_line
+from tunesmith.talk import Talk, command, scores_line
 
 
 def _say_all(to: Talk) -> None:
@@ -57,6 +58,99 @@ def test_in_a_file_there_is_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
         to.say("epoch 1")
         show(2, "loss 0.4")
     assert capsys.readouterr() == ("epoch 1\n", "")
+
+
+def test_in_a_file_there_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter((0.0, 20.0, 30.0, 50.0, 90.0, 110.0, 230.0))
+    monkeypatch.setattr(talk.time, "monotonic", lambda: next(now))
+    with Talk(to_stderr=True).progress(6000, 100) as show:
+        for step in range(101, 107):
+            show(step, "loss 0.5")
+    assert capsys.readouterr().err.splitlines() == [
+        "step 102 of 6000  loss 0.5  24 h 34 min left",
+        "step 104 of 6000  loss 0.5  36 h 51 min left",
+        "step 106 of 6000  loss 0.5  62 h 46 min left",
+    ]
+
+
+def test_in_a_file_the_line_can_be_unwanted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(talk, "SILENCE_S", 0.0)
+    with Talk(level=-1).progress(10) as show:
+        show(1, "loss 0.5")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_takes_long_is_said_once_it_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Talk().during("reading a little"):
+        pass
+    monkeypatch.setattr(talk, "PATIENCE_S", 0.0)
+    said = ""
+    with Talk().during("reading much"):
+        while not said:
+            said = capsys.readouterr().out
+    assert said == "reading much\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    ((7.4, "7 s"), (99.0, "99 s"), (101.0, "2 min"), (3590.0, "1 h 0 min"), (12000.0, "3 h 20 min")),
+)
+def test_durations(
+    seconds: float, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(talk, "SILENCE_S", 0.0)
+    now = iter((0.0, seconds))
+    monkeypatch.setattr(talk.time, "monotonic", lambda: next(now))
+    with Talk().progress(2) as show:
+        show(1, "loss 0.5")
+    assert capsys.readouterr().out == f"step 1 of 2  loss 0.5  {said} left\n"
+
+
+def _program(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("on_path", "here", "typed"),
+    (
+        ("it", "", "tunesmith predict 'my run'"),
+        ("another", "", "'my env/bin/tunesmith' predict 'my run'"),
+        ("nothing", "", "'my env/bin/tunesmith' predict 'my run'"),
+        ("nothing", "elsewhere", "'{tmp}/my env/bin/tunesmith' predict 'my run'"),
+    ),
+)
+def test_a_command_can_be_typed_as_it_is_said(
+    on_path: str, here: str, typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = _program(tmp_path / "my env" / "bin" / "tunesmith")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    if on_path == "it":  # as pipx does
+        (tmp_path / "bin" / "tunesmith").symlink_to(script)
+    elif on_path == "another":
+        _program(tmp_path / "bin" / "tunesmith")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(sys, "executable", str(script.with_name("python")))
+    monkeypatch.chdir(tmp_path / here)
+    assert command("predict", Path("my run")) == typed.format(tmp=tmp_path)
+
+
+def test_without_a_script_the_interpreter_runs_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    assert command("train") == "bin/python -m tunesmith train"
+    _program(tmp_path / "tunesmith")
+    assert command("train") == "tunesmith train"
 
 
 Written = Callable[[], str]

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tunesmith.metrics import MEANINGS
 from tunesmith.recipe import Recipe, to_yaml
 from tunesmith.recipe import load as load_recipe
 from tunesmith.tasks import Task
@@ -54,7 +55,7 @@ def _head(recipe: Recipe, run: dict[str, Any], adapter: bool) -> dict[str, Any]:
     base = run["model"]
     if base["kind"] == "hub":
         head |= {"base_model": _hub_name(base["spec"]), "base_model_relation": "adapter" if adapter else "finetune"}
-    head |= _license(base["license"])
+    head |= _license(base["license"] or base["package_license"])
     head["tags"] = ["tunesmith", recipe.technique.name]
     split = next((name for name in ("test", "validation") if name in run["metrics"]), None)
     if split is not None:
@@ -82,7 +83,7 @@ def _hub_name(spec: str) -> str:
 
 
 def _scores(metrics: dict[str, Any]) -> str:
-    """A table: metric by split, the guess of one who knows only the training labels beside it."""
+    """A table: metric by split, the guess of one who knows only the training labels beside it; and what each says."""
     splits = [name for name in ("validation", "test") if name in metrics]
     if not splits:
         return "No rows were held out, so there is no score.\n"
@@ -95,6 +96,7 @@ def _scores(metrics: dict[str, Any]) -> str:
     for name in names:
         cells = " | ".join(f"{metrics[split].get(name, float('nan')):.4f}" for split in splits)
         lines.append(f"| {name} | {cells} | {guess[name]:.4f} |" if name in guess else f"| {name} | {cells} | |")
+    lines += ["", *(f"- {name}: {MEANINGS[name]}" for name in names if name in MEANINGS)]
     return "\n".join(lines) + "\n"
 
 
@@ -133,8 +135,9 @@ def _quoted(text: object) -> str:
 
 def _made(run: dict[str, Any]) -> str:
     rows = ", ".join(f"{name} {count:,}" for name, count in run["data"]["rows"].items())
-    hardware, stated = run["hardware"], run["model"]["license"]
-    license_ = f"- licence of the base model: {stated}\n" if stated else ""
+    hardware, base = run["hardware"], run["model"]
+    stated = {"base model": base["license"], "package that it came in": base["package_license"]}
+    license_ = "".join(f"- licence of the {of}: {name}\n" for of, name in stated.items() if name)
     return (
         f"- rows: {rows}\n"
         f"- {run['trainable_parameters']:,} of {run['total_parameters']:,} parameters learned, {run['steps']} steps, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from tunesmith.models import sources
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Data, Recipe
 from tunesmith.recipe import load as load_recipe
+from tunesmith.talk import command
 from tunesmith.tasks import Task
 from tunesmith.techniques import Technique
 from tunesmith.training import evaluate, machine
@@ -97,17 +97,17 @@ def load(
         RecipeError: there is no finished run in that folder.
         CheckpointError: the adapter is damaged, or the base is not the one that it was trained on.
     """
-    folder = Path(run)
+    folder, found = Path(run), machine.find(device, named="--device")
     if not (folder / "recipe.yaml").exists():
         raise RecipeError("no run in this folder", where=str(folder), hint="`tunesmith train` makes one")
     recipe = load_recipe(folder / "recipe.yaml")
     if (folder / "model" / "config.json").exists():
         source = sources.resolve(str(folder / "model"), offline=True)
-        return _ready(recipe, source, None, machine.find(device).device)
+        return _ready(recipe, source, None, found.device)
     if (folder / "adapter" / "adapter_config.json").exists():
         source = sources.resolve(str(base or recipe.model), offline=offline, allow_pickle=allow_pickle)
-        return _ready(recipe, source, folder / "adapter", machine.find(device).device)
-    hint = f"`tunesmith train --resume {shlex.quote(str(folder))}`"
+        return _ready(recipe, source, folder / "adapter", found.device)
+    hint = f"`{command('train', '--resume', folder)}`"
     raise RecipeError("the run is not finished", where=str(folder), hint=hint)
 
 
@@ -151,7 +151,7 @@ def _reading(file: Path) -> Iterator[Path]:
         yield file
     except (OSError, ValueError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or shorten(str(error), 120)[1:-1]
-        again = f"`tunesmith train --resume {shlex.quote(str(file.parents[1]))}` writes it anew"
+        again = f"`{command('train', '--resume', file.parents[1])}` writes it anew"
         raise CheckpointError(f"cannot be read ({reason})", where=str(file), hint=again) from error
 
 

@@ -1,1 +1,17 @@
 """Scores that are built up batch by batch."""
+
+MEANINGS = {
+    "accuracy": "share of rows answered right; where a row has several labels, all of them right",
+    "f1_macro": "how well each class is found, hits against misses and false alarms, all classes counting alike",
+    "f1_micro": "how well labels are found, hits against misses and false alarms, all rows and labels together",
+    "balanced_accuracy": "share answered right within each class, averaged: a rare class counts as a common one",
+    "loss": "what training makes small; less is better",
+    "ece": "gap between how sure the model is and how often it is right (expected calibration error); 0 is best",
+    "auroc": "how often a row of a class gets a higher score for it than a row of another; 0.5 is chance, 1 is best",
+    "rmse": "typical error, large ones weighing more; in the units of the label, less is better",
+    "mae": "mean error; in the units of the label, less is better",
+    "r2": "share of the labels' variance that is explained; 1 is best, 0 is as good as their mean",
+    "pearson": "how straight a line answers and labels make; 1 is best",
+    "spearman": "how well the answers put the rows into the order of the labels; 1 is best",
+}
+"""What each score says, in plain words."""

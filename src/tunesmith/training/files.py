@@ -83,17 +83,21 @@ def free_bytes(path: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def make_folder(folder: Path) -> None:
-    """A folder for the user alone, with those above it.
+def make_folder(folder: Path) -> list[Path]:
+    """A folder for the user alone, with those above it; those that were not there before, it first.
 
     Raises:
         ResourceError: it cannot be made here.
     """
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
+        if isinstance(error, FileExistsError) and (os.path.isdir(folder) or not os.path.lexists(error.filename)):
+            return make_folder(folder)  # in between, who had made it took it along
         why = f"cannot be made ({os.strerror(error.errno or 0).lower()})"
         raise ResourceError(why, where=str(folder), hint="output=DIR puts the run elsewhere") from error
+    return made
 
 
 def sweep(folder: Path) -> None:
@@ -101,6 +105,15 @@ def sweep(folder: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.startswith((".tmp-", ".trash-")):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where it is not there or a power cut has spoilt it."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values
 
 
 def append_line(path: Path, values: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from tunesmith.data.batches import Limits
 from tunesmith.errors import RecipeError, ResourceError
 from tunesmith.models.anatomy import Anatomy
+from tunesmith.training import parallel
 
 ACTIVATION_BYTES = 96
 """Bytes kept for backward per token, block and hidden unit: 16 values in fp32 and a third on top for attention."""
@@ -74,14 +75,14 @@ class Machine:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def find(device: str = "auto", precision: str = "auto") -> Machine:
-    """The machine that a recipe's `train.device` and `train.precision` name.
+def find(device: str = "auto", precision: str = "auto", *, named: str = "train.device") -> Machine:
+    """The machine that a recipe's `train.device` and `train.precision` name; `named`: where else the device stands.
 
     Raises:
         ResourceError: the device is not there.
         RecipeError: the processor cannot compute in that format.
     """
-    found = _device(device)
+    found = _device(device, named)
     if precision == "auto":
         return Machine(found, torch.bfloat16 if _has_bf16(found) else None)
     if precision == "fp16" and found.type == "cpu":
@@ -91,19 +92,17 @@ def find(device: str = "auto", precision: str = "auto") -> Machine:
     return Machine(found, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
 
 
-def _device(name: str) -> torch.device:
-    gpus, local_rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "0")
+def _device(name: str, named: str) -> torch.device:
+    gpus = torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)  # each process its own
+        device = torch.device(f"cuda:{parallel.local_rank()}" if name == "cuda" else name)  # each process its own
         there = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}[device.type]
     except (RuntimeError, KeyError):
-        raise RecipeError(
-            f"train.device: no device is called '{name}'", hint="use auto, cpu, cuda, cuda:1, mps"
-        ) from None
+        raise RecipeError(f"{named}: no device is called '{name}'", hint="use auto, cpu, cuda, cuda:1, mps") from None
     if (device.index or 0) >= there:
-        raise ResourceError(f"train.device: there is no {device} on this machine", hint="use device=auto or cpu")
+        raise ResourceError(f"{named}: there is no {device} on this machine", hint="use device=auto or cpu")
     return device
 
 

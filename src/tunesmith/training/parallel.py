@@ -26,9 +26,11 @@ def group(device_type: str) -> Iterator[None]:
     """Join the other processes, where there are any, and leave them at the end.
 
     Raises:
+        RecipeError: the environment's variables do not go together.
         ResourceError: they do not find each other.
     """
     world, timeout = _number("WORLD_SIZE", 1), timedelta(seconds=_number("TUNESMITH_TIMEOUT_S", 600))
+    _check_ranks(world)
     if world == 1 or dist.is_initialized():
         yield
         return
@@ -43,12 +45,28 @@ def group(device_type: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _number(variable: str, default: int) -> int:
+def local_rank() -> int:
+    """This process's number on its machine, as the environment says."""
+    return _number("LOCAL_RANK", 0, least=0)
+
+
+def _check_ranks(world: int) -> None:
+    """Refuse a rank without a world, or beyond it: each such process would take itself for the only one, or wait."""
+    for variable in ("RANK", "LOCAL_RANK"):
+        if not os.environ.get(variable, "").strip():
+            continue
+        number, hint = _number(variable, 0, least=0), f"start with torchrun --nproc-per-node N, or unset {variable}"
+        if not os.environ.get("WORLD_SIZE", "").strip():
+            raise RecipeError(f"the environment has {variable}={number} without WORLD_SIZE", hint=hint)
+        if number >= world:
+            raise RecipeError(f"the environment's {variable}={number} is not below WORLD_SIZE={world}", hint=hint)
+
+
+def _number(variable: str, default: int, least: int = 1) -> int:
     text = os.environ.get(variable, "").strip() or str(default)
-    if not text.isdecimal() or int(text) < 1:
-        raise RecipeError(
-            f"the environment's {variable}={text} is no whole number from 1 up", hint="set it, or unset it"
-        )
+    if not text.isdecimal() or int(text) < least:
+        what = f"the environment's {variable}={text} is no whole number from {least} up"
+        raise RecipeError(what, hint="set it, or unset it")
     return int(text)
 
 

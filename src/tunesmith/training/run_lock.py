@@ -1,6 +1,7 @@
 """One process at a time per run folder: `.lock` holds who, and is taken over when its holder is gone.
 
-And who holds it never writes over an earlier run unless told to.
+It makes the folder, and takes along what is empty still: a run refused before it began leaves none. And who holds it
+never writes over an earlier run unless told to.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from tunesmith.errors import CheckpointError, RecipeError
-from tunesmith.training.files import out_of_space, sweep
+from tunesmith.training.files import make_folder, out_of_space, sweep
 
 WRITING_S = 1.0
 """How long a lock may be empty: between its creation and its first byte lie microseconds."""
@@ -30,16 +31,21 @@ class RunLock:
     def __init__(self, folder: Path, *, enabled: bool = True) -> None:
         self.path = folder / ".lock"
         self._enabled = enabled
+        self._made: list[Path] = []
         self._me = {"pid": os.getpid(), "started": _started(os.getpid()), "host": socket.gethostname()}
 
     def __enter__(self) -> RunLock:
         while self._enabled:
+            self._made += make_folder(self.path.parent)
             try:
                 handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             except FileExistsError:
                 self._take_over()
                 continue
+            except FileNotFoundError:  # another run that was refused has taken its folder along
+                continue
             except OSError as error:
+                self._take_away()
                 raise out_of_space(error, self.path) from error
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(json.dumps(self._me))
@@ -83,6 +89,13 @@ class RunLock:
     ) -> None:
         if self._enabled:
             self.path.unlink(missing_ok=True)
+            self._take_away()
+
+    def _take_away(self) -> None:
+        """Remove the folders that this lock made and that hold nothing."""
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:

@@ -20,6 +20,7 @@ from loopback import Login, StubIndex
 
 import tunesmith
 from tunesmith.deploy import card
+from tunesmith.metrics import MEANINGS
 from tunesmith.models.load import base_hash
 from tunesmith.models.sources import resolve
 from tunesmith.recipe import load, to_yaml
@@ -143,6 +144,7 @@ def test_the_card_says_what_was_done(finished: tuple[Path, dict[str, Any]]) -> N
     metrics = result["metrics"]
     row = " | ".join(f"{metrics[name]['accuracy']:.4f}" for name in ("validation", "test", "baseline"))
     assert f"\n| accuracy | {row} |\n" in text
+    assert f"\n- ece: {MEANINGS['ece']}\n" in text and text.count(MEANINGS["auroc"]) == 1
     recipe = re.findall(r"^```yaml\n(.*?)^```$", text, re.S | re.M)[0]
     assert recipe == to_yaml(load(folder / "recipe.yaml").dump()), "the recipe on the card is that of the run"
     assert "seed 7" in text and f"torch {version('torch')}" in text and "rows: train 36, " in text
@@ -200,7 +202,16 @@ def test_a_licence_is_written_as_the_hub_writes_it(
 ) -> None:
     head, text = _rewritten(finished, tmp_path, license=stated)
     assert {name: value for name, value in head.to_dict().items() if name.startswith("license")} == wanted
-    assert f"- licence of the base model: {stated}\n" in text
+    assert f"- licence of the base model: {stated}\n" in text and "package" not in text.split("## How it was made")[1]
+
+
+@pytest.mark.parametrize(("own", "head"), (("apache-2.0", "apache-2.0"), (None, "mit")))
+def test_the_licence_of_the_model_goes_before_that_of_its_package(
+    own: str | None, head: str, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    data, text = _rewritten(finished, tmp_path, kind="pypi", license=own, package_license="MIT")
+    assert data.license == head and "- licence of the package that it came in: MIT\n" in text
+    assert ("- licence of the base model: apache-2.0\n" in text) == (own is not None)
 
 
 def test_without_held_out_rows_there_is_no_score_to_show(finish: Any, tmp_path: Path) -> None:

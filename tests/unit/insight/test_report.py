@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 import tunesmith
 from tunesmith.insight import report
+from tunesmith.metrics import MEANINGS
 from tunesmith.recipe import load, to_yaml
 from tunesmith.talk import Talk
 
@@ -151,6 +153,13 @@ def test_scores_stand_beside_the_guess(finished: Path) -> None:
     each = page.table("F1 of each class")
     assert each == [[name, f"{value:.4f}"] for name, value in metrics["test"]["f1"].items()]
     assert "torch 2" in page.source and "seed 0" in page.source
+
+
+def test_each_score_is_explained_once(finished: Path) -> None:
+    html = unescape((finished / "report.html").read_text(encoding="utf-8"))
+    shown = json.loads((finished / "run.json").read_text())["metrics"]["test"]
+    named = [name for name, value in shown.items() if isinstance(value, float)]
+    assert "ece" in named and all(html.count(f"{name}: {MEANINGS[name]}.") == 1 for name in named)
 
 
 def test_errors_are_those_of_the_test_rows(finished: Path) -> None:

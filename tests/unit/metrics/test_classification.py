@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tunesmith.data.batches import Batch, Ragged
 from tunesmith.errors import NumericError
+from tunesmith.metrics import MEANINGS
 from tunesmith.metrics.classification import (
     CALIBRATION_BINS,
     MAX_CLASSES_SHOWN,
@@ -269,3 +270,10 @@ def test_what_is_no_number_is_not_scored(kind: str, bad: float) -> None:
     with pytest.raises(NumericError, match="NaN or infinity") as caught:
         build().update(outputs, batch)
     assert caught.value.exit_code == 5
+
+
+def test_every_score_that_is_shown_is_explained() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    several = _label_scores(torch.randn(20, 3, generator=drawn), torch.rand(20, 3, generator=drawn) > 0.5)
+    every = [_scores(torch.randn(20, 2, generator=drawn), [0, 1] * 10), several, _number_scores([1, 2, 3], [1, 3, 2])]
+    assert {name for scores in every for name, value in scores.items() if isinstance(value, float)} == MEANINGS.keys()

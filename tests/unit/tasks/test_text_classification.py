@@ -1,4 +1,4 @@
-"""What labels make of the task: head, loss, weights, windows, notes, answers; against torch and transformers."""
+"""What labels make of the task: head, loss, weights, windows, answers; against torch and transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import ByT5Tokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tunesmith import recipe as recipes
 from tunesmith.data.batches import Batch, collate
@@ -45,8 +45,8 @@ def _rows(texts: Sequence[Any], labels: Sequence[Any] = ()) -> list[Row]:
     return [Row(f"made-up:{number}", values) for number, values in enumerate(rows)]
 
 
-def _encode(task: TextClassification, rows: list[Row], data: Data, folder: Path, tokenizer: Any = TOKENIZER) -> Encoded:
-    return encode(rows, lambda part: task.encode(part, tokenizer, data), folder / "encoded")
+def _encode(task: TextClassification, rows: list[Row], data: Data, folder: Path) -> Encoded:
+    return encode(rows, lambda part: task.encode(part, TOKENIZER, data), folder / "encoded")
 
 
 def _all(encoded: Encoded) -> Batch:
@@ -65,33 +65,20 @@ def fitted(tmp_path: Path) -> Callable[..., tuple[TextClassification, PreTrained
     return build
 
 
-KINDS: dict[str, tuple[list[Any], str, list[str] | None]] = {
-    "two words": (["pos", "neg", "pos"], "single", ["neg", "pos"]),
-    "many words": (list("gfedcba"), "single", list("abcdefg")),
-    "whole numbers": ([0, 2, 10, 1], "single", ["0", "1", "2", "10"]),
-    "numbers as text": (["10", "9", "-1"], "single", ["-1", "9", "10"]),
-    "floats": ([1.0, 2.0, 1.5], "single", ["1", "1.5", "2"]),
-    "one number, four spellings": ([1, 1.0, " 1 ", "1.0", 0], "single", ["0", "1"]),
-    "booleans": ([True, False], "single", ["False", "True"]),
-    "numbers and words": (["b", "2", "a", "1"], "single", ["1", "2", "a", "b"]),
-    "lists": ([["a"], ["b", "a"], []], "multi", ["a", "b"]),
-    "lists of numbers": ([[3, 1], [2.0], [1]], "multi", ["1", "2", "3"]),
+HEADS: dict[str, tuple[list[Any], str, list[str] | None]] = {
+    "two words": (["pos", "neg", "pos"], "single_label_classification", ["neg", "pos"]),
+    "whole numbers": ([0, 2, 10, 1], "single_label_classification", ["0", "1", "2", "10"]),
+    "lists": ([["a"], ["b", "a"], []], "multi_label_classification", ["a", "b"]),
     "eleven fractions": ([n / 4 for n in range(11)], "regression", None),
-    "a hundred whole numbers": ([*range(100)] * 3, "single", [str(n) for n in range(100)]),
 }
 
 
-@pytest.mark.parametrize(("labels", "kind", "classes"), KINDS.values(), ids=KINDS)
-def test_the_data_say_what_kind_it_is(labels: list[Any], kind: str, classes: list[str] | None) -> None:
+@pytest.mark.parametrize(("labels", "problem", "classes"), HEADS.values(), ids=HEADS)
+def test_the_data_make_the_head(labels: list[Any], problem: str, classes: list[str] | None) -> None:
     task, _ = _fit(labels)
-    assert (task.labels, task.classes) == (kind, classes)
-    head = task.head_config()
-    model = tiny_model("bert", task.model_class, **head)
+    model = tiny_model("bert", task.model_class, **task.head_config())
     outputs = model(torch.tensor([[2, 5, 3]])).logits
-    assert outputs.shape == (1, len(classes or [0]))
-    assert model.config.problem_type == {"single": "single_label_classification", "regression": "regression"}.get(
-        kind, "multi_label_classification"
-    )
+    assert outputs.shape == (1, len(classes or [0])) and model.config.problem_type == problem
     if classes:
         assert [model.config.id2label[n] for n in range(len(classes))] == classes
         assert model.config.label2id == {name: number for number, name in enumerate(classes)}
@@ -121,28 +108,6 @@ def test_in_a_recipe_classes_may_be_numbers() -> None:
 def test_classes_that_cannot_be_meant_are_refused(keys: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         recipes.load(None, (f"task={{name: text-classification, {keys}}}", "model=tiny"))
-
-
-@pytest.mark.parametrize(
-    ("labels", "fields", "said"),
-    (
-        (["pos"] * 9, {}, "every one of the 9 rows is labelled 'pos'; there is nothing to tell apart"),
-        ([1, 1.0, "1"], {}, "every one of the 3 rows is labelled '1'"),
-        ([[], []], {}, "nothing to tell apart"),
-        ([[0, 1, 0], [1, 0, 0]], {}, "looks like a flag for each class"),
-        (["1;0;1"], {"labels": "multi"}, "looks like a flag for each class"),
-        (["[SPAM]", "ham"], {}, "a list written as text; set task.labels=multi"),
-    ),
-)
-def test_what_cannot_be_learned_is_refused_with_the_reason(
-    labels: list[Any], fields: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(DataError, match=said):
-        _fit(labels, **fields)
-
-
-def test_a_class_in_brackets_can_be_meant() -> None:
-    assert _fit(["[SPAM]", "ham"], labels="single")[0].classes == ["[SPAM]", "ham"]
 
 
 def test_the_first_rows_of_a_sorted_file_are_refused_with_the_reason(tmp_path: Path) -> None:
@@ -218,26 +183,6 @@ def test_class_weights_are_those_of_torch(given: Any, weights: list[float], fitt
         torch.testing.assert_close(own, other)
 
 
-def test_weights_of_classes_that_are_numbers_may_be_numbers() -> None:
-    recipe = recipes.load(None, ("task=text-classification", "model=tiny", "data.class_weights={1: 2.0, 0.0: 0.5}"))
-    assert _fit([0, 1, 1, 2], recipe.data)[1].class_weights == {"0": 0.5, "1": 2.0, "2": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("labels", "weights", "said"),
-    (
-        ("aab", {"c": 2.0}, "no class 'c'; known: a, b"),
-        ("aab", {"a": 0.0}, "data.class_weights: 0 for 'a'; a weight is above 0"),
-        ("aab", {"b": -1.0}, "data.class_weights: -1 for 'b'"),
-        ([["a"], ["b"]], "balanced", "only for one class a text"),
-        ([n / 4 for n in range(11)], "balanced", "a regression has no classes"),
-    ),
-)
-def test_weights_that_cannot_be_meant_are_refused(labels: Any, weights: Any, said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
-        _fit(list(labels), Data(max_length=32, class_weights=weights))
-
-
 @pytest.mark.parametrize("smoothing", (0.1, 0.5))
 def test_label_smoothing_is_that_of_torch(smoothing: float, fitted: Any) -> None:
     task, model, encoded = fitted(LOSSES["many"])
@@ -268,41 +213,6 @@ LONG = [
 """Of 5, 16, 17 and 42 tokens with the two special ones."""
 
 
-@pytest.mark.parametrize("tokenizer", (TOKENIZER, ByT5Tokenizer()), ids=("fast", "slow"))
-def test_longer_texts_are_cut_counted_and_said(tokenizer: Any, tmp_path: Path) -> None:
-    task, data = _fit("ab", Data(max_length=16 if tokenizer.is_fast else len(LONG[1]) + 1))
-    encoded = _encode(task, _rows(LONG), data, tmp_path, tokenizer)
-    assert encoded.lengths.max() == data.max_length and encoded.column("cut").tolist() == [0, 0, 1, 1]
-    note = "2 of 4 texts are longer than is read and were cut (task.windows=N reads more of them)"
-    assert task.notes(encoded, tokenizer) == [note]
-    data = data.model_copy(update={"max_length": 500})
-    whole = encode(_rows(LONG), lambda part: task.encode(part, tokenizer, data), tmp_path / "whole")
-    assert whole.column("cut").sum() == 0 and task.notes(whole, tokenizer) == []
-
-
-def test_windows_lose_no_token(tmp_path: Path) -> None:
-    task, data = _fit("ab", Data(max_length=16), windows=3)
-    encoded = _encode(task, _rows(LONG), data, tmp_path)
-    for number, text in enumerate(LONG):
-        taken = encoded.take([number])
-        windows = np.split(taken["input_ids"][0], np.cumsum(taken["windows"][0])[:-1])
-        assert all(len(window) <= 16 and (window[0], window[-1]) == (2, 3) for window in windows), (
-            "each is a whole input"
-        )
-        inside = [token for window in windows for token in window[1:-1]]
-        assert inside == TOKENIZER(text, add_special_tokens=False)["input_ids"]
-        assert len(windows) == -(-len(inside) // 14)
-    assert encoded.column("cut").sum() == 0 and task.notes(encoded, TOKENIZER) == []
-
-
-def test_what_the_windows_leave_is_counted_and_said(tmp_path: Path) -> None:
-    task, data = _fit("ab", Data(max_length=16), windows=2)
-    encoded = _encode(task, _rows(LONG), data, tmp_path)
-    assert encoded.column("cut").tolist() == [0, 0, 0, 1]
-    note = "1 of 4 texts are longer than is read and were cut (raise task.windows)"
-    assert task.notes(encoded, TOKENIZER) == [note]
-
-
 def test_a_document_answers_with_the_mean_of_its_windows(tmp_path: Path) -> None:
     task, data = _fit("abc", Data(max_length=16), windows=3)
     model = tiny_model("bert", task.model_class, **task.head_config())
@@ -319,39 +229,20 @@ def test_a_document_answers_with_the_mean_of_its_windows(tmp_path: Path) -> None
     torch.testing.assert_close(loss, F.cross_entropy(by_hand, torch.tensor([0, 1, 2, 0])))
 
 
-def test_windows_with_a_tokenizer_that_cannot_say_what_is_left_are_refused(tmp_path: Path) -> None:
-    task, data = _fit("ab", windows=2)
-    with pytest.raises(RecipeError, match="task.windows: ByT5Tokenizer has no fast form"):
-        _encode(task, _rows(LONG), data, tmp_path, ByT5Tokenizer())
-
-
 def test_pairs_are_read_as_the_model_was_made_to(tmp_path: Path) -> None:
     task, data = _fit("ab")
     pairs = list(zip(TEXTS, TEXTS[::-1], strict=True))
     model = tiny_model("bert", task.model_class, **task.head_config())
     batch = _all(_encode(task, _rows(pairs), data, tmp_path))
     inputs = TOKENIZER(list(TEXTS), list(TEXTS[::-1]), padding=True, return_tensors="pt")
-    assert (
-        torch.equal(batch.ragged("token_type_ids").padded(0), inputs["token_type_ids"])
-        and inputs["token_type_ids"].any()
-    )
     torch.testing.assert_close(task.forward(model, batch), model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_a_text_is_read_the_same_whatever_stands_beside_it() -> None:
-    task, data = _fit("ab")
-    rows = _rows([TEXTS[0], (TEXTS[0], TEXTS[1]), TEXTS[2], (TEXTS[3], TEXTS[2])])
-    together = task.encode(rows, TOKENIZER, data)
-    assert together == [task.encode([row], TOKENIZER, data)[0] for row in rows]
-    assert together[0]["input_ids"] == TOKENIZER(TEXTS[0])["input_ids"], "without a second text, a text alone"
-
-
-def test_unknown_tokens_are_said_from_a_twentieth_on(tmp_path: Path) -> None:
-    task, data = _fit("ab", Data(max_length=64))
-    known = " ".join(WORDS + WORDS[:4])  # 18 words and two special tokens
-    for strange, notes in (("", []), ("zzz", []), ("zzz yyy", ["9% of the tokens are unknown to this model"])):
-        encoded = _encode(task, _rows([f"{known} {strange}"]), data, tmp_path / (strange or "none"))
-        assert [note.partition(":")[0] for note in task.notes(encoded, TOKENIZER)] == notes
+def test_what_is_cut_is_counted_in_windows_of_the_task(tmp_path: Path) -> None:
+    task, data = _fit("ab", Data(max_length=16), windows=2)
+    encoded = _encode(task, _rows(LONG, "abab"), data, tmp_path)
+    note = "1 of 4 texts are longer than is read and were cut (raise task.windows)"
+    assert task.notes(encoded, TOKENIZER) == [note]
 
 
 def test_one_class_is_answered_with_every_probability() -> None:

@@ -52,6 +52,21 @@ def _texts(read: Examples) -> dict[str, list[str]]:
     return {name: [str(row.values["text"]) for row in split.rows()] for name, split in read.splits.items()}
 
 
+def test_what_is_the_same_of_several_files_is_said_once(tmp_path: Path) -> None:
+    files = []
+    for number, name in enumerate(("train", "dev", "test")):
+        rows = _reviews(20, start=20 * number)
+        files.append(tmp_path / f"{name}.tsv")
+        files[-1].write_text("".join(f"{text}\t{label}\n" for text, label in rows))
+    train, dev, test = map(str, files)
+    (note,) = _read(train, validation=dev, test=test).notes
+    assert note.startswith(f"{train}, {dev}, {test}: no header, so read with data.columns.text=0 and ")
+    files[2].write_text("".join(f"{label}\t{text}\n" for text, label in _reviews(20, start=40)))
+    assert [note.partition(": ")[0] for note in _read(train, validation=dev, test=test).notes] == [
+        f"{train}, {dev}", test,
+    ]  # fmt: skip
+
+
 def test_splits_are_drawn_from_train_in_proportion(written: Any) -> None:
     read = _read(written(_reviews(80)), validation=0.1, test=0.2)
     assert read.rows == {"train": 56, "validation": 8, "test": 16} and read.notes == []
@@ -309,7 +324,7 @@ needs = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are
 @pytest.mark.parametrize(
     ("given", "rows", "classes", "first", "notes"),
     (
-        ({"train": "sst2"}, {"train": 6920, "validation": 872, "test": 1821}, 2, "a stirring , funny and", 5),
+        ({"train": "sst2"}, {"train": 6920, "validation": 872, "test": 1821}, 2, "a stirring , funny and", 3),
         ({"train": "symptom2disease/Symptom2Disease.csv"}, {"train": 1200}, 24, "I have been experiencing", 1),
         ({"train": "hotel_zh/ChnSentiCorp_htl_all.csv", "on_bad_row": "skip"}, {"train": 7765}, 2, "距离川沙公路", 1),
         ({"train": "cuad/clauses.jsonl.gz"}, {"train": 10976}, 41, "CO-BRANDING AND", 1),

@@ -63,6 +63,8 @@ def test_a_word_that_is_no_device_we_train_on(device: str) -> None:
     with pytest.raises(RecipeError, match=rf"train\.device: no device is called '{device}'; use auto") as refused:
         machine.find(device)
     assert refused.value.exit_code == 2
+    with pytest.raises(RecipeError, match=rf"^--device: no device is called '{device}'"):
+        machine.find(device, named="--device")
 
 
 @pytest.mark.parametrize("device", ("auto", "cuda"))
@@ -73,6 +75,9 @@ def test_each_process_has_its_own_gpu(device: str, monkeypatch: pytest.MonkeyPat
     assert machine.find("cuda:0", "fp32").device == torch.device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ResourceError, match="there is no cuda:2"):
+        machine.find(device)
+    monkeypatch.setenv("LOCAL_RANK", "x")
+    with pytest.raises(RecipeError, match="the environment's LOCAL_RANK=x is no whole number from 0 up"):
         machine.find(device)
 
 

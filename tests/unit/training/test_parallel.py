@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import tunesmith
+from tunesmith.errors import RecipeError
 from tunesmith.recipe import Recipe
+from tunesmith.training import parallel
 
 # 48 rows: with 7 at a time shares are unequal, with 47 the second process has no share of every second step.
 # Adam makes a full step of the rounding of a gradient that is nearly zero, so all weights are compared under SGD.
@@ -53,6 +55,33 @@ def test_two_processes_are_one(recipe_of: Any, tmp_path: Path) -> None:
         assert losses_of_two == pytest.approx(losses, abs=1e-6), name
         for weight in one:
             assert torch.allclose(one[weight], two[weight], atol=1e-6, rtol=0), (name, weight)
+
+
+ALONE = "start with torchrun --nproc-per-node N, or unset"
+WRONG: dict[str, tuple[dict[str, str], str]] = {
+    "a rank alone": ({"RANK": "0"}, f"RANK=0 without WORLD_SIZE; {ALONE} RANK"),
+    "a local rank alone": ({"LOCAL_RANK": "1"}, f"LOCAL_RANK=1 without WORLD_SIZE; {ALONE} LOCAL_RANK"),
+    "no number": ({"RANK": "x"}, "RANK=x is no whole number from 0 up; set it, or unset it"),
+    "no number among two": ({"RANK": "0", "LOCAL_RANK": "-1", "WORLD_SIZE": "2"}, "LOCAL_RANK=-1 is no whole number"),
+    "beyond the world": ({"RANK": "2", "WORLD_SIZE": "2"}, f"RANK=2 is not below WORLD_SIZE=2; {ALONE} RANK"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_ranks_that_make_no_group_are_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, said = WRONG[case]
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(variable, given.get(variable, ""))
+    with pytest.raises(RecipeError) as caught, parallel.group("cpu"):
+        pass
+    assert said in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_one_process_by_torchrun_is_a_single_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(variable, value)
+    with parallel.group("cpu"):
+        assert (parallel.rank(), parallel.world_size()) == (0, 1)
 
 
 def test_two_processes_agree_on_what_to_resume_from(recipe_of: Any, tmp_path: Path) -> None:
