@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from tunesmith.data.batches import Batches
 from tunesmith.data.encoded import Encoded
+from tunesmith.deploy import merging
 from tunesmith.errors import RecipeError
 from tunesmith.kernels.dropout import use_fast_dropout
 from tunesmith.kernels.embedding import use_kept_gradients
@@ -82,6 +84,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     if recipe.train.early_stopping_patience and "validation" not in read.splits:
         what = "train.early_stopping_patience: there is no validation split to watch"
         raise RecipeError(what, hint="data.validation=0.1, or leave the key out")
+    _fold_adapter(recipe.model, offline, allow_pickle, talk)
     source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
     processor = models.load_processor(source, read.task.model_class)
     model, anatomy = models.load_model(
@@ -109,6 +112,16 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     return Prepared(
         resolved, read.task, technique, read, encoded, source, processor, model, anatomy, found, learned, padding_free
     )
+
+
+def _fold_adapter(model: str, offline: bool, allow_pickle: bool, talk: Talk) -> None:
+    """A run that left an adapter gets a `model/`, once, before another starts from it."""
+    run = Path(model).expanduser()
+    if (run / "adapter" / "adapter_config.json").exists() and not (run / "model").exists():
+        with parallel.first_alone():
+            if not (run / "model").exists():
+                merging.fold(run, offline=offline, allow_pickle=allow_pickle)
+                talk.say(f"merged the adapter of {run} into {run / 'model'}")
 
 
 def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:

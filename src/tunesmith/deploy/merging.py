@@ -126,7 +126,7 @@ def _merged(folder: Path, offline: bool, allow_pickle: bool = False) -> tuple[pr
     technique = tuned.recipe.technique
     assert isinstance(technique, Technique)
     source = sources.resolve(tuned.recipe.model, offline=offline, allow_pickle=allow_pickle)
-    if (folder / "adapter").exists() and not (folder / "model").exists():
+    if (folder / "adapter").exists():
         try:
             technique.merge(tuned.model)
         except RecipeError as error:

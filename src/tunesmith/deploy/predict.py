@@ -101,12 +101,12 @@ def load(
     if not (folder / "recipe.yaml").exists():
         raise RecipeError("no run in this folder", where=str(folder), hint="`tunesmith train` makes one")
     recipe = load_recipe(folder / "recipe.yaml")
-    if (folder / "model" / "config.json").exists():
-        source = sources.resolve(str(folder / "model"), offline=True)
-        return _ready(recipe, source, None, found.device)
     if (folder / "adapter" / "adapter_config.json").exists():
         source = sources.resolve(str(base or recipe.model), offline=offline, allow_pickle=allow_pickle)
         return _ready(recipe, source, folder / "adapter", found.device)
+    if (folder / "model" / "config.json").exists():
+        source = sources.resolve(str(folder / "model"), offline=True)
+        return _ready(recipe, source, None, found.device)
     hint = f"`{command('train', '--resume', folder)}`"
     raise RecipeError("the run is not finished", where=str(folder), hint=hint)
 

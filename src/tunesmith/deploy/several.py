@@ -66,7 +66,7 @@ def load(run: str | Path, adapters: Sequence[str | Path] | None = None, **option
     for adapter in map(Path, adapters):
         if adapter.name in runs:
             raise UserError(f"two adapters are called '{adapter.name}'", hint="rename one of the folders")
-        if (adapter / "model").exists():
+        if (adapter / "model").exists() and not (adapter / "adapter").exists():
             hint = "load it on its own with tunesmith.load(run)"
             raise UserError("the run is a whole model, no adapter", where=str(adapter), hint=hint)
         tuned = predict.load(adapter, base=run, **options)
