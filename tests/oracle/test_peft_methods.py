@@ -21,6 +21,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of third parties, while they are imported
     peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+
 CLASSIFIER, CAUSAL, SEQ2SEQ = "AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 MODELS = [("bert", CLASSIFIER), ("gpt2", CLASSIFIER), ("llama", CLASSIFIER), ("gpt2", CAUSAL), ("llama", CAUSAL)]
 MODELS += [("t5", SEQ2SEQ)]

@@ -30,6 +30,9 @@ PEFT_TASK_TYPES = {
 }
 """What PEFT calls a task -> the model classes that do it."""
 
+OWN_TYPE = "TUNESMITH_"
+"""How the `peft_type` of an adapter begins that PEFT cannot load."""
+
 MEASURED_WIDTH = 384
 """The hidden size of the model that default learning rates were measured on."""
 

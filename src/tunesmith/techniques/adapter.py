@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import RecipeError
 from tunesmith.models.anatomy import Anatomy
-from tunesmith.techniques import Technique, learn_only, rate_by_width, saved_whole
+from tunesmith.techniques import OWN_TYPE, Technique, learn_only, rate_by_width, saved_whole
 
 LEARNING_RATE = 2e-3
 """Measured on a model 384 wide (docs/techniques/adapter.md)."""
@@ -101,7 +101,7 @@ class Adapter(Technique):
 
     def adapter_config(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
         """Our own layout, for PEFT has no bottlenecks."""
-        return {"peft_type": "TUNESMITH_BOTTLENECK", "kind": self.kind, "reduction_factor": self.reduction_factor}
+        return {"peft_type": f"{OWN_TYPE}BOTTLENECK", "kind": self.kind, "reduction_factor": self.reduction_factor}
 
 
 def _outputs(linear: Any) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -22,6 +22,7 @@ from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.kernels.prefix import Seen, seen_by_attention, use_prefixes
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.techniques import (
+    OWN_TYPE,
     Technique,
     learn_only,
     load_prompt_learning,
@@ -150,11 +151,13 @@ class Prefix(Technique):
         return rate_by_width(REPARAMETERIZED_LEARNING_RATE, anatomy) if self.reparameterize else LEARNING_RATE
 
     def adapter_config(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
-        """A PEFT `PrefixTuningConfig`."""
-        prefixes = _prefixes(model)
+        """A PEFT `PrefixTuningConfig`; PEFT's prefixes are past keys, which not every model takes."""
+        prefixes, config = _prefixes(model), cast(Any, model).config
+        takes_past = "past_key_values" in signature(model.get_submodule(anatomy.backbone).forward).parameters
+        theirs = takes_past and (not config.is_encoder_decoder or _stride(model) == 2)
         _, heads, tokens, width = prefixes[0].shape
         return {
-            "peft_type": "PREFIX_TUNING",
+            "peft_type": "PREFIX_TUNING" if theirs else f"{OWN_TYPE}PREFIX",
             "task_type": peft_task_type(model),
             "inference_mode": True,
             "num_virtual_tokens": tokens,

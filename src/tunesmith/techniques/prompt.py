@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.techniques import (
+    OWN_TYPE,
     Technique,
     learn_only,
     load_prompt_learning,
@@ -110,11 +111,12 @@ class Prompt(Technique):
         return LEARNING_RATE
 
     def adapter_config(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
-        """A PEFT `PromptTuningConfig`."""
+        """A PEFT `PromptTuningConfig`; PEFT gives an encoder-decoder no prompt but for sequence to sequence."""
         config: Any = model.config
+        theirs = not config.is_encoder_decoder or _submodules(model) == 2
         positions, width = _prompt(model)().shape
         return {
-            "peft_type": "PROMPT_TUNING",
+            "peft_type": "PROMPT_TUNING" if theirs else f"{OWN_TYPE}PROMPT",
             "task_type": peft_task_type(model),
             "inference_mode": True,
             "num_virtual_tokens": positions,
