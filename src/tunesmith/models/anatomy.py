@@ -36,6 +36,9 @@ class Naming:
     """Role -> paths inside a block. A fused projection stands under each role it holds. `last_norm` is given where a
     norm follows the sum with the residual, so that the block gives out what the norm has made."""
 
+    embeddings: tuple[str, ...] = ()
+    """Paths inside the backbone of what enters the blocks though it is registered after them."""
+
 
 NAMINGS = (
     Naming(  # BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, MPNet-like
@@ -79,6 +82,7 @@ NAMINGS = (
     ),
     Naming(  # DeBERTa; its first version has query, key and value in one map
         blocks=("encoder.layer.*",),
+        embeddings=("encoder.rel_embeddings", "encoder.LayerNorm"),
         roles={
             "query": ("attention.self.query_proj", "attention.self.in_proj"),
             "key": ("attention.self.key_proj", "attention.self.in_proj"),
@@ -105,6 +109,7 @@ NAMINGS = (
     ),
     Naming(  # BART, mBART, Marian, M2M-100, NLLB: encoder and decoder
         blocks=("encoder.layers.*", "decoder.layers.*"),
+        embeddings=("encoder.layernorm_embedding", "decoder.layernorm_embedding"),
         roles={
             "query": ("self_attn.q_proj", "encoder_attn.q_proj"),
             "key": ("self_attn.k_proj", "encoder_attn.k_proj"),
@@ -212,11 +217,19 @@ class Anatomy:
         return frozenset(name for name in self.parameters if name in self.new or _within(name, self.head))
 
     def depth_of(self, name: str) -> int:
-        """How far up a parameter stands: 0 embeddings, 1..n the blocks, n + 1 what comes after them."""
+        """How far up a parameter stands: 0 embeddings, 1..n the blocks, n + 1 what comes after them.
+
+        What ends one of several stacks (the last norm of T5's encoder) stands with the last block of its stack.
+        """
+        if _within(name, self.embeddings):
+            return 0
+        beside = 0
         for depth, block in enumerate(self.blocks, start=1):
             if _within(name, (block,)):
                 return depth
-        return 0 if _within(name, self.embeddings) else len(self.blocks) + 1
+            if name.startswith(f"{_stack_of(block)}."):
+                beside = depth
+        return beside if 0 < beside < len(self.blocks) else len(self.blocks) + 1
 
     def targets(self, wanted: Sequence[str] | Literal["all-linear"]) -> tuple[str, ...]:
         """The linear maps that roles (`query`), module names (`q_proj`, `attention.self.query`) or `all-linear` mean.
@@ -265,14 +278,15 @@ def anatomy(model: nn.Module, *, new: frozenset[str] = frozenset()) -> Anatomy:
     """Read a model's parts; `new` are the parameters that its checkpoint did not hold."""
     prefix = _backbone(model)
     paths = [path for path, _ in model.named_modules() if path]
-    naming = max((_read(paths, prefix, row) for row in NAMINGS), key=lambda read: len(read[1]))
-    blocks, roles = naming if naming[1] else (_longest_list(model), {})
+    late, blocks, roles = max((_read(paths, prefix, row) for row in NAMINGS), key=lambda read: len(read[2]))
+    if not roles:
+        late, blocks = (), _longest_list(model)
     config = getattr(model, "config", None)
     return Anatomy(
         family=getattr(config, "model_type", "") or type(model).__name__,
         backbone=prefix,
         hidden_size=_hidden_size(model, blocks),
-        embeddings=tuple(_embeddings(model, blocks, prefix)),
+        embeddings=(*_embeddings(model, blocks, prefix), *late),
         blocks=blocks,
         head=_head(model, prefix),
         new=new,
@@ -297,11 +311,20 @@ def _backbone(model: nn.Module) -> str:
     return prefix if isinstance(getattr(model, prefix, None), nn.Module) else ""
 
 
-def _read(paths: list[str], prefix: str, naming: Naming) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """The blocks and the roles that one row finds among all module paths."""
+def _stack_of(block: str) -> str:
+    """The module whose list a block is in."""
+    return block.rpartition(".")[0].rpartition(".")[0]
+
+
+Read = tuple[tuple[str, ...], tuple[str, ...], dict[str, tuple[str, ...]]]
+
+
+def _read(paths: list[str], prefix: str, naming: Naming) -> Read:
+    """The late embeddings, the blocks and the roles that one row finds among all module paths."""
     stacks = [_matching(paths, prefix, pattern) for pattern in naming.blocks]
     if not all(stacks):
-        return (), {}
+        return (), (), {}
+    late = tuple(path for pattern in naming.embeddings for path in _matching(paths, prefix, pattern))
     blocks = tuple(path for stack in stacks for path in stack)
     known = set(paths)
     found = {
@@ -309,7 +332,7 @@ def _read(paths: list[str], prefix: str, naming: Naming) -> tuple[tuple[str, ...
         for role, parts in naming.roles.items()
     }
     found = {role: modules for role, modules in found.items() if modules}
-    return (blocks, found) if 2 * len(found) > len(naming.roles) else ((), {})  # a name or two alike is chance
+    return (late, blocks, found) if 2 * len(found) > len(naming.roles) else ((), (), {})  # a few alike are chance
 
 
 def _matching(paths: list[str], prefix: str, pattern: str) -> list[str]:

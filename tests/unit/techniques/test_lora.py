@@ -19,7 +19,7 @@ from tunesmith.techniques.lora import LEARNING_RATE, PISSA_FACTOR, Lora, LoraLin
 from tunesmith.testing import FAMILIES, tiny_model
 
 CLASSIFIER, CAUSAL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
-TOKENS = torch.tensor([[5, 9, 7, 11, 2], [6, 8, 3, 4, 2]])
+TOKENS = torch.tensor([[5, 9, 7, 11, 3], [6, 8, 13, 4, 3]])
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "all-linear": {"target_modules": "all-linear", "r": 4},
@@ -341,7 +341,7 @@ def test_a_target_tied_to_the_embedding_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"peft_type": "IA3"}, "not the config of a LoRA adapter"),
+        ({"peft_type": "IA3"}, "not the config of a LORA adapter"),
         ({"bias": "all"}, "bias 'all' is not implemented"),
         ({"rank_pattern": {"query": 4}}, "rank_pattern"),
         ({"init_lora_weights": "olora"}, "changed the base weight"),
