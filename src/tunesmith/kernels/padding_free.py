@@ -21,7 +21,7 @@ from transformers.masking_utils import bidirectional_mask_function
 
 from tunesmith.data.batches import Limits, cut
 from tunesmith.kernels.dropout import keep_scale
-from tunesmith.kernels.prefix import prefixed
+from tunesmith.kernels.prefix import prefixed, takes_attention
 
 __all__ = ["Layout", "use_padding_free_blocks"]
 
@@ -201,7 +201,7 @@ def use_padding_free_blocks(model: Any, blocks: Sequence[nn.Module]) -> bool:
     A model is taken only when its answers to two short texts of unequal length stay the same; others keep padding.
     """
     first = next(model.parameters())
-    if first.device.type != "cpu" or not blocks or not hasattr(model, "set_attn_implementation"):
+    if first.device.type != "cpu" or not blocks or not takes_attention(model) or model.config.is_encoder_decoder:
         return False
     before, expected = model.config._attn_implementation, _probe(model)
     hooks = [block.register_forward_pre_hook(_drop_padding, with_kwargs=True) for block in blocks]

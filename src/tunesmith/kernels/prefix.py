@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["Seen", "prefixed", "seen_by_attention", "use_prefixes"]
+__all__ = ["Seen", "prefixed", "seen_by_attention", "takes_attention", "use_prefixes"]
 
 NAME, LOOK = "tunesmith_prefix", "tunesmith_look"
 
@@ -71,6 +71,11 @@ def use_prefixes(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
+def takes_attention(model: Any) -> bool:
+    """Whether the model's attention modules call a function that can be given from outside."""
+    return hasattr(model, "set_attn_implementation") and bool(model._can_set_attn_implementation())
+
+
 @torch.no_grad()
 def seen_by_attention(model: Any, body: Any, ids: Tensor) -> list[Seen]:
     """What each attention module of the model sees of the tokens `ids` (1, tokens), in forward order.
@@ -78,6 +83,8 @@ def seen_by_attention(model: Any, body: Any, ids: Tensor) -> list[Seen]:
     A decoder that stands on an encoder is given three tokens of its own. Empty where attention is not computed through
     transformers' interface.
     """
+    if not takes_attention(model):
+        return []
     seen: list[Seen] = []
     paths = {module: path for path, module in model.named_modules()}
 
@@ -93,7 +100,7 @@ def seen_by_attention(model: Any, body: Any, ids: Tensor) -> list[Seen]:
     try:
         model.set_attn_implementation(LOOK)
         body(input_ids=ids, **decoder)
-    except ValueError:  # what torch's attention cannot compute, or a model that does not take attention from outside
+    except ValueError:  # what torch's attention cannot compute
         return []
     finally:
         model.set_attn_implementation(before)
