@@ -147,7 +147,11 @@ def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, En
 
 
 def _max_length(asked: int | None, model: nn.Module, processor: Any, technique: Technique) -> int:
-    limit = models.length_limit(model, processor) - technique.virtual_tokens
+    reads = models.length_limit(model, processor)
+    limit = reads - technique.virtual_tokens
+    if limit <= processor.num_special_tokens_to_add():
+        what = f"{technique.virtual_tokens} virtual positions leave no room for a text in a model that reads {reads}"
+        raise RecipeError(what, where="technique.num_virtual_tokens", hint="give fewer")
     if asked is not None and asked > limit:
         raise RecipeError(
             f"data.max_length: {asked} tokens, but this model reads at most {limit}", hint=f"at most {limit}"

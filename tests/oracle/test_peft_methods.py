@@ -106,6 +106,18 @@ def test_ours_answers_as_peft(name: str, family: str, kind: str, tmp_path: Path)
     assert torch.allclose(logits(model.eval(), kind), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["ia3", "prompt"])
+def test_peft_answers_as_ours_on_bart(name: str, tmp_path: Path) -> None:
+    test_peft_answers_as_ours(name, "bart", SEQ2SEQ, tmp_path)
+
+
+def test_a_prefix_that_peft_would_answer_otherwise_with_is_not_called_its_own() -> None:
+    """Past keys move the positions of BART's decoder, which takes none from outside."""
+    own, model = technique("prefix"), base("bart", SEQ2SEQ)
+    own.apply(model, map_of(model), tiny_tokenizer())
+    assert own.adapter_config(model, map_of(base("bart", SEQ2SEQ)))["peft_type"] == "TUNESMITH_PREFIX"
+
+
 def test_peft_answers_as_a_reparameterised_prefix(tmp_path: Path) -> None:
     own, model = technique("prefix", reparameterize=True, bottleneck=16), base("bert", CLASSIFIER)
     parts = map_of(model)

@@ -151,10 +151,15 @@ class Prefix(Technique):
         return rate_by_width(REPARAMETERIZED_LEARNING_RATE, anatomy) if self.reparameterize else LEARNING_RATE
 
     def adapter_config(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
-        """A PEFT `PrefixTuningConfig`; PEFT's prefixes are past keys, which not every model takes."""
+        """A PEFT `PrefixTuningConfig`; PEFT's prefixes are past keys, which not every model takes.
+
+        A decoder on an encoder counts its positions from past keys on, and is given none from outside: only where they
+        are relative (T5) are its answers PEFT's.
+        """
         prefixes, config = _prefixes(model), cast(Any, model).config
         takes_past = "past_key_values" in signature(model.get_submodule(anatomy.backbone).forward).parameters
-        theirs = takes_past and (not config.is_encoder_decoder or _stride(model) == 2)
+        relative = _stride(model) == 2 and prefixes[0].relative[0] is not None
+        theirs = takes_past and (not config.is_encoder_decoder or relative)
         _, heads, tokens, width = prefixes[0].shape
         return {
             "peft_type": "PREFIX_TUNING" if theirs else f"{OWN_TYPE}PREFIX",

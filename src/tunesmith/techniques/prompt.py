@@ -86,7 +86,7 @@ class Prompt(Technique):
         first = None
         if not encoder_decoder and _reads_ahead(body, embedding):
             token = processor.cls_token_id if processor.cls_token_id is not None else processor.bos_token_id
-            first = None if token is None else embedding.weight[token][None]
+            first = None if token is None else _embedded(embedding, [token])
         embedding.prompt = SoftPrompt(self._start(embedding, processor), first)
         stack = model.get_encoder() if encoder_decoder else body
         stack.register_forward_pre_hook(partial(_insert, embedding), with_kwargs=True)
@@ -100,11 +100,11 @@ class Prompt(Technique):
     def _start(self, embedding: Any, processor: Any) -> Tensor:
         count = self.num_virtual_tokens
         if self.init == "vocabulary":
-            return embedding.weight[torch.randint(len(processor), (count,)) % embedding.num_embeddings]  # type: ignore[no-any-return]
+            return _embedded(embedding, torch.randint(len(processor), (count,)) % embedding.num_embeddings)
         ids = processor(self.init_text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise RecipeError("nothing is left of it as tokens", where="technique.init_text", hint="write some words")
-        return embedding.weight[(ids * count)[:count]]  # type: ignore[no-any-return]
+        return _embedded(embedding, (ids * count)[:count])
 
     def learning_rate(self, anatomy: Anatomy) -> float:
         """`LEARNING_RATE`; a vector that is looked up, not multiplied, knows no width."""
@@ -159,6 +159,13 @@ class Prompt(Technique):
 
 def _prompt(model: Any) -> SoftPrompt:
     found: SoftPrompt = model.get_input_embeddings().prompt
+    return found
+
+
+@torch.no_grad()
+def _embedded(embedding: Any, ids: Any) -> Tensor:
+    """What the blocks are given for tokens: some models scale what they look up."""  # (tokens, width)
+    found: Tensor = embedding(torch.as_tensor(ids, device=embedding.weight.device))
     return found
 
 
