@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tunesmith.errors import RecipeError
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.techniques import (
     Technique,
@@ -100,8 +101,13 @@ class Ia3(Technique):
             RecipeError: it holds another kind of adapter.
         """
         config = read_config(folder, "IA3")
-        of_inputs = list(config.get("feedforward_modules") or [])
-        targets = [name for name in config["target_modules"] if name not in of_inputs]
+        targets, of_inputs = config.get("target_modules"), config.get("feedforward_modules") or []
+        if not isinstance(targets, list) or not targets or not isinstance(of_inputs, list):
+            raise RecipeError(
+                "target_modules and feedforward_modules are read as lists of names",
+                where=str(folder / "adapter_config.json"),
+                hint="name the modules there",
+            )
         return cls(target_modules=targets, feedforward_modules=of_inputs)
 
 
