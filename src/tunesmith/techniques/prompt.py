@@ -83,12 +83,12 @@ class Prompt(Technique):
         embedding = model.get_input_embeddings()
         body = model.get_submodule(anatomy.backbone)
         encoder_decoder = bool(model.config.is_encoder_decoder)
+        stack = _stack(model, body)
         first = None
         if not encoder_decoder and _reads_ahead(body, embedding):
             token = processor.cls_token_id if processor.cls_token_id is not None else processor.bos_token_id
-            first = None if token is None else _embedded(embedding, [token])
-        embedding.prompt = SoftPrompt(self._start(embedding, processor), first)
-        stack = model.get_encoder() if encoder_decoder else body
+            first = None if token is None else _looked_up(embedding, stack, torch.tensor([token]))
+        embedding.prompt = SoftPrompt(_looked_up(embedding, stack, self._start(embedding, processor)), first)
         stack.register_forward_pre_hook(partial(_insert, embedding), with_kwargs=True)
         if encoder_decoder:
             model.get_decoder().register_forward_pre_hook(partial(_open_mask, embedding.prompt), with_kwargs=True)
@@ -98,22 +98,27 @@ class Prompt(Technique):
         learn_only(model, {name} | anatomy.learns_always)
 
     def _start(self, embedding: Any, processor: Any) -> Tensor:
+        """The tokens that the vectors start as."""
         count = self.num_virtual_tokens
         if self.init == "vocabulary":
-            return _embedded(embedding, torch.randint(len(processor), (count,)) % embedding.num_embeddings)
+            drawn: Tensor = torch.randint(len(processor), (count,)) % embedding.num_embeddings
+            return drawn
         ids = processor(self.init_text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise RecipeError("nothing is left of it as tokens", where="technique.init_text", hint="write some words")
-        return _embedded(embedding, (ids * count)[:count])
+        return torch.tensor((ids * count)[:count])
 
     def learning_rate(self, anatomy: Anatomy) -> float:
         """`LEARNING_RATE`; a vector that is looked up, not multiplied, knows no width."""
         return LEARNING_RATE
 
     def adapter_config(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
-        """A PEFT `PromptTuningConfig`; PEFT gives an encoder-decoder no prompt but for sequence to sequence."""
+        """A PEFT `PromptTuningConfig`; PEFT gives an encoder-decoder no prompt but for sequence to sequence, and
+        forgets to multiply what it looks up for one that does.
+        """
         config: Any = model.config
-        theirs = not config.is_encoder_decoder or _submodules(model) == 2
+        multiplies = getattr(_stack(model, model.get_submodule(anatomy.backbone)), "embed_scale", 1.0) != 1.0
+        theirs = not config.is_encoder_decoder or (_submodules(model) == 2 and not multiplies)
         positions, width = _prompt(model)().shape
         return {
             "peft_type": "PROMPT_TUNING" if theirs else f"{OWN_TYPE}PROMPT",
@@ -162,10 +167,16 @@ def _prompt(model: Any) -> SoftPrompt:
     return found
 
 
-@torch.no_grad()
-def _embedded(embedding: Any, ids: Any) -> Tensor:
-    """What the blocks are given for tokens: some models scale what they look up."""  # (tokens, width)
-    found: Tensor = embedding(torch.as_tensor(ids, device=embedding.weight.device))
+def _stack(model: Any, body: Any) -> Any:
+    """What the vectors go into."""
+    return model.get_encoder() if model.config.is_encoder_decoder else body
+
+
+def _looked_up(embedding: Any, stack: Any, ids: Tensor) -> Tensor:
+    """What a stack makes of tokens before its first block: Marian's multiplies what it looks up, but not what it is
+    given.
+    """
+    found: Tensor = embedding(ids.to(embedding.weight.device)) * getattr(stack, "embed_scale", 1.0)
     return found
 
 
@@ -190,7 +201,7 @@ def _insert(embedding: Any, stack: Any, args: tuple[Any, ...], given: dict[str, 
     given = dict(zip(_parameters(stack), args, strict=False)) | given
     ids, embedded = given.pop("input_ids", None), given.get("inputs_embeds")
     if embedded is None:
-        embedded = embedding(ids)
+        embedded = _looked_up(embedding, stack, ids)
     vectors = embedding.prompt().to(embedded.dtype)
     more = (len(vectors), 0)
     given["inputs_embeds"] = torch.cat([vectors.expand(len(embedded), -1, -1), embedded], 1)

@@ -72,7 +72,7 @@ def test_it_starts_as_the_base_and_merges_into_it(family: str, kind: str) -> Non
 
 
 def test_it_learns_as_many_numbers_as_the_formula_says() -> None:
-    """d = 32, MLP 64: l_k and l_v are d each, l_ff is 64. A fused projection is scaled whole; LLaMA's keys are fewer."""
+    """d = 32, MLP 64: l_k, l_v are d each, l_ff is 64. A fused projection is scaled whole; LLaMA's keys are fewer."""
     for family, expected in {"bert": 32 + 32 + 64, "gpt2": 3 * 32 + 128, "llama": 16 + 16 + 64}.items():
         model = shaken(family, Ia3())
         assert sum(p.numel() for name, p in model.named_parameters() if name.endswith("ia3_l")) == 3 * expected
