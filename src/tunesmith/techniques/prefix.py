@@ -126,7 +126,7 @@ class Prefix(Technique):
             module.prefix = PrefixStates(start[:, :, places], shared, relative)
         use_prefixes(model)
         if "position_ids" in signature(body.forward).parameters:
-            body.register_forward_pre_hook(partial(_begin_after, self.num_virtual_tokens), with_kwargs=True)
+            body.register_forward_pre_hook(partial(_begin_after, modules[0].prefix), with_kwargs=True)
         names = {name for name, _ in model.named_parameters() if ".prefix." in name}
         learn_only(model, names | anatomy.learns_always)
 
@@ -218,14 +218,14 @@ def _stride(model: nn.Module) -> int:
     return 2 if peft_task_type(model) == "SEQ_2_SEQ_LM" else 1
 
 
-def _begin_after(count: int, body: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+def _begin_after(prefix: PrefixStates, body: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
     """Positions of the text as if the prefix stood before it."""
     given = dict(zip(signature(body.forward).parameters, args, strict=False)) | given
     if given.get("position_ids") is None:
         shown = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         first = _first_position(body)
         given["position_ids"] = torch.arange(first, first + shown.shape[1], device=shown.device)[None]
-    given["position_ids"] = given["position_ids"] + count
+    given["position_ids"] = given["position_ids"] + prefix.shape[2]
     return (), given
 
 
