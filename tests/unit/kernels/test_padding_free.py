@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from tunesmith import registry
 from tunesmith.kernels import padding_free
 from tunesmith.kernels.padding_free import Layout, use_padding_free_blocks
 from tunesmith.models.anatomy import anatomy
-from tunesmith.testing import FAMILIES, tiny_model
+from tunesmith.testing import FAMILIES, tiny_model, tiny_tokenizer
 
 LENGTHS = ([12, 3, 7, 7, 1], [5, 5, 5], [9], [1, 2, 3, 40])
 
@@ -45,6 +48,21 @@ def test_answers_and_gradients_are_those_of_the_padded_model(family: str) -> Non
         assert torch.dist(ours[1], gradients) < 1e-5 * gradients.norm()
         rounded = -(-sum(lengths) // padding_free.ROUND_TOKENS) * padding_free.ROUND_TOKENS
         assert seen.pop() == (1, rounded, 32), "the blocks compute on valid tokens only, rounded up"
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+@pytest.mark.parametrize("family", TAKEN)
+def test_virtual_tokens_change_nothing_of_that(family: str, name: str) -> None:
+    model = tiny_model(family, "AutoModelForSequenceClassification", num_labels=3, local_attention=6, sliding_window=4)
+    torch.manual_seed(0)
+    technique: Any = registry.get("technique", name)
+    technique(num_virtual_tokens=5).apply(model, anatomy(model), tiny_tokenizer())
+    padded = [_answers_and_gradients(model, lengths) for lengths in LENGTHS]
+    assert use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
+    for lengths, (answers, gradients) in zip(LENGTHS, padded, strict=True):
+        ours = _answers_and_gradients(model, lengths)
+        assert torch.allclose(ours[0], answers, atol=1e-5, rtol=1e-5)
+        assert torch.dist(ours[1], gradients) < 1e-5 * gradients.norm()
 
 
 @pytest.mark.parametrize("family", KEEP_PADDING)
