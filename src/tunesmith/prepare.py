@@ -97,14 +97,14 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     before = {name for name, _ in model.named_buffers()}
     torch.manual_seed(recipe.train.seed)
     models.check_vocabulary(model, processor, recipe.model)
+    max_length = _max_length(read.data.max_length, model, processor, technique)
     technique.apply(model, anatomy, processor)
     learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     learned += tuple(name for name, _ in model.named_buffers() if name not in before)
     padding_free = _speed_up(model, anatomy, found)
     machine.store_frozen(model, found.autocast_dtype)
     model.to(found.device)
-    data = read.data.model_copy(update={"max_length": _max_length(read.data.max_length, model, processor, technique)})
-    read = replace(read, data=data)
+    read = replace(read, data=read.data.model_copy(update={"max_length": max_length}))
     encoded = _encode(read, processor, talk)
     if recipe.train.metric and "validation" in encoded:
         evaluate.pick(evaluate.random_scores(read.task, encoded["train"], encoded["validation"]), recipe.train.metric)

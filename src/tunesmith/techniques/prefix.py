@@ -70,7 +70,8 @@ class PrefixStates(nn.Module):
         if self.shared is None:
             return self.states
         _, heads, tokens, width = self.shape
-        made: Tensor = self.up(self.shared())
+        with torch.autocast(self.up.weight.device.type, enabled=False):  # what is saved is made in fp32 too
+            made: Tensor = self.up(self.shared())
         return made.view(tokens, 2, heads, width).permute(1, 2, 0, 3)
 
     def put(self, states: Tensor) -> None:
