@@ -37,7 +37,7 @@ class Peft(Technique):
     starts_as_base: ClassVar[bool] = False
     """Most do; it is theirs to say."""
 
-    type: str = Field(min_length=1, description="PEFT's peft_type, e.g. LOHA, OFT, FOURIERFT")
+    type: str = Field("LOHA", min_length=1, description="PEFT's peft_type, e.g. LOHA, OFT, FOURIERFT")
     config: dict[str, Any] = Field({}, description="fields of PEFT's config of that type")
 
     def apply(self, model: nn.Module, anatomy: Anatomy, processor: Any) -> None:
