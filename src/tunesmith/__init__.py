@@ -18,7 +18,7 @@ _HOMES = {
     "Task": "tunesmith.tasks",
     "Technique": "tunesmith.techniques",
     "evaluate": "tunesmith.studies.score",
-    "load": "tunesmith.deploy.predict",
+    "load": "tunesmith.deploy.several",
     "predict": "tunesmith.deploy.predict",
     "train": "tunesmith.run",
 }

@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -287,6 +287,35 @@ def evaluate(
         print(f"{who} on {result['split']} ({result['examples']} examples): {scores_line(scores, 'accuracy')}")
     if "baseline" in result:
         print(f"a guess that knows only the training labels: {scores_line(result['baseline'], 'accuracy')}")
+
+
+@app.command(epilog="Example: tunesmith merge runs/a runs/b --weights 0.7,0.3 --method ties --output runs/merged")
+@verb
+def merge(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more runs over one base, with the same task.")],
+    output: Annotated[Path, typer.Option(help="The new run's folder.")],
+    weights: Annotated[str | None, typer.Option(help="One for each run, with commas; default: equal shares.")] = None,
+    method: Annotated[Literal["linear", "ties", "dare"], typer.Option(help="How changes are summed.")] = "linear",
+    density: Annotated[float | None, typer.Option(help="Share of entries kept; default: ties 0.2, dare 0.5.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in that folder.")] = False,
+    as_json: Json = False,
+    offline: Offline = False,
+) -> None:
+    """Sum what several runs have learned into one model."""
+    from tunesmith.deploy import merging
+
+    try:
+        shares = [float(share) for share in weights.split(",")] if weights else None
+    except ValueError:
+        raise RecipeError(f"--weights: {weights} are not numbers with commas", hint="--weights 0.7,0.3") from None
+    result = merging.merge(
+        runs, output, weights=shares, method=method, density=density, seed=seed, offline=offline, overwrite=overwrite
+    )
+    if as_json:
+        _emit(result)
+        return
+    print(f"merged {len(runs)} runs into {output}")
 
 
 @app.command(epilog='Example: tunesmith predict runs/reviews "A lovely film."')

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from tunesmith.data.batches import Batches
 from tunesmith.data.encoded import Encoded
+from tunesmith.deploy import merging
 from tunesmith.errors import RecipeError
 from tunesmith.kernels.dropout import use_fast_dropout
 from tunesmith.kernels.embedding import use_kept_gradients
@@ -82,6 +84,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     if recipe.train.early_stopping_patience and "validation" not in read.splits:
         what = "train.early_stopping_patience: there is no validation split to watch"
         raise RecipeError(what, hint="data.validation=0.1, or leave the key out")
+    _fold_adapter(recipe.model, offline, allow_pickle, talk)
     source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
     processor = models.load_processor(source, read.task.model_class)
     model, anatomy = models.load_model(
@@ -94,14 +97,14 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     before = {name for name, _ in model.named_buffers()}
     torch.manual_seed(recipe.train.seed)
     models.check_vocabulary(model, processor, recipe.model)
-    technique.apply(model, anatomy)
+    max_length = _max_length(read.data.max_length, model, processor, technique)
+    technique.apply(model, anatomy, processor)
     learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     learned += tuple(name for name, _ in model.named_buffers() if name not in before)
     padding_free = _speed_up(model, anatomy, found)
     machine.store_frozen(model, found.autocast_dtype)
     model.to(found.device)
-    data = read.data.model_copy(update={"max_length": _max_length(read.data.max_length, model, processor)})
-    read = replace(read, data=data)
+    read = replace(read, data=read.data.model_copy(update={"max_length": max_length}))
     encoded = _encode(read, processor, talk)
     if recipe.train.metric and "validation" in encoded:
         evaluate.pick(evaluate.random_scores(read.task, encoded["train"], encoded["validation"]), recipe.train.metric)
@@ -109,6 +112,16 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     return Prepared(
         resolved, read.task, technique, read, encoded, source, processor, model, anatomy, found, learned, padding_free
     )
+
+
+def _fold_adapter(model: str, offline: bool, allow_pickle: bool, talk: Talk) -> None:
+    """A run that left an adapter gets a `model/`, once, before another starts from it."""
+    run = Path(model).expanduser()
+    if (run / "adapter" / "adapter_config.json").exists() and not (run / "model").exists():
+        with parallel.first_alone():
+            if not (run / "model").exists():
+                merging.fold(run, offline=offline, allow_pickle=allow_pickle)
+                talk.say(f"merged the adapter of {run} into {run / 'model'}")
 
 
 def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
@@ -133,8 +146,12 @@ def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, En
     return encoded
 
 
-def _max_length(asked: int | None, model: nn.Module, processor: Any) -> int:
-    limit = models.length_limit(model, processor)
+def _max_length(asked: int | None, model: nn.Module, processor: Any, technique: Technique) -> int:
+    reads = models.length_limit(model, processor)
+    limit = reads - technique.virtual_tokens
+    if limit <= processor.num_special_tokens_to_add():
+        what = f"{technique.virtual_tokens} virtual positions leave no room for a text in a model that reads {reads}"
+        raise RecipeError(what, where="technique.num_virtual_tokens", hint="give fewer")
     if asked is not None and asked > limit:
         raise RecipeError(
             f"data.max_length: {asked} tokens, but this model reads at most {limit}", hint=f"at most {limit}"

@@ -1,6 +1,6 @@
 """What is on trial, and the page that says what serves what.
 
-python tests/contract/matrix.py        # rewrites docs/support.md, about two minutes
+python tests/contract/matrix.py        # rewrites docs/support.md, about four minutes
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "freeze": [{"last_n_blocks": 1}, {"head_only": True}, {"last_n_blocks": 2, "gradual": True}],
     "lora": [{"r": 4}, {"r": 4, "target_modules": "all-linear", "rslora": True}, {"r": 2, "dora": True},
              {"r": 4, "init": "pissa"}, {"r": 4, "lora_plus_ratio": 4.0}],
+    "adapter": [{"kind": kind} for kind in ("houlsby", "pfeiffer", "parallel")],
+    "ia3": [{}, {"target_modules": ["query", "attention_output"], "feedforward_modules": []}],
+    "prompt": [{"num_virtual_tokens": 5}, {"num_virtual_tokens": 5, "init": "text", "init_text": "great or bad"}],
+    "prefix": [{"num_virtual_tokens": 5}, {"num_virtual_tokens": 5, "reparameterize": True, "bottleneck": 16}],
+    "peft": [{"type": "LOHA"}, {"type": "OFT", "config": {"oft_block_size": 8}}],
 }  # fmt: skip
 """Beside a technique's defaults: settings that change what it does."""
 

@@ -29,7 +29,7 @@ from outcome import differences, result
 
 from tunesmith import run
 from tunesmith.tasks import text_classification  # noqa: F401
-from tunesmith.techniques import freeze, full, lora  # noqa: F401
+from tunesmith.techniques import adapter, bitfit, freeze, full, ia3, lora, prefix, prompt  # noqa: F401
 
 torch.set_num_threads(1)  # a fork after threads were started may hang
 
@@ -37,7 +37,14 @@ TECHNIQUES: dict[str, Any] = {
     "full": "full",
     "lora": {"name": "lora", "r": 4, "dropout": 0.1},
     "freeze": {"name": "freeze", "last_n_blocks": 2, "gradual": True},
+    "prefix": {"name": "prefix", "num_virtual_tokens": 4, "reparameterize": True, "bottleneck": 16},
+    "prompt": {"name": "prompt", "num_virtual_tokens": 4},
+    "adapter": {"name": "adapter", "kind": "pfeiffer"},
+    "ia3": "ia3",
+    "bitfit": "bitfit",
+    "peft": {"name": "peft", "type": "LOHA"},
 }
+"""In turn: few trials try the first ones only."""
 
 
 def start(technique: str, folder: Path, model: str, data: str) -> int:
@@ -75,7 +82,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     expected, seconds = {}, {}
-    for technique in TECHNIQUES:
+    tried = list(TECHNIQUES)[: given.trials]
+    for technique in tried:
         begin = time.monotonic()
         folder = given.work / f"undisturbed-{technique}"
         _, status = os.waitpid(start(technique, folder, given.model, given.data), 0)
@@ -85,7 +93,7 @@ def main() -> None:
     draw = random.Random(given.seed)
     kills, failures = 0, []
     for trial in range(given.trials):
-        technique = list(TECHNIQUES)[trial % len(TECHNIQUES)]
+        technique = tried[trial % len(tried)]
         folder = given.work / f"trial-{trial}"
         for _ in range(draw.randint(1, 3)):
             child = start(technique, folder, given.model, given.data)

@@ -69,7 +69,7 @@ def learned(model: nn.Module) -> dict[str, Tensor]:
 def ours_trained(family: str, kind: str, technique: Lora) -> PreTrainedModel:
     """A model that our technique has moved away from its base."""
     model = same_base(family, kind)
-    technique.apply(model, anatomy(model))
+    technique.apply(model, anatomy(model), None)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
@@ -126,7 +126,7 @@ def test_we_read_what_peft_saves(family: str, kind: str, variant: str, tmp_path:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     theirs.save_pretrained(tmp_path)
     read, model = Lora.from_adapter(tmp_path), same_base(family, kind)
-    read.apply(model, anatomy(model))
+    read.apply(model, anatomy(model), None)
     read.load_adapter(model, load_file(tmp_path / "adapter_model.safetensors"))
     torch.testing.assert_close(answers(model), answers(theirs), atol=1e-5, rtol=1e-5)
     gradients, reference = learned(model), learned(theirs)
@@ -152,7 +152,7 @@ def test_the_files_hold_the_same_keys(tmp_path: Path) -> None:
 
 def test_pissa_starts_and_pulls_where_peft_does() -> None:
     ours, theirs = same_base("bert", CLASSIFIER), same_base("bert", CLASSIFIER)
-    Lora(init="pissa", r=4).apply(ours, anatomy(ours))
+    Lora(init="pissa", r=4).apply(ours, anatomy(ours), None)
     config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights="pissa", target_modules=["query", "value"])
     theirs = peft.get_peft_model(theirs, config).eval()
     torch.testing.assert_close(answers(ours), answers(theirs), atol=1e-5, rtol=1e-5)

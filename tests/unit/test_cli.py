@@ -63,7 +63,19 @@ def finished(tiny_bert: Path, reviews_csv: Path, tmp_path_factory: pytest.TempPa
 
 
 def test_the_verbs_are_those_of_the_interface() -> None:
-    wanted = {"demo", "init", "train", "evaluate", "predict", "techniques", "tasks", "models", "schema", "doctor"}
+    wanted = {
+        "demo",
+        "init",
+        "train",
+        "evaluate",
+        "predict",
+        "merge",
+        "techniques",
+        "tasks",
+        "models",
+        "schema",
+        "doctor",
+    }
     assert {first for first, *_ in VERBS} == wanted and ("models", "path") in VERBS
 
 

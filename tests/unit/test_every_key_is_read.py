@@ -23,6 +23,9 @@ from tunesmith.training.signals import Signals
 
 LORA = "technique={name: lora, r: 4, target_modules: [query]}"
 BLOCKS = "technique={name: freeze, last_n_blocks: 2}"
+PROMPT, PREFIX = "technique={name: prompt, num_virtual_tokens: 3}", "technique={name: prefix, num_virtual_tokens: 3}"
+NETWORK = "technique={name: prefix, num_virtual_tokens: 3, reparameterize: true, bottleneck: 8}"
+LOHA = "technique={name: peft, type: LOHA}"
 EACH_STEP = ("train.evaluate_every=1", "train.save_every=1")
 DIVERGES = ("train.learning_rate=1e30", "train.warmup_ratio=0", BLOCKS, "train.max_steps=4")
 Change = tuple[tuple[str, ...], str, str]
@@ -82,6 +85,22 @@ KEYS: dict[str, Change] = {
     "technique.lora.dora": ((LORA,), "technique.dora=true", "parameters"),
     "technique.lora.init": ((LORA,), "technique.init=pissa", "losses"),
     "technique.lora.lora_plus_ratio": ((LORA,), "technique.lora_plus_ratio=8", "losses"),
+    "technique.adapter.kind": (("technique=adapter",), "technique.kind=parallel", "parameters"),
+    "technique.adapter.reduction_factor": (("technique=adapter",), "technique.reduction_factor=4", "parameters"),
+    "technique.ia3.target_modules": (("technique=ia3",), "technique.target_modules=[query]", "parameters"),
+    "technique.ia3.feedforward_modules": (("technique=ia3",), "technique.feedforward_modules=[]", "parameters"),
+    "technique.prompt.num_virtual_tokens": ((PROMPT,), "technique.num_virtual_tokens=4", "parameters"),
+    "technique.prompt.init": ((PROMPT,), "technique.init=text", "error"),
+    "technique.prompt.init_text": (
+        ("technique={name: prompt, init: text, init_text: great}",),
+        "technique.init_text=bad",
+        "losses",
+    ),
+    "technique.prefix.num_virtual_tokens": ((PREFIX,), "technique.num_virtual_tokens=4", "parameters"),
+    "technique.prefix.reparameterize": ((PREFIX,), "technique.reparameterize=true", "parameters"),
+    "technique.prefix.bottleneck": ((NETWORK,), "technique.bottleneck=16", "parameters"),
+    "technique.peft.type": ((LOHA,), "technique.type=LOKR", "parameters"),
+    "technique.peft.config": ((LOHA,), "technique.config={r: 2}", "parameters"),
 }
 """Key -> the words of a run to compare with, the word that changes the key, and what of the outcome it changes."""
 

@@ -68,10 +68,15 @@ def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, st
         seed=recipe.train.seed,
         pad_token_id=processor.pad_token_id,
     )
-    technique.apply(model, anatomy)
+    technique.apply(model, anatomy, processor)
     put(model, state)
     technique.merge(model)
-    with _complete(folder / "model") as target, models.quiet():
+    save(folder / "model", model, processor)
+
+
+def save(folder: Path, model: nn.Module, processor: Any) -> None:
+    """A plain transformers folder."""
+    with _complete(folder) as target, models.quiet():
         model.save_pretrained(target)  # type: ignore[operator]
         processor.save_pretrained(target)
 

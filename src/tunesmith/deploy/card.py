@@ -11,6 +11,7 @@ from tunesmith.metrics import MEANINGS
 from tunesmith.recipe import Recipe, to_yaml
 from tunesmith.recipe import load as load_recipe
 from tunesmith.tasks import Task
+from tunesmith.techniques import OWN_TYPE
 from tunesmith.training.files import atomic_write
 
 PIPELINES = {"AutoModelForSequenceClassification": "text-classification"}
@@ -30,7 +31,7 @@ def write(folder: Path) -> None:
     adapter = (folder / "adapter").exists()
     assert isinstance(recipe.task, Task)
     parts = [
-        "---\n" + to_yaml(_head(recipe, run, adapter)) + "---\n",
+        "---\n" + to_yaml(_head(recipe, run, adapter, adapter and _peft_loads(folder))) + "---\n",
         f"# {folder.resolve().name}\n",
         f"`{recipe.model}` adapted to {recipe.task.name} by `{recipe.technique.name}` with tunesmith.\n",
         "## Scores\n",
@@ -39,8 +40,7 @@ def write(folder: Path) -> None:
         "With tunesmith:\n",
         f"```python\nimport tunesmith\n\nmodel = tunesmith.load({_quoted(folder)})\n"
         'print(model.predict(["..."]))\n```\n',
-        f"Without it{' (transformers and PEFT)' if adapter else ' (transformers)'}:\n",
-        "```python\n" + _loading_lines(folder, recipe.task.model_class, run["model"], adapter) + "```\n",
+        _without_us(folder, recipe.task.model_class, run["model"], adapter),
         "## How it was made\n",
         _made(run),
         "```yaml\n" + to_yaml(recipe.dump()) + "```\n",
@@ -48,10 +48,10 @@ def write(folder: Path) -> None:
     atomic_write(folder / "README.md", "\n".join(parts))
 
 
-def _head(recipe: Recipe, run: dict[str, Any], adapter: bool) -> dict[str, Any]:
+def _head(recipe: Recipe, run: dict[str, Any], adapter: bool, peft: bool) -> dict[str, Any]:
     assert isinstance(recipe.task, Task)
     pipeline = PIPELINES.get(recipe.task.model_class, recipe.task.name)
-    head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": pipeline}
+    head: dict[str, Any] = {"library_name": _library(adapter, peft), "pipeline_tag": pipeline}
     base = run["model"]
     if base["kind"] == "hub":
         head |= {"base_model": _hub_name(base["spec"]), "base_model_relation": "adapter" if adapter else "finetune"}
@@ -66,6 +66,11 @@ def _head(recipe: Recipe, run: dict[str, Any], adapter: bool) -> dict[str, Any]:
         about = {"task": {"type": pipeline}, "dataset": {"name": name, "type": "file", "split": split}}
         head["model-index"] = [{"name": Path(recipe.output).resolve().name, "results": [about | {"metrics": results}]}]
     return head
+
+
+def _library(adapter: bool, peft: bool) -> str:
+    """What loads the run."""
+    return "transformers" if not adapter else "peft" if peft else "tunesmith"
 
 
 def _license(stated: str | None) -> dict[str, str]:
@@ -98,6 +103,18 @@ def _scores(metrics: dict[str, Any]) -> str:
         lines.append(f"| {name} | {cells} | {guess[name]:.4f} |" if name in guess else f"| {name} | {cells} | |")
     lines += ["", *(f"- {name}: {MEANINGS[name]}" for name in names if name in MEANINGS)]
     return "\n".join(lines) + "\n"
+
+
+def _without_us(folder: Path, auto: str, base: dict[str, Any], adapter: bool) -> str:
+    if adapter and not _peft_loads(folder):
+        return "Without it it cannot be loaded: PEFT has no such adapter for this kind of model.\n"
+    how = "transformers and PEFT" if adapter else "transformers"
+    return f"Without it ({how}):\n\n```python\n{_loading_lines(folder, auto, base, adapter)}```\n"
+
+
+def _peft_loads(folder: Path) -> bool:
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    return not str(config["peft_type"]).startswith(OWN_TYPE)
 
 
 def _loading_lines(folder: Path, auto: str, base: dict[str, Any], adapter: bool) -> str:

@@ -81,8 +81,17 @@ class Tuned:
             return evaluate.answers(self.model, self.task, encoded, self.machine)
 
 
-def load(run: str | Path, *, device: str = "auto", offline: bool = False, allow_pickle: bool = False) -> Tuned:
+def load(
+    run: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: str = "auto",
+    offline: bool = False,
+    allow_pickle: bool = False,
+) -> Tuned:
     """The model of a finished run; `allow_pickle` reads `.bin` weights of the base of an adapter (weights_only).
+
+    `base` says where the base of an adapter is now, if it has moved.
 
     Raises:
         RecipeError: there is no finished run in that folder.
@@ -92,12 +101,12 @@ def load(run: str | Path, *, device: str = "auto", offline: bool = False, allow_
     if not (folder / "recipe.yaml").exists():
         raise RecipeError("no run in this folder", where=str(folder), hint="`tunesmith train` makes one")
     recipe = load_recipe(folder / "recipe.yaml")
+    if (folder / "adapter" / "adapter_config.json").exists():
+        source = sources.resolve(str(base or recipe.model), offline=offline, allow_pickle=allow_pickle)
+        return _ready(recipe, source, folder / "adapter", found.device)
     if (folder / "model" / "config.json").exists():
         source = sources.resolve(str(folder / "model"), offline=True)
         return _ready(recipe, source, None, found.device)
-    if (folder / "adapter" / "adapter_config.json").exists():
-        source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle)
-        return _ready(recipe, source, folder / "adapter", found.device)
     hint = f"`{command('train', '--resume', folder)}`"
     raise RecipeError("the run is not finished", where=str(folder), hint=hint)
 
@@ -116,7 +125,7 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
     )
     if adapter is not None:
         assert isinstance(recipe.technique, Technique)
-        recipe.technique.apply(model, anatomy)
+        recipe.technique.apply(model, anatomy, processor)
         with _reading(adapter / "adapter_model.safetensors") as file:
             tensors = load_file(file)
         recipe.technique.load_adapter(model, tensors)

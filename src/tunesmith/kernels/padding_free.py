@@ -21,6 +21,7 @@ from transformers.masking_utils import bidirectional_mask_function
 
 from tunesmith.data.batches import Limits, cut
 from tunesmith.kernels.dropout import keep_scale
+from tunesmith.kernels.prefix import prefixed, takes_attention
 
 __all__ = ["Layout", "use_padding_free_blocks"]
 
@@ -166,22 +167,26 @@ def attention(
     """An attention function for transformers over (1, heads, total tokens, width)."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, heads, width)
     dropout = dropout if module.training else 0.0
-    parts = [_attend(group, q, k, v, dropout, scaling) for group in attention_mask.groups]
+    parts = [_attend(module, group, q, k, v, dropout, scaling) for group in attention_mask.groups]
     if attention_mask.groups[0].tokens is None:
         back = torch.cat([group.indices for group in attention_mask.groups])
         return Put.apply(torch.cat(parts), back, attention_mask.total)[None], None  # type: ignore[no-untyped-call]
     return torch.cat([*parts, parts[0].new_zeros(attention_mask.spare, *parts[0].shape[1:])])[None], None
 
 
-def _attend(group: Group, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None) -> Tensor:
+def _attend(
+    module: nn.Module, group: Group, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None
+) -> Tensor:
     q, k, v = group.gather(q), group.gather(k), group.gather(v)
+    k, v, length = prefixed(module, k, v)
+    mask = group.mask if group.mask is None else F.pad(group.mask, (length, 0), value=True)
     if k.shape[1] != q.shape[1]:  # grouped queries
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if dropout == 0.0:
-        return group.release(F.scaled_dot_product_attention(q, k, v, group.mask, scale=scaling))
+        return group.release(F.scaled_dot_product_attention(q, k, v, mask, scale=scaling))
     scores = (q * (scaling if scaling is not None else q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
-    if group.mask is not None:
-        scores = scores.masked_fill(~group.mask, torch.finfo(scores.dtype).min)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, -1, dtype=scores.dtype)
     return group.release((weights * keep_scale(weights, dropout)) @ v)
 
@@ -196,7 +201,7 @@ def use_padding_free_blocks(model: Any, blocks: Sequence[nn.Module]) -> bool:
     A model is taken only when its answers to two short texts of unequal length stay the same; others keep padding.
     """
     first = next(model.parameters())
-    if first.device.type != "cpu" or not blocks or not hasattr(model, "set_attn_implementation"):
+    if first.device.type != "cpu" or not blocks or not takes_attention(model) or model.config.is_encoder_decoder:
         return False
     before, expected = model.config._attn_implementation, _probe(model)
     hooks = [block.register_forward_pre_hook(_drop_padding, with_kwargs=True) for block in blocks]

@@ -33,7 +33,11 @@ class Naming:
     """Paths of the blocks inside the backbone, one per stack (encoder, decoder), in forward order."""
 
     roles: Mapping[str, tuple[str, ...]]
-    """Role -> paths inside a block. A fused projection stands under each role it holds."""
+    """Role -> paths inside a block. A fused projection stands under each role it holds. `last_norm` is given where a
+    norm follows the sum with the residual, so that the block gives out what the norm has made."""
+
+    embeddings: tuple[str, ...] = ()
+    """Paths inside the backbone of what enters the blocks though it is registered after them."""
 
 
 NAMINGS = (
@@ -47,6 +51,7 @@ NAMINGS = (
             "mlp_up": ("intermediate.dense",),
             "mlp_down": ("output.dense",),
             "norm": ("attention.output.LayerNorm", "output.LayerNorm"),
+            "last_norm": ("output.LayerNorm",),
         },
     ),
     Naming(  # DistilBERT
@@ -59,6 +64,7 @@ NAMINGS = (
             "mlp_up": ("ffn.lin1",),
             "mlp_down": ("ffn.lin2",),
             "norm": ("sa_layer_norm", "output_layer_norm"),
+            "last_norm": ("output_layer_norm",),
         },
     ),
     Naming(  # ModernBERT: query, key and value in one map; up and gate in one
@@ -72,6 +78,71 @@ NAMINGS = (
             "mlp_gate": ("mlp.Wi",),
             "mlp_down": ("mlp.Wo",),
             "norm": ("attn_norm", "mlp_norm"),
+        },
+    ),
+    Naming(  # DeBERTa; its first version has query, key and value in one map
+        blocks=("encoder.layer.*",),
+        embeddings=("encoder.rel_embeddings", "encoder.LayerNorm"),
+        roles={
+            "query": ("attention.self.query_proj", "attention.self.in_proj"),
+            "key": ("attention.self.key_proj", "attention.self.in_proj"),
+            "value": ("attention.self.value_proj", "attention.self.in_proj"),
+            "attention_output": ("attention.output.dense",),
+            "mlp_up": ("intermediate.dense",),
+            "mlp_down": ("output.dense",),
+            "norm": ("attention.output.LayerNorm", "output.LayerNorm"),
+            "last_norm": ("output.LayerNorm",),
+        },
+    ),
+    Naming(  # ALBERT: one block, gone through again and again
+        blocks=("encoder.albert_layer_groups.*.albert_layers.*",),
+        roles={
+            "query": ("attention.query",),
+            "key": ("attention.key",),
+            "value": ("attention.value",),
+            "attention_output": ("attention.dense",),
+            "mlp_up": ("ffn",),
+            "mlp_down": ("ffn_output",),
+            "norm": ("attention.LayerNorm", "full_layer_layer_norm"),
+            "last_norm": ("full_layer_layer_norm",),
+        },
+    ),
+    Naming(  # BART, mBART, Marian, M2M-100, NLLB: encoder and decoder
+        blocks=("encoder.layers.*", "decoder.layers.*"),
+        embeddings=("encoder.layernorm_embedding", "decoder.layernorm_embedding"),
+        roles={
+            "query": ("self_attn.q_proj", "encoder_attn.q_proj"),
+            "key": ("self_attn.k_proj", "encoder_attn.k_proj"),
+            "value": ("self_attn.v_proj", "encoder_attn.v_proj"),
+            "attention_output": ("self_attn.out_proj", "encoder_attn.out_proj"),
+            "mlp_up": ("fc1",),
+            "mlp_down": ("fc2",),
+            "norm": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+        },
+    ),
+    Naming(  # T5, mT5, Flan-T5: encoder and decoder
+        blocks=("encoder.block.*", "decoder.block.*"),
+        roles={
+            "query": ("layer.0.SelfAttention.q", "layer.1.EncDecAttention.q"),
+            "key": ("layer.0.SelfAttention.k", "layer.1.EncDecAttention.k"),
+            "value": ("layer.0.SelfAttention.v", "layer.1.EncDecAttention.v"),
+            "attention_output": ("layer.0.SelfAttention.o", "layer.1.EncDecAttention.o"),
+            "mlp_up": tuple(f"layer.{n}.DenseReluDense.{name}" for n in (1, 2) for name in ("wi", "wi_1")),
+            "mlp_gate": tuple(f"layer.{n}.DenseReluDense.wi_0" for n in (1, 2)),
+            "mlp_down": tuple(f"layer.{n}.DenseReluDense.wo" for n in (1, 2)),
+            "norm": tuple(f"layer.{n}.layer_norm" for n in (0, 1, 2)),
+        },
+    ),
+    Naming(  # Phi: attention and MLP side by side
+        blocks=("layers.*",),
+        roles={
+            "query": ("self_attn.q_proj",),
+            "key": ("self_attn.k_proj",),
+            "value": ("self_attn.v_proj",),
+            "attention_output": ("self_attn.dense",),
+            "mlp_up": ("mlp.fc1",),
+            "mlp_down": ("mlp.fc2",),
+            "norm": ("input_layernorm",),
         },
     ),
     Naming(  # GPT-2: query, key and value in one map
@@ -112,6 +183,9 @@ class Anatomy:
     """Where the parts of one model are, as module paths and parameter names of the untouched model."""
 
     family: str
+    backbone: str
+    """The path of the pretrained body inside the model; empty where the model is nothing but the body."""
+
     hidden_size: int
     embeddings: tuple[str, ...]
     """Modules of the backbone before the first block."""
@@ -143,11 +217,19 @@ class Anatomy:
         return frozenset(name for name in self.parameters if name in self.new or _within(name, self.head))
 
     def depth_of(self, name: str) -> int:
-        """How far up a parameter stands: 0 embeddings, 1..n the blocks, n + 1 what comes after them."""
+        """How far up a parameter stands: 0 embeddings, 1..n the blocks, n + 1 what comes after them.
+
+        What ends one of several stacks (the last norm of T5's encoder) stands with the last block of its stack.
+        """
+        if _within(name, self.embeddings):
+            return 0
+        beside = 0
         for depth, block in enumerate(self.blocks, start=1):
             if _within(name, (block,)):
                 return depth
-        return 0 if _within(name, self.embeddings) else len(self.blocks) + 1
+            if name.startswith(f"{_stack_of(block)}."):
+                beside = depth
+        return beside if 0 < beside < len(self.blocks) else len(self.blocks) + 1
 
     def targets(self, wanted: Sequence[str] | Literal["all-linear"]) -> tuple[str, ...]:
         """The linear maps that roles (`query`), module names (`q_proj`, `attention.self.query`) or `all-linear` mean.
@@ -196,13 +278,15 @@ def anatomy(model: nn.Module, *, new: frozenset[str] = frozenset()) -> Anatomy:
     """Read a model's parts; `new` are the parameters that its checkpoint did not hold."""
     prefix = _backbone(model)
     paths = [path for path, _ in model.named_modules() if path]
-    naming = max((_read(paths, prefix, row) for row in NAMINGS), key=lambda read: len(read[1]))
-    blocks, roles = naming if naming[1] else (_longest_list(model), {})
+    late, blocks, roles = max((_read(paths, prefix, row) for row in NAMINGS), key=lambda read: len(read[2]))
+    if not roles:
+        late, blocks = (), _longest_list(model)
     config = getattr(model, "config", None)
     return Anatomy(
         family=getattr(config, "model_type", "") or type(model).__name__,
+        backbone=prefix,
         hidden_size=_hidden_size(model, blocks),
-        embeddings=tuple(_before(model, blocks, prefix)),
+        embeddings=(*_embeddings(model, blocks, prefix), *late),
         blocks=blocks,
         head=_head(model, prefix),
         new=new,
@@ -227,11 +311,20 @@ def _backbone(model: nn.Module) -> str:
     return prefix if isinstance(getattr(model, prefix, None), nn.Module) else ""
 
 
-def _read(paths: list[str], prefix: str, naming: Naming) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """The blocks and the roles that one row finds among all module paths."""
+def _stack_of(block: str) -> str:
+    """The module whose list a block is in."""
+    return block.rpartition(".")[0].rpartition(".")[0]
+
+
+Read = tuple[tuple[str, ...], tuple[str, ...], dict[str, tuple[str, ...]]]
+
+
+def _read(paths: list[str], prefix: str, naming: Naming) -> Read:
+    """The late embeddings, the blocks and the roles that one row finds among all module paths."""
     stacks = [_matching(paths, prefix, pattern) for pattern in naming.blocks]
     if not all(stacks):
-        return (), {}
+        return (), (), {}
+    late = tuple(path for pattern in naming.embeddings for path in _matching(paths, prefix, pattern))
     blocks = tuple(path for stack in stacks for path in stack)
     known = set(paths)
     found = {
@@ -239,7 +332,7 @@ def _read(paths: list[str], prefix: str, naming: Naming) -> tuple[tuple[str, ...
         for role, parts in naming.roles.items()
     }
     found = {role: modules for role, modules in found.items() if modules}
-    return (blocks, found) if 2 * len(found) > len(naming.roles) else ((), {})  # a name or two alike is chance
+    return (late, blocks, found) if 2 * len(found) > len(naming.roles) else ((), (), {})  # a few alike are chance
 
 
 def _matching(paths: list[str], prefix: str, pattern: str) -> list[str]:
@@ -256,6 +349,16 @@ def _longest_list(model: nn.Module) -> tuple[str, ...]:
     alike = {path: members for path, members in lists.items() if len({type(member) for member in members}) == 1}
     longest = max(alike, key=lambda path: len(alike[path]), default=None)
     return () if longest is None else tuple(f"{longest}.{index}" for index in range(len(alike[longest])))
+
+
+def _embeddings(model: nn.Module, blocks: tuple[str, ...], path: str) -> Iterator[str]:
+    """What stands before the first block of each stack; a decoder's stack begins after an encoder's."""
+    yield from _before(model, blocks, path)
+    stacks = dict.fromkeys(block.rpartition(".")[0] for block in blocks)
+    for stack in list(stacks)[1:]:
+        within = stack.rpartition(".")[0]
+        if not any(_within(other, (within,)) for other in stacks if other != stack):
+            yield from _before(model, blocks, within)
 
 
 def _before(model: nn.Module, blocks: tuple[str, ...], path: str) -> Iterator[str]:

@@ -6,12 +6,16 @@ where things are, never a model's class name, and knows neither tasks nor the lo
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.models.anatomy import Anatomy
@@ -26,6 +30,9 @@ PEFT_TASK_TYPES = {
 }
 """What PEFT calls a task -> the model classes that do it."""
 
+OWN_TYPE = "TUNESMITH_"
+"""How the `peft_type` of an adapter begins that PEFT cannot load."""
+
 MEASURED_WIDTH = 384
 """The hidden size of the model that default learning rates were measured on."""
 
@@ -39,8 +46,16 @@ class Technique(Plugin):
     starts_as_base: ClassVar[bool] = True
     """Whether the model answers as before right after `apply`."""
 
+    cannot_merge: ClassVar[str] = ""
+    """Why what was learned cannot be folded into plain modules; empty where it can."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many of the positions that the model has are taken from the text."""
+        return 0
+
     @abstractmethod
-    def apply(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def apply(self, model: nn.Module, anatomy: Anatomy, processor: Any) -> None:
         """Change `model` in place so that `requires_grad` is exactly what learns. Parameters keep their names.
 
         Raises:
@@ -48,7 +63,13 @@ class Technique(Plugin):
         """
 
     def merge(self, model: nn.Module) -> None:
-        """Fold what was learned into plain modules, in place, in fp32."""
+        """Fold what was learned into plain modules, in place, in fp32.
+
+        Raises:
+            RecipeError: that cannot be; says why.
+        """
+        if self.cannot_merge:
+            raise RecipeError(f"{self.name} cannot be merged: {self.cannot_merge}", hint="keep base and adapter apart")
 
     @abstractmethod
     def learning_rate(self, anatomy: Anatomy) -> float:
@@ -112,6 +133,98 @@ def rate_by_width(rate: float, anatomy: Anatomy) -> float:
 def rate_by_depth(decay: float, name: str, anatomy: Anatomy) -> float:
     """The factor decay ** (n + 1 - depth) of ULMFiT (Howard 2018) and ELECTRA (Clark 2020); 1 for a head."""
     return 1.0 if name in anatomy.learns_always else decay ** (len(anatomy.blocks) + 1 - anatomy.depth_of(name))
+
+
+def saved_whole(anatomy: Anatomy) -> list[str]:
+    """The modules that learn whole: PEFT's `modules_to_save`.
+
+    Raises:
+        RecipeError: what learns is a parameter that no small module holds, so PEFT's format has no place for it.
+    """
+    modules = dict.fromkeys(anatomy.head)
+    for name in sorted(anatomy.learns_always):
+        owner = name.rpartition(".")[0]
+        if not owner or any(f"{block}.".startswith(f"{owner}.") for block in anatomy.blocks):
+            raise RecipeError(
+                f"'{name}' is not in the checkpoint and must learn whole, which an adapter cannot hold",
+                where="technique",
+                hint="use technique=full, or a checkpoint that has it",
+            )
+        if not any(f"{owner}.".startswith(f"{module}.") for module in modules):
+            modules[owner] = None
+    return list(modules)
+
+
+def suffixes(model: nn.Module, adapted: Collection[str], whole: Collection[str]) -> list[str]:
+    """The shortest endings that name the adapted modules and no other one outside `whole`."""
+    others = [
+        f".{path}"
+        for path, _ in model.named_modules()
+        if path not in adapted and not any(f"{path}.".startswith(f"{module}.") for module in [*adapted, *whole])
+    ]
+    return sorted({_shortest(path.split("."), others) for path in adapted})
+
+
+def _shortest(steps: list[str], others: list[str]) -> str:
+    endings = (".".join(steps[start:]) for start in range(len(steps) - 1, 0, -1))
+    return next((end for end in endings if not any(other.endswith(f".{end}") for other in others)), ".".join(steps))
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None, *, transposed: bool) -> nn.Module:
+    """A frozen linear map with nothing around it; `transposed` is GPT-2's `Conv1D`, whose weight is (in, out)."""
+    rows, columns = weight.shape
+    with torch.device("meta"):  # no memory for weights that are replaced at once
+        plain: Any = Conv1D(columns, rows) if transposed else nn.Linear(columns, rows, bias=bias is not None)
+    plain.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    plain.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return plain  # type: ignore[no-any-return]
+
+
+def read_config(folder: Path, peft_type: str) -> dict[str, Any]:
+    """`adapter_config.json` of a PEFT adapter of one kind.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        RecipeError: it is of another kind.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        hint = "give a PEFT adapter's folder"
+        raise CheckpointError(f"cannot be read ({error})", where=str(path), hint=hint) from error
+    if not isinstance(config, dict) or config.get("peft_type") != peft_type:
+        what = f"is not the config of a {peft_type} adapter"
+        raise RecipeError(what, where=str(path), hint=f"peft_type must be {peft_type}")
+    return config
+
+
+def prompt_learning_tensors(model: nn.Module, rows: Tensor) -> dict[str, Tensor]:
+    """What PEFT saves of a prompt or a prefix: the vectors, and under other names than elsewhere what learns whole."""
+    learned = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    whole = {name: value for name, value in learned.items() if not _of_prompt(name)}
+    return {"prompt_embeddings": rows} | {f"base_model.{name}": value for name, value in whole.items()}
+
+
+def load_prompt_learning(
+    model: nn.Module, tensors: dict[str, Tensor], load: Callable[[nn.Module, dict[str, Tensor]], None]
+) -> Tensor:
+    """Put what learns whole in place by `load`, and hand back the vectors.
+
+    Raises:
+        CheckpointError: the vectors are missing.
+    """
+    if "prompt_embeddings" not in tensors:
+        raise CheckpointError("the adapter lacks its prompt_embeddings", hint="it was saved by another technique")
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad and _of_prompt(name)}
+    whole = {name.removeprefix("base_model."): value for name, value in tensors.items() if name != "prompt_embeddings"}
+    load(model, {PEFT_PREFIX + name: value for name, value in (own | whole).items()})
+    return tensors["prompt_embeddings"]
+
+
+def _of_prompt(name: str) -> bool:
+    """Whether a parameter is of a prompt or a prefix: it has no name of its own in PEFT's format."""
+    return not {"prompt", "prefix"}.isdisjoint(name.split("."))
 
 
 def peft_task_type(model: nn.Module) -> str | None:

@@ -47,7 +47,7 @@ class Freeze(Technique):
             raise ValueError("layer_lr_decay slows blocks, and head_only trains none; give last_n_blocks")
         return self
 
-    def apply(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def apply(self, model: nn.Module, anatomy: Anatomy, processor: Any) -> None:
         """Freeze the embeddings and all blocks but the last."""
         if not self.last_n_blocks and not anatomy.learns_always:
             raise RecipeError(

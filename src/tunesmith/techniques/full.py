@@ -7,6 +7,8 @@ at lr * d ** (n + 1 - k): discriminative fine-tuning (Howard and Ruder 2018, arX
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 from torch import nn
 
@@ -22,7 +24,7 @@ class Full(Technique):
 
     layer_lr_decay: float = Field(1.0, gt=0, le=1, description="factor on the rate per block downwards; 1: none")
 
-    def apply(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def apply(self, model: nn.Module, anatomy: Anatomy, processor: Any) -> None:
         """Let every parameter learn."""
         learn_only(model, {name for name, _ in model.named_parameters()})
 

@@ -9,7 +9,6 @@ of rank 2r that PEFT loads over it: B A - B0 A0 = [B - B0, B0] [A; A - A0], a fo
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +24,17 @@ from transformers.pytorch_utils import Conv1D
 from tunesmith.errors import CheckpointError, RecipeError, shorten
 from tunesmith.kernels.lora import adapted_weight, lora_linear
 from tunesmith.models.anatomy import LINEAR, Anatomy
-from tunesmith.techniques import PEFT_PREFIX, Technique, learn_only, peft_task_type, rate_by_width
+from tunesmith.techniques import (
+    PEFT_PREFIX,
+    Technique,
+    learn_only,
+    peft_task_type,
+    plain_linear,
+    rate_by_width,
+    read_config,
+    saved_whole,
+    suffixes,
+)
 
 LEARNING_RATE = 2e-3
 """With two projections adapted in each block, alpha = 2r; measured on a model 384 wide (docs/techniques/lora.md)."""
@@ -118,14 +127,7 @@ class LoraLinear(nn.Module):
             transposed=self.transposed,
             magnitude=self.lora_magnitude_vector,
         )
-        with torch.device("meta"):  # no memory for weights that are replaced at once
-            plain: nn.Module = (
-                Conv1D(self.out_features, self.in_features)
-                if self.transposed
-                else nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-            )
-        plain.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
-        plain.bias = self.bias
+        plain = plain_linear(weight.to(self.weight.dtype), self.bias, transposed=self.transposed)
         return plain.train(self.training)
 
     def extra_repr(self) -> str:
@@ -167,9 +169,9 @@ class Lora(Technique):
         """The factor s on B A."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
-    def apply(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def apply(self, model: nn.Module, anatomy: Anatomy, processor: Any) -> None:
         """Put a `LoraLinear` in the place of every target."""
-        _saved_whole(anatomy)
+        saved_whole(anatomy)
         targets = anatomy.targets(self.target_modules)
         smallest = min(min(model.get_parameter(f"{path}.weight").shape) for path in targets)
         if self.init == "pissa" and self.r > smallest:
@@ -213,7 +215,7 @@ class Lora(Technique):
         """A PEFT `LoraConfig` that matches exactly the modules adapted here."""
         rank = self.r * (2 if self.init == "pissa" else 1)
         alpha = self.scaling * (math.sqrt(rank) if self.rslora else rank)
-        whole = _saved_whole(anatomy)
+        whole = saved_whole(anatomy)
         return {
             "peft_type": "LORA",
             "task_type": peft_task_type(model),
@@ -221,7 +223,7 @@ class Lora(Technique):
             "r": rank,
             "lora_alpha": round(alpha) if math.isclose(alpha, round(alpha)) else alpha,
             "lora_dropout": self.dropout,
-            "target_modules": _suffixes(model, whole),
+            "target_modules": suffixes(model, {path for path, _ in _adapted(model)}, whole),
             "modules_to_save": whole or None,
             "use_rslora": self.rslora,
             "use_dora": self.dora,
@@ -266,15 +268,7 @@ class Lora(Technique):
             CheckpointError: the folder cannot be read.
             RecipeError: the adapter is of a kind that is not implemented, named by its key.
         """
-        path = folder / "adapter_config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"cannot be read ({error})", where=str(path), hint="give a PEFT adapter's folder"
-            ) from error
-        if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-            raise RecipeError("is not the config of a LoRA adapter", where=str(path), hint="peft_type must be LORA")
+        config, path = read_config(folder, "LORA"), folder / "adapter_config.json"
         try:
             return cls.model_validate(_fields(config, path))
         except ValidationError as error:
@@ -289,42 +283,6 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 
 def _key(path: str, factor: str) -> str:
     return f"{PEFT_PREFIX}{path}.lora_{factor}.weight"
-
-
-def _saved_whole(anatomy: Anatomy) -> list[str]:
-    """The modules that learn whole: PEFT's `modules_to_save`.
-
-    Raises:
-        RecipeError: what learns is a parameter that no small module holds, so PEFT's format has no place for it.
-    """
-    modules = dict.fromkeys(anatomy.head)
-    for name in sorted(anatomy.learns_always):
-        owner = name.rpartition(".")[0]
-        if not owner or any(f"{block}.".startswith(f"{owner}.") for block in anatomy.blocks):
-            raise RecipeError(
-                f"'{name}' is not in the checkpoint and must learn whole, which an adapter cannot hold",
-                where="technique",
-                hint="use technique=full, or a checkpoint that has it",
-            )
-        if not any(f"{owner}.".startswith(f"{module}.") for module in modules):
-            modules[owner] = None
-    return list(modules)
-
-
-def _suffixes(model: nn.Module, whole: list[str]) -> list[str]:
-    """The shortest endings that name the adapted modules and no other one outside `whole`."""
-    adapted = {path for path, _ in _adapted(model)}
-    others = [
-        f".{path}"
-        for path, _ in model.named_modules()
-        if path not in adapted and not any(f"{path}.".startswith(f"{module}.") for module in [*adapted, *whole])
-    ]
-    return sorted({_shortest(path.split("."), others) for path in adapted})
-
-
-def _shortest(steps: list[str], others: list[str]) -> str:
-    endings = (".".join(steps[start:]) for start in range(len(steps) - 1, 0, -1))
-    return next((end for end in endings if not any(other.endswith(f".{end}") for other in others)), ".".join(steps))
 
 
 def _fields(config: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -1,21 +1,30 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from tunesmith import registry
 from tunesmith.kernels import padding_free
 from tunesmith.kernels.padding_free import Layout, use_padding_free_blocks
 from tunesmith.models.anatomy import anatomy
-from tunesmith.testing import FAMILIES, tiny_model
+from tunesmith.testing import FAMILIES, tiny_model, tiny_tokenizer
 
 LENGTHS = ([12, 3, 7, 7, 1], [5, 5, 5], [9], [1, 2, 3, 40])
+
+
+KEEP_PADDING = ("deberta", "deberta-v2", "t5", "bart")
+"""Two compute attention in their own way, and two have a decoder that looks at all of the encoder's states."""
+
+TAKEN = [family for family in FAMILIES if family not in KEEP_PADDING]
 
 
 def _batch(lengths: list[int]) -> dict[str, Tensor]:
     longest = max(lengths)
     mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
-    ids = torch.randint(3, 64, (len(lengths), longest), generator=torch.Generator().manual_seed(len(lengths)))
+    ids = torch.randint(4, 64, (len(lengths), longest), generator=torch.Generator().manual_seed(len(lengths)))
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
@@ -26,19 +35,43 @@ def _answers_and_gradients(model: torch.nn.Module, lengths: list[int]) -> tuple[
     return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TAKEN)
 def test_answers_and_gradients_are_those_of_the_padded_model(family: str) -> None:
     model = tiny_model(family, "AutoModelForSequenceClassification", num_labels=3, local_attention=6, sliding_window=4)
     padded = [_answers_and_gradients(model, lengths) for lengths in LENGTHS]
     assert use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
     seen = []
-    model.get_submodule(anatomy(model).blocks[1]).register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    model.get_submodule(anatomy(model).blocks[-1]).register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     for lengths, (answers, gradients) in zip(LENGTHS, padded, strict=True):
         ours = _answers_and_gradients(model, lengths)
         assert torch.allclose(ours[0], answers, atol=1e-5, rtol=1e-5)
         assert torch.dist(ours[1], gradients) < 1e-5 * gradients.norm()
         rounded = -(-sum(lengths) // padding_free.ROUND_TOKENS) * padding_free.ROUND_TOKENS
         assert seen.pop() == (1, rounded, 32), "the blocks compute on valid tokens only, rounded up"
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+@pytest.mark.parametrize("family", TAKEN)
+def test_virtual_tokens_change_nothing_of_that(family: str, name: str) -> None:
+    model = tiny_model(family, "AutoModelForSequenceClassification", num_labels=3, local_attention=6, sliding_window=4)
+    torch.manual_seed(0)
+    technique: Any = registry.get("technique", name)
+    technique(num_virtual_tokens=5).apply(model, anatomy(model), tiny_tokenizer())
+    padded = [_answers_and_gradients(model, lengths) for lengths in LENGTHS]
+    assert use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
+    for lengths, (answers, gradients) in zip(LENGTHS, padded, strict=True):
+        ours = _answers_and_gradients(model, lengths)
+        assert torch.allclose(ours[0], answers, atol=1e-5, rtol=1e-5)
+        assert torch.dist(ours[1], gradients) < 1e-5 * gradients.norm()
+
+
+@pytest.mark.parametrize("family", KEEP_PADDING)
+def test_a_family_that_cannot_keeps_padding(family: str) -> None:
+    model = tiny_model(family, "AutoModelForSequenceClassification")
+    before = dict(model.config.to_dict()), model.config._attn_implementation
+    assert not use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
+    assert (model.config.to_dict(), model.config._attn_implementation) == before
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def test_dropout_of_attention_has_the_right_mean() -> None:

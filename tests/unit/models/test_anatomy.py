@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.errors import RecipeError
 from tunesmith.models import anatomy as module
@@ -12,21 +12,31 @@ from tunesmith.testing import FAMILIES, tiny_model
 
 CLASSIFIER, CAUSAL, MASKED = "AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForMaskedLM"
 
-FIRST_BLOCK = {
-    "bert": "bert.encoder.layer.0",
-    "roberta": "roberta.encoder.layer.0",
-    "distilbert": "distilbert.transformer.layer.0",
-    "modernbert": "model.layers.0",
-    "gpt2": "transformer.h.0",
-    "llama": "model.layers.0",
-    "qwen2": "model.layers.0",
-    "mistral": "model.layers.0",
+ENCODER_DECODER = ("t5", "bart")
+STACKS: dict[str, tuple[tuple[str, int], ...]] = {
+    "bert": (("bert.encoder.layer", 3),),
+    "roberta": (("roberta.encoder.layer", 3),),
+    "distilbert": (("distilbert.transformer.layer", 3),),
+    "modernbert": (("model.layers", 3),),
+    "gpt2": (("transformer.h", 3),),
+    "albert": (("albert.encoder.albert_layer_groups.0.albert_layers", 1),),  # one block, gone through three times
+    "electra": (("electra.encoder.layer", 3),),
+    "deberta": (("deberta.encoder.layer", 3),),
+    "deberta-v2": (("deberta.encoder.layer", 3),),
+    "t5": (("transformer.encoder.block", 3), ("transformer.decoder.block", 3)),
+    "bart": (("model.encoder.layers", 3), ("model.decoder.layers", 2)),
 }
 HEADS = {
     "bert": ("classifier",),
     "roberta": ("classifier",),
     "distilbert": ("pre_classifier", "classifier"),
     "modernbert": ("head", "classifier"),
+    "albert": ("classifier",),
+    "electra": ("classifier",),
+    "deberta": ("pooler", "classifier"),
+    "deberta-v2": ("pooler", "classifier"),
+    "t5": ("classification_head",),
+    "bart": ("classification_head",),
 }
 QUERY_VALUE = {
     "bert": ("attention.self.query", "attention.self.value"),
@@ -34,25 +44,63 @@ QUERY_VALUE = {
     "distilbert": ("attention.q_lin", "attention.v_lin"),
     "modernbert": ("attn.Wqkv",),
     "gpt2": ("attn.c_attn",),
+    "albert": ("attention.query", "attention.value"),
+    "electra": ("attention.self.query", "attention.self.value"),
+    "deberta": ("attention.self.in_proj",),
+    "deberta-v2": ("attention.self.query_proj", "attention.self.value_proj"),
+    "phi3": ("self_attn.qkv_proj",),
+    "t5": ("layer.0.SelfAttention.q", "layer.0.SelfAttention.v"),
 }
+WITHOUT_ROLE = {
+    "deberta": {"attention.self.pos_proj", "attention.self.pos_q_proj"},
+    "deberta-v2": {"attention.self.pos_query_proj", "attention.self.pos_key_proj"},
+}
+"""Linear maps of a block that do what no other model's do: DeBERTa projects relative positions."""
+
+NO_MAPS = {"norm", "last_norm"}
+
+
+def blocks_of(family: str) -> tuple[str, ...]:
+    stacks = STACKS.get(family, (("model.layers", 3),))
+    return tuple(f"{path}.{index}" for path, count in stacks for index in range(count))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_read(family: str) -> None:
     model = tiny_model(family, CLASSIFIER, num_labels=3)
     found = anatomy(model)
-    first = FIRST_BLOCK[family]
-    assert (found.family, found.hidden_size, len(found.blocks)) == (family, 32, 3)
-    assert found.blocks == tuple(first[:-1] + str(index) for index in range(3))
+    blocks = blocks_of(family)
+    assert (found.family, found.hidden_size, found.blocks) == (family, 32, blocks)
     assert found.head == HEADS.get(family, ("score",))
     assert set(found.roles) >= {"query", "key", "value", "attention_output", "mlp_up", "mlp_down", "norm"}
     parts = QUERY_VALUE.get(family, ("self_attn.q_proj", "self_attn.v_proj"))
-    assert found.targets(["query", "value"])[: len(parts)] == tuple(f"{first}.{part}" for part in parts)
+    first = [path for path in found.targets(["query", "value"]) if path.startswith(f"{blocks[0]}.")]
+    assert set(first) == {f"{blocks[0]}.{part}" for part in parts}
     assert all(isinstance(model.get_submodule(path), nn.Module) for paths in found.roles.values() for path in paths)
     assert found.tied == frozenset()
-    inside = [path for path in found.linears if path.startswith(first)]
-    roles = {path for role, paths in found.roles.items() if role != "norm" for path in paths if path.startswith(first)}
-    assert set(inside) == roles, "every linear map of a block has a role"
+    with_role = {path for role, paths in found.roles.items() if role not in NO_MAPS for path in paths}
+    for block in blocks:
+        inside = {path for path in found.linears if path.startswith(f"{block}.")}
+        without = {f"{block}.{part}" for part in WITHOUT_ROLE.get(family, ())}
+        assert inside - with_role == without, "every linear map of a block has a role"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_comes_out_of_a_block_is_what_its_last_norm_has_made(family: str) -> None:
+    """And where no norm follows the last sum, no role says so."""
+    model = tiny_model(family, CLASSIFIER)
+    found = anatomy(model)
+    before = family in ("modernbert", "gpt2", "llama", "qwen2", "mistral", "gemma", "phi", "phi3", "t5", "bart")
+    assert ("last_norm" not in found.roles) == before
+    made: dict[str, Tensor] = {}
+    for path in (*found.roles.get("last_norm", ()), *found.blocks):
+        model.get_submodule(path).register_forward_hook(
+            lambda _, args, out, path=path: made.update({path: out[0] if isinstance(out, tuple) else out})
+        )
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 9, 7, 3]]))
+    for block, norm in zip(found.blocks, found.roles.get("last_norm", ()), strict=False):
+        assert torch.equal(made[block], made[norm])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,11 +108,59 @@ def test_depth_rises_from_the_embeddings_to_the_head(family: str) -> None:
     model = tiny_model(family, CLASSIFIER)
     found = anatomy(model)
     depths = {name: found.depth_of(name) for name, _ in model.named_parameters()}
-    assert set(depths.values()) == {0, 1, 2, 3, 4}
-    assert all(depths[name] == 4 for name in found.learns_always)
-    assert all("emb" in name or "wte" in name or "wpe" in name for name, depth in depths.items() if depth == 0)
-    for name, _ in model.get_submodule(found.blocks[1]).named_parameters():
-        assert depths[f"{found.blocks[1]}.{name}"] == 2
+    top = len(found.blocks) + 1
+    assert set(depths.values()) == set(range(top + 1))
+    assert all(depths[name] == top for name in found.learns_always)
+    embeds = ("emb", "wte", "wpe", "shared")
+    assert {name for name, depth in depths.items() if depth == 0} == {
+        name for name in depths if any(word in name for word in embeds)
+    }
+    for depth, block in enumerate(found.blocks, start=1):
+        assert {depths[f"{block}.{name}"] for name, _ in model.get_submodule(block).named_parameters()} == {depth}
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODER)
+def test_the_decoder_stands_above_the_encoder(family: str) -> None:
+    found = anatomy(tiny_model(family, CLASSIFIER))
+    encoder = [path for path in found.blocks if ".encoder." in path]
+    assert found.blocks[: len(encoder)] == tuple(encoder) and len(encoder) == 3
+    crossing = [path for path in found.roles["query"] if "EncDecAttention" in path or "encoder_attn" in path]
+    assert len(crossing) == len(found.blocks) - 3, "a decoder's block looks at the encoder as well"
+    assert all(".decoder." in path for path in crossing)
+
+
+def test_a_norm_between_the_stacks_stands_with_the_encoder() -> None:
+    found = anatomy(tiny_model("t5", CLASSIFIER))
+    assert found.depth_of("transformer.encoder.final_layer_norm.weight") == 3
+    assert found.depth_of("transformer.decoder.final_layer_norm.weight") == 7
+
+
+def test_what_every_block_of_deberta_looks_up_is_an_embedding() -> None:
+    found = anatomy(tiny_model("deberta-v2", CLASSIFIER, norm_rel_ebd="layer_norm"))
+    for name in ("rel_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias"):
+        assert found.depth_of(f"deberta.encoder.{name}") == 0
+
+
+def test_a_gated_t5_has_its_gate() -> None:
+    found = anatomy(tiny_model("t5", CLASSIFIER, feed_forward_proj="gated-gelu"))
+    assert found.roles["mlp_gate"][0] == "transformer.encoder.block.0.layer.1.DenseReluDense.wi_0"
+    assert found.roles["mlp_up"][-1] == "transformer.decoder.block.2.layer.2.DenseReluDense.wi_1"
+    assert len(found.roles["mlp_gate"]) == len(found.roles["mlp_up"]) == len(found.roles["mlp_down"]) == 6
+
+
+def test_marian_translates() -> None:
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "vocab_size": 32, "max_position_embeddings": 16}
+    more = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    config = transformers.MarianConfig(**sizes, **more, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+    found = anatomy(transformers.AutoModelForSeq2SeqLM.from_config(config))
+    assert (found.family, found.backbone, found.hidden_size) == ("marian", "model", 16)
+    assert found.blocks == ("model.encoder.layers.0", "model.encoder.layers.1", "model.decoder.layers.0")
+    assert found.head == () and found.learns_always == frozenset() and found.tied == {"lm_head"}
+    assert found.targets(["query"])[-1] == "model.decoder.layers.0.encoder_attn.q_proj"
+    assert len(found.roles["attention_output"]) == 4 and len(found.roles["mlp_down"]) == 3
+    tables = ("shared", "encoder.embed_positions", "decoder.embed_positions")
+    assert {found.depth_of(f"model.{table}.weight") for table in tables} == {0}
+    assert found.depth_of("model.decoder.layers.0.fc1.weight") == 3
 
 
 def test_block_ten_is_not_block_one() -> None:
@@ -197,17 +293,9 @@ def test_a_linear_map_that_is_used_without_its_forward_is_no_target() -> None:
     assert anatomy(model).linears == ()
 
 
-def test_an_encoder_decoder_and_nested_stages_need_one_row_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    t5 = Naming(
-        blocks=("encoder.block.*", "decoder.block.*"),
-        roles={"query": ("layer.0.SelfAttention.q", "layer.1.EncDecAttention.q")},
-    )
+def test_nested_stages_need_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     swin = Naming(blocks=("encoder.layers.*.blocks.*",), roles={"query": ("attention.q_proj", "attention.self.query")})
-    monkeypatch.setattr(module, "NAMINGS", (*module.NAMINGS, t5, swin))
-    config = transformers.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=32)
-    found = anatomy(transformers.AutoModel.from_config(config))
-    assert found.blocks == ("encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1")
-    assert len(found.roles["query"]) == 6
+    monkeypatch.setattr(module, "NAMINGS", (*module.NAMINGS, swin))
     with torch.device("meta"):
         found = anatomy(transformers.AutoModel.from_config(transformers.SwinConfig(depths=[1, 2], num_heads=[1, 2])))
     assert len(found.blocks) == 3 and len(found.roles["query"]) == 3

@@ -21,7 +21,7 @@ def test_everything_learns_and_nothing_changes_at_first(family: str) -> None:
     model = tiny_model(family, CLASSIFIER)
     model.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    Full().apply(model, anatomy(model))
+    Full().apply(model, anatomy(model), None)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 

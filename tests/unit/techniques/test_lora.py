@@ -19,7 +19,7 @@ from tunesmith.techniques.lora import LEARNING_RATE, PISSA_FACTOR, Lora, LoraLin
 from tunesmith.testing import FAMILIES, tiny_model
 
 CLASSIFIER, CAUSAL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
-TOKENS = torch.tensor([[5, 9, 7, 11, 2], [6, 8, 3, 4, 2]])
+TOKENS = torch.tensor([[5, 9, 7, 11, 3], [6, 8, 13, 4, 3]])
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "all-linear": {"target_modules": "all-linear", "r": 4},
@@ -50,7 +50,7 @@ def train(model: PreTrainedModel, steps: int = 4, lr: float = 1e-2) -> None:
 
 def prepared(family: str, technique: Lora, seed: int = 0) -> PreTrainedModel:
     model = tiny_model(family, CLASSIFIER, seed=seed)
-    technique.apply(model, anatomy(model))
+    technique.apply(model, anatomy(model), None)
     return model
 
 
@@ -64,7 +64,7 @@ def test_it_starts_as_the_base_learns_beside_it_and_merges_into_it(family: str, 
     model, technique = tiny_model(family, CLASSIFIER), Lora(**KINDS[kind])
     found, base = anatomy(model), answers(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    technique.apply(model, found)
+    technique.apply(model, found, None)
     torch.testing.assert_close(answers(model), base, atol=1e-6, rtol=1e-5)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert learning == {name for name, _ in model.named_parameters() if ".lora_" in name} | found.learns_always
@@ -227,7 +227,7 @@ def test_new_parameters_learn_and_are_saved_whole() -> None:
     model = tiny_model("bert", CLASSIFIER)
     found = anatomy(model, new=frozenset({"bert.pooler.dense.weight", "bert.pooler.dense.bias"}))
     technique = Lora()
-    technique.apply(model, found)
+    technique.apply(model, found, None)
     assert technique.adapter_config(model, found)["modules_to_save"] == ["classifier", "bert.pooler.dense"]
     assert "base_model.model.bert.pooler.dense.bias" in technique.adapter_tensors(model)
 
@@ -241,7 +241,7 @@ def test_a_new_parameter_beside_the_blocks_is_refused_before_training() -> None:
 
     model = Body()
     with pytest.raises(RecipeError, match="'scale' is not in the checkpoint"):
-        Lora(target_modules=["proj"]).apply(model, anatomy(model, new=frozenset({"scale"})))
+        Lora(target_modules=["proj"]).apply(model, anatomy(model, new=frozenset({"scale"})), None)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_the_config_names_exactly_what_is_adapted(family: str, targets: list[str
     model, technique = tiny_model(family, CLASSIFIER), Lora(target_modules=targets)
     found = anatomy(model)
     paths = [path for path, _ in model.named_modules()]
-    technique.apply(model, found)
+    technique.apply(model, found, None)
     config = technique.adapter_config(model, found)
     assert names is None or config["target_modules"] == names
     whole = config["modules_to_save"]
@@ -281,7 +281,7 @@ def test_the_task_is_named_as_peft_names_it() -> None:
     for family, kind, task in [("gpt2", CAUSAL, "CAUSAL_LM"), ("bert", "AutoModel", None)]:
         model = tiny_model(family, kind)
         found = anatomy(model)
-        Lora().apply(model, found)
+        Lora().apply(model, found, None)
         config = Lora().adapter_config(model, found)
         assert (config["task_type"], config["modules_to_save"]) == (task, None)
 
@@ -335,13 +335,13 @@ def test_lora_plus_speeds_b_alone() -> None:
 def test_a_target_tied_to_the_embedding_is_refused() -> None:
     model = tiny_model("gpt2", CAUSAL)
     with pytest.raises(RecipeError, match="shares its weight"):
-        Lora(target_modules=["lm_head"]).apply(model, anatomy(model))
+        Lora(target_modules=["lm_head"]).apply(model, anatomy(model), None)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"peft_type": "IA3"}, "not the config of a LoRA adapter"),
+        ({"peft_type": "IA3"}, "not the config of a LORA adapter"),
         ({"bias": "all"}, "bias 'all' is not implemented"),
         ({"rank_pattern": {"query": 4}}, "rank_pattern"),
         ({"init_lora_weights": "olora"}, "changed the base weight"),

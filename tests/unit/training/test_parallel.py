@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import tunesmith
+from tunesmith import registry
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import Recipe
 from tunesmith.training import parallel
@@ -22,6 +23,18 @@ JOBS: dict[str, dict[str, Any]] = {
     "an empty share": {"technique": "lora", "optimizer": "adamw", "batch_size": 47},
     "out of memory": {"technique": "full", "optimizer": "sgd", "batch_size": 7, "out_of_memory": 2},
 }
+
+TECHNIQUES: dict[str, Any] = {
+    "freeze": {"name": "freeze", "last_n_blocks": 2, "gradual": True},
+    "adapter": {"name": "adapter", "kind": "parallel"},
+    "bitfit": "bitfit",
+    "ia3": "ia3",
+    "prompt": {"name": "prompt", "num_virtual_tokens": 4},
+    "prefix": {"name": "prefix", "num_virtual_tokens": 4},
+    "prefix network": {"name": "prefix", "num_virtual_tokens": 4, "reparameterize": True, "bottleneck": 16},
+    "peft": {"name": "peft", "type": "LOHA"},
+}
+"""Those that no job above has."""
 
 
 def _recipe(job: dict[str, Any], build: Any, output: Path) -> Recipe:
@@ -43,18 +56,34 @@ def _result(folder: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
     return load_file(weights), [line["loss"] for line in lines if "loss" in line]
 
 
-def test_two_processes_are_one(recipe_of: Any, tmp_path: Path) -> None:
-    jobs = []
-    for name, job in JOBS.items():
-        tunesmith.train(_recipe(job, recipe_of, tmp_path / name / "one"))
-        jobs.append(job | {"recipe": _recipe(job, recipe_of, tmp_path / name / "two").dump()})
-    _run_two(jobs)
-    for name in JOBS:
-        (one, losses), (two, losses_of_two) = _result(tmp_path / name / "one"), _result(tmp_path / name / "two")
+def _two_are_one(jobs: dict[str, dict[str, Any]], build: Any, folder: Path) -> None:
+    both = []
+    for name, job in jobs.items():
+        tunesmith.train(_recipe(job, build, folder / name / "one"))
+        both.append(job | {"recipe": _recipe(job, build, folder / name / "two").dump()})
+    _run_two(both)
+    for name in jobs:
+        (one, losses), (two, losses_of_two) = _result(folder / name / "one"), _result(folder / name / "two")
         assert len(losses) == len(losses_of_two) == 12, "one line a step, by one process"
         assert losses_of_two == pytest.approx(losses, abs=1e-6), name
         for weight in one:
             assert torch.allclose(one[weight], two[weight], atol=1e-6, rtol=0), (name, weight)
+
+
+def test_two_processes_are_one(recipe_of: Any, tmp_path: Path) -> None:
+    _two_are_one(JOBS, recipe_of, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_two_processes_are_one_under_every_technique(name: str, recipe_of: Any, tmp_path: Path) -> None:
+    job = {"technique": TECHNIQUES[name], "optimizer": "sgd", "batch_size": 7}
+    _two_are_one({name: job}, recipe_of, tmp_path)
+
+
+def test_every_technique_has_a_job() -> None:
+    jobs = {"full", "lora"} | {job if isinstance(job, str) else job["name"] for job in TECHNIQUES.values()}
+    assert jobs == set(registry.names("technique"))
 
 
 ALONE = "start with torchrun --nproc-per-node N, or unset"

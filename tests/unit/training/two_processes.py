@@ -21,7 +21,7 @@ import transformers.models.bert.modeling_bert  # noqa: F401 - before the fork, n
 
 from tunesmith import run
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.techniques import full, lora  # noqa: F401
+from tunesmith.techniques import adapter, bitfit, freeze, full, ia3, lora, prefix, prompt  # noqa: F401
 
 torch.set_num_threads(1)  # a fork after threads were started may hang
 

@@ -1,0 +1,34 @@
+"""Only biases learn: y = W x + b with b free and W fixed (Ben Zaken 2022, arXiv 2106.10199)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tunesmith.errors import RecipeError
+from tunesmith.models.anatomy import Anatomy
+from tunesmith.techniques import Technique, learn_only, rate_by_width
+
+LEARNING_RATE = 2e-3
+"""Measured on a model 384 wide (docs/techniques/bitfit.md)."""
+
+
+class Bitfit(Technique):
+    """Bias-only fine-tuning, of the norms' biases as well."""
+
+    def apply(self, model: nn.Module, anatomy: Anatomy, processor: Any) -> None:
+        """Let every bias of the pretrained body learn."""
+        names = (name for name in anatomy.parameters if name not in anatomy.learns_always)
+        biases = {name for name in names if name.endswith("bias")}
+        if not biases:
+            raise RecipeError(
+                f"this {anatomy.family} model has no biases, so there is nothing for it to learn",
+                where="technique",
+                hint="use technique=ia3 or lora, which add what learns",
+            )
+        learn_only(model, biases | anatomy.learns_always)
+
+    def learning_rate(self, anatomy: Anatomy) -> float:
+        """`LEARNING_RATE`, falling with the width."""
+        return rate_by_width(LEARNING_RATE, anatomy)

@@ -1,0 +1,238 @@
+"""Prefix tuning: learned keys and values that every attention sees before those of the text.
+
+    Attention(Q, [P_K; K], [P_V; V])        (Li and Liang 2021, arXiv 2101.00190; with a head Liu 2022, 2110.07602)
+
+The prefix starts as the keys and values that the model itself makes of tokens drawn from its vocabulary: real
+activations, as the paper advises. With `reparameterize`, P = W_2 tanh(W_1 e) is learned instead, and P is saved.
+Positions of the text begin after the prefix, as if it stood before the text. In an encoder-decoder the decoder has it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from tunesmith.errors import CheckpointError, RecipeError
+from tunesmith.kernels.prefix import Seen, seen_by_attention, use_prefixes
+from tunesmith.models.anatomy import Anatomy
+from tunesmith.techniques import (
+    OWN_TYPE,
+    Technique,
+    learn_only,
+    load_prompt_learning,
+    peft_task_type,
+    prompt_learning_tensors,
+    rate_by_width,
+    read_config,
+    saved_whole,
+)
+
+LEARNING_RATE = 1e-2
+"""Measured on a model 384 wide (docs/techniques/prefix.md)."""
+
+REPARAMETERIZED_LEARNING_RATE = 1e-3
+
+
+class Shared(nn.Module):
+    """tanh(W_1 e): what a reparameterised prefix shares between all attention modules."""
+
+    def __init__(self, tokens: int, width: int, bottleneck: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(tokens, width))
+        self.down = nn.Linear(width, bottleneck)
+
+    def forward(self) -> Tensor:
+        """What the maps of the modules start from."""  # (virtual tokens, bottleneck)
+        return torch.tanh(self.down(self.weight))
+
+
+class PrefixStates(nn.Module):
+    """Keys and values of one attention module, learned as they are, or made of what is shared by a map of its own."""
+
+    def __init__(self, start: Tensor, shared: Shared | None, relative: nn.Module | None) -> None:
+        super().__init__()
+        self.shape = tuple(start.shape)  # (2, kv heads, virtual tokens, width)
+        self.relative = (relative,)  # T5's relative positions, a part of another block: not to be registered here
+        self.shared = shared
+        if shared is None:
+            self.states = nn.Parameter(start.detach().float())
+        else:
+            self.up = nn.Linear(shared.down.out_features, start.numel() // start.shape[2])
+
+    def forward(self) -> Tensor:
+        """Keys and values."""  # (2, kv heads, virtual tokens, width)
+        if self.shared is None:
+            return self.states
+        _, heads, tokens, width = self.shape
+        with torch.autocast(self.up.weight.device.type, enabled=False):  # what is saved is made in fp32 too
+            made: Tensor = self.up(self.shared())
+        return made.view(tokens, 2, heads, width).permute(1, 2, 0, 3)
+
+    def put(self, states: Tensor) -> None:
+        """From now on these, learned as they are."""
+        self.shape, self.shared = tuple(states.shape), None
+        if hasattr(self, "up"):
+            del self.up
+        self.states = nn.Parameter(states.float().clone())
+
+    def bias(self, queries: int, keys: int) -> Tensor:
+        """T5's bias of each query for each virtual token."""  # (1, heads, queries, virtual tokens)
+        relative: Any = self.relative[0]
+        tokens = self.shape[2]
+        made: Tensor = relative.compute_bias(queries, tokens + keys, past_seen_tokens=tokens)
+        return made[..., :tokens]
+
+
+class Prefix(Technique):
+    """Prefix tuning, or P-tuning v2 for tasks with a head."""
+
+    artefact: ClassVar[Literal["adapter", "model"]] = "adapter"
+    starts_as_base: ClassVar[bool] = False
+    cannot_merge: ClassVar[str] = "it is in the input of the attention, not in a weight"
+
+    num_virtual_tokens: int = Field(20, ge=1, description="how many keys and values each attention gets")
+    reparameterize: bool = Field(False, description="learn them through a two-layer network, which is dropped after")
+    bottleneck: int = Field(512, ge=1, description="width of that network")
+
+    @model_validator(mode="after")
+    def _sane(self) -> Self:
+        if not self.reparameterize and "bottleneck" in self.model_fields_set and self.bottleneck != 512:
+            raise ValueError("bottleneck is the width of the network that reparameterize: true trains")
+        return self
+
+    @property
+    def virtual_tokens(self) -> int:
+        """The positions before the text."""
+        return self.num_virtual_tokens
+
+    def apply(self, model: Any, anatomy: Anatomy, processor: Any) -> None:
+        """Give every attention module its keys and values."""
+        saved_whole(anatomy)
+        body = model.get_submodule(anatomy.backbone)
+        seen = self._ask(model, body, len(processor), anatomy)
+        shared = None
+        if self.reparameterize:
+            shared = Shared(self.num_virtual_tokens, anatomy.hidden_size, self.bottleneck)
+        modules: list[Any] = [model.get_submodule(one.path) for one in seen]
+        relative = next((module for module in modules if getattr(module, "has_relative_attention_bias", False)), None)
+        for one, module in zip(seen, modules, strict=True):
+            start = torch.stack([one.key, one.value])
+            places = torch.arange(self.num_virtual_tokens) % start.shape[2]
+            module.prefix = PrefixStates(start[:, :, places], shared, relative)
+        use_prefixes(model)
+        if "position_ids" in signature(body.forward).parameters:
+            body.register_forward_pre_hook(partial(_begin_after, modules[0].prefix), with_kwargs=True)
+        names = {name for name, _ in model.named_parameters() if ".prefix." in name}
+        learn_only(model, names | anatomy.learns_always)
+
+    def _ask(self, model: Any, body: Any, vocabulary: int, anatomy: Anatomy) -> list[Seen]:
+        """What each attention that is to have a prefix makes of tokens drawn from the vocabulary."""
+        count = max(4, min(self.num_virtual_tokens, 64))
+        ids = torch.randint(vocabulary, (1, count)) % model.get_input_embeddings().num_embeddings
+        seen = seen_by_attention(model, body, ids)
+        if model.config.is_encoder_decoder:
+            seen = [one for one in seen if one.queries == one.key.shape[1] == 3]
+        seen = list({one.path: one for one in reversed(seen)}.values())[::-1]  # a shared module once
+        if not seen:
+            raise RecipeError(
+                f"this {anatomy.family} model's attention cannot be given keys and values from outside",
+                where="technique",
+                hint="use technique=prompt, which needs nothing of the attention",
+            )
+        return seen
+
+    def learning_rate(self, anatomy: Anatomy) -> float:
+        """`LEARNING_RATE`; keys and values are not multiplied with the width."""
+        return rate_by_width(REPARAMETERIZED_LEARNING_RATE, anatomy) if self.reparameterize else LEARNING_RATE
+
+    def adapter_config(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
+        """A PEFT `PrefixTuningConfig`; PEFT's prefixes are past keys, which not every model takes.
+
+        A decoder on an encoder counts its positions from past keys on, and is given none from outside: only where they
+        are relative (T5) are its answers PEFT's.
+        """
+        prefixes, config = _prefixes(model), cast(Any, model).config
+        takes_past = "past_key_values" in signature(model.get_submodule(anatomy.backbone).forward).parameters
+        relative = _stride(model) == 2 and prefixes[0].relative[0] is not None
+        theirs = takes_past and (not config.is_encoder_decoder or relative)
+        _, heads, tokens, width = prefixes[0].shape
+        return {
+            "peft_type": "PREFIX_TUNING" if theirs else f"{OWN_TYPE}PREFIX",
+            "task_type": peft_task_type(model),
+            "inference_mode": True,
+            "num_virtual_tokens": tokens,
+            "token_dim": heads * width,
+            "num_transformer_submodules": _stride(model),
+            "num_attention_heads": heads,
+            "num_layers": len(prefixes) * _stride(model),
+            "encoder_hidden_size": heads * width,
+            "prefix_projection": False,
+            "modules_to_save": saved_whole(anatomy) or None,
+        }
+
+    def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """PEFT's names: all keys and values as one matrix (virtual tokens, modules * 2 * kv heads * width)."""
+        flat = [prefix().detach().permute(2, 0, 1, 3).flatten(1) for prefix in _prefixes(model)]
+        if _stride(model) == 2:  # what lies between is for a cross-attention, and never used
+            flat = [part for one in flat for part in (one, torch.zeros_like(one))]
+        return prompt_learning_tensors(model, torch.cat(flat, 1))
+
+    def load_adapter(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Put saved keys and values in place, however many there are."""
+        prefixes = _prefixes(model)
+        rows = load_prompt_learning(model, tensors, super().load_adapter).to(next(model.parameters()).device)
+        _, heads, _, width = prefixes[0].shape
+        pairs, rest = divmod(rows.shape[-1], 2 * heads * width)
+        if rest or pairs not in (len(prefixes), len(prefixes) * _stride(model)):
+            what = f"the prefix is {rows.shape[-1]} wide, and this model takes {len(prefixes) * 2 * heads * width}"
+            raise CheckpointError(what, hint="load it over the base model that it was trained on")
+        flat = rows.chunk(pairs, 1)
+        for number, prefix in enumerate(prefixes):
+            states = flat[number * _stride(model) % pairs]
+            prefix.put(states.view(len(rows), 2, heads, width).permute(1, 2, 0, 3))
+
+    @classmethod
+    def from_adapter(cls, folder: Path) -> Self:
+        """The technique that a PEFT prefix was trained with, as far as its answers go.
+
+        Raises:
+            CheckpointError: the folder cannot be read.
+            RecipeError: it holds another kind of adapter.
+        """
+        return cls.model_validate({"num_virtual_tokens": read_config(folder, "PREFIX_TUNING")["num_virtual_tokens"]})
+
+
+def _prefixes(model: nn.Module) -> list[PrefixStates]:
+    return [module for module in model.modules() if isinstance(module, PrefixStates)]
+
+
+def _stride(model: nn.Module) -> int:
+    """How far apart PEFT takes the pairs of successive modules: for a sequence-to-sequence task it doubles
+    the pairs and deals them out to self- and cross-attention in turn.
+    """
+    return 2 if peft_task_type(model) == "SEQ_2_SEQ_LM" else 1
+
+
+def _begin_after(prefix: PrefixStates, body: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    """Positions of the text as if the prefix stood before it."""
+    given = dict(zip(signature(body.forward).parameters, args, strict=False)) | given
+    if given.get("position_ids") is None:
+        shown = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        first = _first_position(body)
+        given["position_ids"] = torch.arange(first, first + shown.shape[1], device=shown.device)[None]
+    given["position_ids"] = given["position_ids"] + prefix.shape[2]
+    return (), given
+
+
+def _first_position(body: nn.Module) -> int:
+    """Where positions are counted from: RoBERTa begins after its padding index."""
+    for name, module in body.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
