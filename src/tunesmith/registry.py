@@ -11,7 +11,7 @@ import inspect
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -29,15 +29,24 @@ class Keys(BaseModel):
 
 
 class Plugin(Keys):
-    """A task or a technique: its fields are its recipe keys."""
+    """A task or a technique: its fields are its recipe keys. It is called as its file is, or its entry point."""
 
     name: ClassVar[str] = ""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """Name it, however it comes to be imported."""
+        cls.name = _called(cls.__module__)
+
+
+def _called(module: str) -> str:
+    return module.rpartition(".")[2].replace("_", "-")
 
 
 def names(kind: Kind) -> list[str]:
     """All known plug-ins of a kind, sorted, without importing them."""
     package = importlib.import_module(f"tunesmith.{kind}s")
-    own = {module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__)}
+    own = {_called(module.name) for module in pkgutil.iter_modules(package.__path__)}
     return sorted(own | {point.name for point in entry_points(group=f"tunesmith.{kind}s")})
 
 
@@ -62,5 +71,4 @@ def get(kind: Kind, name: str) -> type[Plugin]:
         if inspect.isclass(value) and issubclass(value, Plugin) and value.__module__ == module.__name__
     ]
     assert len(own) == 1, f"{module.__name__} must define exactly one plug-in, it defines {own}"
-    own[0].name = name
     return own[0]

@@ -20,8 +20,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
              {"r": 4, "init": "pissa"}, {"r": 4, "lora_plus_ratio": 4.0}],
     "adapter": [{"kind": kind} for kind in ("houlsby", "pfeiffer", "parallel")],
     "ia3": [{}, {"target_modules": ["query", "attention_output"], "feedforward_modules": []}],
-    "prompt": [{"num_virtual_tokens": 5}, {"num_virtual_tokens": 5, "init": "text", "init_text": "great or bad"}],
-    "prefix": [{"num_virtual_tokens": 5}, {"num_virtual_tokens": 5, "reparameterize": True, "bottleneck": 16}],
+    "prompt": [{"num_virtual_tokens": 5}, {"num_virtual_tokens": 5, "init_text": "great or bad"}],
+    "prefix": [{"num_virtual_tokens": 5}, {"num_virtual_tokens": 5, "reparameterize": 16}],
     "peft": [{"type": "LOHA"}, {"type": "OFT", "config": {"oft_block_size": 8}}],
 }  # fmt: skip
 """Beside a technique's defaults: settings that change what it does."""

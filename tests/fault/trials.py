@@ -37,7 +37,7 @@ TECHNIQUES: dict[str, Any] = {
     "full": "full",
     "lora": {"name": "lora", "r": 4, "dropout": 0.1},
     "freeze": {"name": "freeze", "last_n_blocks": 2, "gradual": True},
-    "prefix": {"name": "prefix", "num_virtual_tokens": 4, "reparameterize": True, "bottleneck": 16},
+    "prefix": {"name": "prefix", "num_virtual_tokens": 4, "reparameterize": 16},
     "prompt": {"name": "prompt", "num_virtual_tokens": 4},
     "adapter": {"name": "adapter", "kind": "pfeiffer"},
     "ia3": "ia3",

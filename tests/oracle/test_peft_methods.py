@@ -119,7 +119,7 @@ def test_a_prefix_that_peft_would_answer_otherwise_with_is_not_called_its_own() 
 
 
 def test_peft_answers_as_a_reparameterised_prefix(tmp_path: Path) -> None:
-    own, model = technique("prefix", reparameterize=True, bottleneck=16), base("bert", CLASSIFIER)
+    own, model = technique("prefix", reparameterize=16), base("bert", CLASSIFIER)
     parts = map_of(model)
     own.apply(model, parts, tiny_tokenizer())
     shaken(model)

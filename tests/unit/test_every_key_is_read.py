@@ -24,7 +24,6 @@ from tunesmith.training.signals import Signals
 LORA = "technique={name: lora, r: 4, target_modules: [query]}"
 BLOCKS = "technique={name: freeze, last_n_blocks: 2}"
 PROMPT, PREFIX = "technique={name: prompt, num_virtual_tokens: 3}", "technique={name: prefix, num_virtual_tokens: 3}"
-NETWORK = "technique={name: prefix, num_virtual_tokens: 3, reparameterize: true, bottleneck: 8}"
 LOHA = "technique={name: peft, type: LOHA}"
 EACH_STEP = ("train.evaluate_every=1", "train.save_every=1")
 DIVERGES = ("train.learning_rate=1e30", "train.warmup_ratio=0", BLOCKS, "train.max_steps=4")
@@ -90,15 +89,13 @@ KEYS: dict[str, Change] = {
     "technique.ia3.target_modules": (("technique=ia3",), "technique.target_modules=[query]", "parameters"),
     "technique.ia3.feedforward_modules": (("technique=ia3",), "technique.feedforward_modules=[]", "parameters"),
     "technique.prompt.num_virtual_tokens": ((PROMPT,), "technique.num_virtual_tokens=4", "parameters"),
-    "technique.prompt.init": ((PROMPT,), "technique.init=text", "error"),
     "technique.prompt.init_text": (
-        ("technique={name: prompt, init: text, init_text: great}",),
+        ("technique={name: prompt, init_text: great}",),
         "technique.init_text=bad",
         "losses",
     ),
     "technique.prefix.num_virtual_tokens": ((PREFIX,), "technique.num_virtual_tokens=4", "parameters"),
-    "technique.prefix.reparameterize": ((PREFIX,), "technique.reparameterize=true", "parameters"),
-    "technique.prefix.bottleneck": ((NETWORK,), "technique.bottleneck=16", "parameters"),
+    "technique.prefix.reparameterize": ((PREFIX,), "technique.reparameterize=8", "parameters"),
     "technique.peft.type": ((LOHA,), "technique.type=LOKR", "parameters"),
     "technique.peft.config": ((LOHA,), "technique.config={r: 2}", "parameters"),
 }

@@ -13,6 +13,7 @@ Sums are in fp32 and leave a plain transformers folder; a head, which no base ha
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,9 @@ def merge(
     shares = list(weights) if weights is not None else [1 / len(runs)] * len(runs)
     if len(shares) != len(runs):
         raise UserError(f"--weights: {len(shares)} for {len(runs)} runs", hint="give one for each run")
+    if not all(map(math.isfinite, shares)) or sum(shares) == 0:
+        hint = "give finite ones whose sum is not 0: heads are averaged by them"
+        raise UserError(f"--weights: {', '.join(f'{share:g}' for share in shares)}", hint=hint)
     kept = DENSITY[method] if density is None else density
     if not 0 < kept <= 1 or (method == "linear" and kept != 1):
         raise UserError(f"--density: {kept:g}", hint="above 0 and at most 1, for ties and dare")
@@ -157,7 +161,6 @@ def _base(first: predict.Tuned, source: sources.Source) -> tuple[nn.Module, Any]
 def _write(
     output: Path, model: nn.Module, first: predict.Tuned, how: dict[str, Any], data: dict[str, Any], overwrite: bool
 ) -> None:
-    files.make_folder(output)
     with RunLock(output):
         claim(output, resume=False, overwrite=overwrite)
         artefact.save(output / "model", model, first.processor)

@@ -179,7 +179,7 @@ def _attend(
 ) -> Tensor:
     q, k, v = group.gather(q), group.gather(k), group.gather(v)
     k, v, length = prefixed(module, k, v)
-    mask = group.mask if group.mask is None else F.pad(group.mask, (length, 0), value=True)
+    mask = F.pad(group.mask, (length, 0), value=True) if length and group.mask is not None else group.mask
     if k.shape[1] != q.shape[1]:  # grouped queries
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if dropout == 0.0:

@@ -119,10 +119,20 @@ def length_limit(model: nn.Module, processor: Any) -> int:
     """How many tokens the model can read at once: by its positions and by its tokenizer."""
     config: Any = model.config
     limits = [getattr(config, "max_position_embeddings", None) or UNBOUNDED, processor.model_max_length or UNBOUNDED]
+    limits += [positions.num_embeddings - positions.padding_idx - 1 for positions in _padded_positions(model)]
+    return int(min(limits))
+
+
+def first_position(model: nn.Module) -> int:
+    """Where positions are counted from: RoBERTa begins after its padding index."""
+    return next((positions.padding_idx + 1 for positions in _padded_positions(model)), 0)
+
+
+def _padded_positions(model: nn.Module) -> Iterator[Any]:
+    """Position embeddings that keep a row for padding."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
-            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from padding_idx + 1
-    return int(min(limits))
+            yield module
 
 
 def check_vocabulary(model: nn.Module, processor: Any, spec: str) -> None:

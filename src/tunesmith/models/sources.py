@@ -132,7 +132,7 @@ def _from_folder(spec: str) -> Source:
     if (folder / "recipe.yaml").exists() and (folder / "run.json").exists():
         if not (folder / "model" / "config.json").exists():
             if (folder / "adapter").is_dir():
-                hint = "name its own base, or a run by full or freeze"
+                hint = "training from it merges it once; or name its own base"
                 raise RecipeError("model: this run has an adapter, no model of its own", where=spec, hint=hint)
             hint = f"`tunesmith train --resume {shlex.quote(spec)}`"
             raise RecipeError("model: this run is not finished", where=spec, hint=hint)

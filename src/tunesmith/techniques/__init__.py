@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Collection
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -220,6 +221,21 @@ def load_prompt_learning(
     whole = {name.removeprefix("base_model."): value for name, value in tensors.items() if name != "prompt_embeddings"}
     load(model, {PEFT_PREFIX + name: value for name, value in (own | whole).items()})
     return tensors["prompt_embeddings"]
+
+
+def virtual_tokens_of(folder: Path, peft_type: str) -> dict[str, int]:
+    """Our key of a PEFT prompt or prefix: how many virtual tokens it has is all that its answers go by."""
+    return {"num_virtual_tokens": read_config(folder, peft_type)["num_virtual_tokens"]}
+
+
+def stacks_for_peft(model: nn.Module) -> int:
+    """How many stacks PEFT counts virtual tokens for: two in what it calls a sequence-to-sequence task."""
+    return 2 if peft_task_type(model) == "SEQ_2_SEQ_LM" else 1
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """A forward pass's arguments under their names, for a hook that changes some."""
+    return dict(zip(signature(module.forward).parameters, args, strict=False)) | given
 
 
 def _of_prompt(name: str) -> bool:

@@ -15,22 +15,25 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.kernels.prefix import Seen, seen_by_attention, use_prefixes
 from tunesmith.models.anatomy import Anatomy
+from tunesmith.models.load import first_position
 from tunesmith.techniques import (
     OWN_TYPE,
     Technique,
+    by_name,
     learn_only,
     load_prompt_learning,
     peft_task_type,
     prompt_learning_tensors,
     rate_by_width,
-    read_config,
     saved_whole,
+    stacks_for_peft,
+    virtual_tokens_of,
 )
 
 LEARNING_RATE = 1e-2
@@ -97,14 +100,9 @@ class Prefix(Technique):
     cannot_merge: ClassVar[str] = "it is in the input of the attention, not in a weight"
 
     num_virtual_tokens: int = Field(20, ge=1, description="how many keys and values each attention gets")
-    reparameterize: bool = Field(False, description="learn them through a two-layer network, which is dropped after")
-    bottleneck: int = Field(512, ge=1, description="width of that network")
-
-    @model_validator(mode="after")
-    def _sane(self) -> Self:
-        if not self.reparameterize and "bottleneck" in self.model_fields_set and self.bottleneck != 512:
-            raise ValueError("bottleneck is the width of the network that reparameterize: true trains")
-        return self
+    reparameterize: int | None = Field(
+        None, ge=1, description="learn them through a two-layer network of this width, which is dropped after"
+    )
 
     @property
     def virtual_tokens(self) -> int:
@@ -118,7 +116,7 @@ class Prefix(Technique):
         seen = self._ask(model, body, len(processor), anatomy)
         shared = None
         if self.reparameterize:
-            shared = Shared(self.num_virtual_tokens, anatomy.hidden_size, self.bottleneck)
+            shared = Shared(self.num_virtual_tokens, anatomy.hidden_size, self.reparameterize)
         modules: list[Any] = [model.get_submodule(one.path) for one in seen]
         relative = next((module for module in modules if getattr(module, "has_relative_attention_bias", False)), None)
         for one, module in zip(seen, modules, strict=True):
@@ -159,7 +157,7 @@ class Prefix(Technique):
         """
         prefixes, config = _prefixes(model), cast(Any, model).config
         takes_past = "past_key_values" in signature(model.get_submodule(anatomy.backbone).forward).parameters
-        relative = _stride(model) == 2 and prefixes[0].relative[0] is not None
+        relative = stacks_for_peft(model) == 2 and prefixes[0].relative[0] is not None
         theirs = takes_past and (not config.is_encoder_decoder or relative)
         _, heads, tokens, width = prefixes[0].shape
         return {
@@ -168,9 +166,9 @@ class Prefix(Technique):
             "inference_mode": True,
             "num_virtual_tokens": tokens,
             "token_dim": heads * width,
-            "num_transformer_submodules": _stride(model),
+            "num_transformer_submodules": stacks_for_peft(model),
             "num_attention_heads": heads,
-            "num_layers": len(prefixes) * _stride(model),
+            "num_layers": len(prefixes) * stacks_for_peft(model),
             "encoder_hidden_size": heads * width,
             "prefix_projection": False,
             "modules_to_save": saved_whole(anatomy) or None,
@@ -179,7 +177,7 @@ class Prefix(Technique):
     def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """PEFT's names: all keys and values as one matrix (virtual tokens, modules * 2 * kv heads * width)."""
         flat = [prefix().detach().permute(2, 0, 1, 3).flatten(1) for prefix in _prefixes(model)]
-        if _stride(model) == 2:  # what lies between is for a cross-attention, and never used
+        if stacks_for_peft(model) == 2:  # it deals pairs out to self- and cross-attention in turn, and drops the latter
             flat = [part for one in flat for part in (one, torch.zeros_like(one))]
         return prompt_learning_tensors(model, torch.cat(flat, 1))
 
@@ -189,12 +187,12 @@ class Prefix(Technique):
         rows = load_prompt_learning(model, tensors, super().load_adapter).to(next(model.parameters()).device)
         _, heads, _, width = prefixes[0].shape
         pairs, rest = divmod(rows.shape[-1], 2 * heads * width)
-        if rest or pairs not in (len(prefixes), len(prefixes) * _stride(model)):
+        if rest or pairs not in (len(prefixes), len(prefixes) * stacks_for_peft(model)):
             what = f"the prefix is {rows.shape[-1]} wide, and this model takes {len(prefixes) * 2 * heads * width}"
             raise CheckpointError(what, hint="load it over the base model that it was trained on")
         flat = rows.chunk(pairs, 1)
         for number, prefix in enumerate(prefixes):
-            states = flat[number * _stride(model) % pairs]
+            states = flat[number * stacks_for_peft(model) % pairs]
             prefix.put(states.view(len(rows), 2, heads, width).permute(1, 2, 0, 3))
 
     @classmethod
@@ -205,34 +203,19 @@ class Prefix(Technique):
             CheckpointError: the folder cannot be read.
             RecipeError: it holds another kind of adapter.
         """
-        return cls.model_validate({"num_virtual_tokens": read_config(folder, "PREFIX_TUNING")["num_virtual_tokens"]})
+        return cls.model_validate(virtual_tokens_of(folder, "PREFIX_TUNING"))
 
 
 def _prefixes(model: nn.Module) -> list[PrefixStates]:
     return [module for module in model.modules() if isinstance(module, PrefixStates)]
 
 
-def _stride(model: nn.Module) -> int:
-    """How far apart PEFT takes the pairs of successive modules: for a sequence-to-sequence task it doubles
-    the pairs and deals them out to self- and cross-attention in turn.
-    """
-    return 2 if peft_task_type(model) == "SEQ_2_SEQ_LM" else 1
-
-
 def _begin_after(prefix: PrefixStates, body: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
     """Positions of the text as if the prefix stood before it."""
-    given = dict(zip(signature(body.forward).parameters, args, strict=False)) | given
+    given = by_name(body, args, given)
     if given.get("position_ids") is None:
         shown = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
-        first = _first_position(body)
+        first = first_position(body)
         given["position_ids"] = torch.arange(first, first + shown.shape[1], device=shown.device)[None]
     given["position_ids"] = given["position_ids"] + prefix.shape[2]
     return (), given
-
-
-def _first_position(body: nn.Module) -> int:
-    """Where positions are counted from: RoBERTa begins after its padding index."""
-    for name, module in body.named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
-            return module.padding_idx + 1
-    return 0

@@ -12,13 +12,12 @@ which puts all its vectors in front, can be given as well: its first vector is t
 from __future__ import annotations
 
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from tunesmith.errors import CheckpointError, RecipeError
@@ -26,12 +25,14 @@ from tunesmith.models.anatomy import Anatomy
 from tunesmith.techniques import (
     OWN_TYPE,
     Technique,
+    by_name,
     learn_only,
     load_prompt_learning,
     peft_task_type,
     prompt_learning_tensors,
-    read_config,
     saved_whole,
+    stacks_for_peft,
+    virtual_tokens_of,
 )
 
 LEARNING_RATE = 1e-2
@@ -61,16 +62,11 @@ class Prompt(Technique):
     cannot_merge: ClassVar[str] = "it is in the input, not in a weight"
 
     num_virtual_tokens: int = Field(20, ge=1, description="how many vectors learn")
-    init: Literal["vocabulary", "text"] = Field(
-        "vocabulary", description="start as embeddings of tokens drawn from the vocabulary, or of init_text"
+    init_text: str | None = Field(
+        None,
+        min_length=1,
+        description="start as these words, repeated or cut; default: as words drawn at random",
     )
-    init_text: str | None = Field(None, min_length=1, description="repeated or cut to num_virtual_tokens")
-
-    @model_validator(mode="after")
-    def _sane(self) -> Self:
-        if (self.init == "text") != (self.init_text is not None):
-            raise ValueError("init: text and init_text go together")
-        return self
 
     @property
     def virtual_tokens(self) -> int:
@@ -86,8 +82,7 @@ class Prompt(Technique):
         stack = _stack(model, body)
         first = None
         if not encoder_decoder and _reads_ahead(body, embedding):
-            token = processor.cls_token_id if processor.cls_token_id is not None else processor.bos_token_id
-            first = None if token is None else _looked_up(embedding, stack, torch.tensor([token]))
+            first = _looked_up(embedding, stack, torch.tensor([_first_token(processor)]))
         embedding.prompt = SoftPrompt(_looked_up(embedding, stack, self._start(embedding, processor)), first)
         stack.register_forward_pre_hook(partial(_insert, embedding), with_kwargs=True)
         if encoder_decoder:
@@ -100,7 +95,7 @@ class Prompt(Technique):
     def _start(self, embedding: Any, processor: Any) -> Tensor:
         """The tokens that the vectors start as."""
         count = self.num_virtual_tokens
-        if self.init == "vocabulary":
+        if self.init_text is None:
             drawn: Tensor = torch.randint(len(processor), (count,)) % embedding.num_embeddings
             return drawn
         ids = processor(self.init_text, add_special_tokens=False)["input_ids"]
@@ -118,7 +113,7 @@ class Prompt(Technique):
         """
         config: Any = model.config
         multiplies = getattr(_stack(model, model.get_submodule(anatomy.backbone)), "embed_scale", 1.0) != 1.0
-        theirs = not config.is_encoder_decoder or (_submodules(model) == 2 and not multiplies)
+        theirs = not config.is_encoder_decoder or (stacks_for_peft(model) == 2 and not multiplies)
         positions, width = _prompt(model)().shape
         return {
             "peft_type": "PROMPT_TUNING" if theirs else f"{OWN_TYPE}PROMPT",
@@ -126,7 +121,7 @@ class Prompt(Technique):
             "inference_mode": True,
             "num_virtual_tokens": positions,
             "token_dim": width,
-            "num_transformer_submodules": _submodules(model),
+            "num_transformer_submodules": stacks_for_peft(model),
             "num_attention_heads": config.num_attention_heads,
             "num_layers": config.num_hidden_layers,
             "modules_to_save": saved_whole(anatomy) or None,
@@ -136,13 +131,13 @@ class Prompt(Technique):
     def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """PEFT's names; it keeps a second copy for a decoder that it does not use."""
         rows = _prompt(model)().detach()
-        return prompt_learning_tensors(model, rows.repeat(_submodules(model), 1))
+        return prompt_learning_tensors(model, rows.repeat(stacks_for_peft(model), 1))
 
     def load_adapter(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         """Put saved vectors in place, however many there are."""
         prompt, device = _prompt(model), _prompt(model).weight.device
         rows = load_prompt_learning(model, tensors, super().load_adapter).to(device)
-        rows = rows[: len(rows) // _submodules(model)]
+        rows = rows[: len(rows) // stacks_for_peft(model)]
         if rows.shape[-1] != prompt.weight.shape[-1]:
             what = f"the prompt is {rows.shape[-1]} wide, and this model's embeddings {prompt.weight.shape[-1]}"
             raise CheckpointError(what, hint="load it over the base model that it was trained on")
@@ -159,7 +154,7 @@ class Prompt(Technique):
             CheckpointError: the folder cannot be read.
             RecipeError: it holds another kind of adapter.
         """
-        return cls.model_validate({"num_virtual_tokens": read_config(folder, "PROMPT_TUNING")["num_virtual_tokens"]})
+        return cls.model_validate(virtual_tokens_of(folder, "PROMPT_TUNING"))
 
 
 def _prompt(model: Any) -> SoftPrompt:
@@ -180,9 +175,17 @@ def _looked_up(embedding: Any, stack: Any, ids: Tensor) -> Tensor:
     return found
 
 
-def _submodules(model: nn.Module) -> int:
-    """How often PEFT counts the vectors: twice for what it calls a sequence-to-sequence task."""
-    return 2 if peft_task_type(model) == "SEQ_2_SEQ_LM" else 1
+def _first_token(processor: Any) -> int:
+    """The token that every text of an encoder begins with.
+
+    Raises:
+        RecipeError: there is none, so a head would read what comes out of a virtual token.
+    """
+    token = processor.cls_token_id if processor.cls_token_id is not None else processor.bos_token_id
+    if token is None:
+        what = "this tokenizer begins texts with no token of its own, whose state a head could read"
+        raise RecipeError(what, where="technique", hint="use technique=prefix, which puts nothing before the text")
+    return int(token)
 
 
 @torch.no_grad()
@@ -198,7 +201,7 @@ def _reads_ahead(body: Any, embedding: Any) -> bool:
 
 def _insert(embedding: Any, stack: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
     """A stack's inputs with the vectors before the tokens."""
-    given = dict(zip(_parameters(stack), args, strict=False)) | given
+    given = by_name(stack, args, given)
     ids, embedded = given.pop("input_ids", None), given.get("inputs_embeds")
     if embedded is None:
         embedded = _looked_up(embedding, stack, ids)
@@ -231,11 +234,7 @@ def _take_away(prompt: SoftPrompt, stack: nn.Module, args: tuple[Any, ...], outp
 
 def _open_mask(prompt: SoftPrompt, decoder: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
     """A decoder sees what came out of the vectors."""
-    given = dict(zip(_parameters(decoder), args, strict=False)) | given
+    given = by_name(decoder, args, given)
     if given.get("encoder_attention_mask") is not None:
         given["encoder_attention_mask"] = F.pad(given["encoder_attention_mask"], (len(prompt()), 0), value=1)
     return (), given
-
-
-def _parameters(module: nn.Module) -> list[str]:
-    return list(signature(module.forward).parameters)

@@ -123,7 +123,10 @@ def test_what_merging_refuses(runs: Path, tmp_path: Path, command: Command) -> N
     assert code == 2 and "--weights" in said
     code, _, said = command("merge", str(runs / "lora"), str(runs / "lora2"), "--output", "m", "--weights", "1")
     assert code == 2 and "1 for 2 runs" in said
-    assert not (tmp_path / "merged").exists()
+    for weights in ("1,-1", "nan,1"):
+        code, _, said = command("merge", str(runs / "lora"), str(runs / "lora2"), "--output", "m", "--weights", weights)
+        assert code == 2 and "whose sum is not 0" in said
+    assert not (tmp_path / "merged").exists() and not Path("m").exists()
 
 
 def test_the_verb_writes_a_run(runs: Path, tmp_path: Path, command: Command) -> None:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from tunesmith.errors import RecipeError
 from tunesmith.models import anatomy as module
-from tunesmith.models.anatomy import Naming, anatomy
+from tunesmith.models.anatomy import anatomy
+from tunesmith.models.namings import Naming
 from tunesmith.testing import FAMILIES, tiny_model
 
 CLASSIFIER, CAUSAL, MASKED = "AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForMaskedLM"

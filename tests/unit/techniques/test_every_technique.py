@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ia3": ("ia3", {}),
     "prompt": ("prompt", {"num_virtual_tokens": 4}),
     "prefix": ("prefix", {"num_virtual_tokens": 4}),
-    "prefix network": ("prefix", {"num_virtual_tokens": 4, "reparameterize": True, "bottleneck": 16}),
+    "prefix network": ("prefix", {"num_virtual_tokens": 4, "reparameterize": 16}),
     "peft": ("peft", {"type": "LOHA"}),
 }
 ADAPTERS = [kind for kind in KINDS if kind not in ("full", "freeze", "bitfit")]

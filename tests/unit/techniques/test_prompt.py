@@ -68,11 +68,11 @@ def test_a_text_is_repeated_or_cut() -> None:
     model = tiny_model("bert", CLASSIFIER)
     words = TOKENIZER("great or bad", add_special_tokens=False)["input_ids"]
     assert len(words) == 3
-    Prompt(num_virtual_tokens=5, init="text", init_text="great or bad").apply(model, anatomy(model), TOKENIZER)
+    Prompt(num_virtual_tokens=5, init_text="great or bad").apply(model, anatomy(model), TOKENIZER)
     expected = model.get_input_embeddings().weight[[*words, *words[:2]]]
     assert torch.equal(vectors(model), expected)
     model = tiny_model("bert", CLASSIFIER)
-    Prompt(num_virtual_tokens=2, init="text", init_text="great or bad").apply(model, anatomy(model), TOKENIZER)
+    Prompt(num_virtual_tokens=2, init_text="great or bad").apply(model, anatomy(model), TOKENIZER)
     assert torch.equal(vectors(model), expected[:2])
 
 
@@ -87,7 +87,7 @@ def test_what_a_model_multiplies_after_looking_it_up_stays_multiplied() -> None:
     asked = {"input_ids": TOKENS, "decoder_input_ids": torch.tensor([[0], [0]])}
     model(**asked)
     (word,) = TOKENIZER("great", add_special_tokens=False)["input_ids"]
-    technique = Prompt(num_virtual_tokens=2, init="text", init_text="great")
+    technique = Prompt(num_virtual_tokens=2, init_text="great")
     parts = anatomy(model)
     technique.apply(model, parts, TOKENIZER)
     expected = model.get_input_embeddings().weight[word] * 4
@@ -248,18 +248,22 @@ def test_it_cannot_be_merged_and_says_why() -> None:
 def test_a_text_that_leaves_no_token_is_refused() -> None:
     model = tiny_model("bert", CLASSIFIER)
     with pytest.raises(RecipeError) as caught:
-        Prompt(init="text", init_text=" ").apply(model, anatomy(model), TOKENIZER)
+        Prompt(init_text=" ").apply(model, anatomy(model), TOKENIZER)
     assert str(caught.value) == "technique.init_text: nothing is left of it as tokens; write some words"
+
+
+def test_an_encoder_whose_texts_begin_with_no_token_of_its_own_is_refused() -> None:
+    model, plain = tiny_model("bert", CLASSIFIER), tiny_tokenizer()
+    plain.cls_token = None
+    with pytest.raises(RecipeError, match="begins texts with no token of its own"):
+        Prompt().apply(model, anatomy(model), plain)
 
 
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"init": "text"}, "init: text and init_text go together"),
-        ({"init_text": "great"}, "init: text and init_text go together"),
-        ({"init": "text", "init_text": ""}, "at least 1 character"),
+        ({"init_text": ""}, "at least 1 character"),
         ({"num_virtual_tokens": 0}, "greater than or equal to 1"),
-        ({"init": "random"}, "'vocabulary' or 'text'"),
         ({"tokens": 3}, "Extra inputs"),
     ],
 )

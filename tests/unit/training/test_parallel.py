@@ -31,7 +31,7 @@ TECHNIQUES: dict[str, Any] = {
     "ia3": "ia3",
     "prompt": {"name": "prompt", "num_virtual_tokens": 4},
     "prefix": {"name": "prefix", "num_virtual_tokens": 4},
-    "prefix network": {"name": "prefix", "num_virtual_tokens": 4, "reparameterize": True, "bottleneck": 16},
+    "prefix network": {"name": "prefix", "num_virtual_tokens": 4, "reparameterize": 16},
     "peft": {"name": "peft", "type": "LOHA"},
 }
 """Those that no job above has."""
