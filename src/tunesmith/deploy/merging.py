@@ -64,6 +64,9 @@ def merge(
     kept = DENSITY[method] if density is None else density
     if not 0 < kept <= 1 or (method == "linear" and kept != 1):
         raise UserError(f"--density: {kept:g}", hint="above 0 and at most 1, for ties and dare")
+    if not overwrite and Path(output).exists() and any(Path(output).iterdir()):
+        hint = "--overwrite replaces a run, --output DIR puts the new one elsewhere"
+        raise UserError("--output: the folder is not empty", where=str(output), hint=hint)
     folders = [Path(run) for run in runs]
     parts = [_merged(folder, offline) for folder in folders]
     first, source = parts[0]

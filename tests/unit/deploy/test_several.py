@@ -136,7 +136,8 @@ def test_the_verb_writes_a_run(runs: Path, tmp_path: Path, command: Command) -> 
     assert command("evaluate", str(merged), "--split", "validation")[0] == 0
     code, out, _ = command("predict", str(merged), "lovely")
     assert code == 0 and out
-    assert command(*words)[0] == 2  # there is something there now
+    code, _, said = command(*words)
+    assert code == 2 and "--overwrite replaces a run" in said
 
 
 def test_a_run_with_an_adapter_is_a_base(runs: Path, reviews_csv: Path, tmp_path: Path) -> None:
