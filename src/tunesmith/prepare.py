@@ -167,7 +167,7 @@ def _resolve(recipe: Recipe, read: examples.Examples, technique: Technique, anat
     update = {
         "epochs": train.epochs or (None if train.max_steps else EPOCHS),
         "learning_rate": rate,
-        "head_learning_rate": train.head_learning_rate or rate,
+        "head_learning_rate": train.head_learning_rate or technique.head_learning_rate(rate),
         "metric": metric,
         "precision": found.precision,
         "device": found.device.type,

@@ -193,8 +193,10 @@ def case(
     `data` and `train` are keys of the recipe, `config` overrides what the tiny model's config says.
     """
     keys = {"train": "made-up.csv", "max_length": 32, **(data or {})}
-    given = {"task": task, "model": "tiny", "technique": technique, "data": keys}
-    recipe = recipes.load(None, (), given | {"train": {"learning_rate": 5e-3, "warmup_ratio": 0.0, **train}})
+    train = {"learning_rate": 5e-3, "warmup_ratio": 0.0, **train}
+    train.setdefault("head_learning_rate", train["learning_rate"])
+    given = {"task": task, "model": "tiny", "technique": technique, "data": keys, "train": train}
+    recipe = recipes.load(None, (), given)
     values = row or MADE_UP[recipe.task.name]
     rows = [Row(f"made-up:{number}", values(number)) for number in range(40)]
     assert isinstance(recipe.task, Task)

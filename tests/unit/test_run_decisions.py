@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tunesmith
+from tunesmith import recipe as recipes
 from tunesmith.data.batches import Batch
 from tunesmith.errors import NumericError, ResourceError
 from tunesmith.talk import Talk
@@ -46,6 +47,27 @@ def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 def _few(cases: Iterable[str], *fast: str) -> list[Any]:
     """All cases, of which `make test` takes some."""
     return [pytest.param(case, id=case, marks=() if case in fast else pytest.mark.slow) for case in cases]
+
+
+# --- the rates
+
+
+@pytest.mark.parametrize(
+    ("technique", "given", "expected"),
+    [
+        ("full", (), 1e-2),
+        ("full", ("train.head_learning_rate=3e-3",), 3e-3),
+        ({"name": "freeze", "last_n_blocks": 1}, (), 1e-2),
+        ({"name": "freeze", "head_only": True}, (), 1e-3),
+        ("lora", (), 1e-3),
+    ],
+)
+def test_a_new_head_learns_at_the_rate_of_its_technique(
+    technique: Any, given: tuple[str, ...], expected: float, recipe_of: Any, tmp_path: Path
+) -> None:
+    tunesmith.train(recipe_of("train.epochs=null", "train.max_steps=1", *given, technique=technique))
+    resolved = recipes.load(str(tmp_path / "run" / "recipe.yaml")).train
+    assert (resolved.learning_rate, resolved.head_learning_rate) == (1e-3, pytest.approx(expected))
 
 
 # --- best, and when to stop

@@ -37,6 +37,10 @@ OWN_TYPE = "TUNESMITH_"
 MEASURED_WIDTH = 384
 """The hidden size of the model that default learning rates were measured on."""
 
+HEAD_FACTOR = 10.0
+"""How much faster a new head learns than pretrained weights at the rate they bear, which leaves it behind on few
+examples: measured in docs/techniques/full.md and freeze.md."""
+
 
 class Technique(Plugin):
     """The contract. Parameters that `anatomy.learns_always` names (a new head) learn under every technique."""
@@ -75,6 +79,10 @@ class Technique(Plugin):
     @abstractmethod
     def learning_rate(self, anatomy: Anatomy) -> float:
         """The default learning rate for this model, where it comes from is on the technique's card."""
+
+    def head_learning_rate(self, learning_rate: float) -> float:
+        """The default rate of a new head, where all else learns at `learning_rate`."""
+        return learning_rate
 
     def lr_scale(self, name: str, anatomy: Anatomy) -> float:
         """A factor on the learning rate of one parameter."""

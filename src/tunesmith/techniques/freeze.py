@@ -13,7 +13,7 @@ from torch import nn
 
 from tunesmith.errors import RecipeError
 from tunesmith.models.anatomy import Anatomy
-from tunesmith.techniques import Technique, learn_only, rate_by_depth, rate_by_width
+from tunesmith.techniques import HEAD_FACTOR, Technique, learn_only, rate_by_depth, rate_by_width
 
 LEARNING_RATE = 1e-4
 """Of the last blocks; measured on a model 384 wide (docs/techniques/freeze.md)."""
@@ -81,6 +81,10 @@ class Freeze(Technique):
         if self.head_only:
             return min(HEAD_LEARNING_RATE, rate_by_width(HEAD_LEARNING_RATE, anatomy))
         return rate_by_width(LEARNING_RATE, anatomy)
+
+    def head_learning_rate(self, learning_rate: float) -> float:
+        """`HEAD_FACTOR` times as fast as blocks."""
+        return learning_rate if self.head_only else HEAD_FACTOR * learning_rate
 
     def lr_scale(self, name: str, anatomy: Anatomy) -> float:
         """Lower blocks learn slower."""

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import nn
 
 from tunesmith.models.anatomy import Anatomy
-from tunesmith.techniques import Technique, learn_only, rate_by_depth, rate_by_width
+from tunesmith.techniques import HEAD_FACTOR, Technique, learn_only, rate_by_depth, rate_by_width
 
 LEARNING_RATE = 1e-4
 """Measured on a model 384 wide (docs/techniques/full.md)."""
@@ -31,6 +31,10 @@ class Full(Technique):
     def learning_rate(self, anatomy: Anatomy) -> float:
         """`LEARNING_RATE`, falling with the width."""
         return rate_by_width(LEARNING_RATE, anatomy)
+
+    def head_learning_rate(self, learning_rate: float) -> float:
+        """`HEAD_FACTOR` times as fast."""
+        return HEAD_FACTOR * learning_rate
 
     def lr_scale(self, name: str, anatomy: Anatomy) -> float:
         """Lower blocks learn slower."""

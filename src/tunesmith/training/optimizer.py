@@ -19,12 +19,11 @@ MOMENTUM = 0.9
 
 def build(model: nn.Module, anatomy: Anatomy, technique: Technique, train: Train) -> torch.optim.Optimizer:
     """An optimizer over what learns. Each group carries `base_lr`; vectors (norms, biases) do not decay."""
-    assert train.learning_rate is not None, "the run resolves learning_rate"
-    head_rate = train.head_learning_rate or train.learning_rate
+    assert train.learning_rate and train.head_learning_rate, "the run resolves both rates"
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            base = head_rate if name in anatomy.learns_always else train.learning_rate
+            base = train.head_learning_rate if name in anatomy.learns_always else train.learning_rate
             decay = train.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((base * technique.lr_scale(name, anatomy), decay), []).append(parameter)
     listed = [
