@@ -1,10 +1,11 @@
-"""One run of the peer: transformers' Trainer (and PEFT for LoRA) on text classification, at its best practice.
+"""One run of the peer, transformers' Trainer and PEFT, on text classification, at its best practice.
 
     python bench/peer_classification.py --model FOLDER --data sst2 --data-root build/splits --technique lora \\
         --learning-rate 2e-3 --epochs 3 --seed 0 --test
 
 bf16 autocast, dynamic padding, batches grouped by length, fused AdamW, linear schedule with warm-up, the best epoch on
 validation kept. Prints one JSON line. Training is timed alone: evaluation and saving are outside of it.
+`cpu_seconds` are the whole process's, which hold where other processes have the machine too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peer_techniques import TECHNIQUES, adapt
 from sklearn.metrics import accuracy_score, f1_score
 from splits import Rows, read_rows
 from torch import nn
@@ -70,13 +71,7 @@ def build_model(folder: str, classes: list[str], technique: str) -> nn.Module:
         label2id={name: index for index, name in enumerate(classes)},
         dtype=torch.float32,
     )
-    if technique == "head":
-        model.base_model.requires_grad_(False)
-    if technique == "lora":
-        targets = ["query", "value"]
-        config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.1, target_modules=targets)
-        model = get_peft_model(model, config)
-    return model
+    return adapt(model, technique)
 
 
 def encode(rows: Rows, tokenizer: Any, classes: list[str], max_length: int) -> list[dict[str, Any]]:
@@ -148,6 +143,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        trainer.save_model(f"{output}/artefact")
+        artefact_bytes = weights_bytes(Path(output) / "artefact")
     dev = trainer.evaluate(encoded["validation"])
     best = trainer.state.best_metric
     assert best is None or abs(dev["eval_accuracy"] - best) < 0.02, "the best epoch was not put back"
@@ -162,10 +159,17 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": round(timer.seconds, 2),
         "examples_per_second": round(examples / timer.seconds, 2),
+        "cpu_seconds": round(time.process_time(), 1),
+        "artefact_bytes": artefact_bytes,
         "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "device": device_name(trainer.args.device),
     }
+
+
+def weights_bytes(folder: Path) -> int:
+    """Of the safetensors files under a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -188,7 +192,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of a pretrained model")
     parser.add_argument("--data", required=True, help="name of a folder under --data-root")
     parser.add_argument("--data-root", default="build/splits", help="what bench/splits.py wrote")
-    parser.add_argument("--technique", choices=("full", "lora", "head"), required=True)
+    parser.add_argument("--technique", choices=TECHNIQUES, required=True)
     parser.add_argument("--learning-rate", type=float, required=True)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)

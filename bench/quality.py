@@ -29,13 +29,17 @@ GRID = {
     "full": (2e-5, 5e-5, 1e-4, 2e-4),
     "lora": (5e-4, 1e-3, 2e-3, 4e-3),
     "head": (1e-2, 3e-2, 1e-1, 3e-1),
+    "last-2": (5e-5, 1e-4, 2e-4, 5e-4),
+    "adapter": (5e-4, 1e-3, 2e-3, 4e-3),
+    "bitfit": (1e-3, 2e-3, 5e-3, 1e-2),
+    "ia3": (5e-3, 1e-2, 2e-2, 5e-2),
+    "prefix": (3e-3, 1e-2, 3e-2, 1e-1),
+    "prompt": (3e-3, 1e-2, 3e-2, 1e-1),
 }
 EPOCHS = {
-    ("sst2", "full"): 3,
-    ("sst2", "lora"): 3,
-    ("sst2", "head"): 3,
+    **{("sst2", technique): 3 for technique in GRID},
+    **{("symptom2disease", technique): 8 for technique in GRID},
     ("symptom2disease", "full"): 5,
-    ("symptom2disease", "lora"): 8,
     ("hotel_zh", "full"): 3,
     ("hotel_zh", "lora"): 3,
 }
@@ -62,7 +66,7 @@ class Job:
         words += ["--data", self.data, "--technique", self.technique, "--seed", str(self.seed)]
         words += ["--epochs", str(EPOCHS[self.data, self.technique]), "--device", given.device]
         words += ["--learning-rate", str(self.learning_rate)] if self.learning_rate is not None else []
-        return words + (["--test"] if self.test and self.arm == "peer" else [])
+        return words + (["--test"] if self.test else [])
 
 
 class Results:
@@ -92,9 +96,9 @@ class Results:
         return None if None in found else [run for run in found if run is not None]
 
 
-def grid(data: str, technique: str) -> list[Job]:
-    """The peer's runs that its learning rate is chosen by."""
-    return [Job("peer", data, technique, rate, 0, False) for rate in GRID[technique]]
+def grid(arm: str, data: str, technique: str) -> list[Job]:
+    """The runs that a learning rate is chosen by."""
+    return [Job(arm, data, technique, rate, 0, False) for rate in GRID[technique]]
 
 
 def finals(arm: str, data: str, technique: str, learning_rate: float | None, seeds: int) -> list[Job]:
@@ -104,7 +108,7 @@ def finals(arm: str, data: str, technique: str, learning_rate: float | None, see
 
 def best_rate(results: Results, data: str, technique: str) -> float | None:
     """The peer's best learning rate on validation, once its grid is finished; the lower one of two equals."""
-    runs = results.all_of(grid(data, technique))
+    runs = results.all_of(grid("peer", data, technique))
     if runs is None:
         return None
     best: float = max(runs, key=lambda run: run["dev_accuracy"])["job"]["learning_rate"]
@@ -154,13 +158,14 @@ def compare(results: Results, pairs: list[tuple[str, str]], seeds: int, arms: Se
         ours = results.all_of(finals("ours", data, technique, None, seeds)) if "ours" in arms else None
         for score in ("dev_accuracy", "test_accuracy", "test_f1_macro") if peer or ours else ():
             lines.append(_row(data, technique, rate, score, peer, ours))
-    lines += ["", "The peer's grids: accuracy on validation, seed 0.", ""]
-    lines += ["| data | technique | rates |", "|---|---|---|"]
+    lines += ["", "The grids: accuracy on validation, seed 0.", ""]
+    lines += ["| data | technique | of | rates |", "|---|---|---|---|"]
     for data, technique in pairs:
-        runs = [run for job in grid(data, technique) if (run := results.get(job)) is not None]
-        cells = [f"{run['job']['learning_rate']:g}: {100 * run['dev_accuracy']:.1f}" for run in runs]
-        edge = best_rate(results, data, technique) in (GRID[technique][0], GRID[technique][-1])
-        lines.append(f"| {data} | {technique} | {', '.join(cells)}{' (best at the edge)' if edge else ''} |")
+        for arm in arms:
+            runs = [run for job in grid(arm, data, technique) if (run := results.get(job)) is not None]
+            cells = [f"{run['job']['learning_rate']:g}: {100 * run['dev_accuracy']:.1f}" for run in runs]
+            if cells:
+                lines.append(f"| {data} | {technique} | {arm} | {', '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -212,6 +217,10 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], help="data sets or techniques or both, e.g. sst2 lora")
     parser.add_argument("--arms", nargs="*", default=["peer", "ours"], choices=("peer", "ours"))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--our-grid", action="store_true", help="run the grid of rates of ours too: to choose a default"
+    )
+    parser.add_argument("--only-grids", action="store_true", help="no finals: test is not read")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--results", default="build/quality.jsonl")
@@ -221,11 +230,14 @@ def main() -> int:
     given.stop_at = time.monotonic() + given.stop_after
     results = Results(Path(given.results))
     pairs = [pair for pair in EPOCHS if _wanted(pair, set(given.only))]
-    first = [job for pair in pairs if "peer" in given.arms for job in grid(*pair)]
-    first += [job for pair in pairs if "ours" in given.arms for job in finals("ours", *pair, None, given.seeds)]
+    gridded = [arm for arm in given.arms if arm == "peer" or given.our_grid]
+    first = [job for pair in pairs for arm in gridded for job in grid(arm, *pair)]
+    if not given.only_grids:
+        first += [job for pair in pairs if "ours" in given.arms for job in finals("ours", *pair, None, given.seeds)]
     failed = run_all(first, results, given)
     rates = {pair: best_rate(results, *pair) for pair in pairs if "peer" in given.arms}
-    second = [job for pair, rate in rates.items() if rate for job in finals("peer", *pair, rate, given.seeds)]
+    chosen = {} if given.only_grids else {pair: rate for pair, rate in rates.items() if rate}
+    second = [job for pair, rate in chosen.items() for job in finals("peer", *pair, rate, given.seeds)]
     failed += run_all(second, results, given)
     write_report(results, pairs, given)
     missing = [job for job in first + second if results.get(job) is None]

@@ -1,0 +1,71 @@
+"""How the peer makes a classifier learn by each technique: PEFT where it has the method, else plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from torch import Tensor, nn
+
+OF_PEFT: dict[str, PeftConfig] = {
+    "lora": LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["query", "value"]),
+    "ia3": IA3Config(
+        task_type="SEQ_CLS", target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"]
+    ),
+    "prompt": PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20),
+    "prefix": PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20),
+}
+"""At the sizes of our defaults. "output.dense" is a BERT's two output maps; PEFT itself picks them."""
+
+TECHNIQUES = ("full", "head", "last-2", "bitfit", "adapter", *OF_PEFT)
+REDUCTION = 16
+
+
+class WithBottleneck(nn.Module):
+    """A linear map with a Houlsby adapter (2019, arXiv 1902.00751) behind it, which starts as the identity."""
+
+    def __init__(self, dense: nn.Linear) -> None:
+        super().__init__()
+        width = dense.out_features
+        self.dense, self.down, self.up = (
+            dense,
+            nn.Linear(width, width // REDUCTION),
+            nn.Linear(width // REDUCTION, width),
+        )
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        for start_at_zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(start_at_zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        y: Tensor = self.dense(x)
+        return y + self.up(F.gelu(self.down(y)))
+
+
+def adapt(model: nn.Module, technique: str) -> nn.Module:
+    """The model in which what the technique says learns, and the head always."""
+    if technique in OF_PEFT:
+        return get_peft_model(model, OF_PEFT[technique])
+    if technique == "full":
+        return model
+    for parameter in model.base_model.parameters():
+        parameter.requires_grad_(False)
+    if technique == "last-2":
+        for part in (*model.base_model.encoder.layer[-2:], model.base_model.pooler):
+            part.requires_grad_(True)
+    if technique == "bitfit":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or name.endswith(".bias"))
+    if technique == "adapter":
+        for block in model.base_model.encoder.layer:
+            block.attention.output.dense = WithBottleneck(block.attention.output.dense)
+            block.output.dense = WithBottleneck(block.output.dense)
+    return model
