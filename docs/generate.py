@@ -5,6 +5,7 @@ python docs/generate.py
 
 from __future__ import annotations
 
+import inspect
 import json
 import typing
 from pathlib import Path
@@ -76,7 +77,13 @@ def page() -> str:
     for group in ("task", "technique"):
         for name in registry.names(typing.cast(registry.Kind, group)):
             plugin = registry.get(typing.cast(registry.Kind, group), name)
-            lines += [f"## {group}: {name}", "", f"{plugin.__doc__} [Card]({group}s/{name}.md).", "", *table(plugin)]
+            lines += [
+                f"## {group}: {name}",
+                "",
+                f"{inspect.getdoc(plugin)} [Card]({group}s/{name}.md).",
+                "",
+                *table(plugin),
+            ]
     lines += ["## Names of others that are understood", "", "| theirs | ours |", "|---|---|"]
     lines += [f"| `{theirs}` | `{ours}` |" for theirs, (ours, _) in ALIASES.items()]
     lines += ["| `per_device_train_batch_size` x `gradient_accumulation_steps` x processes | `train.batch_size` |"]

@@ -393,13 +393,13 @@ def _list(kind: registry.Kind, as_json: bool) -> None:
     rows = []
     for name in registry.names(kind):
         plugin = registry.get(kind, name)
-        first = (plugin.__doc__ or "").strip().splitlines()[0]
-        rows.append({"name": name, "what": first, "keys": list(plugin.model_fields)})
+        rows.append({"name": name, "what": inspect.getdoc(plugin) or "", "keys": list(plugin.model_fields)})
     if as_json:
         _emit({f"{kind}s": rows})
         return
     for row in rows:
-        print(f"{row['name']:<22} {row['what']}\n{'':<22} keys: {', '.join(row['keys'])}")
+        keys = f"keys: {', '.join(row['keys']) or 'none'}"
+        print(row["name"], *(f"  {line}" for line in [*str(row["what"]).splitlines(), keys] if line), sep="\n")
 
 
 @app.command(epilog="Example: tunesmith techniques")

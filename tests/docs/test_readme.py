@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,15 @@ def test_the_table_has_every_task_and_technique(page: Path) -> None:
     for kind, folder in (("task", "tasks"), ("technique", "techniques")):
         for name in registry.names(kind):  # type: ignore[arg-type]
             assert f"](docs/{folder}/{name}.md)" in text, name
+
+
+@pytest.mark.parametrize("name", registry.names("technique"))
+def test_a_card_says_what_the_command_line_says(name: str) -> None:
+    card = Path(f"docs/techniques/{name}.md").read_text(encoding="utf-8")
+    said = " ".join(re.sub(r"[*`]|\[|\]\([^)]*\)", "", card).split())
+    _, _, short = inspect.getdoc(registry.get("technique", name)).partition("\n\n")  # type: ignore[union-attr]
+    sentences = re.split(r"(?<=\.) ", " ".join(short.split()))
+    assert short and [sentence for sentence in sentences if sentence.removesuffix(".") not in said] == []
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's

@@ -53,7 +53,12 @@ class Bottleneck(nn.Module):
 
 
 class Adapter(Technique):
-    """Bottleneck adapters, placed as one of three papers says."""
+    """Bottleneck adapters A(x) = U f(D x + d) + u beside frozen weights (Houlsby 2019, arXiv 1902.00751).
+
+    Learns n (2 d r + d + r) parameters for n adapters of width r in a model d wide, and what is new (the head).
+    Use it where LoRA's additions are too weak (a new language, a new kind of text). It costs a little at each answer,
+    for it cannot be merged.
+    """
 
     artefact: ClassVar[Literal["adapter", "model"]] = "adapter"
     cannot_merge: ClassVar[str] = "a non-linearity stands between its two maps"

@@ -15,7 +15,11 @@ LEARNING_RATE = 5e-3
 
 
 class Bitfit(Technique):
-    """Bias-only fine-tuning, of the norms' biases as well."""
+    """Only biases learn, those of the norms as well: y = W x + b with W fixed (Ben Zaken 2022, arXiv 2106.10199).
+
+    Learns about one parameter in a thousand, and what is new (the head).
+    Use it with few examples, and where the model must stay what it was: little can be forgotten by a bias.
+    """
 
     def apply(self, model: nn.Module, anatomy: Anatomy, processor: Any) -> None:
         """Let every bias of the pretrained body learn."""

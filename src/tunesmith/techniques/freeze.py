@@ -23,7 +23,12 @@ HEAD_LEARNING_RATE = 1e-1
 
 
 class Freeze(Technique):
-    """Partial fine-tuning; with no field given, the head alone learns."""
+    """The lower part stays as it is: the head alone learns, or with last_n_blocks the top blocks too.
+
+    Learns the head, and of n blocks the last ones.
+    Use it as the cheapest thing that could work, and against forgetting. A head alone on features that were not made
+    for the task stays far below the others.
+    """
 
     last_n_blocks: int | None = Field(None, ge=1, description="how many blocks learn, from the top")
     head_only: bool = Field(False, description="only the head learns; the default where last_n_blocks is not given")

@@ -20,7 +20,12 @@ LEARNING_RATE = 1e-4
 
 
 class Full(Technique):
-    """Full fine-tuning."""
+    """Every parameter learns: W' = W - lr * Adam(dL/dW).
+
+    Learns all there is: gradients and two Adam moments for each parameter.
+    Use it with thousands of rows or more, and where the base is small. It is the measure for the others, and the most
+    expensive.
+    """
 
     layer_lr_decay: float = Field(1.0, gt=0, le=1, description="factor on the rate per block downwards; 1: none")
 

@@ -35,7 +35,11 @@ LEARNING_RATE = 1e-2
 
 
 class Ia3(Technique):
-    """Infused adapter by inhibiting and amplifying inner activations."""
+    """Learned factors on keys, values and what enters the MLP's last map (Liu 2022, arXiv 2205.05638).
+
+    Learns 2 d + d_mlp factors a block, and what is new (the head).
+    Use it for the smallest adapters that can be merged: many tasks over one base.
+    """
 
     artefact: ClassVar[Literal["adapter", "model"]] = "adapter"
 

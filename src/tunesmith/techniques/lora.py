@@ -136,7 +136,12 @@ class LoraLinear(nn.Module):
 
 
 class Lora(Technique):
-    """LoRA and its kin; a role inside a fused projection adapts the whole projection."""
+    """LoRA and its kin: W' = W + (alpha / r) B A, all else frozen (Hu 2021, arXiv 2106.09685).
+
+    Learns r (d_in + d_out) parameters a projection, and what is new (the head). A role inside a fused projection adapts
+    the whole projection.
+    Use it first: near full fine-tuning with a hundredth of what learns and is stored, and it can be merged.
+    """
 
     artefact: ClassVar[Literal["adapter", "model"]] = "adapter"
 

@@ -31,7 +31,11 @@ LEARNING_RATE = 2e-3
 
 
 class Peft(Technique):
-    """A method of PEFT's."""
+    """Any other method of PEFT's, by its own code: OFT, LoHa, LoKr, FourierFT, HRA ...
+
+    Learns what the method says, and what is new (the head).
+    Use it to try a method of a paper; tune its rate, for none is measured.
+    """
 
     artefact: ClassVar[Literal["adapter", "model"]] = "adapter"
     starts_as_base: ClassVar[bool] = False

@@ -94,7 +94,12 @@ class PrefixStates(nn.Module):
 
 
 class Prefix(Technique):
-    """Prefix tuning, or P-tuning v2 for tasks with a head."""
+    """Keys and values learn that every attention sees before those of the text (Li 2021, arXiv 2101.00190).
+
+    Learns 2 n d_kv parameters an attention for n virtual tokens, and what is new (the head). With a head it is
+    P-tuning v2.
+    Use it where a prompt is too weak; it makes no sequence longer, so it is cheaper. It cannot be merged.
+    """
 
     artefact: ClassVar[Literal["adapter", "model"]] = "adapter"
     starts_as_base: ClassVar[bool] = False

@@ -55,7 +55,11 @@ class SoftPrompt(nn.Module):
 
 
 class Prompt(Technique):
-    """Prompt tuning."""
+    """Learned vectors stand among the embedded tokens (Lester 2021, arXiv 2104.08691).
+
+    Learns n d parameters for n virtual tokens, and what is new (the head).
+    Use it with large models, and where a task must be no more than a few kilobytes. It cannot be merged.
+    """
 
     artefact: ClassVar[Literal["adapter", "model"]] = "adapter"
     starts_as_base: ClassVar[bool] = False
