@@ -92,7 +92,7 @@ class Prompt(Technique):
         if encoder_decoder:
             model.get_decoder().register_forward_pre_hook(partial(_open_mask, embedding.prompt), with_kwargs=True)
         else:
-            stack.register_forward_hook(partial(_take_away, embedding.prompt))
+            stack.register_forward_hook(partial(_take_away, embedding.prompt), with_kwargs=True)
         name = next(name for name, parameter in model.named_parameters() if parameter is embedding.prompt.weight)
         learn_only(model, {name} | anatomy.learns_always)
 
@@ -204,24 +204,35 @@ def _reads_ahead(body: Any, embedding: Any) -> bool:
 
 
 def _insert(embedding: Any, stack: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-    """A stack's inputs with the vectors before the tokens."""
+    """A stack's inputs with the vectors before the tokens; where generating goes on from a cache, they are in it."""
     given = by_name(stack, args, given)
+    vectors = embedding.prompt()
+    more = (len(vectors), 0)
+    if given.get("attention_mask") is not None:
+        given["attention_mask"] = F.pad(given["attention_mask"], more, value=1)
+    if given.get("position_ids") is not None:
+        given["position_ids"] = given["position_ids"] + len(vectors)
+    cache = given.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        return (), given
     ids, embedded = given.pop("input_ids", None), given.get("inputs_embeds")
     if embedded is None:
         embedded = _looked_up(embedding, stack, ids)
-    vectors = embedding.prompt().to(embedded.dtype)
-    more = (len(vectors), 0)
-    given["inputs_embeds"] = torch.cat([vectors.expand(len(embedded), -1, -1), embedded], 1)
-    if given.get("attention_mask") is not None:
-        given["attention_mask"] = F.pad(given["attention_mask"], more, value=1)
+    given["inputs_embeds"] = torch.cat([vectors.to(embedded.dtype).expand(len(embedded), -1, -1), embedded], 1)
+    if given.get("position_ids") is not None:
+        before = torch.arange(len(vectors), device=embedded.device).expand(len(given["position_ids"]), -1)
+        given["position_ids"] = torch.cat([before, given["position_ids"]], 1)
     if given.get("token_type_ids") is not None:
         given["token_type_ids"] = F.pad(given["token_type_ids"], more, value=0)
     return (), given
 
 
-def _take_away(prompt: SoftPrompt, stack: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def _take_away(prompt: SoftPrompt, stack: Any, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> Any:
     """A stack's output for the text alone: the repeated first token's state is that of the one in front."""
     count = len(prompt())
+    cache = given.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > output[0].shape[1]:
+        return output  # they came out of an earlier call
 
     def text(states: Tensor) -> Tensor:
         if prompt.first is None:

@@ -160,3 +160,19 @@ def test_virtual_tokens_that_leave_no_room_are_refused(technique: str, taken: in
         prepare.prepare(recipe, found, offline=True, allow_pickle=False, talk=Talk(level=-1))
     said = f"technique.num_virtual_tokens: {taken} virtual positions leave no room for a text in a model that reads 64"
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "mistral", "gemma", "phi", "phi3"])
+@pytest.mark.parametrize("kind", ["lora", "parallel", "prompt", "prefix"])
+def test_a_decoder_generates_with_a_cache_as_without(kind: str, family: str) -> None:
+    """Left padding as well: a text's own tokens are what a padded one's are."""
+    model = adapt(tiny_model(family, "AutoModelForCausalLM"), kind, shake=True).eval()
+    padded, mask = torch.tensor([[5, 9, 7, 8], [0, 0, 6, 8]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    asked: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    found = model.generate(input_ids=padded, attention_mask=mask, **asked)[:, 4:]
+    for row, tokens in zip(found, ([5, 9, 7, 8], [6, 8]), strict=True):
+        text = torch.tensor([tokens])
+        for _ in range(5):
+            with torch.no_grad():
+                text = torch.cat([text, model(input_ids=text, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert row.tolist() == text[0, len(tokens) :].tolist()
