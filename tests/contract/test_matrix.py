@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import matrix
@@ -14,6 +15,8 @@ import pytest
 from tunesmith import registry
 from tunesmith.errors import RecipeError
 from tunesmith.testing import FAMILIES, check
+
+ROOT = Path(__file__).parents[2]
 
 
 def _cases() -> list[Any]:
@@ -46,3 +49,15 @@ def test_the_page_has_every_row_and_column() -> None:
         for keys in matrix.variants(technique):
             assert f"| `{matrix.label(technique, keys)}` |" in page
     assert all(f" {family} " in page for family in FAMILIES)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_the_refusals_are_those_of_the_support_page(page: str) -> None:
+    rows = [
+        line.strip("|").split("|") for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if "|" in line
+    ]
+    said = {row[0].strip(" `"): {name.strip() for name in row[1].split(",")} for row in rows if len(row) == 3}
+    found: dict[str, set[str]] = {}
+    for _, row, family in matrix.refused():
+        found.setdefault(row.split()[0], set()).add(family)
+    assert {name: families for name, families in said.items() if name in registry.names("technique")} == found
