@@ -180,7 +180,7 @@ def _introduce(prepared: Prepared, folder: Path, talk: Talk) -> None:
 
 
 def _resume_command(folder: Path) -> str:
-    return command("train", "--resume", folder)
+    return parallel.command("train", "--resume", folder)
 
 
 def _fit(

@@ -109,3 +109,5 @@ def test_under_torchrun(restarts: int, forks: Forks, tmp_path: Path) -> None:
     else:
         assert process.returncode == 0, said
     assert differences(result(folder), result(tmp_path / "two")) == []
+    again = json.loads((folder / "run.json").read_text())["resume"]
+    assert again == f"torchrun --nproc-per-node=2 -m tunesmith train --resume {folder}"

@@ -8,6 +8,7 @@ backward pass from each of them: here shares may be unequal or empty and the sum
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tunesmith import talk
 from tunesmith.errors import RecipeError, ResourceError
 
 BUCKET_BYTES = 25 * 2**20
@@ -93,6 +95,14 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def command(*words: object) -> str:
+    """What to type on each machine for `tunesmith WORDS` in as many processes as there are now."""
+    if world_size() == 1:
+        return talk.command(*words)
+    each = os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))
+    return shlex.join(["torchrun", f"--nproc-per-node={each}", "-m", "tunesmith", *map(str, words)])
 
 
 def barrier() -> None:
