@@ -34,7 +34,7 @@ from tunesmith.talk import Talk, command, scores_line
 from tunesmith.tasks import LOW_IS_GOOD
 from tunesmith.training import checkpoint, evaluate, files, loop, machine, optimizer, parallel
 from tunesmith.training.machine import Machine
-from tunesmith.training.run_lock import RunLock, claim
+from tunesmith.training.run_lock import RunLock, claim, clear
 from tunesmith.training.signals import Signals, Stopped
 
 LIBRARIES = ("tunesmith", "torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -84,27 +84,29 @@ def train(
     wanted = _recipe(recipe, overrides, values, resume)
     folder = Path(resume or wanted.output)
     found = machine.find(wanted.train.device, wanted.train.precision)
-    with parallel.group(found.device.type):
-        with RunLock(folder, enabled=parallel.rank() == 0):
-            if parallel.rank() == 0:
-                claim(folder, resume=resume is not None, overwrite=overwrite)
-            parallel.barrier()
-            try:
-                with Signals() as signals:
-                    prepared = prepare(wanted, found, offline=offline, allow_pickle=allow_pickle, talk=talk)
-                    return _run(prepared, folder, resume is not None, override, signals, talk)
-            except (UserError, Stopped, MemoryError, RuntimeError, OSError, SafetensorError) as error:
-                told = _told(error, folder)
+    with parallel.group(found.device.type), RunLock(folder, enabled=parallel.rank() == 0):
+        if parallel.rank() == 0:
+            claim(folder, resume=resume is not None, overwrite=overwrite)
+        parallel.barrier()
+        begun = resume is not None
+        try:
+            with Signals() as signals:
+                prepared = prepare(wanted, found, offline=offline, allow_pickle=allow_pickle, talk=talk)
+                begun = True
+                return _run(prepared, folder, resume is not None, override, signals, talk)
+        except (UserError, Stopped, MemoryError, RuntimeError, OSError, SafetensorError) as error:
+            told = _told(error, folder, begun)
+            if begun:  # what lies there else is an earlier run's
                 _outcome(folder, f"{type(told).__name__}: {told}")
-                if told is error:
-                    raise
-                raise told from error
+            if told is error:
+                raise
+            raise told from error
 
 
-def _told(error: BaseException, folder: Path) -> BaseException:
+def _told(error: BaseException, folder: Path, begun: bool) -> BaseException:
     """What the machine or a signal did, as the user's error."""
     if isinstance(error, Stopped):
-        again = _resume_command(folder) if (folder / "recipe.yaml").exists() else "the same command"
+        again = _resume_command(folder) if begun and (folder / "recipe.yaml").exists() else "the same command"
         return Interrupted(f"stopped by {error}; go on with: {again}")
     if isinstance(error, OSError | SafetensorError):
         return files.out_of_space(error, Path(getattr(error, "filename", None) or folder))
@@ -136,6 +138,8 @@ def _run(
     torch.set_num_threads(progress.threads or torch.get_num_threads())
     progress.threads = torch.get_num_threads()
     if parallel.rank() == 0:
+        if not resumed:
+            clear(folder)
         files.atomic_write(folder / "recipe.yaml", recipes.to_yaml(recipe.dump() | {"output": str(folder)}))
         _write_run(folder, prepared, progress, {"outcome": "running"})
     _introduce(prepared, folder, talk)

@@ -293,6 +293,8 @@ def test_c17_an_earlier_run_is_replaced_only_when_told_to(run: Run, command: Any
     before = (folder / "recipe.yaml").read_bytes()
     words = ["task=text-classification", "model=org/none", f"output={folder}"]
     assert command("train", *words)[0] == 2 and (folder / "recipe.yaml").read_bytes() == before
+    assert command("train", *words, "--overwrite")[0] == 2, "what is not found replaces nothing"
+    assert (folder / "recipe.yaml").read_bytes() == before and (folder / "run.json").exists()
     assert "seed: 2" in (run("train.seed=2", "--overwrite") / "recipe.yaml").read_text(encoding="utf-8")
 
 

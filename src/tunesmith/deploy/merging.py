@@ -28,7 +28,7 @@ from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.techniques import Technique
 from tunesmith.training import files
-from tunesmith.training.run_lock import RunLock, claim
+from tunesmith.training.run_lock import RunLock, claim, clear
 
 Method = Literal["linear", "ties", "dare"]
 DENSITY = {"linear": 1.0, "ties": 0.2, "dare": 0.5}
@@ -166,6 +166,7 @@ def _write(
 ) -> None:
     with RunLock(output):
         claim(output, resume=False, overwrite=overwrite)
+        clear(output)
         artefact.save(output / "model", model, first.processor)
         files.atomic_write(output / "recipe.yaml", recipes.to_yaml(first.recipe.dump() | {"output": str(output)}))
         about = {"outcome": "done", "merged": how, "data": data}

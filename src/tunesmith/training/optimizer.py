@@ -80,10 +80,10 @@ def schedule(train: Train, total_steps: int) -> Callable[[int], float]:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Scale every group's base rate; returns the highest rate now in force."""
+    """Scale every group's base rate; returns what `learning_rate` is now."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-    return max(float(group["lr"]) for group in optimizer.param_groups)
+    return float(optimizer.defaults["lr"]) * factor
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

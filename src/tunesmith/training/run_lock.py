@@ -99,7 +99,7 @@ class RunLock:
 
 
 def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make a locked run folder ready for its run: never write over what is there unless told to.
+    """See that a locked folder may have this run: never write over what is there unless told to.
 
     Raises:
         RecipeError: there is something already, or both are asked for.
@@ -115,9 +115,13 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise RecipeError("output: the folder is not empty", where=str(folder), hint=hint)
     elif taken and not (folder / "recipe.yaml").exists():
         raise RecipeError("output: not a run folder, so it is not overwritten", where=str(folder), hint="output=DIR")
-    else:  # the recipe goes last: a kill in between leaves what may be overwritten
-        for path in sorted(taken, key=lambda path: path.name == "recipe.yaml"):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def clear(folder: Path) -> None:
+    """Remove an earlier run from a claimed folder, once the new one is known to be sound."""
+    taken = [path for path in folder.iterdir() if path.name != ".lock"]
+    for path in sorted(taken, key=lambda path: path.name == "recipe.yaml"):  # a kill leaves what may be overwritten
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _started(pid: int) -> str | None:

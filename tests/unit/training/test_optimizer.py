@@ -125,7 +125,7 @@ def test_the_shortest_runs_learn_too(schedule: Any, total: int) -> None:
 def test_the_factor_scales_every_group(tmp_path: Path) -> None:
     built = _build(_trial(tmp_path, learning_rate=2**-10, head_learning_rate=2**-6))
     for factor in (0.5, 0.125, 0.5):  # from the base rate each time
-        assert optimizer.set_rate(built, factor) == 2**-6 * factor, "the highest"
+        assert optimizer.set_rate(built, factor) == 2**-10 * factor, "not the head's"
         assert {group["lr"] for group in built.param_groups} == {2**-10 * factor, 2**-6 * factor}
 
 
