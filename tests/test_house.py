@@ -24,6 +24,7 @@ FLOORS = [
     {"insight"},
     {"testing"},
     {"prepare"},
+    {"record"},
     {"run"},
     {"studies"},
     {"cli", "__init__"},

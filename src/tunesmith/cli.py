@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from tunesmith import registry
     from tunesmith.data.formats import Row
     from tunesmith.talk import Talk
-    from tunesmith.tasks import Task
 
 
 class Verbs(TyperGroup):
@@ -264,7 +263,7 @@ def evaluate(
     run: Run,
     data: Annotated[Path | None, typer.Option(help="Another file to score on.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test of the run.")] = "test",
-    base: Annotated[bool, typer.Option("--base", help="Score a linear probe on the untouched base.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Score the untouched base, by a probe or its own head.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
@@ -282,7 +281,7 @@ def evaluate(
     if as_json:
         _emit(result)
         return
-    probe = {"linear probe on the untouched base": result["metrics"]} if base else {}
+    probe = {f"{'linear probe on ' * result['probe']}the untouched base": result["metrics"]} if base else {}
     for who, scores in (probe | {str(run): result["run_metrics" if base else "metrics"]}).items():
         print(f"{who} on {result['split']} ({result['examples']} examples): {scores_line(scores, 'accuracy')}")
     if "baseline" in result:
@@ -340,14 +339,14 @@ def predict(
     if output is not None:
         _check_new(output)
     from tunesmith.data.formats import Row
-    from tunesmith.deploy.predict import load
+    from tunesmith.deploy.predict import load, read_inputs
     from tunesmith.training.files import atomic_write
 
     tuned = load(run, device=device, offline=offline, allow_pickle=allow_pickle)
     main_role = next(iter(tuned.task.columns))
     rows = [Row(f"input {number}", {main_role: text}) for number, text in enumerate(inputs or [], start=1)]
     if file is not None:
-        rows += _rows(file, tuned.task, tuned.data.columns)
+        rows += read_inputs(file, tuned.task, tuned.data.columns)
     answers = tuned.predict_rows(rows)
     lines = _answer_lines(rows, answers, as_json or output is not None)
     if output is not None:
@@ -360,29 +359,15 @@ def predict(
         print(line)
 
 
-def _rows(file: Path, task: Task, columns: dict[str, str | int] | None) -> list[Row]:
-    """The rows of a table, or the lines of a plain text: a `.txt` is a table only if it names its columns."""
-    from tunesmith.data.formats import read_lines, read_table
-    from tunesmith.errors import DataError
-
-    roles = {role: names for role, names in task.columns.items() if role != "label"}
-    chosen = {role: column for role, column in (columns or {}).items() if role != "label"} or None
-    try:
-        table = read_table(file, roles, required=task.required - {"label"}, columns=chosen)
-        if file.suffix != ".txt" or chosen or any(isinstance(column, str) for column in table.columns.values()):
-            return list(table)
-    except DataError:
-        if file.suffix != ".txt":
-            raise
-    return read_lines(file, next(iter(roles)))
-
-
 def _answer_lines(rows: list[Row], answers: list[dict[str, Any]], as_json: bool) -> Iterator[str]:
     for row, answer in zip(rows, answers, strict=True):
         if as_json:
             yield json.dumps(row.values | answer, ensure_ascii=False)
             continue
         said = answer.get("label") or ", ".join(answer.get("labels", [])) or f"{answer.get('value', 0):.4g}"
+        if "masks" in answer:
+            masks = (" ".join(f"{one['token']} {one['score']:.3f}" for one in mask) for mask in answer["masks"])
+            said = "; ".join(masks)
         sure = f"  {answer['score']:.3f}" if "score" in answer else ""
         yield f"{said}{sure}  {str(next(iter(row.values.values())))[:100]}"
 

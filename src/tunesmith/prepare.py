@@ -26,7 +26,7 @@ from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Recipe
 from tunesmith.talk import Talk
 from tunesmith.tasks import Task
-from tunesmith.techniques import Technique
+from tunesmith.techniques import Technique, learn_only
 from tunesmith.training import evaluate, examples, machine, parallel
 from tunesmith.training.machine import Machine
 
@@ -52,6 +52,20 @@ class Prepared:
     """Names of what the run keeps: what learns, and the buffers that the technique added."""
     padding_free: bool
     """Whether the blocks compute on valid tokens only."""
+
+    @property
+    def head_alone_steps(self) -> int:
+        """For how many steps a new head learns alone."""
+        return math.ceil(self.task.head_alone() * self.total_steps) if self.anatomy.new else 0
+
+    def thaw(self, step: int) -> None:
+        """After `step` steps, let learn what is to learn now: at first a new head alone, then as the technique says."""
+        if self.head_alone_steps:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in self.learned)
+        self.technique.thaw(self.model, self.anatomy, step / self.total_steps)
+        if step < self.head_alone_steps:
+            learn_only(self.model, self.anatomy.new)
 
     @property
     def batches(self) -> Batches:
@@ -87,6 +101,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     _fold_adapter(recipe.model, offline, allow_pickle, talk)
     source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
     processor = models.load_processor(source, read.task.model_class)
+    read = replace(read, task=read.task.for_processor(processor))
     model, anatomy = models.load_model(
         source,
         model_class=read.task.model_class,

@@ -8,15 +8,9 @@ recipe -> data -> model -> technique -> loop (evaluate, checkpoint) -> artefact 
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import platform
-import shlex
-import sys
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +19,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tunesmith import recipe as recipes
+from tunesmith import record
 from tunesmith.deploy import artefact, card, predict
-from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, ResourceError, UserError, redact
+from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, ResourceError, UserError
 from tunesmith.insight import report
 from tunesmith.prepare import Prepared, prepare
 from tunesmith.recipe import Recipe, Train
+from tunesmith.record import Progress
 from tunesmith.talk import Talk, command, scores_line
 from tunesmith.tasks import LOW_IS_GOOD
 from tunesmith.training import checkpoint, evaluate, files, loop, machine, optimizer, parallel
 from tunesmith.training.machine import Machine
 from tunesmith.training.run_lock import RunLock, claim, clear
 from tunesmith.training.signals import Signals, Stopped
-
-LIBRARIES = ("tunesmith", "torch", "transformers", "safetensors", "tokenizers", "numpy")
-
-
-@dataclass
-class Progress:
-    """What changes as a run goes, beside tensors; saved in each checkpoint."""
-
-    step: int = 0
-    best: float | None = None
-    best_step: int | None = None
-    stale: int = 0
-    skips: int = 0
-    seconds: float = 0.0
-    examples: int = 0
-    tokens: int = 0
-    threads: int = 0
-    max_examples: int = 0
-    checkpointing: bool = False
-    fp16_scale: float = loop.FP16_SCALE
-    fp16_good_steps: int = 0
-    overridden: list[str] = field(default_factory=list)
 
 
 def train(
@@ -97,7 +71,7 @@ def train(
         except (UserError, Stopped, MemoryError, RuntimeError, OSError, SafetensorError) as error:
             told = _told(error, folder, begun)
             if begun:  # what lies there else is an earlier run's
-                _outcome(folder, f"{type(told).__name__}: {told}")
+                record.ended(folder, f"{type(told).__name__}: {told}")
             if told is error:
                 raise
             raise told from error
@@ -106,7 +80,7 @@ def train(
 def _told(error: BaseException, folder: Path, begun: bool) -> BaseException:
     """What the machine or a signal did, as the user's error."""
     if isinstance(error, Stopped):
-        again = _resume_command(folder) if begun and (folder / "recipe.yaml").exists() else "the same command"
+        again = record.resume_command(folder) if begun and (folder / "recipe.yaml").exists() else "the same command"
         return Interrupted(f"stopped by {error}; go on with: {again}")
     if isinstance(error, OSError | SafetensorError):
         return files.out_of_space(error, Path(getattr(error, "filename", None) or folder))
@@ -141,7 +115,7 @@ def _run(
         if not resumed:
             clear(folder)
         files.atomic_write(folder / "recipe.yaml", recipes.to_yaml(recipe.dump() | {"output": str(folder)}))
-        _write_run(folder, prepared, progress, {"outcome": "running"})
+        record.write_run(folder, prepared, progress, {"outcome": "running"})
     _introduce(prepared, folder, talk)
     _fit(prepared, engine, progress, folder, signals, talk)
     return _finish(prepared, engine, progress, folder, talk)
@@ -173,18 +147,29 @@ def _introduce(prepared: Prepared, folder: Path, talk: Talk) -> None:
     recipe = prepared.recipe
     learns = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in prepared.model.parameters())
-    rows = "  ".join(f"{name} {count:,}" for name, count in sorted(prepared.examples.rows.items(), reverse=True))
-    talk.say(f"model {recipe.model}  technique {recipe.technique.name}  {rows} rows")
+    counts = sorted(prepared.examples.rows.items(), reverse=True)
+    rows = "  ".join(f"{name} {count:,}" for name, count in counts) + " rows"
+    if not prepared.task.rows_are_examples:
+        rows = "  ".join(f"{name} {count:,} texts in {len(prepared.encoded[name]):,} blocks" for name, count in counts)
+    talk.say(f"model {recipe.model}  technique {recipe.technique.name}  {rows}")
+    _say_head(prepared, talk)
     where = f"on {prepared.machine.device} in {prepared.machine.precision}"
     rate = f"learning rate {recipe.train.learning_rate:.1e}"
     talk.say(
         f"{learns:,} of {total:,} parameters learn ({learns / total:.2%}), {rate}, {prepared.total_steps} steps {where}"
     )
-    talk.say(f"if stopped, go on with: {_resume_command(folder)}")
+    talk.say(f"if stopped, go on with: {record.resume_command(folder)}")
 
 
-def _resume_command(folder: Path) -> str:
-    return parallel.command("train", "--resume", folder)
+def _say_head(prepared: Prepared, talk: Talk) -> None:
+    """What of the model nothing has trained yet, and what of the checkpoint another head was."""
+    new, unused = (
+        sorted({name.rpartition(".")[0] for name in names}) for names in (prepared.anatomy.new, prepared.anatomy.unused)
+    )
+    if new:
+        alone = f", which learns alone for {count} steps" if (count := prepared.head_alone_steps) else ""
+        dropped = f"; without use here: {', '.join(unused)}" if unused else ""
+        talk.say(f"a new head ({', '.join(new)}){alone}{dropped}")
 
 
 def _fit(
@@ -194,7 +179,8 @@ def _fit(
     batches, total, train = prepared.batches, prepared.total_steps, prepared.recipe.train
     factor = optimizer.schedule(train, total)
     since: list[loop.Step] = []
-    prepared.technique.thaw(prepared.model, prepared.anatomy, progress.step / total)
+    prepared.thaw(progress.step)
+    _score_before(prepared, progress, folder, talk)
     if _enough(train, progress):  # killed after it had stopped early
         return
     with signals.deferred(), talk.progress(total, progress.step) as show:
@@ -213,15 +199,35 @@ def _fit(
                 since = []
             stop = _enough(train, progress)
             asked = parallel.largest(int(signals.requested is not None), prepared.machine.device)
-            prepared.technique.thaw(prepared.model, prepared.anatomy, step.number / total)
+            _score_before(prepared, progress, folder, talk)
+            prepared.thaw(step.number)
             if last or stop or asked or improved or _due(train.save_every, step.number, batches.steps_per_epoch):
                 _save(prepared, engine, progress, folder)
             if asked:
-                raise Interrupted(f"stopped after step {step.number} of {total}; go on with: {_resume_command(folder)}")
+                again = record.resume_command(folder)
+                raise Interrupted(f"stopped after step {step.number} of {total}; go on with: {again}")
             if stop:
                 since_best = f"no better {train.metric} in {progress.stale} evaluations"
                 talk.say(f"{since_best}: stopped at step {step.number} of {total}")
                 return
+
+
+def _score_before(prepared: Prepared, progress: Progress, folder: Path, talk: Talk) -> None:
+    """What a base scores at a task that it can do, as soon as it has a head that can speak for it."""
+    if not prepared.task.base_has_head or progress.before is not None or progress.step != prepared.head_alone_steps:
+        return
+    model, task, metric = prepared.model, prepared.task, prepared.recipe.train.metric
+    assert metric is not None, "_resolve fills it in"
+    held_out = [name for name in ("validation", *task.others()) if name in prepared.encoded]
+    with talk.during(f"scoring {' and '.join(held_out)} before anything but a head has learned"):
+        progress.before = {
+            name: evaluate.scores(model, task, prepared.encoded[name], prepared.machine) for name in held_out
+        }
+    head = f"its new head alone has learned, for {progress.step} steps" if progress.step else "nothing has learned"
+    for name, scores in progress.before.items():
+        line = {f"before/{name}/{score}": _plain(value) for score, value in scores.items()}
+        _log(folder, {"step": progress.step, **line})
+        talk.say(f"{name} before ({head}): {scores_line(scores, metric)}")
 
 
 def _enough(train: Train, progress: Progress) -> bool:
@@ -247,7 +253,10 @@ def _not_finite(
 ) -> None:
     """The step was not taken. Stop, or leave it out, or go back to the last checkpoint and leave it out."""
     train = prepared.recipe.train
-    rows = prepared.examples.splits["train"].places(prepared.batches.indices(step.number - 1))
+    indices = prepared.batches.indices(step.number - 1)
+    rows = f"examples {', '.join(map(str, indices[:16]))} of the training text"
+    if prepared.task.rows_are_examples:
+        rows = prepared.examples.splits["train"].places(indices)
     what = f"step {step.number}: loss {step.loss}, gradient norm {step.grad_norm} ({rows})"
     progress.skips += 1
     if train.on_nan == "stop" or progress.skips > train.max_skips:
@@ -334,7 +343,7 @@ def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Co
         saved = checkpoint.newest(where, talk.warn)
     if saved is None:
         talk.say("no checkpoint yet: starting from the beginning")
-        files.truncate_metrics(folder / "metrics.jsonl", 0)
+        files.truncate_metrics(folder / "metrics.jsonl", -1)
         return Progress()
     overridden = checkpoint.check_same_run(saved.identity, prepared.identity(), override)
     checkpoint.check_fits(artefact.learned(prepared.model, prepared.learned), saved.tensors["learned"], overridden)
@@ -370,21 +379,25 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
         _write_artefact(prepared, folder)
     parallel.barrier()
     pickled, device = prepared.source.allow_pickle, str(prepared.machine.device)
-    held_out = [name for name in ("validation", "test") if name in prepared.encoded]
+    others = prepared.task.others()
+    held_out = [name for name in (*others, "validation", "test") if name in prepared.encoded]
     tuned = predict.load(folder, device=device, offline=True, allow_pickle=pickled)
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = {} if progress.before is None else {"before": progress.before}
     said: list[dict[str, Any]] = []
     for name in held_out:
         split = prepared.encoded[name]
         with talk.during(f"scoring what was saved on {name}"):
-            metrics[name], said = evaluate.scores_and_answers(tuned.model, tuned.task, split, tuned.machine)
+            if tuned.task.rows_are_examples and name == "test":
+                metrics[name], said = evaluate.scores_and_answers(tuned.model, tuned.task, split, tuned.machine)
+            else:
+                metrics[name] = evaluate.scores(tuned.model, tuned.task, split, tuned.machine)
         guess = evaluate.baseline(prepared.task, prepared.encoded["train"], split)
         metrics["baseline"] = {"split": name, **guess}
-    result = _result(prepared, progress, folder, metrics)
+    result = record.result(prepared, progress, folder, metrics)
     if parallel.rank() == 0:
-        if "test" in prepared.examples.splits:
-            _write_predictions(prepared, said, folder)
-        _write_run(folder, prepared, progress, {"outcome": "done", **result})
+        if "test" in prepared.examples.splits and prepared.task.rows_are_examples:
+            record.write_predictions(prepared, said, folder)
+        record.write_run(folder, prepared, progress, {"outcome": "done", **result})
         card.write(folder)
         report.write(folder)
     parallel.barrier()
@@ -402,82 +415,15 @@ def _write_artefact(prepared: Prepared, folder: Path) -> None:
     artefact.write_model(folder, prepared.recipe, prepared.source, prepared.processor, state)
 
 
-def _result(prepared: Prepared, progress: Progress, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
-    seconds = max(progress.seconds, 1e-9)
-    parameters = list(prepared.model.parameters())
-    return {
-        "run": str(folder),
-        "task": prepared.task.name,
-        "technique": prepared.technique.name,
-        "steps": progress.step,
-        "best_step": progress.best_step,
-        "seconds": round(progress.seconds, 3),
-        "examples_per_second": round(progress.examples / seconds, 2),
-        "tokens_per_second": round(progress.tokens / seconds, 2),
-        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        "total_parameters": sum(parameter.numel() for parameter in parameters),
-        "peak_memory_bytes": prepared.machine.peak_memory_bytes(),
-        "metrics": metrics,
-    }
-
-
-def _write_run(folder: Path, prepared: Prepared, progress: Progress, outcome: dict[str, Any]) -> None:
-    """`run.json`: everything that is needed to know what was done with what, and to go on."""
-    source, before = prepared.source, files.read_json(folder / "run.json")
-    about = {
-        **outcome,
-        "command": before.get("command") or redact(shlex.join(sys.argv)),  # a resume is no other run
-        "resume": _resume_command(folder),
-        "seed": prepared.recipe.train.seed,
-        "overridden": progress.overridden,
-        "world_size": parallel.world_size(),
-        "model": {
-            "spec": redact(source.spec),
-            "kind": source.kind,
-            "revision": source.revision,
-            "license": source.license,
-            "package_license": source.package_license,
-            "sha256": source.sha256(),
-            "family": prepared.anatomy.family,
-        },
-        "data": {
-            "rows": prepared.examples.rows,
-            "sha256": prepared.examples.fingerprints(),
-            "notes": prepared.examples.notes,
-        },
-        "learned": list(prepared.learned),
-        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-        "hardware": machine.describe(prepared.machine),
-    }
-    files.atomic_write(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-
-
-def _outcome(folder: Path, outcome: str) -> None:
-    """Note in `run.json` how a run ended that did not finish."""
-    about = files.read_json(folder / "run.json") if parallel.rank() == 0 else {}
-    if about.get("outcome") == "running":  # a finished run whose resumption was refused is still done
-        about["outcome"] = redact(outcome)
-        with contextlib.suppress(ResourceError):  # on a full disk what ended the run counts, not that it is not noted
-            files.atomic_write(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-
-
-def _write_predictions(prepared: Prepared, answers: list[dict[str, Any]], folder: Path) -> None:
-    """Every row of the test split as read, with the answer beside it."""
-    rows = prepared.examples.splits["test"].rows()
-    lines = [
-        json.dumps({"row": row.place, **row.values, "prediction": answer}, ensure_ascii=False) + "\n"
-        for row, answer in zip(rows, answers, strict=True)
-    ]
-    files.atomic_write(folder / "predictions-test.jsonl", "".join(lines))
-
-
 def _conclude(prepared: Prepared, metrics: dict[str, Any], folder: Path, talk: Talk) -> None:
     metric = prepared.recipe.train.metric
     assert metric is not None, "_resolve fills it in"
-    for name in ("validation", "test"):
+    for name in (*prepared.task.others(), "validation", "test"):
         if name in metrics:
-            talk.say(f"{name}: {scores_line(metrics[name], metric)}")
+            was = metrics.get("before", {}).get(name, {}).get(metric)
+            talk.say(f"{name}: {scores_line(metrics[name], metric)}" + (f"  ({was:.4f} before)" if was else ""))
     if metric in (guess := metrics.get("baseline", {})):
         score = f"{metric} {guess[metric]:.4f} on {guess['split']}"
-        talk.say(f"a guess that knows only the training labels: {score}")
+        known = "labels" if "label" in prepared.task.columns else "text's frequencies"
+        talk.say(f"a guess that knows only the training {known}: {score}")
     talk.say(f'written to {folder}; ask it: {command("predict", folder)} "..."')

@@ -19,15 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordPiece
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tunesmith import recipe as recipes
-from tunesmith.data.batches import Batches, Limits, collate
+from tunesmith.data.batches import Batch, Batches, Limits, collate
 from tunesmith.data.encoded import Encoded, encode
 from tunesmith.data.formats import Row
 from tunesmith.deploy import artefact
+from tunesmith.models import load as models
 from tunesmith.models.anatomy import LINEAR, Anatomy, anatomy
 from tunesmith.recipe import Recipe
 from tunesmith.tasks import Task
@@ -75,6 +77,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _WORDS = "the film plot was and very acting story it this . ! a not so".split()
+_ENDING = "##ly"
 _GOOD, _BAD = "great lovely warm fine superb".split(), "bad dull poor cold awful".split()
 
 
@@ -84,7 +87,12 @@ def _review(number: int) -> dict[str, object]:
     return {"text": f"the film was {word} {filler}".strip(), "label": ("negative", "positive")[number % 2]}
 
 
-MADE_UP = {"text-classification": _review}
+def _document(number: int) -> dict[str, object]:
+    reviews = [str(_review(number + k)["text"]) for k in range(2 + number % 4)]
+    return {"text": " . ".join([*reviews, f"very {(_BAD, _GOOD)[number % 2][number % 5]}ly"])}
+
+
+MADE_UP = {"fill-mask": _document, "text-classification": _review}
 """Task -> the n-th of its made-up rows: of unequal length, and to be learned in a few steps."""
 
 
@@ -106,8 +114,8 @@ def tiny_model(family: str, model_class: str, *, seed: int = 0, **config: Any) -
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """WordPiece over the words of the made-up rows, dressed as BERT's."""
-    vocabulary = {word: index for index, word in enumerate((*_SPECIAL, *_WORDS, *_GOOD, *_BAD))}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    vocabulary = {word: index for index, word in enumerate((*_SPECIAL, *_WORDS, *_GOOD, *_BAD, _ENDING))}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
@@ -142,14 +150,18 @@ class Case:
         """The model's outputs for all rows."""
         model.eval()
         with torch.no_grad():
-            return self.task.forward(model, collate(self.encoded, np.arange(len(self.encoded))))
+            return self.task.forward(model, self._batch())
 
     def loss(self, model: nn.Module) -> float:
         """The loss over all rows."""
         model.eval()
-        batch = collate(self.encoded, np.arange(len(self.encoded)))
+        batch = self._batch()
         with torch.no_grad():
             return float(self.task.loss(model, batch, self.task.normalizers(batch)))
+
+    def _batch(self) -> Batch:
+        indices = np.arange(len(self.encoded))
+        return self.task.draw(collate(self.encoded, indices), indices)
 
     def engine(self, model: PreTrainedModel | None = None, micro_batch: int = 8) -> loop.Engine:
         """A loop over this model."""
@@ -201,8 +213,11 @@ def case(
     rows = [Row(f"made-up:{number}", values(number)) for number in range(40)]
     assert isinstance(recipe.task, Task)
     fitted, read = recipe.task.fit([recipe.task.target(one) for one in rows], recipe.data, "made-up")
+    models.config_class(family, fitted.model_class)
     processor = tiny_tokenizer()
-    encoded = encode(rows, lambda part: fitted.encode(part, processor, read), folder / "encoded")
+    fitted = fitted.for_processor(processor)
+    pieces = fitted.pieces(rows, processor, read)
+    encoded = encode(pieces, lambda part: fitted.encode(part, processor, read), folder / "encoded")
     base = tiny_model(family, fitted.model_class, **fitted.head_config(), **(config or {}))
     head = frozenset(name for name in _head_parameters(base))
     map_ = anatomy(base, new=head)

@@ -75,11 +75,14 @@ def main() -> None:
                         check({"name": technique, **keys}, task, family)
                         cells.append("yes")
                     except RecipeError as refusal:
-                        reasons.append(f"{len(reasons) + 1}. {label(technique, keys)} on {family}: {refusal}")
-                        cells.append(f"no ({len(reasons)})")
+                        who = f"{label(technique, keys)} on {family}: " if "technique" in str(refusal) else ""
+                        reason = f"{who}{refusal}"
+                        reasons += [reason] if reason not in reasons else []
+                        cells.append(f"no ({reasons.index(reason) + 1})")
                 lines.append(f"| `{label(technique, keys)}` | {' | '.join(cells)} |")
         lines.append("")
-    PAGE.write_text("\n".join([*lines, *reasons]).rstrip() + "\n", encoding="utf-8")
+    numbered = [f"{number}. {reason}" for number, reason in enumerate(reasons, start=1)]
+    PAGE.write_text("\n".join([*lines, *numbered]).rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

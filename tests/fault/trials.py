@@ -28,7 +28,7 @@ import transformers.models.bert.modeling_bert  # noqa: F401 - before the fork, n
 from outcome import differences, result
 
 from tunesmith import run
-from tunesmith.tasks import text_classification  # noqa: F401
+from tunesmith.tasks import fill_mask, text_classification  # noqa: F401
 from tunesmith.techniques import adapter, bitfit, freeze, full, ia3, lora, prefix, prompt  # noqa: F401
 
 torch.set_num_threads(1)  # a fork after threads were started may hang
@@ -43,8 +43,9 @@ TECHNIQUES: dict[str, Any] = {
     "ia3": "ia3",
     "bitfit": "bitfit",
     "peft": {"name": "peft", "type": "LOHA"},
+    "fill-mask": "full",
 }
-"""In turn: few trials try the first ones only."""
+"""In turn: few trials try the first ones only. What is called as a task is run on that."""
 
 
 def start(technique: str, folder: Path, model: str, data: str) -> int:
@@ -55,7 +56,7 @@ def start(technique: str, folder: Path, model: str, data: str) -> int:
     try:
         with (folder.parent / f"{folder.name}.log").open("a") as log, contextlib.redirect_stdout(log):
             run.train(
-                task="text-classification",
+                task="fill-mask" if technique == "fill-mask" else "text-classification",
                 model=model,
                 data={"train": data, "validation": 0.2},
                 technique=TECHNIQUES[technique],

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import re
+import sys
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from tunesmith.training.signals import Signals
 
 LORA = "technique={name: lora, r: 4, target_modules: [query]}"
 BLOCKS = "technique={name: freeze, last_n_blocks: 2}"
+WORDS = ("task=fill-mask", "technique=full", "data.train=documents.csv")
 PROMPT, PREFIX = "technique={name: prompt, num_virtual_tokens: 3}", "technique={name: prefix, num_virtual_tokens: 3}"
 LOHA = "technique={name: peft, type: LOHA}"
 EACH_STEP = ("train.evaluate_every=1", "train.save_every=1")
@@ -71,6 +73,11 @@ KEYS: dict[str, Change] = {
     "task.text-classification.labels": ((), "task.labels=multi", "losses"),
     "task.text-classification.classes": ((), "task.classes=[positive, negative]", "classes"),
     "task.text-classification.windows": (("data.max_length=6",), "task.windows=3", "losses"),
+    "task.fill-mask.mask_share": ((*WORDS,), "task.mask_share=0.5", "losses"),
+    "task.fill-mask.whole_words": ((*WORDS,), "task.whole_words=false", "losses"),
+    "task.fill-mask.segmenter": ((*WORDS,), "task.segmenter=jieba", "error"),
+    "task.fill-mask.head_warmup": ((*WORDS, "model=headless"), "task.head_warmup=0.5", "weights"),
+    "task.fill-mask.general": ((*WORDS,), "task.general=turned.csv", "rows"),
     "technique.full.layer_lr_decay": (("technique=full",), "technique.layer_lr_decay=0.5", "weights"),
     "technique.freeze.last_n_blocks": ((BLOCKS,), "technique.last_n_blocks=1", "parameters"),
     "technique.freeze.head_only": ((BLOCKS,), "technique={name: freeze, head_only: true}", "parameters"),
@@ -123,12 +130,15 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("model", "other")):
         tiny_model("bert", "AutoModelForMaskedLM", seed=seed).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
+    tiny_model("bert", "AutoModel").save_pretrained(folder / "headless")
+    tiny_tokenizer().save_pretrained(folder / "headless")
     rows = [MADE_UP["text-classification"](number) for number in range(24)]
     turned = [" ".join(reversed(str(row["text"]).split())) for row in rows]
     files = {
         "reviews.csv": [(row["text"], other, row["label"]) for row, other in zip(rows, turned, strict=True)],
         "turned.csv": [(other, other, row["label"]) for row, other in zip(rows, turned, strict=True)],
         "bad.csv": [(row["text"], "", row["label"] if number else "") for number, row in enumerate(rows)],
+        "documents.csv": [(MADE_UP["fill-mask"](number)["text"], "", "") for number in range(24)],
     }
     for name, lines in files.items():
         with (folder / name).open("w", encoding="utf-8", newline="") as file:
@@ -152,6 +162,7 @@ def outcome(room: Path, known: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def of(*words: str) -> dict[str, Any]:
         if words not in known:
             monkeypatch.chdir(room)
+            monkeypatch.setitem(sys.modules, "jieba", None)  # as where it is not installed
             monkeypatch.setenv("TUNESMITH_HOME", str(room / "home"))
             (tmp_path / str(len(known))).mkdir()
             known[words] = _trained(tmp_path / str(len(known)), *words)

@@ -90,11 +90,16 @@ def text_notes(encoded: Encoded, processor: Any, windows: int | None = None) -> 
     if cut:
         way_out = "task.windows=N reads more of them" if windows is None else "raise task.windows"
         notes.append(f"{cut} of {len(encoded)} texts are longer than is read and were cut ({way_out})")
+    return notes + unknown_notes(encoded, processor)
+
+
+def unknown_notes(encoded: Encoded, processor: Any) -> list[str]:
+    """Unknown tokens above 5 %."""
     ids = encoded.column("input_ids")
     unknown = getattr(processor, "unk_token_id", None)
     if unknown is not None and len(ids) and (share := float(np.mean(ids == unknown))) > 0.05:
-        notes.append(f"{share:.0%} of the tokens are unknown to this model: another model may fit the language")
-    return notes
+        return [f"{share:.0%} of the tokens are unknown to this model: another model may fit the language"]
+    return []
 
 
 def model_inputs(batch: Batch, pad_token_id: int) -> dict[str, Tensor]:

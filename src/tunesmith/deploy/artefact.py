@@ -23,7 +23,7 @@ from tunesmith.models.anatomy import Anatomy
 from tunesmith.models.sources import Source
 from tunesmith.recipe import Recipe
 from tunesmith.tasks import Task
-from tunesmith.techniques import Technique
+from tunesmith.techniques import PEFT_PREFIX, Technique
 
 
 def learned(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
@@ -47,14 +47,25 @@ def write_adapter(
     with _complete(folder / "base") as base:
         model.config.save_pretrained(base)  # type: ignore[union-attr, operator]
         processor.save_pretrained(base)
-    tensors = {name: value.float().cpu().contiguous() for name, value in technique.adapter_tensors(model).items()}
     config = technique.adapter_config(model, anatomy)
+    kept = technique.adapter_tensors(model)
+    kept |= _rest_of_modules(model, config.get("modules_to_save") or (), kept)
+    tensors = {name: value.float().cpu().contiguous() for name, value in kept.items()}
     config |= {"base_model_name_or_path": source.name_for_adapter, "revision": source.revision}
     with _complete(folder / "adapter") as adapter:
         save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
         (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         origin = {"base_sha256": models.base_hash(source), "processor_sha256": models.processor_hash(processor)}
         (adapter / "tunesmith.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+
+def _rest_of_modules(model: nn.Module, modules: Collection[str], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What PEFT asks for of modules that it saves whole beside what learns: a decoder tied to the input embeddings."""
+    prefix = PEFT_PREFIX if any(name.startswith(PEFT_PREFIX) for name in kept) else "base_model."
+    every = {
+        f"{module}.{name}": v for module in modules for name, v in model.get_submodule(module).state_dict().items()
+    }
+    return {prefix + name: value for name, value in every.items() if prefix + name not in kept}
 
 
 def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, state: Mapping[str, Tensor]) -> None:
@@ -71,13 +82,14 @@ def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, st
     technique.apply(model, anatomy, processor)
     put(model, state)
     technique.merge(model)
-    save(folder / "model", model, processor)
+    save(folder / "model", model, processor, models.unused_parts(source, model, anatomy.unused))
 
 
-def save(folder: Path, model: nn.Module, processor: Any) -> None:
-    """A plain transformers folder."""
+def save(folder: Path, model: nn.Module, processor: Any, beside: Mapping[str, Tensor] | None = None) -> None:
+    """A plain transformers folder; `beside`: what this model has no use for and the next may have."""
     with _complete(folder) as target, models.quiet():
-        model.save_pretrained(target)  # type: ignore[operator]
+        state = {**model.state_dict(), **beside} if beside else None
+        model.save_pretrained(target, state_dict=state)  # type: ignore[operator]
         processor.save_pretrained(target)
 
 

@@ -7,15 +7,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tunesmith.metrics import MEANINGS
+from tunesmith.metrics import MEANINGS, side_by_side
 from tunesmith.recipe import Recipe, to_yaml
 from tunesmith.recipe import load as load_recipe
 from tunesmith.tasks import Task
 from tunesmith.techniques import OWN_TYPE
 from tunesmith.training.files import atomic_write
 
-PIPELINES = {"AutoModelForSequenceClassification": "text-classification"}
+PIPELINES = {"AutoModelForSequenceClassification": "text-classification", "AutoModelForMaskedLM": "fill-mask"}
 """What the Hub calls what a model of this class does."""
+
+EXAMPLES = {"AutoModelForMaskedLM": "... [MASK] ..."}
+"""What a model of this class is asked, where it is no text alone."""
 
 LICENSES = frozenset(
     "agpl-3.0 apache-2.0 bsd-2-clause bsd-3-clause bsl-1.0 cc-by-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cc-by-sa-4.0 cc0-1.0 "
@@ -39,7 +42,7 @@ def write(folder: Path) -> None:
         "## Load it\n",
         "With tunesmith:\n",
         f"```python\nimport tunesmith\n\nmodel = tunesmith.load({_quoted(folder)})\n"
-        'print(model.predict(["..."]))\n```\n',
+        f'print(model.predict(["{EXAMPLES.get(recipe.task.model_class, "...")}"]))\n```\n',
         _without_us(folder, recipe.task.model_class, run["model"], adapter),
         "## How it was made\n",
         _made(run),
@@ -89,17 +92,17 @@ def _hub_name(spec: str) -> str:
 
 def _scores(metrics: dict[str, Any]) -> str:
     """A table: metric by split, the guess of one who knows only the training labels beside it; and what each says."""
-    splits = [name for name in ("validation", "test") if name in metrics]
-    if not splits:
+    columns = side_by_side(metrics)
+    if "baseline" not in metrics:
         return "No rows were held out, so there is no score.\n"
     guess = metrics["baseline"]
-    names = [name for name, value in metrics[splits[-1]].items() if isinstance(value, float)]
+    names = [name for name, value in columns[-1][1].items() if isinstance(value, float)]
     lines = [
-        f"| | {' | '.join(splits)} | guess from the training labels ({guess['split']}) |",
-        "|---" * (len(splits) + 2) + "|",
+        f"| | {' | '.join(title for title, _ in columns)} | guess from the training labels ({guess['split']}) |",
+        "|---" * (len(columns) + 2) + "|",
     ]
     for name in names:
-        cells = " | ".join(f"{metrics[split].get(name, float('nan')):.4f}" for split in splits)
+        cells = " | ".join(f"{scores.get(name, float('nan')):.4f}" for _, scores in columns)
         lines.append(f"| {name} | {cells} | {guess[name]:.4f} |" if name in guess else f"| {name} | {cells} | |")
     lines += ["", *(f"- {name}: {MEANINGS[name]}" for name in names if name in MEANINGS)]
     return "\n".join(lines) + "\n"

@@ -123,8 +123,9 @@ def fold(run: Path, *, offline: bool = False, allow_pickle: bool = False) -> Non
     Raises:
         RecipeError: its technique cannot be merged.
     """
-    tuned, _ = _merged(run, offline, allow_pickle)
-    artefact.save(run / "model", tuned.model, tuned.processor)
+    tuned, source = _merged(run, offline, allow_pickle)
+    unused = models.unused_parts(source, tuned.model, tuned.anatomy.unused)
+    artefact.save(run / "model", tuned.model, tuned.processor, unused)
 
 
 def _merged(folder: Path, offline: bool, allow_pickle: bool = False) -> tuple[predict.Tuned, sources.Source]:

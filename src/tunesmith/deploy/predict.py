@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tunesmith.data.encoded import encode
-from tunesmith.data.formats import Row
-from tunesmith.errors import CheckpointError, RecipeError, UserError, shorten
+from tunesmith.data.formats import Row, read_lines, read_table
+from tunesmith.errors import CheckpointError, DataError, RecipeError, UserError, shorten
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.models.anatomy import Anatomy
@@ -116,6 +116,8 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
     if adapter is not None:
         _check_base(source, adapter)
     processor = models.load_processor(source if adapter is None else replace(source, folder=adapter.parent / "base"))
+    recipe = recipe.model_copy(update={"task": recipe.task.for_processor(processor)})
+    assert isinstance(recipe.task, Task)
     model, anatomy = models.load_model(
         source,
         model_class=recipe.task.model_class,
@@ -131,6 +133,18 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
         recipe.technique.load_adapter(model, tensors)
     model.to(device).eval()
     return Tuned(model, processor, anatomy, recipe, Machine(device, None))
+
+
+def base_of(tuned: Tuned, source: sources.Source) -> tuple[nn.Module, Anatomy]:
+    """A base as it was before a run, where the run's model is."""
+    model, anatomy = models.load_model(
+        source,
+        model_class=tuned.task.model_class,
+        config=tuned.task.head_config(),
+        seed=tuned.recipe.train.seed,
+        pad_token_id=tuned.processor.pad_token_id,
+    )
+    return model.to(tuned.machine.device), anatomy
 
 
 def _check_base(source: sources.Source, adapter: Path) -> None:
@@ -153,6 +167,24 @@ def _reading(file: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or shorten(str(error), 120)[1:-1]
         again = f"`{command('train', '--resume', file.parents[1])}` writes it anew"
         raise CheckpointError(f"cannot be read ({reason})", where=str(file), hint=again) from error
+
+
+def read_inputs(file: Path, task: Task, columns: dict[str, str | int] | None) -> list[Row]:
+    """The rows of a table, or the lines of a plain text: a `.txt` is a table only if it names its columns.
+
+    Raises:
+        DataError: not a file we can read.
+    """
+    roles = {role: names for role, names in task.columns.items() if role != "label"}
+    chosen = {role: column for role, column in (columns or {}).items() if role != "label"} or None
+    try:
+        table = read_table(file, roles, required=task.required - {"label"}, columns=chosen)
+        if file.suffix != ".txt" or chosen or any(isinstance(column, str) for column in table.columns.values()):
+            return list(table)
+    except DataError:
+        if file.suffix != ".txt":
+            raise
+    return read_lines(file, next(iter(roles)))
 
 
 def predict(run: str | Path, inputs: Iterable[str | Mapping[str, object]], **options: Any) -> list[dict[str, Any]]:

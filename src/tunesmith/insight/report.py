@@ -11,7 +11,7 @@ from jinja2 import Environment
 
 from tunesmith.data.formats import Row
 from tunesmith.errors import CONTROL
-from tunesmith.metrics import MEANINGS
+from tunesmith.metrics import MEANINGS, side_by_side
 from tunesmith.recipe import load as load_recipe
 from tunesmith.tasks import Task
 from tunesmith.training.files import atomic_write
@@ -36,6 +36,7 @@ def write(folder: Path) -> None:
     html = page.render(
         run=run,
         splits=splits,
+        columns=side_by_side(run["metrics"]),
         names=[name for name, value in scores.items() if isinstance(value, float)],
         meanings=MEANINGS,
         number=lambda value: "" if value is None else f"{value:.4f}",

@@ -1,11 +1,16 @@
-"""Scores that are built up batch by batch."""
+"""Scores that are built up batch by batch, what each says, and how those of a run stand side by side."""
+
+from __future__ import annotations
+
+from typing import Any
 
 MEANINGS = {
-    "accuracy": "share of rows answered right; where a row has several labels, all of them right",
+    "accuracy": "share of rows, or of hidden words, answered right; where a row has several labels, all of them right",
     "f1_macro": "how well each class is found, hits against misses and false alarms, all classes counting alike",
     "f1_micro": "how well labels are found, hits against misses and false alarms, all rows and labels together",
     "balanced_accuracy": "share answered right within each class, averaged: a rare class counts as a common one",
     "loss": "what training makes small; less is better",
+    "perplexity": "among how many words, so to speak, the model wavers for each one that is missing; less is better",
     "ece": "gap between how sure the model is and how often it is right (expected calibration error); 0 is best",
     "auroc": "how often a row of a class gets a higher score for it than a row of another; 0.5 is chance, 1 is best",
     "rmse": "typical error, large ones weighing more; in the units of the label, less is better",
@@ -15,3 +20,14 @@ MEANINGS = {
     "spearman": "how well the answers put the rows into the order of the labels; 1 is best",
 }
 """What each score says, in plain words."""
+
+
+def side_by_side(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(title, scores) of what a run was scored on: splits last, each behind what the base scored on it before."""
+    before = metrics.get("before", {})
+    others = [name for name in before if name not in ("validation", "test")]
+    found = []
+    for name in (*others, "validation", "test"):
+        found += [(f"{name} before", before[name])] if name in before else []
+        found += [(name, metrics[name])] if name in metrics else []
+    return found

@@ -47,6 +47,9 @@ class Anatomy:
     new: frozenset[str]
     """Parameters that the checkpoint did not hold: initialised at load."""
 
+    unused: frozenset[str]
+    """Tensors of the checkpoint that the model has no place for: another task's head."""
+
     roles: Mapping[str, tuple[str, ...]]
     """What a module does -> modules, in block order; a fused projection stands under each role it holds."""
 
@@ -122,8 +125,8 @@ class Anatomy:
         return f"{near} {known}" if near.startswith("did") else known
 
 
-def anatomy(model: nn.Module, *, new: frozenset[str] = frozenset()) -> Anatomy:
-    """Read a model's parts; `new` are the parameters that its checkpoint did not hold."""
+def anatomy(model: nn.Module, *, new: frozenset[str] = frozenset(), unused: frozenset[str] = frozenset()) -> Anatomy:
+    """Read a model's parts; `new` are the parameters that its checkpoint did not hold, `unused` what only it holds."""
     prefix = _backbone(model)
     paths = [path for path, _ in model.named_modules() if path]
     late, blocks, roles = max((_read(paths, prefix, row) for row in NAMINGS), key=lambda read: len(read[2]))
@@ -138,6 +141,7 @@ def anatomy(model: nn.Module, *, new: frozenset[str] = frozenset()) -> Anatomy:
         blocks=blocks,
         head=_head(model, prefix),
         new=new,
+        unused=unused,
         roles=roles,
         linears=tuple(path for path, module in model.named_modules() if type(module) in LINEAR),
         tied=_tied(model),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from tunesmith.data.encoded import file_sha256
@@ -34,7 +34,7 @@ def load_processor(source: Source, model_class: str | None = None) -> Any:
         RecipeError: the source has none, or its kind of model is not for this task.
     """
     if model_class is not None:
-        _config_class(source, safe_config(source)[0], model_class)
+        config_class(str(safe_config(source)[0]["model_type"]), model_class, source.spec)
     with quiet(), _reading(source, "its tokenizer"):
         processor = transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     if processor.pad_token_id is None:
@@ -57,7 +57,8 @@ def load_model(
         RecipeError: this kind of model cannot do the task.
     """
     kept, _ = safe_config(source)
-    settings = _config(source, kept, _config_class(source, kept, model_class), config, pad_token_id)
+    found = config_class(str(kept["model_type"]), model_class, source.spec)
+    settings = _config(source, kept, found, config, pad_token_id)
     loader = getattr(transformers, model_class)
     with quiet(), torch.random.fork_rng(devices=[]), _reading(source, "config.json and weights"):
         torch.manual_seed(seed)
@@ -72,31 +73,51 @@ def load_model(
         )
     mismatched = {entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]}
     own = {name for name, _ in model.named_parameters()}
-    return model, anatomy(model, new=frozenset((set(info["missing_keys"]) | mismatched) & own))
+    new = frozenset((set(info["missing_keys"]) | mismatched) & own)
+    return model, anatomy(model, new=new, unused=frozenset(info["unexpected_keys"]))
 
 
-def _config_class(source: Source, kept: dict[str, Any], model_class: str) -> Any:
-    kind = str(kept["model_type"])
+def unused_parts(source: Source, model: Any, unused: Collection[str]) -> dict[str, Tensor]:
+    """What the checkpoint holds of the body and `model` has no use for (BERT's pooler, for a head that guesses words),
+    under the names that the next model looks for.
+    """
+    prefix = f"{model.base_model_prefix}."
+    with torch.device("meta"), quiet():
+        body = transformers.AutoModel.from_config(model.config)
+    known = {name for name, _ in body.named_parameters()}
+    wanted = {name: inside for name in unused if (inside := name.removeprefix(prefix)) in known}
+    found: dict[str, Tensor] = {}
+    for path in source.weights() if wanted else []:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                found |= {prefix + wanted[name]: file.get_tensor(name) for name in wanted.keys() & set(file.keys())}
+    return found
+
+
+def config_class(kind: str, model_class: str, where: str = "") -> Any:
+    """The config of a kind of model (a config's `model_type`) that has an Auto class.
+
+    Raises:
+        RecipeError: it has none.
+    """
     if kind not in transformers.CONFIG_MAPPING:
-        raise RecipeError(
-            f"model: transformers has no '{kind}'", where=source.spec, hint="a newer transformers may have"
-        )
+        raise RecipeError(f"model: transformers has no '{kind}'", where=where, hint="a newer transformers may have")
     found = transformers.CONFIG_MAPPING[kind]
     if found not in getattr(transformers, model_class)._model_mapping:
         what = f"model: a {kind} model has no {model_class.removeprefix('AutoModelFor')}"
-        raise RecipeError(what, where=source.spec, hint="choose another model or task")
+        raise RecipeError(what, where=where, hint="choose another model or task")
     return found
 
 
 def _config(
-    source: Source, kept: dict[str, Any], config_class: Any, config: dict[str, Any], pad_token_id: int | None
+    source: Source, kept: dict[str, Any], made_of: Any, config: dict[str, Any], pad_token_id: int | None
 ) -> Any:
     own = ("model_type", "id2label", "label2id", "num_labels")
     kept = {key: value for key, value in kept.items() if key not in own} | {
         key: value for key, value in config.items() if key != "num_labels" or "id2label" not in config
     }
     with _reading(source, "config.json"):
-        settings = config_class(**kept)
+        settings = made_of(**kept)
     if getattr(settings, "pad_token_id", None) is None and pad_token_id is not None:
         settings.pad_token_id = pad_token_id
     return settings

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tunesmith.data.batches import collate
 from tunesmith.data.encoded import Encoded
 from tunesmith.deploy import predict
-from tunesmith.models import load as models
 from tunesmith.models.sources import Source
 from tunesmith.training import evaluate, machine
 
@@ -44,14 +43,8 @@ class _Features(nn.Module):
 
 def scores(tuned: predict.Tuned, base: Source, train: Encoded, encoded: Encoded) -> dict[str, Any]:
     """The task's scores of a probe on the features of `base`, fitted on at most `MAX_ROWS` of `train`."""
-    model, _ = models.load_model(
-        base,
-        model_class=tuned.task.model_class,
-        config=tuned.task.head_config(),
-        seed=tuned.recipe.train.seed,
-        pad_token_id=tuned.processor.pad_token_id,
-    )
-    features = _Features(model).to(tuned.machine.device)
+    model, _ = predict.base_of(tuned, base)
+    features = _Features(model)
     shuffled = np.random.default_rng(0).permutation(len(train))
     known, labels = _features(features, tuned, train, np.sort(shuffled[:MAX_ROWS]))
     asked, _ = _features(features, tuned, encoded, np.arange(len(encoded)))

@@ -29,7 +29,8 @@ def evaluate(
     """The scores of a run on one of its splits, or on another file (`notes`: what was left out of that).
 
     `baseline` is what a guess that knows only the training labels scores there. With `base`, `metrics` are those of a
-    linear probe on the features of the untouched base, what the model knew before, and `run_metrics` the run's own.
+    linear probe on the features of the untouched base, what the model knew before, or the base's own where it can do
+    the task as it is; and `run_metrics` the run's own.
 
     Raises:
         DataError: the run has no such split, or the file cannot be read.
@@ -49,9 +50,19 @@ def evaluate(
         notes.append(f"no guess beside the score, for want of the training labels ({error})")
     own = evaluation.scores(tuned.model, tuned.task, encoded, tuned.machine)
     if base:
-        base_model = sources.resolve(tuned.recipe.model, offline=offline, allow_pickle=allow_pickle)
-        return about | {"metrics": probe.scores(tuned, base_model, train, encoded), "run_metrics": own}
+        source = sources.resolve(tuned.recipe.model, offline=offline, allow_pickle=allow_pickle)
+        scored = _as_it_came(tuned, source, encoded, notes) if tuned.task.base_has_head else None
+        about |= {"probe": scored is None, "run_metrics": own}
+        return about | {"metrics": scored or probe.scores(tuned, source, train, encoded)}
     return about | {"metrics": own}
+
+
+def _as_it_came(tuned: predict.Tuned, source: sources.Source, encoded: Encoded, notes: list[str]) -> dict[str, Any]:
+    """The scores of the base at a task that it can do, if its head is in the checkpoint."""
+    model, anatomy = predict.base_of(tuned, source)
+    if anatomy.new:
+        notes.append("the base has no head for this task: what it scores is what a random one does")
+    return evaluation.scores(model, tuned.task, encoded, tuned.machine)
 
 
 def _split(tuned: predict.Tuned, run: Path, split: str) -> examples.Split:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch
@@ -40,6 +42,12 @@ class Task(Plugin):
     required: ClassVar[frozenset[str]]
     """The roles that training data must have."""
 
+    rows_are_examples: ClassVar[bool] = True
+    """Whether each row is an example; else `pieces` makes examples of all rows together."""
+
+    base_has_head: ClassVar[bool] = False
+    """Whether bases come with this task's head, so that they are scored as they are (`evaluate --base`)."""
+
     @abstractmethod
     def target(self, row: Row) -> Any:
         """The row's target, hashable, as `fit` wants it.
@@ -64,6 +72,22 @@ class Task(Plugin):
     def head_config(self) -> dict[str, Any]:
         """What the model's config must say for this task (num_labels, id2label ...)."""
 
+    def for_processor(self, processor: Any) -> Self:
+        """The task as it works with this tokenizer, where it needs one beyond `encode`."""
+        return self
+
+    def others(self) -> dict[str, str]:
+        """Data that is no split and is scored beside the splits: name -> file or folder."""
+        return {}
+
+    def head_alone(self) -> float:
+        """The share of a run in which a new head learns alone, before the technique's parameters do."""
+        return 0.0
+
+    def pieces(self, rows: Iterable[Row], processor: Any, data: Data) -> Iterator[Row]:
+        """What is encoded as one example each: the rows, unless the task joins or cuts them."""
+        return iter(rows)
+
     @abstractmethod
     def encode(self, rows: Sequence[Row], processor: Any, data: Data) -> list[dict[str, Any]]:
         """Each row as fields: a list of numbers for what varies in length (the first such field is the length that
@@ -73,6 +97,14 @@ class Task(Plugin):
     @abstractmethod
     def notes(self, encoded: Encoded, processor: Any) -> list[str]:
         """What the user should know about encoded data: how much was cut away, how much is unknown."""
+
+    def draw(self, batch: Batch, indices: NDArray[np.int64], seed: int = 0, epoch: int = 0) -> Batch:
+        """The batch with what chance decides anew for each (seed, epoch, index); to be scored, seed and epoch are 0."""
+        return batch
+
+    def num_outputs(self, batch: Batch) -> int:
+        """How many rows `forward` gives for this batch."""
+        return batch.size
 
     @abstractmethod
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
@@ -98,8 +130,8 @@ class Task(Plugin):
 
     @abstractmethod
     def prior(self, encoded: Encoded) -> Tensor:
-        """The output that a guess which has seen only the training targets gives to every example."""
+        """The row of outputs that a guess which has seen only the training targets gives everywhere."""
 
     @abstractmethod
-    def answers(self, outputs: Tensor) -> list[dict[str, Any]]:
-        """Outputs as what `predict` prints, one per example."""
+    def answers(self, outputs: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        """The outputs for a batch as what `predict` prints, one per example."""

@@ -166,7 +166,7 @@ class TextClassification(Task):
             return torch.logit(labels.view(-1, len(self.classes)).mean(0), eps=1e-6)
         return (torch.bincount(labels.long(), minlength=len(self.classes)) / len(labels)).clamp_min(1e-9).log()
 
-    def answers(self, outputs: Tensor) -> list[dict[str, Any]]:
+    def answers(self, outputs: Tensor, batch: Batch) -> list[dict[str, Any]]:
         """Label, score and the probability of every class."""
         if self.labels == "regression":
             return [{"value": value} for value in outputs.squeeze(-1).tolist()]

@@ -107,6 +107,7 @@ class Technique(Plugin):
         """
         state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
         own = dict(model.named_parameters())
+        tied = dict(model.named_parameters(remove_duplicate=False)).keys() - own.keys()
         learns = [name for name, parameter in own.items() if parameter.requires_grad]
         if missing := [name for name in learns if name not in state]:
             raise CheckpointError(
@@ -114,6 +115,8 @@ class Technique(Plugin):
                 hint="it was saved without its head, by another technique or from another model",
             )
         for name, tensor in state.items():
+            if name in tied:  # the base has it under its first name
+                continue
             if name not in own or own[name].shape != tensor.shape:
                 raise CheckpointError(
                     f"the adapter's '{name}' {tuple(tensor.shape)} has no place in this model",

@@ -17,6 +17,9 @@ from tunesmith.tasks import Task
 from tunesmith.training.machine import Machine, is_out_of_memory
 
 CHUNK_EXAMPLES = 512
+ENOUGH = 2**25
+"""Numbers held at once to score a guess, and how many random ones show which scores there are."""
+
 LIMITS = {"cpu": Limits(64, 4096, 64), "cuda": Limits(512, 65536, 4096)}
 
 
@@ -42,7 +45,7 @@ def _forward(
     Raises:
         ResourceError: one example does not fit.
     """
-    output, batch = None, collate(encoded, rows).to(machine.device)
+    output, batch = None, _drawn(task, encoded, rows).to(machine.device)
     try:
         with torch.inference_mode(), machine.autocast():
             output = task.forward(model, batch)
@@ -59,6 +62,10 @@ def _forward(
         yield from _forward(model, task, encoded, machine, half)
 
 
+def _drawn(task: Task, encoded: Encoded, rows: NDArray[np.int64]) -> Batch:
+    return task.draw(collate(encoded, rows), rows)
+
+
 def scores(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) -> dict[str, Any]:
     """The task's scores."""
     metrics = task.metrics()
@@ -70,27 +77,40 @@ def scores(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) -> 
 def baseline(task: Task, train: Encoded, encoded: Encoded) -> dict[str, Any]:
     """The scores of a guess that has seen only the training targets."""
     metrics, prior = task.metrics(), task.prior(train)
-    for start in range(0, len(encoded), CHUNK_EXAMPLES):
-        batch = collate(encoded, np.arange(start, min(start + CHUNK_EXAMPLES, len(encoded))))
-        metrics.update(prior.expand(batch.size, -1), batch)
+    for batch in _chunks(task, encoded, len(prior)):
+        metrics.update(prior.expand(task.num_outputs(batch), -1), batch)
     return metrics.compute()
 
 
 def random_scores(task: Task, train: Encoded, encoded: Encoded) -> dict[str, Any]:
     """The scores of answers drawn at random: which scores there are, before anything is learned."""
     metrics, width = task.metrics(), len(task.prior(train))
-    drawn = torch.Generator().manual_seed(0)
-    for start in range(0, len(encoded), CHUNK_EXAMPLES):
-        batch = collate(encoded, np.arange(start, min(start + CHUNK_EXAMPLES, len(encoded))))
-        metrics.update(torch.randn(batch.size, width, generator=drawn), batch)
+    drawn, left = torch.Generator().manual_seed(0), ENOUGH
+    for batch in _chunks(task, encoded, width):
+        metrics.update(torch.randn(task.num_outputs(batch), width, generator=drawn), batch)
+        left -= task.num_outputs(batch) * width
+        if left < 0:
+            break
     return metrics.compute()
+
+
+def _chunks(task: Task, encoded: Encoded, width: int) -> Iterator[Batch]:
+    """All examples in their order, as many at once as have `ENOUGH` outputs of this width at most, one at least."""
+    start, size = 0, CHUNK_EXAMPLES
+    while start < len(encoded):
+        batch = _drawn(task, encoded, np.arange(start, min(start + size, len(encoded))))
+        if batch.size > 1 and task.num_outputs(batch) * width > ENOUGH:
+            size = batch.size // 2
+            continue
+        yield batch
+        start += batch.size
 
 
 def answers(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) -> list[dict[str, Any]]:
     """What the model says to each example, in their order."""
     given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]
-    for indices, output, _ in outputs(model, task, encoded, machine):
-        _place(given, indices, task.answers(output))
+    for indices, output, batch in outputs(model, task, encoded, machine):
+        _place(given, indices, task.answers(output, batch))
     return given
 
 
@@ -102,7 +122,7 @@ def scores_and_answers(
     given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]
     for indices, output, batch in outputs(model, task, encoded, machine):
         metrics.update(output, batch)
-        _place(given, indices, task.answers(output))
+        _place(given, indices, task.answers(output, batch))
     return metrics.compute(), given
 
 

@@ -84,8 +84,14 @@ def open_split(path: str | Path, task: Task, data: Data, *, labelled: bool = Tru
         columns=data.columns,
         on_bad_row=data.on_bad_row,
         limit=data.limit,
+        plain_text=_plain(task),
     )
     return Split(table)
+
+
+def _plain(task: Task) -> bool:
+    """Whether text and nothing beside it is what the task learns from."""
+    return task.required == {next(iter(task.columns))}
 
 
 def read(task: Task, data: Data, seed: int) -> Examples:
@@ -94,7 +100,7 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     Raises:
         DataError: a file or row that cannot be learned from.
     """
-    data = _named_files(data)
+    data = _named_files(data, plain=_plain(task))
     assert data.train is not None, "_named_files refuses that"
     found = {"train": open_split(data.train, task, data)}
     for name, value in (("validation", data.validation), ("test", data.test)):
@@ -118,7 +124,12 @@ def read(task: Task, data: Data, seed: int) -> Examples:
         if repeated := splits.overlap(parts["train"].digests, parts[name].digests):
             said = f"{repeated} of {rows[name]} {name} rows stand word for word in train: scores will flatter"
             notes.append(f"{said}; remove them from one of the files, or data.{name}=0.1 draws rows that train lacks")
-    return Examples(task, data, {name: part.split for name, part in parts.items()}, notes, rows)
+    found = {name: part.split for name, part in parts.items()}
+    for name, path in task.others().items():
+        found[name], remarks = read_other(path, task, data.model_copy(update={"columns": None}))
+        rows[name] = sum(1 for _ in found[name].rows())
+        notes += remarks
+    return Examples(task, data, found, notes, rows)
 
 
 def said_once(notes: Iterable[tuple[str, str]]) -> list[str]:
@@ -230,12 +241,14 @@ def _alone(train: _Part, strata: splits.Indices) -> list[str]:
     return [f"{who} a single text, which stays in train where no score sees it: {', '.join(names[:3])}"]
 
 
-def _named_files(data: Data) -> Data:
+def _named_files(data: Data, *, plain: bool) -> Data:
     if data.train is None:
         raise RecipeError("data.train: missing", hint="data.train=reviews.csv, or a folder with train.csv and test.csv")
     if not is_folder(data.train):
         return data
     files = find_splits(data.train)
+    if "train" not in files and plain:
+        return data
     if "train" not in files:
         raise DataError("no train file in this folder", where=data.train, hint="name it train.csv, or give the file")
     named = {
@@ -279,4 +292,5 @@ def encode_split(split: Split, task: Task, data: Data, processor: Any, processor
     keys: dict[str, Any] = {"max_length": data.max_length, "columns": split.table.columns, "limit": data.limit}
     keys |= {"on_bad_row": data.on_bad_row, "class_weights": data.class_weights}
     key = fingerprint(split.sha256, drawn, task.name, task.model_dump(), keys, processor_hash)
-    return encode(split.rows(), lambda rows: task.encode(rows, processor, data), cache / key)
+    pieces = task.pieces(split.rows(), processor, data)
+    return encode(pieces, lambda rows: task.encode(rows, processor, data), cache / key)

@@ -109,9 +109,9 @@ def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, fl
     device = engine.machine.device
     while True:
         parts = batches.micro_batches(number, engine.limits)
-        micro = [collate(batches.encoded, part) for part in parts]
+        micro = [_drawn(engine, batches, part, number) for part in parts]
         nothing = np.empty(0, dtype=np.int64)  # an empty share takes part in every exchange
-        normalizers = _normalizers(engine, micro or [collate(batches.encoded, nothing)], device)
+        normalizers = _normalizers(engine, micro or [_drawn(engine, batches, nothing, number)], device)
         totals = None
         try:
             totals = _accumulate(engine, micro, normalizers, number, batches.rank)
@@ -129,6 +129,12 @@ def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, fl
         if engine.machine.autocast_dtype == torch.float16 and not _fp16_fits(engine, loss, norm):
             continue
         return loss, norm, int(summed["tokens"])
+
+
+def _drawn(engine: Engine, batches: Batches, indices: NDArray[np.int64], number: int) -> Batch:
+    """Some examples of a step (counted from 0), as they are in its epoch."""
+    batch = collate(batches.encoded, indices)
+    return engine.task.draw(batch, indices, engine.seed, number // batches.steps_per_epoch)
 
 
 def _accumulate(

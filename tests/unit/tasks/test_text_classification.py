@@ -28,6 +28,7 @@ from tunesmith.training import evaluate, examples
 TEXTS = ("the film was great", "bad", "a very very dull plot . not so", "lovely acting and a fine story !")
 WORDS = "great lovely warm fine superb bad dull poor cold awful film plot story acting".split()
 TOKENIZER = tiny_tokenizer()
+NO_BATCH = Batch({}, 0, 0)
 
 
 def _fit(given: Sequence[Any], data: Data | None = None, /, **fields: Any) -> tuple[TextClassification, Data]:
@@ -247,7 +248,7 @@ def test_what_is_cut_is_counted_in_windows_of_the_task(tmp_path: Path) -> None:
 
 def test_one_class_is_answered_with_every_probability() -> None:
     task, _ = _fit("abc")
-    (answer,) = task.answers(torch.tensor([[0.0, 2.0, 1.0]]))
+    (answer,) = task.answers(torch.tensor([[0.0, 2.0, 1.0]]), NO_BATCH)
     assert list(answer) == ["label", "score", "probabilities"] and list(answer["probabilities"]) == ["a", "b", "c"]
     wanted = torch.tensor([0.0, 2.0, 1.0]).softmax(0).tolist()
     assert list(answer["probabilities"].values()) == pytest.approx(wanted) and sum(wanted) == pytest.approx(1)
@@ -256,14 +257,14 @@ def test_one_class_is_answered_with_every_probability() -> None:
 
 def test_several_labels_are_answered_above_a_half() -> None:
     task, _ = _fit([["a"], ["b"], ["c"]])
-    first, none = task.answers(torch.tensor([[1.0, 0.0, 0.1], [-1.0, -2.0, -3.0]]))
+    first, none = task.answers(torch.tensor([[1.0, 0.0, 0.1], [-1.0, -2.0, -3.0]]), NO_BATCH)
     assert first["labels"] == ["a", "c"] and none["labels"] == []
     assert first["probabilities"] == pytest.approx({"a": 0.7310586, "b": 0.5, "c": 0.5249792})
 
 
 def test_numbers_are_answered_as_they_are() -> None:
     task, _ = _fit([n / 4 for n in range(11)])
-    answers = task.answers(torch.tensor([[0.5], [-2.0]]))
+    answers = task.answers(torch.tensor([[0.5], [-2.0]]), NO_BATCH)
     assert answers == [{"value": 0.5}, {"value": -2.0}] and json.dumps(answers)
 
 

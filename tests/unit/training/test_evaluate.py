@@ -54,7 +54,8 @@ def test_scores_are_those_of_all_examples_at_once(trial: Case, monkeypatch: pyte
 
 
 def test_answers_come_in_the_order_of_the_examples(trial: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    one_by_one = [answer for index in range(40) for answer in trial.task.answers(_outputs(trial, [index]))]
+    batches = [collate(trial.encoded, np.array([index])) for index in range(40)]
+    one_by_one = [one for n, batch in enumerate(batches) for one in trial.task.answers(_outputs(trial, [n]), batch)]
     monkeypatch.setattr(evaluate, "CHUNK_EXAMPLES", 16)
     given = evaluate.answers(trial.model, trial.task, trial.encoded, CPU)
     scores, again = evaluate.scores_and_answers(trial.model, trial.task, trial.encoded, CPU)

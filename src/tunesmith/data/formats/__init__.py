@@ -6,6 +6,7 @@ naming, by the usual names, or by what is in them where there is no header.
 
 from __future__ import annotations
 
+import hashlib
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.data.encoded import file_sha256
-from tunesmith.data.formats import delimited, json_array, json_lines, parquet
+from tunesmith.data.formats import delimited, json_array, json_lines, parquet, plain
 from tunesmith.data.formats.columns import find_columns
 from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
 from tunesmith.data.formats.recognise import Format, format_of, unreachable
@@ -62,9 +63,12 @@ class Table:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the bytes of the file."""
+        """Of the bytes of the file, or of the texts of the folder with their names."""
         self._check_unchanged()
-        return file_sha256(self.path)
+        if not self.path.is_dir():
+            return file_sha256(self.path)
+        known = [f"{path.relative_to(self.path).as_posix()} {file_sha256(path)}" for path in _files(self.path)]
+        return hashlib.sha256("\n".join(known).encode()).hexdigest()
 
     def _check_unchanged(self) -> None:
         if _state(self.path) != self.state:
@@ -80,7 +84,7 @@ class Table:
         for raw in self.raw_rows():
             values = raw if isinstance(raw, BadRow) else self._values(raw)
             if not isinstance(values, BadRow):
-                yield Row(f"{self.path}:{raw.line}", values)
+                yield Row(f"{self.path / raw.file}:{raw.line}", values)
             elif self.on_bad_row == "stop":
                 raise _error(self.path, values, skippable=True)
             else:
@@ -97,11 +101,11 @@ class Table:
             if _is_nothing(value) or (isinstance(value, str) and not value.strip()):
                 if role in self.required:
                     what = f"{_shown(column)}: {'empty' if column in raw.values else 'not there'}"
-                    return BadRow(raw.line, what, "fill it in or remove the row", f"empty {role}")
+                    return BadRow(raw.line, what, "fill it in or remove the row", f"empty {role}", raw.file)
                 continue
             if (fault := _fault(role, value)) is not None:
                 what, hint, reason = fault
-                return BadRow(raw.line, f"{_shown(column)}: {what}", hint, reason)
+                return BadRow(raw.line, f"{_shown(column)}: {what}", hint, reason, raw.file)
             values[role] = value
         return values
 
@@ -112,15 +116,19 @@ def _shown(column: str | int) -> str:
 
 def _state(path: Path) -> tuple[int, int]:
     try:
-        found = path.stat()
+        found = [file.stat() for file in _files(path)]
     except OSError as error:
         raise unreachable(path, error) from None
-    return found.st_size, found.st_mtime_ns
+    return sum(one.st_size for one in found), max((one.st_mtime_ns for one in found), default=0)
+
+
+def _files(path: Path) -> list[Path]:
+    return plain.texts_in(path) if path.is_dir() else [path]
 
 
 def _error(path: Path, bad: BadRow, *, skippable: bool) -> DataError:
     ways = [bad.hint or "mend it", *(["or data.on_bad_row=skip"] if skippable else [])]
-    return DataError(bad.what, where=f"{path}:{bad.line}", hint=", ".join(ways))
+    return DataError(bad.what, where=f"{path / bad.file}:{bad.line}", hint=", ".join(ways))
 
 
 def _is_nothing(value: object) -> bool:
@@ -155,21 +163,25 @@ def read_table(
     columns: dict[str, str | int] | None = None,
     on_bad_row: Literal["stop", "skip"] = "stop",
     limit: int | None = None,
+    plain_text: bool = False,
 ) -> Table:
-    """Open a file as rows of `roles` (role -> the names its column usually has).
+    """Open a file as rows of `roles` (role -> the names its column usually has); with `plain_text` one that is no
+    table, or a folder of such, as texts of the first role.
 
     Raises:
         DataError: not a file we can read, or a required column is not in it.
     """
     path = Path(path)
-    kind = format_of(path)
-    opened = _OPENERS[kind](path)
+    kind: Format = "text" if plain_text and is_folder(path) else format_of(path)
+    if plain_text and not columns and kind in ("csv", "tsv") and plain.is_plain(path, roles):
+        kind = "text"
+    opened = plain.open_rows(path, next(iter(roles))) if kind == "text" else _OPENERS[kind](path)
     if not opened.names:
         raise _nothing_in(path, opened)
     chosen, note, has_header = find_columns(path, opened, roles, required, columns or {})
     raw_rows = opened.rows if has_header else opened.by_number
     assert raw_rows is not None, "only where the first line may be data is there no header"
-    if not any(True for _ in islice(raw_rows(), 1)):
+    if kind != "text" and not any(True for _ in islice(raw_rows(), 1)):
         raise DataError("there is a header but no row below it", where=str(path), hint="add rows")
     return Table(path, kind, chosen, required, on_bad_row, note, raw_rows, limit)
 

@@ -42,7 +42,7 @@ def find_columns(
     if not required <= found.keys():
         raise _missing(where, opened, roles, required - found.keys(), taken=found)
     note = f"{where}: taken for the names of the columns, not for a row: {_listed(names)}"
-    return found, note if numbers and opened.sample and not _plain_names(names, roles) else None, True
+    return found, note if numbers and opened.sample and not plain_names(names, roles) else None, True
 
 
 def _without_header(
@@ -50,7 +50,7 @@ def _without_header(
 ) -> tuple[Columns, str | None, bool]:
     if required <= numbers.keys():
         return dict(numbers), None, False
-    below = next((row for row in opened.sample[1:20] if required <= _plain_names(row, roles).keys()), None)
+    below = next((row for row in opened.sample[1:20] if required <= plain_names(row, roles).keys()), None)
     if below is not None:
         what = f"the names of the columns stand below something else: {shorten(', '.join(below))}"
         raise DataError(what, where=where, hint="remove the lines above them")
@@ -103,7 +103,7 @@ def _plain(name: str) -> str:
     return name.strip().strip("\ufeff\"'").lower().replace(" ", "_").replace("-", "_")
 
 
-def _plain_names(names: list[str], roles: Roles) -> dict[str, str]:
+def plain_names(names: list[str], roles: Roles) -> dict[str, str]:
     """Role -> the first of its usual names that is among these, in plain spelling."""
     plain = {_plain(name) for name in names}
     found: dict[str, str] = {}
@@ -117,7 +117,7 @@ def _plain_names(names: list[str], roles: Roles) -> dict[str, str]:
 def _by_usual_name(where: str, names: list[str], roles: Roles, taken: Columns) -> Columns:
     free = [name for name in names if name not in taken.values()]
     found: Columns = {}
-    for role, plain in _plain_names(free, roles).items():
+    for role, plain in plain_names(free, roles).items():
         alike = [name for name in free if _plain(name) == plain]
         if len(alike) > 1:
             what = f"{shorten(alike[0])} and {shorten(alike[1])} could both be {role}"
@@ -143,7 +143,7 @@ def _listed(names: list[str]) -> str:
 def _looks_like_header(opened: Opened, roles: Roles) -> bool:
     """A header names a role, or differs in kind from what stands below it: short words over long texts or numbers."""
     header = opened.names
-    if _plain_names(header, roles):
+    if plain_names(header, roles):
         return True
     below = [row for row in opened.sample[1:] if len(row) == len(header)]
     if not below or any(is_number(name) for name in header):

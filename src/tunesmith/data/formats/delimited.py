@@ -17,6 +17,9 @@ from tunesmith.errors import DataError, shorten
 DELIMITERS = ("\t", ",", ";", "|")
 SAMPLE_CHARS = 65536
 SAMPLE_ROWS = 200
+TABLE_FROM = 0.8
+"""Which share of the first lines must have the same number of fields for a text to be a table."""
+
 csv.field_size_limit(2**31 - 1)  # records are bounded here, with a message that names the line
 
 
@@ -42,6 +45,13 @@ def delimiter_of(sample: str) -> str:
     scores = {delimiter: _evenness(text, delimiter) for delimiter in DELIMITERS}
     best = max(scores, key=lambda delimiter: (scores[delimiter], -_share_before_blanks(sample, delimiter)))
     return best if scores[best] else ","
+
+
+def looks_like_table(sample: str) -> bool:
+    """Whether a delimiter gives most rows the same number of fields, and is not a mark in sentences, before a blank."""
+    text = [line for line in _split(sample) if line.strip()]
+    even = (delimiter for delimiter in DELIMITERS if _evenness(text, delimiter) >= TABLE_FROM)
+    return any(_share_before_blanks(sample, delimiter) <= 0.5 for delimiter in even)
 
 
 def _split(sample: str) -> list[str]:

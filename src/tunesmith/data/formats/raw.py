@@ -26,6 +26,8 @@ class RawRow:
 
     line: int
     values: dict[Any, Any]
+    file: str = ""
+    """Where a folder is read, the file within it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class BadRow:
     what: str
     hint: str
     reason: str
+    file: str = ""
 
 
 Rows = Callable[[], Iterator[RawRow | BadRow]]

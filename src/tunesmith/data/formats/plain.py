@@ -1,0 +1,101 @@
+"""Plain text: documents divided by blank lines, a document a line where there are none, or a folder of documents.
+
+It is recognised by what it is not: its first lines name no column of text and hold no like number of fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tunesmith.data.formats.columns import Roles, plain_names
+from tunesmith.data.formats.delimited import DELIMITERS, SAMPLE_CHARS, looks_like_table
+from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, lines, open_text, unreadable
+from tunesmith.errors import DataError
+
+SUFFIXES = (".txt", ".text", ".md", ".txt.gz", ".text.gz", ".md.gz")
+
+
+def is_plain(path: Path, roles: Roles) -> bool:
+    """Whether what could be a table is text."""
+    with open_text(path) as file:
+        sample = file.read(SAMPLE_CHARS)
+    first = sample.lstrip().partition("\n")[0]
+    named = any(plain_names(first.split(delimiter), roles) for delimiter in DELIMITERS)
+    return not named and not looks_like_table(sample)
+
+
+def open_rows(path: Path, column: str) -> Opened:
+    """A file's documents, under one name of a column.
+
+    Raises:
+        DataError: a folder holds no text.
+    """
+    if not path.is_dir():
+        return Opened([column], lambda: _documents(path, column))
+    files = texts_in(path)
+    if not files:
+        kinds = ", ".join(SUFFIXES[:3])
+        raise DataError(f"no text ({kinds}) in this folder", where=str(path), hint="name the file to read")
+    return Opened([column], lambda: (row for file in files for row in _whole(path, file, column)))
+
+
+def texts_in(folder: Path) -> list[Path]:
+    """The texts in a folder and those below it, hidden ones left out."""
+    found = (path for path in sorted(folder.rglob("*")) if path.name.lower().endswith(SUFFIXES))
+    return [path for path in found if path.is_file() and not path.name.startswith(".")]
+
+
+def _whole(folder: Path, path: Path, column: str) -> Iterator[RawRow | BadRow]:
+    """A file as one document."""
+    name = path.relative_to(folder).as_posix()
+    parts: list[str] = []
+    size = 0
+    with open_text(path) as file:
+        for number, line in enumerate(lines(file), start=1):
+            size += len(line)
+            bad = unreadable(line, number) or (_too_long(1) if size > MAX_CHARS else None)
+            if bad is not None:
+                yield BadRow(bad.line, bad.what, bad.hint, bad.reason, name)
+                return
+            parts.append(line)
+    yield RawRow(1, {column: "".join(parts).strip()}, name)
+
+
+def _documents(path: Path, column: str) -> Iterator[RawRow | BadRow]:
+    """What stands between blank lines; line by line where there are none."""
+    divided = _is_divided(path)
+    parts: list[str] = []
+    first = size = 0
+    bad: BadRow | None = None
+    with open_text(path) as file:
+        for number, line in enumerate(lines(file), start=1):
+            text = bool(line.strip())
+            if text:
+                first, size = first if parts else number, size + len(line)
+                bad = bad or unreadable(line, number) or (_too_long(first) if size > MAX_CHARS else None)
+                parts += [] if bad else [line]
+            if (parts or bad) and not (text and divided):
+                yield bad or RawRow(first, {column: "".join(parts).strip()})
+                parts, size, bad = [], 0, None
+    if parts or bad:
+        yield bad or RawRow(first, {column: "".join(parts).strip()})
+
+
+def _is_divided(path: Path) -> bool:
+    """Whether a blank line stands between two that are not."""
+    begun = gap = False
+    with open_text(path) as file:
+        for line in lines(file):
+            if line.strip():
+                if gap:
+                    return True
+                begun = True
+            else:
+                gap = begun
+    return False
+
+
+def _too_long(line: int) -> BadRow:
+    what = f"over {MAX_CHARS:,} characters in one document"
+    return BadRow(line, what, "divide it by blank lines, or into several files", "document too long")

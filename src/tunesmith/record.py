@@ -1,0 +1,128 @@
+"""What a run writes down beside its weights: `run.json`, predictions, and how far it has come."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import shlex
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import ResourceError, redact
+from tunesmith.models.sources import Source
+from tunesmith.prepare import Prepared
+from tunesmith.training import files, loop, machine, parallel
+
+LIBRARIES = ("tunesmith", "torch", "transformers", "safetensors", "tokenizers", "numpy")
+
+
+@dataclass
+class Progress:
+    """What changes as a run goes, beside tensors; saved in each checkpoint."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    skips: int = 0
+    seconds: float = 0.0
+    examples: int = 0
+    tokens: int = 0
+    threads: int = 0
+    max_examples: int = 0
+    checkpointing: bool = False
+    fp16_scale: float = loop.FP16_SCALE
+    fp16_good_steps: int = 0
+    overridden: list[str] = field(default_factory=list)
+    before: dict[str, Any] | None = None
+    """What the body scored as it came, by split; only of a task that bases can do."""
+
+
+def resume_command(folder: Path) -> str:
+    """What goes on with a run."""
+    return parallel.command("train", "--resume", folder)
+
+
+def result(prepared: Prepared, progress: Progress, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What `tunesmith train --json` prints."""
+    seconds = max(progress.seconds, 1e-9)
+    parameters = list(prepared.model.parameters())
+    return {
+        "run": str(folder),
+        "task": prepared.task.name,
+        "technique": prepared.technique.name,
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "seconds": round(progress.seconds, 3),
+        "examples_per_second": round(progress.examples / seconds, 2),
+        "tokens_per_second": round(progress.tokens / seconds, 2),
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "total_parameters": sum(parameter.numel() for parameter in parameters),
+        "peak_memory_bytes": prepared.machine.peak_memory_bytes(),
+        "metrics": metrics,
+    }
+
+
+def write_run(folder: Path, prepared: Prepared, progress: Progress, outcome: dict[str, Any]) -> None:
+    """`run.json`: everything that is needed to know what was done with what, and to go on."""
+    source, before = prepared.source, files.read_json(folder / "run.json")
+    about = {
+        **outcome,
+        "command": before.get("command") or redact(shlex.join(sys.argv)),  # a resume is no other run
+        "resume": resume_command(folder),
+        "seed": prepared.recipe.train.seed,
+        "overridden": progress.overridden,
+        "world_size": parallel.world_size(),
+        "model": {
+            "spec": redact(source.spec),
+            "kind": source.kind,
+            "revision": source.revision,
+            "license": source.license,
+            "package_license": source.package_license,
+            "sha256": source.sha256(),
+            "family": prepared.anatomy.family,
+            "lineage": _lineage(source),
+        },
+        "data": {
+            "rows": prepared.examples.rows,
+            "sha256": prepared.examples.fingerprints(),
+            "notes": prepared.examples.notes,
+        },
+        "learned": list(prepared.learned),
+        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "hardware": machine.describe(prepared.machine),
+    }
+    files.atomic_write(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+
+
+def _lineage(source: Source) -> list[dict[str, Any]]:
+    """Where an earlier run that is the base came from, and what that came from: the youngest first."""
+    earlier = files.read_json(source.folder.parent / "run.json") if source.kind == "run" else {}
+    if "model" not in earlier:  # no run, or one that was merged from several
+        return []
+    about = {key: earlier.get(key) for key in ("run", "task", "technique", "steps")}
+    base = {key: earlier["model"][key] for key in ("spec", "kind", "revision", "sha256")}
+    return [about | {"model": base}, *earlier["model"].get("lineage", [])]
+
+
+def ended(folder: Path, outcome: str) -> None:
+    """Note in `run.json` how a run ended that did not finish."""
+    about = files.read_json(folder / "run.json") if parallel.rank() == 0 else {}
+    if about.get("outcome") == "running":  # a finished run whose resumption was refused is still done
+        about["outcome"] = redact(outcome)
+        with contextlib.suppress(ResourceError):  # on a full disk what ended the run counts, not that it is not noted
+            files.atomic_write(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_predictions(prepared: Prepared, answers: list[dict[str, Any]], folder: Path) -> None:
+    """Every row of the test split as read, with the answer beside it."""
+    rows = prepared.examples.splits["test"].rows()
+    lines = [
+        json.dumps({"row": row.place, **row.values, "prediction": answer}, ensure_ascii=False) + "\n"
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    files.atomic_write(folder / "predictions-test.jsonl", "".join(lines))
