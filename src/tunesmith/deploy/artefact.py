@@ -62,10 +62,12 @@ def write_adapter(
 def _rest_of_modules(model: nn.Module, modules: Collection[str], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What PEFT asks for of modules that it saves whole beside what learns: a decoder tied to the input embeddings."""
     prefix = PEFT_PREFIX if any(name.startswith(PEFT_PREFIX) for name in kept) else "base_model."
-    every = {
-        f"{module}.{name}": v for module in modules for name, v in model.get_submodule(module).state_dict().items()
-    }
-    return {prefix + name: value for name, value in every.items() if prefix + name not in kept}
+    found: dict[str, Tensor] = {}
+    for module in modules:
+        for name, value in model.get_submodule(module).state_dict().items():
+            if (key := f"{prefix}{module}.{name}") not in kept:
+                found[key] = value.clone()  # a file holds no tensor twice under two names
+    return found
 
 
 def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, state: Mapping[str, Tensor]) -> None:
