@@ -20,7 +20,7 @@ _HOMES = {
     "evaluate": "tunesmith.studies.score",
     "load": "tunesmith.deploy.several",
     "predict": "tunesmith.deploy.predict",
-    "train": "tunesmith.run",
+    "train": "tunesmith.studies.stages",
 }
 
 

@@ -230,13 +230,13 @@ def train(
     verbose: Verbose = False,
     offline: Offline = False,
 ) -> None:
-    """Train one run."""
+    """Train one run, or the stages of a recipe."""
     from tunesmith import recipe as recipes
-    from tunesmith import run
+    from tunesmith.studies import stages
 
     recipe, pairs = _recipe_and_pairs(words or [])
     try:
-        result = run.train(
+        result = stages.train(
             recipe,
             *pairs,
             resume=resume,

@@ -10,6 +10,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -48,6 +50,11 @@ class Data(Keys):
     test: Local | float | None = Field(None, description="file, or fraction of train held out, or null")
     columns: dict[str, str | int] | None = Field(None, description="role -> column name or number, e.g. {text: review}")
     max_length: int | None = Field(None, ge=4, description="tokens per text; default: the model's limit, at most 512")
+    group: str | None = Field(
+        None,
+        min_length=1,
+        description="column whose equal rows (of a contract, a patient) no split drawn from train parts",
+    )
     limit: int | None = Field(None, ge=1, description="rows read from each file, for trials")
     on_bad_row: Literal["stop", "skip"] = Field("stop", description="stop with exit code 3, or skip and count")
     class_weights: Literal["balanced"] | dict[str, float] | None = Field(
@@ -116,6 +123,26 @@ class Recipe(Keys):
         return {key: tree[key] for key in ("task", "model", "data", "technique", "train", "output")}
 
 
+class Gain(Keys):
+    """How it is measured what the earlier stages are worth to the last."""
+
+    seeds: int = Field(3, ge=2, description="runs of the last stage with the others before it, and as many without")
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Several runs, each on what the one before it left."""
+
+    recipes: list[Recipe]
+    gain: Gain | None
+    output: str
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values; read again, they are these stages."""
+        parts = [{key: value for key, value in one.dump().items() if key != "output"} for one in self.recipes]
+        return {"stages": parts, "gain": self.gain.model_dump() if self.gain else None, "output": self.output}
+
+
 _SAME: Callable[[Any], Any] = lambda value: value  # noqa: E731
 
 
@@ -176,6 +203,78 @@ def load(
     return _build(_leaves(path, overrides, values))
 
 
+def load_stages(
+    path: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    values: Mapping[str, Any] | None = None,
+    output: str | None = None,
+) -> Stages | None:
+    """The `stages:` of a recipe, or None where it is one run; `output` is where they go, whatever is written.
+
+    What stands beside `stages` holds for all of them; `stages.2.train.epochs=1` on the command line for one. The model
+    of all but the first is the run before, unless the stage itself names one.
+
+    Raises:
+        RecipeError: as `load`.
+    """
+    written = [] if path is None else [recipe_text.read_file(Path(path))]
+    written += [recipe_text.read_mapping(values)] if values else []
+    written += [recipe_text.read_word(word) for word in overrides]
+    listed = next((tree["stages"] for tree, _ in written if isinstance(tree.get("stages"), list)), None)
+    if not listed:
+        return None
+    shared: Leaves = {}
+    each: list[Leaves] = [{} for _ in listed]
+    for tree, where in written:
+        beside = _flatten(({key: value for key, value in tree.items() if key != "stages"}, where))
+        _merge(shared, beside)
+        stages = _numbered(tree.get("stages"), len(listed), where)
+        for number, leaves in enumerate(each, start=1):
+            inherited = {
+                key: leaf for key, leaf in beside.items() if key[0] != "gain" and (number == 1 or key[0] != "model")
+            }
+            _merge(leaves, inherited)
+            _merge(
+                leaves, _flatten((stages[number], partial(_place_in_stage, where, number))) if number in stages else {}
+            )
+    gain = {key[1]: value for key, (value, _) in shared.items() if key[0] == "gain" and len(key) == 2}
+    off = shared.get(("gain",), (None, ""))[0] is None and not gain
+    found = None if off else checked(Gain, gain, ("gain",), shared)
+    into = output or str(shared.get(("output",), (f"runs/{Path(path or 'stages').stem}", ""))[0])
+    recipes: list[Recipe] = []
+    for number, leaves in enumerate(each, start=1):
+        if recipes:
+            leaves.setdefault(("model",), (recipes[-1].output, "stages"))
+        leaves["output",] = (into, "output")
+        recipe = _build(leaves)
+        recipes.append(recipe.model_copy(update={"output": f"{recipe.output}/{number}-{recipe.task.name}"}))
+    return Stages(recipes, found, _local(into))
+
+
+def _numbered(given: Any, count: int, where: Callable[[Key], str]) -> dict[int, dict[str, Any]]:
+    """Number, from 1 -> keys of a stage; a list, or on the command line some by number."""
+    if given is None:
+        return {}
+    named = dict(enumerate(given, start=1)) if isinstance(given, list) else given
+    found: dict[int, dict[str, Any]] = {}
+    for name, stage in named.items():
+        key = ("stages", str(name))
+        if not str(name).isdigit() or not 1 <= int(name) <= count:
+            raise RecipeError(f"there is no stage {shorten(name)}", where=where(key), hint=f"1 to {count}")
+        if not isinstance(stage, dict) or not stage:
+            hint = "e.g. `- task: fill-mask`, with the keys of a recipe below"
+            raise RecipeError(f"a stage is a section of keys, not {shorten(stage)}", where=where(key), hint=hint)
+        found[int(name)] = stage
+        if "output" in stage or "output_dir" in stage:
+            hint = "give it beside `stages`; each gets a folder in it"
+            raise RecipeError("stages share one output", where=where((*key, "output")), hint=hint)
+    return found
+
+
+def _place_in_stage(where: Callable[[Key], str], number: int, key: Key) -> str:
+    return where(("stages", str(number), *key))
+
+
 def located(error: E, path: str | Path | None, overrides: Iterable[str]) -> E:
     """An error that came later in a run, with the place at which the key that it names was written."""
     leaves = _leaves(path, overrides, None)
@@ -208,7 +307,7 @@ def _flatten(written: Written) -> Leaves:
     batch: dict[str, tuple[Any, str]] = {}
 
     def walk(value: Any, key: Key) -> None:
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and (value or not key):
             for part, item in value.items():
                 if item != "steps" or _STEPS.get(part) not in value:  # how many of them stands beside it
                     walk(item, (*key, part))
@@ -367,5 +466,7 @@ def schema() -> dict[str, Any]:
             options.append(plugin)
         tree["properties"][kind] = {"oneOf": options}
     definitions.pop("Plugin", None)
-    tree["required"] = ["task", "model"]
+    tree["properties"] |= {"stages": {"type": "array", "items": {"type": "object"}}, "gain": Gain.model_json_schema()}
+    tree["anyOf"] = [{"required": ["task", "model"]}, {"required": ["stages"]}]
+    tree.pop("required", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}

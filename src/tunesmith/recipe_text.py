@@ -112,6 +112,9 @@ def _line(tree: Any, key: Key) -> int:
             if part in (tree.lc.data or {}):  # not if it was merged in from elsewhere
                 line = tree.lc.key(part)[0] + 1
             tree = tree[part]
+        elif isinstance(tree, CommentedSeq) and part.isdigit() and 0 < int(part) <= len(tree):  # counted from 1
+            line = tree.lc.item(int(part) - 1)[0] + 1
+            tree = tree[int(part) - 1]
     return line
 
 

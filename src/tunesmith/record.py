@@ -17,6 +17,9 @@ from tunesmith.models.sources import Source
 from tunesmith.prepare import Prepared
 from tunesmith.training import files, loop, machine, parallel
 
+STAGES = "stages.yaml"
+"""In the folder that holds the runs of a recipe's stages."""
+
 LIBRARIES = ("tunesmith", "torch", "transformers", "safetensors", "tokenizers", "numpy")
 
 
@@ -43,8 +46,15 @@ class Progress:
 
 
 def resume_command(folder: Path) -> str:
-    """What goes on with a run."""
-    return parallel.command("train", "--resume", folder)
+    """What goes on with a run, or with all the stages that it is one of."""
+    return parallel.command("train", "--resume", folder.parent if (folder.parent / STAGES).exists() else folder)
+
+
+RESULT = (
+    "run task technique steps best_step seconds examples_per_second tokens_per_second trainable_parameters "
+    "total_parameters peak_memory_bytes metrics"
+).split()
+"""The keys of a result."""
 
 
 def result(prepared: Prepared, progress: Progress, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:

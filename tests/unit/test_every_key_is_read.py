@@ -40,6 +40,7 @@ KEYS: dict[str, Change] = {
     "data.test": ((), "data.test=0.4", "rows"),
     "data.columns": ((), "data.columns={text: turned}", "losses"),
     "data.max_length": ((), "data.max_length=6", "losses"),
+    "data.group": ((), "data.group=label", "rows"),
     "data.limit": ((), "data.limit=12", "rows"),
     "data.on_bad_row": (("data.train=bad.csv",), "data.on_bad_row=skip", "error"),
     "data.class_weights": ((), "data.class_weights={positive: 3}", "losses"),

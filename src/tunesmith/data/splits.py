@@ -90,8 +90,17 @@ def _whole_texts(
 
 def digest(row: Row) -> int:
     """64 bits of what a row says beside its label, but for case, white space and the way accents are coded."""
-    texts = [str(value) for role, value in sorted(row.values.items()) if role != "label"]
-    plain = " ".join(unicodedata.normalize("NFC", "\0".join(texts)).lower().split())
+    texts = [str(value) for role, value in sorted(row.values.items()) if role not in ("label", "group")]
+    return _digest("\0".join(texts))
+
+
+def group_digest(row: Row) -> int:
+    """64 bits of the group that a row belongs to."""
+    return _digest(str(row.values["group"]))
+
+
+def _digest(text: str) -> int:
+    plain = " ".join(unicodedata.normalize("NFC", text).lower().split())
     return int.from_bytes(hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 

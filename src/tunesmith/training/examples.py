@@ -75,13 +75,16 @@ class Examples:
         return {name: split.sha256 for name, split in self.splits.items()}
 
 
-def open_split(path: str | Path, task: Task, data: Data, *, labelled: bool = True) -> Split:
-    """One file as rows with the task's roles."""
+def open_split(path: str | Path, task: Task, data: Data, *, grouped: bool = False) -> Split:
+    """One file as rows with the task's roles, `grouped` with the group of each."""
+    roles, required, columns = task.columns, task.required, data.columns
+    if grouped and data.group is not None:
+        roles, required, columns = roles | {"group": ()}, required | {"group"}, {**(columns or {}), "group": data.group}
     table = read_table(
         path,
-        task.columns,
-        required=task.required if labelled else task.required - {"label"},
-        columns=data.columns,
+        roles,
+        required=required,
+        columns=columns,
         on_bad_row=data.on_bad_row,
         limit=data.limit,
         plain_text=_plain(task),
@@ -102,7 +105,7 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     """
     data = _named_files(data, plain=_plain(task))
     assert data.train is not None, "_named_files refuses that"
-    found = {"train": open_split(data.train, task, data)}
+    found = {"train": open_split(data.train, task, data, grouped=True)}
     for name, value in (("validation", data.validation), ("test", data.test)):
         if isinstance(value, str):
             found[name] = open_split(value, task, data)
@@ -116,9 +119,10 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     notes += [_left_out(name, part) for name, part in parts.items() if part.skipped]
     strata = np.asarray(task.strata(every.targets) or np.zeros(len(every.targets)), dtype=np.int64)
     notes += _remarks(every, strata, task)
-    if drawn := _drawn(strata, every.digests, data, seed):
+    together = every.digests if every.groups is None else every.groups
+    if drawn := _drawn(strata, together, data, seed):
         parts |= {name: every.at(positions) for name, positions in drawn.items()}
-        notes += _alone(every, strata)
+        notes += _alone(every, strata, together, "text" if every.groups is None else "group")
     rows = {name: len(part.targets) for name, part in parts.items()}
     for name in sorted(parts.keys() - {"train"}):
         if repeated := splits.overlap(parts["train"].digests, parts[name].digests):
@@ -155,7 +159,7 @@ def _check_same_roles(found: dict[str, Split]) -> None:
     """Refuse a second text, say, that some splits have and others lack: they would be read in different ways."""
     for name, split in found.items():
         for other in found.values():
-            if more := sorted(split.table.columns.keys() - other.table.columns.keys()):
+            if more := sorted(split.table.columns.keys() - other.table.columns.keys() - {"group"}):
                 what = f"no column for {more[0]}, which {name} has ({shorten(split.table.columns[more[0]])})"
                 hint = f"data.columns.{more[0]}=NAME, or rename it in {name} if it is none"
                 raise DataError(what, where=str(other.table.path), hint=hint)
@@ -172,18 +176,22 @@ class _Part:
     only_numbers: bool
     """Every text is a number."""
 
+    groups: splits.Digests | None = None
+    """What each row belongs to, where rows that belong together stay together."""
+
     def at(self, positions: splits.Indices) -> _Part:
         """Some of the rows."""
         indices = positions if self.split.indices is None else self.split.indices[positions]
         targets = [self.targets[position] for position in positions.tolist()]
         split = replace(self.split, indices=indices)
-        return _Part(split, targets, self.digests[positions], Counter(), self.only_numbers)
+        groups = None if self.groups is None else self.groups[positions]
+        return _Part(split, targets, self.digests[positions], Counter(), self.only_numbers, groups)
 
 
 def _usable(split: Split, task: Task, data: Data) -> _Part:
     """A row whose target cannot be read stops the run, or is left out and counted."""
     targets: list[Any] = []
-    digests = array("Q")
+    digests, groups = array("Q"), array("Q")
     kept, unusable = array("q"), 0
     main, only_numbers = next(iter(task.columns)), True
     for index, row in enumerate(split.rows()):
@@ -197,12 +205,15 @@ def _usable(split: Split, task: Task, data: Data) -> _Part:
         targets.append(sys.intern(target) if type(target) is str else target)  # a class is one object, not one a row
         kept.append(index)
         digests.append(splits.digest(row))
+        if "group" in row.values:
+            groups.append(splits.group_digest(row))
         only_numbers = only_numbers and is_number(str(row.values.get(main)))
     skipped = split.table.skipped + Counter({"unusable label": unusable} if unusable else {})
     if not targets:
         raise DataError(f"no row can be used, left out are {_reasons(skipped)}", where=str(split.table.path))
     split = replace(split, indices=np.frombuffer(kept, dtype=np.int64)) if unusable else split
-    return _Part(split, targets, np.frombuffer(digests, dtype=np.uint64), skipped, only_numbers)
+    known = np.frombuffer(groups, dtype=np.uint64) if groups else None
+    return _Part(split, targets, np.frombuffer(digests, dtype=np.uint64), skipped, only_numbers, known)
 
 
 def _remarks(train: _Part, strata: splits.Indices, task: Task) -> list[str]:
@@ -230,15 +241,15 @@ def _means_nothing(target: object) -> bool:
     return isinstance(target, str) and target.lower() in MISSING
 
 
-def _alone(train: _Part, strata: splits.Indices) -> list[str]:
-    texts = np.unique(np.stack([strata.astype(np.uint64), train.digests]), axis=1)[0]
+def _alone(train: _Part, strata: splits.Indices, together: splits.Digests, what: str) -> list[str]:
+    texts = np.unique(np.stack([strata.astype(np.uint64), together]), axis=1)[0]
     _, first = np.unique(strata, return_index=True)
     counts = np.unique(texts, return_counts=True)[1]
     names = [shorten(train.targets[index]) for index in first[counts == 1]]
     if not names:
         return []
     who = "1 class has" if len(names) == 1 else f"{len(names)} classes have"
-    return [f"{who} a single text, which stays in train where no score sees it: {', '.join(names[:3])}"]
+    return [f"{who} a single {what}, which stays in train where no score sees it: {', '.join(names[:3])}"]
 
 
 def _named_files(data: Data, *, plain: bool) -> Data:

@@ -21,6 +21,9 @@ from typing import Any, TextIO
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.training.files import make_folder, out_of_space, sweep
 
+RECIPES = ("recipe.yaml", "stages.yaml")
+"""What makes a folder that of a run, or of a recipe's stages."""
+
 WRITING_S = 1.0
 """How long a lock may be empty: between its creation and its first byte lie microseconds."""
 
@@ -113,14 +116,14 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
         again = f"--resume {shlex.quote(str(folder))} goes on with it"
         hint = f"{again}, --overwrite starts afresh, output=DIR puts the new run elsewhere"
         raise RecipeError("output: the folder is not empty", where=str(folder), hint=hint)
-    elif taken and not (folder / "recipe.yaml").exists():
+    elif taken and not any((folder / name).exists() for name in RECIPES):
         raise RecipeError("output: not a run folder, so it is not overwritten", where=str(folder), hint="output=DIR")
 
 
 def clear(folder: Path) -> None:
     """Remove an earlier run from a claimed folder, once the new one is known to be sound."""
     taken = [path for path in folder.iterdir() if path.name != ".lock"]
-    for path in sorted(taken, key=lambda path: path.name == "recipe.yaml"):  # a kill leaves what may be overwritten
+    for path in sorted(taken, key=lambda path: path.name in RECIPES):  # a kill leaves what may be overwritten
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

