@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import registry
-from tunesmith.recipe import ALIASES, Data, Recipe, Train
+from tunesmith.recipe import ALIASES, Data, Gain, Recipe, Train
 
 PAGE = Path(__file__).with_name("recipe.md")
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -74,6 +74,8 @@ def page() -> str:
     lines += [""]
     for title, model in (("data", Data), ("train", Train)):
         lines += [f"## {title}", "", *table(model)]
+    said = "`stages` is a list of recipes, each on the run of the one before it; `gain` measures what they are worth"
+    lines += ["## gain", "", f"{said} ([concepts](concepts.md#stages)).", "", *table(Gain)]
     for group in ("task", "technique"):
         for name in registry.names(typing.cast(registry.Kind, group)):
             plugin = registry.get(typing.cast(registry.Kind, group), name)

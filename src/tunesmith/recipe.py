@@ -467,6 +467,6 @@ def schema() -> dict[str, Any]:
         tree["properties"][kind] = {"oneOf": options}
     definitions.pop("Plugin", None)
     tree["properties"] |= {"stages": {"type": "array", "items": {"type": "object"}}, "gain": Gain.model_json_schema()}
-    tree["anyOf"] = [{"required": ["task", "model"]}, {"required": ["stages"]}]
+    tree["anyOf"] = [{"type": "object", "required": names} for names in (["task", "model"], ["stages"])]
     tree.pop("required", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tunesmith import recipe as recipes
-from tunesmith import run
+from tunesmith.studies import stages
 from tunesmith.talk import Talk
 from tunesmith.testing import MADE_UP
 
@@ -36,11 +36,24 @@ def _documents(number: int) -> str:
     return json.dumps({"text": " . ".join([str(row["text"])] * (1 + number % 9)), "label": row["label"]})
 
 
+def _clauses(number: int) -> str:
+    return json.dumps(MADE_UP["text-classification"](number) | {"contract": f"contract {number % 16}"})
+
+
+def _questions(number: int) -> str:
+    row = MADE_UP["text-classification"](number)
+    return json.dumps({"question": row["text"], "answer": MADE_UP["fill-mask"](number)["text"], "qtype": row["label"]})
+
+
 DATA: dict[str, tuple[list[str], Any]] = {
     "reviews.csv": (["text,label"], _reviews),
     "ratings.tsv": ([], _ratings),
     "comments.jsonl": ([], _comments),
     "documents.jsonl": ([], _documents),
+    "symptoms.csv": (["text,label"], _reviews),
+    "contracts": ([], lambda number: f"{MADE_UP['fill-mask'](number)['text']}\n"),
+    "clauses.jsonl": ([], _clauses),
+    "medquad.jsonl": ([], _questions),
 }
 """What a recipe names as its data -> the first lines of a made-up file of that kind, and its n-th row."""
 
@@ -67,11 +80,12 @@ def test_the_header_says_what_on_which_data_and_how(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_two_shrunk_steps(path: Path, here: Path, tiny_bert: Path) -> None:
-    length = recipes.load(path).data.max_length
+    staged = recipes.load_stages(path)
+    recipe = staged.recipes[-1] if staged else recipes.load(path)
+    length = recipe.data.max_length
     cut = [] if length is None else [f"data.max_length={min(length, 16)}"]
-    result = run.train(path, *SHRUNK, f"model={tiny_bert}", *cut, talk=Talk(level=-1))
+    result = stages.train(path, *SHRUNK, f"model={tiny_bert}", *cut, talk=Talk(level=-1))
     assert result["steps"] == 2
-    recipe = recipes.load(path)
     assert result["run"] == recipe.output and (here / recipe.output / "README.md").exists()
     assert math.isfinite(result["metrics"]["validation"]["loss"])
     assert recipe.train.metric is None or recipe.train.metric in result["metrics"]["validation"]

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from tunesmith import registry
 from tunesmith.errors import CheckpointError, DataError, RecipeError, UserError
-from tunesmith.recipe import ALIASES, Recipe, load, located, schema, starter, to_yaml
+from tunesmith.recipe import ALIASES, Recipe, load, load_stages, located, schema, starter, to_yaml
 
 HEAD = "task: text-classification\nmodel: tiny\n"
 
@@ -82,7 +82,7 @@ def test_a_list_that_holds_itself_is_no_value(read: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "said"), (("task", "task: missing; known: text-class"), ("model", "model: missing; "))
+    ("missing", "said"), (("task", "task: missing; known: fill-mask, text-class"), ("model", "model: missing; "))
 )
 def test_what_must_be_said(missing: str, said: str, read: Any) -> None:
     kept = "".join(line for line in HEAD.splitlines(keepends=True) if not line.startswith(missing))
@@ -215,7 +215,9 @@ def test_what_is_written_is_read_back(words: tuple[str, ...], read: Any) -> None
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_schema_takes_the_recipes_of_the_house(path: Path) -> None:
     found = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    assert _fits(found, schema()) and _fits(load(path).dump(), schema())
+    staged = load_stages(path)
+    assert _fits(found, schema())
+    assert all(_fits(one.dump(), schema()) for one in (staged.recipes if staged else [load(path)]))
 
 
 @pytest.mark.parametrize("name", registry.names("technique"))
