@@ -387,7 +387,7 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
     for name in held_out:
         split = prepared.encoded[name]
         with talk.during(f"scoring what was saved on {name}"):
-            if tuned.task.rows_are_examples and name == "test":
+            if tuned.task.rows_are_examples:
                 metrics[name], said = evaluate.scores_and_answers(tuned.model, tuned.task, split, tuned.machine)
             else:
                 metrics[name] = evaluate.scores(tuned.model, tuned.task, split, tuned.machine)
