@@ -91,7 +91,7 @@ def scores(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": accuracy_score(labels, said), "f1_macro": f1_score(labels, said, average="macro")}
 
 
-def training_arguments(given: argparse.Namespace, output: str) -> TrainingArguments:
+def training_arguments(given: argparse.Namespace, output: str, metric: str = "accuracy") -> TrainingArguments:
     """The settings that an experienced user of the Trainer would choose."""
     return TrainingArguments(
         output_dir=output,
@@ -110,7 +110,7 @@ def training_arguments(given: argparse.Namespace, output: str) -> TrainingArgume
         save_only_model=True,
         save_total_limit=1,
         load_best_model_at_end=True,
-        metric_for_best_model="accuracy",
+        metric_for_best_model=metric,
         label_names=["labels"],
         seed=given.seed,
         use_cpu=given.device == "cpu" or not torch.cuda.is_available(),
@@ -186,15 +186,15 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}, threads: {torch.get_num_threads()}"
 
 
-def arguments() -> argparse.Namespace:
+def arguments(about: str | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a pretrained model")
     parser.add_argument("--data", required=True, help="name of a folder under --data-root")
     parser.add_argument("--data-root", default="build/splits", help="what bench/splits.py wrote")
     parser.add_argument("--technique", choices=TECHNIQUES, required=True)
     parser.add_argument("--learning-rate", type=float, required=True)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
@@ -206,4 +206,4 @@ def arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     logging.set_verbosity_error()
-    print(json.dumps(run(arguments())))
+    print(json.dumps(run(arguments(__doc__))))

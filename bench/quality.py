@@ -24,6 +24,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from splits import ENTITIES
+
 HERE = Path(__file__).parent
 GRID = {
     "full": (2e-5, 5e-5, 1e-4, 2e-4),
@@ -42,10 +44,25 @@ EPOCHS = {
     ("symptom2disease", "full"): 5,
     ("hotel_zh", "full"): 3,
     ("hotel_zh", "lora"): 3,
+    ("wnut17", "full"): 5,
+    ("wnut17", "lora"): 5,
+    ("ncbi_disease", "full"): 3,
+    ("ncbi_disease", "lora"): 3,
 }
 """What is compared; few examples need more passes."""
 
 ALLOWED_POINTS = 0.7
+
+
+def peer_of(data: str) -> str:
+    """The peer's script for a data set."""
+    return "peer_entities.py" if data in ENTITIES else "peer_classification.py"
+
+
+def scores_of(data: str) -> tuple[str, ...]:
+    """What is compared; the peer's rate is chosen by the first."""
+    main = "f1" if data in ENTITIES else "accuracy"
+    return (f"dev_{main}", f"test_{main}", "test_f1_macro")
 
 
 @dataclass(frozen=True)
@@ -61,10 +78,10 @@ class Job:
 
     def command(self, given: argparse.Namespace) -> list[str]:
         """The process that runs it."""
-        script = HERE / ("peer_classification.py" if self.arm == "peer" else "our_classification.py")
+        script = HERE / (peer_of(self.data) if self.arm == "peer" else "ours.py")
         words = [sys.executable, str(script), "--model", given.model, "--data-root", given.data_root]
         words += ["--data", self.data, "--technique", self.technique, "--seed", str(self.seed)]
-        words += ["--epochs", str(EPOCHS[self.data, self.technique]), "--device", given.device]
+        words += ["--epochs", str(given.epochs or EPOCHS[self.data, self.technique]), "--device", given.device]
         words += ["--learning-rate", str(self.learning_rate)] if self.learning_rate is not None else []
         return words + (["--test"] if self.test else [])
 
@@ -111,7 +128,7 @@ def best_rate(results: Results, data: str, technique: str) -> float | None:
     runs = results.all_of(grid("peer", data, technique))
     if runs is None:
         return None
-    best: float = max(runs, key=lambda run: run["dev_accuracy"])["job"]["learning_rate"]
+    best: float = max(runs, key=lambda run: run[scores_of(data)[0]])["job"]["learning_rate"]
     return best
 
 
@@ -132,7 +149,7 @@ def run_all(jobs: list[Job], results: Results, given: argparse.Namespace) -> int
             return 1
         result = json.loads(done.stdout.splitlines()[-1])
         results.add(job, result)
-        print(f"{label}: dev {result['dev_accuracy']:.4f}, {time.monotonic() - begin:.0f} s", flush=True)
+        print(f"{label}: dev {result[scores_of(job.data)[0]]:.4f}, {time.monotonic() - begin:.0f} s", flush=True)
         return 0
 
     with ThreadPoolExecutor(given.jobs) as pool:
@@ -156,14 +173,14 @@ def compare(results: Results, pairs: list[tuple[str, str]], seeds: int, arms: Se
         rate = best_rate(results, data, technique)
         peer = None if rate is None else results.all_of(finals("peer", data, technique, rate, seeds))
         ours = results.all_of(finals("ours", data, technique, None, seeds)) if "ours" in arms else None
-        for score in ("dev_accuracy", "test_accuracy", "test_f1_macro") if peer or ours else ():
+        for score in scores_of(data) if peer or ours else ():
             lines.append(_row(data, technique, rate, score, peer, ours))
-    lines += ["", "The grids: accuracy on validation, seed 0.", ""]
+    lines += ["", "The grids: accuracy, or F1 of entities, on validation, seed 0.", ""]
     lines += ["| data | technique | of | rates |", "|---|---|---|---|"]
     for data, technique in pairs:
         for arm in arms:
             runs = [run for job in grid(arm, data, technique) if (run := results.get(job)) is not None]
-            cells = [f"{run['job']['learning_rate']:g}: {100 * run['dev_accuracy']:.1f}" for run in runs]
+            cells = [f"{run['job']['learning_rate']:g}: {100 * run[scores_of(data)[0]]:.1f}" for run in runs]
             if cells:
                 lines.append(f"| {data} | {technique} | {arm} | {', '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -221,6 +238,7 @@ def main() -> int:
         "--our-grid", action="store_true", help="run the grid of rates of ours too: to choose a default"
     )
     parser.add_argument("--only-grids", action="store_true", help="no finals: test is not read")
+    parser.add_argument("--epochs", type=float, help="for trials: another number for all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--results", default="build/quality.jsonl")

@@ -20,14 +20,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quality import EPOCHS, GRID
+from quality import EPOCHS, GRID, peer_of
 
 HERE = Path(__file__).parent
 
 
 def run(arm: str, data: str, technique: str, given: argparse.Namespace) -> dict[str, Any]:
     """One process: what it printed, and the CPU seconds it took in all."""
-    script = HERE / ("peer_classification.py" if arm == "peer" else "our_classification.py")
+    script = HERE / (peer_of(data) if arm == "peer" else "ours.py")
     words = [sys.executable, str(script), "--model", given.model, "--data-root", given.data_root, "--data", data]
     words += ["--technique", technique, "--epochs", "1", "--learning-rate", str(GRID[technique][2])]
     words += ["--device", given.device]

@@ -1,9 +1,10 @@
-"""The rows that every arm of `bench/` reads: one folder per data set with train, validation and test as `text,label`.
+"""The rows that every arm of `bench/` reads: one folder per data set with train, validation and test, as `text,label`
+or, for entities, a word, a tab and its tag a line.
 
     python bench/splits.py --source DATA --output build/splits
 
-Public splits are kept (sst2); the others are drawn once, stratified, with seed 0. Rows without text are left out, and
-runs of white space become one blank, so that no reader can see other rows than another.
+Public splits are kept (sst2, wnut17, ncbi_disease); the others are drawn once, stratified, with seed 0. Rows without
+text are left out, and runs of white space become one blank, so that no reader can see other rows than another.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ from pathlib import Path
 from sklearn.model_selection import train_test_split
 
 Rows = list[tuple[str, str]]
+Sentences = list[list[tuple[str, str]]]
+ENTITIES = {
+    "wnut17": ("wnut17train.conll", "emerging.dev.conll", "emerging.test.annotated"),
+    "ncbi_disease": ("train.tsv", "devel.tsv", "test.tsv"),
+}
+"""Data sets of sentences -> their published files."""
+
 SPLITS = ("train", "validation", "test")
 SEED = 0
 
@@ -33,6 +41,26 @@ def write_all(source: Path, output: Path) -> None:
             classes = Counter(label for _, label in rows)
             majority = max(classes.values()) / len(rows)
             print(f"{name} {split}: {len(rows)} rows, {len(classes)} classes, majority {majority:.3f}")
+
+    for name, files in ENTITIES.items():
+        (output / name).mkdir(parents=True, exist_ok=True)
+        for split, file in zip(SPLITS, files, strict=True):
+            sentences = read_sentences(source / name / file)
+            lines = ("".join(f"{word}\t{tag}\n" for word, tag in sentence) for sentence in sentences)
+            (output / name / f"{split}.conll").write_text("\n".join(lines), encoding="utf-8")
+            print(f"{name} {split}: {len(sentences)} sentences, {sum(map(len, sentences))} words")
+
+
+def read_sentences(path: Path) -> Sentences:
+    """(word, tag) by sentence; a line of blanks ends one."""
+    sentences: Sentences = [[]]
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if line.strip():
+            word, _, tag = line.rstrip("\r").rpartition("\t")
+            sentences[-1].append((word, tag))
+        elif sentences[-1]:
+            sentences.append([])
+    return [sentence for sentence in sentences if sentence]
 
 
 def write_rows(path: Path, rows: Rows) -> None:
@@ -95,7 +123,7 @@ def _stratified(rows: Rows, share: float) -> tuple[Rows, Rows]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder of sst2/, symptom2disease/, hotel_zh/")
+    parser.add_argument("--source", type=Path, required=True, help="folder of sst2/, wnut17/ ...")
     parser.add_argument("--output", type=Path, default=Path("build/splits"))
     arguments = parser.parse_args()
     write_all(arguments.source, arguments.output)

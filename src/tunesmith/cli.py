@@ -360,16 +360,11 @@ def predict(
 
 
 def _answer_lines(rows: list[Row], answers: list[dict[str, Any]], as_json: bool) -> Iterator[str]:
+    from tunesmith.talk import answer_line
+
     for row, answer in zip(rows, answers, strict=True):
-        if as_json:
-            yield json.dumps(row.values | answer, ensure_ascii=False)
-            continue
-        said = answer.get("label") or ", ".join(answer.get("labels", [])) or f"{answer.get('value', 0):.4g}"
-        if "masks" in answer:
-            masks = (" ".join(f"{one['token']} {one['score']:.3f}" for one in mask) for mask in answer["masks"])
-            said = "; ".join(masks)
-        sure = f"  {answer['score']:.3f}" if "score" in answer else ""
-        yield f"{said}{sure}  {str(next(iter(row.values.values())))[:100]}"
+        as_line = json.dumps(row.values | answer, ensure_ascii=False) if as_json else ""
+        yield as_line or answer_line(answer, next(iter(row.values.values())))
 
 
 def _list(kind: registry.Kind, as_json: bool) -> None:

@@ -29,6 +29,7 @@ from tunesmith.data.batches import Batch, Batches, Limits, collate
 from tunesmith.data.encoded import Encoded, encode
 from tunesmith.data.formats import Row
 from tunesmith.deploy import artefact
+from tunesmith.errors import RecipeError
 from tunesmith.models import load as models
 from tunesmith.models.anatomy import LINEAR, Anatomy, anatomy
 from tunesmith.recipe import Recipe
@@ -52,13 +53,13 @@ _SIZES: dict[str, Any] = {
 }
 _SEQ2SEQ = {"eos_token_id": 3, "decoder_start_token_id": 0}
 _BERT = {"intermediate_size": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-_LLAMA = {"intermediate_size": 64, "num_key_value_heads": 2}
+_LLAMA = {"intermediate_size": 64, "num_key_value_heads": 2, "classifier_dropout": 0.0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": _BERT,
     "roberta": _BERT,
     "distilbert": {"hidden_dim": 64, "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
     "modernbert": {"intermediate_size": 64, "cls_token_id": 1, "sep_token_id": 2, "initializer_cutoff_factor": 5.0},
-    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "classifier_dropout": 0.0},
     "llama": _LLAMA,
     "qwen2": _LLAMA,
     "mistral": _LLAMA,
@@ -92,7 +93,17 @@ def _document(number: int) -> dict[str, object]:
     return {"text": " . ".join([*reviews, f"very {(_BAD, _GOOD)[number % 2][number % 5]}ly"])}
 
 
-MADE_UP = {"fill-mask": _document, "text-classification": _review}
+def _tagged(number: int) -> dict[str, object]:
+    """A sentence in which one word of blame or two of praise stand among others."""
+    kind, words = ("BLAME", "PRAISE")[number % 2], (_BAD, _GOOD)[number % 2]
+    before = [_WORDS[(number + k) % len(_WORDS)] for k in range(number % 4)]
+    marked = [words[(number // 2 + k) % len(words)] for k in range(1 + number % 2)]
+    after = _WORDS[: number % 7]
+    tags = [f"{'BI'[k]}-{kind}" for k in range(len(marked))]
+    return {"tokens": [*before, *marked, *after], "label": ["O"] * len(before) + tags + ["O"] * len(after)}
+
+
+MADE_UP = {"fill-mask": _document, "text-classification": _review, "token-classification": _tagged}
 """Task -> the n-th of its made-up rows: of unequal length, and to be learned in a few steps."""
 
 
@@ -103,6 +114,9 @@ def tiny_model(family: str, model_class: str, *, seed: int = 0, **config: Any) -
     (`hidden_size`, `num_hidden_layers` ...) or the family's own.
     """
     config_class = transformers.CONFIG_MAPPING[family]
+    if config_class not in getattr(transformers, model_class)._model_mapping:
+        what = f"a {family} model has no {model_class.removeprefix('AutoModelFor')}"
+        raise RecipeError(what, where="model", hint="choose another model or task")
     keys = {config_class.attribute_map.get(key, key): value for key, value in _SIZES.items()}
     keys |= FAMILIES[family] | {config_class.attribute_map.get(key, key): value for key, value in config.items()}
     with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,7 @@
 """Every technique on every task and family: the lists come from the registry; what is refused, docs/support.md says.
 
-`make test` takes every sixth cell of the first task, each variant on three families and each family with four, and of
-the others, which differ from it by a head, every eighteenth; `make test-all` all.
+`make test` takes every sixth cell of text classification, each variant on three families and each family with four,
+and of other tasks every eighteenth or thirty-sixth; `make test-all` takes all.
 """
 
 from __future__ import annotations

@@ -45,6 +45,12 @@ def _questions(number: int) -> str:
     return json.dumps({"question": row["text"], "answer": MADE_UP["fill-mask"](number)["text"], "qtype": row["label"]})
 
 
+def _sentence(number: int) -> str:
+    row = MADE_UP["token-classification"](number)
+    words = zip(row["tokens"], row["label"], strict=True)  # type: ignore[call-overload]
+    return "".join(f"{word}\t{tag}\n" for word, tag in words)
+
+
 DATA: dict[str, tuple[list[str], Any]] = {
     "reviews.csv": (["text,label"], _reviews),
     "ratings.tsv": ([], _ratings),
@@ -54,6 +60,15 @@ DATA: dict[str, tuple[list[str], Any]] = {
     "contracts": ([], lambda number: f"{MADE_UP['fill-mask'](number)['text']}\n"),
     "clauses.jsonl": ([], _clauses),
     "medquad.jsonl": ([], _questions),
+    **{
+        f"{folder}/{name}": ([], _sentence)
+        for folder, names in {
+            "wnut17": ("train.conll", "dev.conll", "test.conll"),
+            "ncbi_disease": ("train.tsv", "devel.tsv", "test.tsv"),
+            "weibo_ner_zh": ("train.conll", "dev.conll", "test.conll"),
+        }.items()
+        for name in names
+    },
 }
 """What a recipe names as its data -> the first lines of a made-up file of that kind, and its n-th row."""
 
@@ -61,6 +76,7 @@ DATA: dict[str, tuple[list[str], Any]] = {
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, (head, row) in DATA.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("\n".join([*head, *(row(n) for n in range(48))]) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path

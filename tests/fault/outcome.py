@@ -19,7 +19,7 @@ def result(folder: Path) -> dict[str, Any]:
         found |= {f"{path.name}/{name}": tensor for name, tensor in load_file(path).items()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found["losses"] = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    found["scores"] = [line for line in lines if "validation/accuracy" in line]
+    found["scores"] = [line for line in lines if "validation/loss" in line]
     return found
 
 

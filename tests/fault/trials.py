@@ -28,7 +28,7 @@ import transformers.models.bert.modeling_bert  # noqa: F401 - before the fork, n
 from outcome import differences, result
 
 from tunesmith import run
-from tunesmith.tasks import fill_mask, text_classification  # noqa: F401
+from tunesmith.tasks import fill_mask, text_classification, token_classification  # noqa: F401
 from tunesmith.techniques import adapter, bitfit, freeze, full, ia3, lora, prefix, prompt  # noqa: F401
 
 torch.set_num_threads(1)  # a fork after threads were started may hang
@@ -43,12 +43,11 @@ TECHNIQUES: dict[str, Any] = {
     "ia3": "ia3",
     "bitfit": "bitfit",
     "peft": {"name": "peft", "type": "LOHA"},
-    "fill-mask": "full",
 }
-"""In turn: few trials try the first ones only. What is called as a task is run on that."""
+"""In turn: few trials try the first ones only."""
 
 
-def start(technique: str, folder: Path, model: str, data: str) -> int:
+def start(technique: str, folder: Path, model: str, data: str, task: str) -> int:
     """Begin or go on with a run in a child; its process number."""
     if child := os.fork():
         return child
@@ -56,7 +55,7 @@ def start(technique: str, folder: Path, model: str, data: str) -> int:
     try:
         with (folder.parent / f"{folder.name}.log").open("a") as log, contextlib.redirect_stdout(log):
             run.train(
-                task="fill-mask" if technique == "fill-mask" else "text-classification",
+                task=task,
                 model=model,
                 data={"train": data, "validation": 0.2},
                 technique=TECHNIQUES[technique],
@@ -80,6 +79,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("work", type=Path)
     parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("--task", default="text-classification")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     expected, seconds = {}, {}
@@ -87,7 +87,7 @@ def main() -> None:
     for technique in tried:
         begin = time.monotonic()
         folder = given.work / f"undisturbed-{technique}"
-        _, status = os.waitpid(start(technique, folder, given.model, given.data), 0)
+        _, status = os.waitpid(start(technique, folder, given.model, given.data, given.task), 0)
         assert status == 0, f"the undisturbed run of {technique} failed: {status}"
         seconds[technique] = time.monotonic() - begin
         expected[technique] = result(folder)
@@ -97,12 +97,12 @@ def main() -> None:
         technique = tried[trial % len(tried)]
         folder = given.work / f"trial-{trial}"
         for _ in range(draw.randint(1, 3)):
-            child = start(technique, folder, given.model, given.data)
+            child = start(technique, folder, given.model, given.data, given.task)
             time.sleep(draw.uniform(0, seconds[technique]))
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             kills += os.WIFSIGNALED(status)
-        _, status = os.waitpid(start(technique, folder, given.model, given.data), 0)
+        _, status = os.waitpid(start(technique, folder, given.model, given.data, given.task), 0)
         if status != 0:
             failures.append(f"trial {trial} ({technique}): could not be resumed, see {folder}.log")
         elif names := differences(result(folder), expected[technique]):

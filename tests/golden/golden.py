@@ -32,6 +32,7 @@ def losses(recipe: Path, work: Path) -> list[float]:
     """Those of the ten steps, in an empty folder that becomes the current one."""
     os.chdir(work)
     for name, (head, row) in runpy.run_path(str(TESTS / "docs" / "test_recipes.py"))["DATA"].items():
+        Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("\n".join([*head, *(row(number) for number in range(48))]) + "\n", encoding="utf-8")
     tiny_model("bert", "AutoModelForMaskedLM").save_pretrained("tiny-bert")
     tiny_tokenizer().save_pretrained("tiny-bert")

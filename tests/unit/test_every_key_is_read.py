@@ -26,6 +26,7 @@ LORA = "technique={name: lora, r: 4, target_modules: [query]}"
 BLOCKS = "technique={name: freeze, last_n_blocks: 2}"
 WORDS = ("task=fill-mask", "technique=full", "data.train=documents.csv")
 PROMPT, PREFIX = "technique={name: prompt, num_virtual_tokens: 3}", "technique={name: prefix, num_virtual_tokens: 3}"
+ENTITIES = ("task=token-classification", "data.train=entities.jsonl")
 LOHA = "technique={name: peft, type: LOHA}"
 EACH_STEP = ("train.evaluate_every=1", "train.save_every=1")
 DIVERGES = ("train.learning_rate=1e30", "train.warmup_ratio=0", BLOCKS, "train.max_steps=4")
@@ -79,6 +80,9 @@ KEYS: dict[str, Change] = {
     "task.fill-mask.segmenter": ((*WORDS,), "task.segmenter=jieba", "error"),
     "task.fill-mask.head_warmup": ((*WORDS, "model=headless"), "task.head_warmup=0.5", "weights"),
     "task.fill-mask.general": ((*WORDS,), "task.general=turned.csv", "rows"),
+    "task.token-classification.tags": (ENTITIES, "task.tags=[B-PRAISE, I-PRAISE, B-BLAME, I-BLAME, O]", "classes"),
+    "task.token-classification.scheme": (ENTITIES, "task.scheme=BIOES", "error"),
+    "task.token-classification.sub_words": (ENTITIES, "task.sub_words=all", "losses"),
     "technique.full.layer_lr_decay": (("technique=full",), "technique.layer_lr_decay=0.5", "weights"),
     "technique.freeze.last_n_blocks": ((BLOCKS,), "technique.last_n_blocks=1", "parameters"),
     "technique.freeze.head_only": ((BLOCKS,), "technique={name: freeze, head_only: true}", "parameters"),
@@ -144,6 +148,10 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, lines in files.items():
         with (folder / name).open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("text", "turned", "label"), *lines])
+    tagged = [MADE_UP["token-classification"](number) for number in range(24)]
+    for row in tagged:  # a word that is two to the tokenizer
+        row["tokens"] = [f"{word}!" for word in typing.cast(list[str], row["tokens"])]
+    (folder / "entities.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged), encoding="utf-8")
     return folder
 
 

@@ -14,7 +14,11 @@ from tunesmith.tasks import Task
 from tunesmith.techniques import OWN_TYPE
 from tunesmith.training.files import atomic_write
 
-PIPELINES = {"AutoModelForSequenceClassification": "text-classification", "AutoModelForMaskedLM": "fill-mask"}
+PIPELINES = {
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+}
 """What the Hub calls what a model of this class does."""
 
 EXAMPLES = {"AutoModelForMaskedLM": "... [MASK] ..."}

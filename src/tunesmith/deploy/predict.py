@@ -66,19 +66,21 @@ class Tuned:
         for number, given in enumerate(inputs, start=1):
             values: dict[str, object] = {main: given} if isinstance(given, str) else {}
             values |= given if isinstance(given, Mapping) else {}
-            if not isinstance(values.get(main), str):
+            others = values.keys() & self.task.columns.keys() - {main, "label"}
+            if not isinstance(values.get(main), str) and (main in self.task.required or main in values or not others):
                 raise UserError(f"input {number} has no {main}", hint=f"give a text, or a mapping with '{main}'")
             rows.append(Row(f"input {number}", values))
         return self.predict_rows(rows)
 
     def predict_rows(self, rows: Iterable[Row]) -> list[dict[str, Any]]:
         """One answer for each row, in their order."""
-        unlabelled = (Row(row.place, {k: v for k, v in row.values.items() if k != "label"}) for row in rows)
+        unlabelled = [Row(row.place, {k: v for k, v in row.values.items() if k != "label"}) for row in rows]
         with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
             encoded = encode(
                 unlabelled, lambda chunk: self.task.encode(chunk, self.processor, self.data), Path(folder) / "rows"
             )
-            return evaluate.answers(self.model, self.task, encoded, self.machine)
+            answers = evaluate.answers(self.model, self.task, encoded, self.machine)
+        return [self.task.completed(answer, row) for answer, row in zip(answers, unlabelled, strict=True)]
 
 
 def load(

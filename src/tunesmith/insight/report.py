@@ -11,7 +11,7 @@ from jinja2 import Environment
 
 from tunesmith.data.formats import Row
 from tunesmith.errors import CONTROL
-from tunesmith.metrics import MEANINGS, side_by_side
+from tunesmith.metrics import ERRORS, MEANINGS, side_by_side
 from tunesmith.recipe import load as load_recipe
 from tunesmith.tasks import Task
 from tunesmith.training.files import atomic_write
@@ -38,10 +38,12 @@ def write(folder: Path) -> None:
         splits=splits,
         columns=side_by_side(run["metrics"]),
         names=[name for name, value in scores.items() if isinstance(value, float)],
-        meanings=MEANINGS,
+        meanings=MEANINGS | ERRORS,
         number=lambda value: "" if value is None else f"{value:.4f}",
         curves=_curves(folder / "metrics.jsonl", ("loss", recipe.train.metric)),
-        each=scores.get("f1", {}),
+        each=scores["f1"] if isinstance(scores.get("f1"), dict) else {},
+        entities=scores.get("entities", {}),
+        errors=scores.get("errors", {}),
         confusion=confusion if len(confusion) <= COLUMNS_AT_MOST else [],
         worst=_worst(folder / "predictions-test.jsonl", recipe.task),
         width=WIDTH,
@@ -92,14 +94,22 @@ def _worst(path: Path, task: Task) -> list[dict[str, Any]]:
     for row in rows:
         found = _mistake(row["prediction"], task.target(Row(row["row"], row))) if "label" in row else None
         if found is not None:
-            texts = [str(row[role])[:CHARS_SHOWN] for role in task.columns if role != "label" and role in row]
+            texts = [_text(row[role])[:CHARS_SHOWN] for role in task.columns if role != "label" and role in row]
             line = row["row"].rpartition(":")[2]
             wrong.append({"row": line, "texts": texts, "meant": found[0], "said": found[1], "score": found[2]})
     return sorted(wrong, key=lambda row: -row["score"])[:WORST_SHOWN]
 
 
+def _text(value: object) -> str:
+    return " ".join(str(part) for part in value) if isinstance(value, list) else str(value)
+
+
 def _mistake(answer: dict[str, Any], target: Any) -> tuple[str, str, float] | None:
     """(what it is, what was said, how sure or how far off that was) of an answer that is wrong."""
+    if "tags" in answer:
+        words = [n for n, (said, meant) in enumerate(zip(answer["tags"], target, strict=True)) if said != meant]
+        sides = [", ".join(f"word {n + 1} {tags[n]}" for n in words) for tags in (target, answer["tags"])]
+        return (sides[0], sides[1], max(answer["scores"][n] for n in words)) if words else None
     if "label" in answer:
         return (str(target), answer["label"], answer["score"]) if answer["label"] != target else None
     if "labels" in answer:

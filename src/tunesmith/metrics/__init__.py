@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 MEANINGS = {
-    "accuracy": "share of rows, or of hidden words, answered right; where a row has several labels, all of them right",
+    "accuracy": "share of rows (or words, tagged or hidden) answered right; where a row has several labels, all of them",
+    "f1": "how well entities are found, hits against misses and false alarms; only exact ones are hits",
+    "precision": "share of the entities that were said that are right",
+    "recall": "share of the entities that are there that were found",
     "f1_macro": "how well each class is found, hits against misses and false alarms, all classes counting alike",
     "f1_micro": "how well labels are found, hits against misses and false alarms, all rows and labels together",
     "balanced_accuracy": "share answered right within each class, averaged: a rare class counts as a common one",
@@ -31,3 +34,14 @@ def side_by_side(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         found += [(f"{name} before", before[name])] if name in before else []
         found += [(name, metrics[name])] if name in metrics else []
     return found
+
+
+ERRORS = {
+    "right": "the same words, the same type",
+    "type": "the same words, another type",
+    "boundary": "other words, the same type",
+    "boundary_and_type": "other words, another type",
+    "missed": "nothing was said there",
+    "spurious": "said where there is nothing",
+}
+"""What becomes of the entities that are there, and of those that are not, in plain words."""

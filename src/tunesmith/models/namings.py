@@ -21,6 +21,17 @@ class Naming:
     """Paths inside the backbone of what enters the blocks though it is registered after them."""
 
 
+_T5 = {
+    "query": ("layer.0.SelfAttention.q", "layer.1.EncDecAttention.q"),
+    "key": ("layer.0.SelfAttention.k", "layer.1.EncDecAttention.k"),
+    "value": ("layer.0.SelfAttention.v", "layer.1.EncDecAttention.v"),
+    "attention_output": ("layer.0.SelfAttention.o", "layer.1.EncDecAttention.o"),
+    "mlp_up": tuple(f"layer.{n}.DenseReluDense.{name}" for n in (1, 2) for name in ("wi", "wi_1")),
+    "mlp_gate": tuple(f"layer.{n}.DenseReluDense.wi_0" for n in (1, 2)),
+    "mlp_down": tuple(f"layer.{n}.DenseReluDense.wo" for n in (1, 2)),
+    "norm": tuple(f"layer.{n}.layer_norm" for n in (0, 1, 2)),
+}
+
 NAMINGS = (
     Naming(  # BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, MPNet-like
         blocks=("encoder.layer.*",),
@@ -101,19 +112,8 @@ NAMINGS = (
             "norm": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
         },
     ),
-    Naming(  # T5, mT5, Flan-T5: encoder and decoder
-        blocks=("encoder.block.*", "decoder.block.*"),
-        roles={
-            "query": ("layer.0.SelfAttention.q", "layer.1.EncDecAttention.q"),
-            "key": ("layer.0.SelfAttention.k", "layer.1.EncDecAttention.k"),
-            "value": ("layer.0.SelfAttention.v", "layer.1.EncDecAttention.v"),
-            "attention_output": ("layer.0.SelfAttention.o", "layer.1.EncDecAttention.o"),
-            "mlp_up": tuple(f"layer.{n}.DenseReluDense.{name}" for n in (1, 2) for name in ("wi", "wi_1")),
-            "mlp_gate": tuple(f"layer.{n}.DenseReluDense.wi_0" for n in (1, 2)),
-            "mlp_down": tuple(f"layer.{n}.DenseReluDense.wo" for n in (1, 2)),
-            "norm": tuple(f"layer.{n}.layer_norm" for n in (0, 1, 2)),
-        },
-    ),
+    Naming(blocks=("encoder.block.*", "decoder.block.*"), roles=_T5),  # T5, mT5, Flan-T5: encoder and decoder
+    Naming(blocks=("encoder.block.*",), roles=_T5),  # their encoder alone
     Naming(  # Phi: attention and MLP side by side
         blocks=("layers.*",),
         roles={

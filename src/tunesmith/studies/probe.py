@@ -29,14 +29,16 @@ Array = NDArray[Any]
 
 
 class _Features(nn.Module):
-    """A model whose "logits" are the mean of its backbone's last hidden states."""
+    """A model whose "logits" are its backbone's last hidden states, of each token or their mean."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, each_token: bool) -> None:
         super().__init__()
-        self.backbone, self.config = model.base_model, model.config
+        self.backbone, self.config, self.each_token = model.base_model, model.config, each_token
 
     def forward(self, **inputs: Tensor) -> SimpleNamespace:
         hidden = self.backbone(**inputs).last_hidden_state.float()  # (texts, tokens, hidden)
+        if self.each_token:
+            return SimpleNamespace(logits=hidden)
         mask = inputs["attention_mask"].unsqueeze(-1)
         return SimpleNamespace(logits=(hidden * mask).sum(1) / mask.sum(1))
 
@@ -44,26 +46,32 @@ class _Features(nn.Module):
 def scores(tuned: predict.Tuned, base: Source, train: Encoded, encoded: Encoded) -> dict[str, Any]:
     """The task's scores of a probe on the features of `base`, fitted on at most `MAX_ROWS` of `train`."""
     model, _ = predict.base_of(tuned, base)
-    features = _Features(model)
+    field = "tags" if "tags" in train.fields else "label"  # of each word, or of each text
+    features = _Features(model, field == "tags").to(tuned.machine.device)
     shuffled = np.random.default_rng(0).permutation(len(train))
-    known, labels = _features(features, tuned, train, np.sort(shuffled[:MAX_ROWS]))
-    asked, _ = _features(features, tuned, encoded, np.arange(len(encoded)))
+    known, labels = _features(features, tuned, train, np.sort(shuffled[:MAX_ROWS]), field)
+    asked, _ = _features(features, tuned, encoded, np.arange(len(encoded)), field)
     scale = StandardScaler().fit(known)
-    fit = _fit_several if train.fields["label"] else _fit_number if len(tuned.task.prior(train)) == 1 else _fit_one
-    outputs = fit(tuned.task.prior(train), scale.transform(known), labels, scale.transform(asked))
+    prior = tuned.task.prior(train) if field == "label" else torch.zeros(tuned.task.head_config()["num_labels"])
+    fit = _fit_one if field == "tags" or len(prior) > 1 else _fit_number
+    fit = _fit_several if field == "label" and train.fields["label"] else fit
+    outputs = fit(prior, scale.transform(known), labels, scale.transform(asked))
     metrics = tuned.task.metrics()
     metrics.update(torch.from_numpy(outputs).float(), collate(encoded, np.arange(len(encoded))))
     return metrics.compute()
 
 
-def _features(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, rows: Array) -> tuple[Array, Array]:
-    """(features, labels) of these rows."""
+def _features(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, rows: Array, field: str) -> tuple[Array, Array]:
+    """(features, labels) of these rows, or of all their words."""
     found = machine.find(str(tuned.machine.device))
     values: dict[int, Array] = {}
-    for indices, output, _ in evaluate.outputs(model, tuned.task, encoded, found, rows):
-        values |= dict(zip(indices.tolist(), output.cpu().numpy(), strict=True))
-    labels = np.asarray(encoded.column("label")).reshape(len(encoded), -1)
-    return np.stack([values[int(row)] for row in rows]), labels[rows]
+    for indices, output, batch in evaluate.outputs(model, tuned.task, encoded, found, rows):
+        lengths = batch.ragged("tags").lengths.tolist() if field == "tags" else [1] * len(indices)
+        values |= {index: one.cpu().numpy() for index, one in zip(indices.tolist(), output.split(lengths), strict=True)}
+    labels, offsets = encoded.take(rows)[field]
+    return np.concatenate([values[int(row)] for row in rows]), np.asarray(labels).reshape(
+        sum(map(len, values.values())), -1
+    )
 
 
 def _fit_number(prior: Tensor, known: Array, labels: Array, asked: Array) -> Array:

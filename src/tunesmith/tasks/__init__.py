@@ -47,6 +47,8 @@ class Task(Plugin):
 
     base_has_head: ClassVar[bool] = False
     """Whether bases come with this task's head, so that they are scored as they are (`evaluate --base`)."""
+    reads_again: ClassVar[bool] = False
+    """Whether what all targets say decides which of them are faulty: training rows are then read a second time."""
 
     @abstractmethod
     def target(self, row: Row) -> Any:
@@ -130,8 +132,16 @@ class Task(Plugin):
 
     @abstractmethod
     def prior(self, encoded: Encoded) -> Tensor:
-        """The row of outputs that a guess which has seen only the training targets gives everywhere."""
+        """What a guess goes by that has seen only the training targets: the output it gives everywhere."""
+
+    def guess(self, prior: Tensor, batch: Batch) -> Tensor:
+        """That guess's outputs for a batch, as `forward` would give them."""
+        return prior.expand(self.num_outputs(batch), -1)
 
     @abstractmethod
     def answers(self, outputs: Tensor, batch: Batch) -> list[dict[str, Any]]:
         """The outputs for a batch as what `predict` prints, one per example."""
+
+    def completed(self, answer: dict[str, Any], row: Row) -> dict[str, Any]:
+        """An answer with what only the row knows, such as its words."""
+        return answer

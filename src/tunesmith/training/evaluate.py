@@ -77,18 +77,19 @@ def scores(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) -> 
 def baseline(task: Task, train: Encoded, encoded: Encoded) -> dict[str, Any]:
     """The scores of a guess that has seen only the training targets."""
     metrics, prior = task.metrics(), task.prior(train)
-    for batch in _chunks(task, encoded, len(prior)):
-        metrics.update(prior.expand(task.num_outputs(batch), -1), batch)
+    for batch in _chunks(task, encoded, prior.shape[-1]):
+        metrics.update(task.guess(prior, batch), batch)
     return metrics.compute()
 
 
 def random_scores(task: Task, train: Encoded, encoded: Encoded) -> dict[str, Any]:
     """The scores of answers drawn at random: which scores there are, before anything is learned."""
-    metrics, width = task.metrics(), len(task.prior(train))
+    metrics, prior = task.metrics(), task.prior(train)
     drawn, left = torch.Generator().manual_seed(0), ENOUGH
-    for batch in _chunks(task, encoded, width):
-        metrics.update(torch.randn(task.num_outputs(batch), width, generator=drawn), batch)
-        left -= task.num_outputs(batch) * width
+    for batch in _chunks(task, encoded, prior.shape[-1]):
+        shape = task.guess(prior, batch).shape
+        metrics.update(torch.randn(shape, generator=drawn), batch)
+        left -= shape.numel()
         if left < 0:
             break
     return metrics.compute()

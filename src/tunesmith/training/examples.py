@@ -113,6 +113,7 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     _check_same_roles(found)
     every = _usable(found["train"], task, data)
     task, data = task.fit(every.targets, data, str(data.train))
+    every = _usable(found["train"], task, data) if task.reads_again else every
     parts = {"train": every} | {name: _usable(found[name], task, data) for name in found.keys() - {"train"}}
     tables = [split.table for split in found.values() if split.table.note]
     notes = said_once((str(table.path), (table.note or "").removeprefix(str(table.path))) for table in tables)

@@ -115,6 +115,32 @@ def test_a_base_in_bf16_is_probed_too(probed: Any, tiny_bert: Path, tmp_path: Pa
     assert rounded["rmse"] == pytest.approx(np.sqrt((off**2).mean()), rel=0.05)
 
 
+def test_a_tag_a_word(recipe_of: Any, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the state of each word's sub-word; the words of the tiny model are one each."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    rows = [MADE_UP["token-classification"](n) for n in range(60)]
+    for split, some in (("train", rows[:40]), ("test", rows[40:])):
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (tmp_path / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    data = {"train": str(tmp_path / "train.jsonl"), "validation": None, "test": str(tmp_path / "test.jsonl")}
+    recipe = recipe_of("train.max_steps=1", "train.epochs=null", data=data, task="token-classification")
+    tunesmith.train(recipe, talk=Talk(level=-1))
+    scores = tunesmith.evaluate(tmp_path / "run", base=True)["metrics"]
+    model, tokenizer = AutoModel.from_pretrained(tiny_bert, add_pooling_layer=False).eval(), tiny_tokenizer()
+    states, tags = [], []
+    for row in rows:
+        with torch.no_grad():
+            coded = tokenizer(row["tokens"], is_split_into_words=True, return_tensors="pt")
+            states.append(model(**coded).last_hidden_state[0, 1:-1].numpy())
+        tags.append(row["label"])
+    known, asked = np.concatenate(states[:40]), np.concatenate(states[40:])
+    scale = StandardScaler().fit(known)
+    fitted = LogisticRegression(max_iter=2000, C=0.1).fit(scale.transform(known), sum(tags[:40], []))
+    assert scores["accuracy"] == pytest.approx(fitted.score(scale.transform(asked), sum(tags[40:], [])))
+    assert set(scores["entities"]) == {"BLAME", "PRAISE"}
+
+
 @pytest.mark.parametrize("most", (1, 3))
 def test_of_many_rows_some_are_drawn_which_may_lack_a_class(
     most: int, probed: Any, monkeypatch: pytest.MonkeyPatch

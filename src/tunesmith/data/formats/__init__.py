@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.data.encoded import file_sha256
-from tunesmith.data.formats import delimited, json_array, json_lines, parquet, plain
+from tunesmith.data.formats import conll, delimited, json_array, json_lines, parquet, plain
 from tunesmith.data.formats.columns import find_columns
 from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
 from tunesmith.data.formats.recognise import Format, format_of, unreachable
@@ -28,10 +28,10 @@ __all__ = ["Row", "Table", "find_splits", "is_folder", "read_lines", "read_table
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "validation": ("validation", "valid", "val", "dev", "devel", "eval"),
     "test": ("test", "testing"),
 }
-_TEXTS = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson")
+_TEXTS = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".conll", ".bio", ".iob", ".iob2", ".bioes")
 SUFFIXES = (".parquet", *_TEXTS, *(f"{suffix}.gz" for suffix in _TEXTS))
 
 
@@ -41,6 +41,13 @@ class Row:
 
     place: str
     values: dict[str, object]
+    by_line: bool = False
+    """Whether the parts of its lists stand on a line each."""
+
+    def place_of(self, index: int) -> str:
+        """Where the part of a list stands: its own line, or the row."""
+        file, _, line = self.place.rpartition(":")
+        return f"{file}:{int(line) + index}" if self.by_line else self.place
 
 
 @dataclass
@@ -55,6 +62,8 @@ class Table:
     note: str | None
     raw_rows: Rows = field(repr=False)
     limit: int | None = None
+    tagged: bool = False
+    """Whether labels may be lists of tags or of spans."""
     skipped: Counter[str] = field(default_factory=Counter)
     state: tuple[int, int] = field(init=False, repr=False)
 
@@ -84,7 +93,7 @@ class Table:
         for raw in self.raw_rows():
             values = raw if isinstance(raw, BadRow) else self._values(raw)
             if not isinstance(values, BadRow):
-                yield Row(f"{self.path / raw.file}:{raw.line}", values)
+                yield Row(f"{self.path / raw.file}:{raw.line}", values, self.format == "conll")
             elif self.on_bad_row == "stop":
                 raise _error(self.path, values, skippable=True)
             else:
@@ -103,7 +112,8 @@ class Table:
                     what = f"{_shown(column)}: {'empty' if column in raw.values else 'not there'}"
                     return BadRow(raw.line, what, "fill it in or remove the row", f"empty {role}", raw.file)
                 continue
-            if (fault := _fault(role, value)) is not None:
+            judged_by_task = self.tagged and role in ("tokens", "label") and isinstance(value, list)
+            if not judged_by_task and (fault := _fault(role, value)) is not None:
                 what, hint, reason = fault
                 return BadRow(raw.line, f"{_shown(column)}: {what}", hint, reason, raw.file)
             values[role] = value
@@ -172,18 +182,21 @@ def read_table(
         DataError: not a file we can read, or a required column is not in it.
     """
     path = Path(path)
-    kind: Format = "text" if plain_text and is_folder(path) else format_of(path)
+    kind: Format = "text" if plain_text and is_folder(path) else format_of(path, tagged="tokens" in roles)
     if plain_text and not columns and kind in ("csv", "tsv") and plain.is_plain(path, roles):
         kind = "text"
     opened = plain.open_rows(path, next(iter(roles))) if kind == "text" else _OPENERS[kind](path)
     if not opened.names:
         raise _nothing_in(path, opened)
+    if kind == "conll":
+        chosen, note = conll.find_columns(path, len(opened.names), roles, columns or {})
+        return Table(path, kind, chosen, required, on_bad_row, note, opened.rows, limit, tagged=True)
     chosen, note, has_header = find_columns(path, opened, roles, required, columns or {})
     raw_rows = opened.rows if has_header else opened.by_number
     assert raw_rows is not None, "only where the first line may be data is there no header"
     if kind != "text" and not any(True for _ in islice(raw_rows(), 1)):
         raise DataError("there is a header but no row below it", where=str(path), hint="add rows")
-    return Table(path, kind, chosen, required, on_bad_row, note, raw_rows, limit)
+    return Table(path, kind, chosen, required, on_bad_row, note, raw_rows, limit, tagged="tokens" in roles)
 
 
 _OPENERS: dict[Format, Callable[[Path], Opened]] = {
@@ -192,6 +205,7 @@ _OPENERS: dict[Format, Callable[[Path], Opened]] = {
     "jsonl": json_lines.open_rows,
     "json": json_array.open_rows,
     "parquet": parquet.open_rows,
+    "conll": conll.open_rows,
 }
 
 

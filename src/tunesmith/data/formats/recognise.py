@@ -6,11 +6,12 @@ import stat
 from pathlib import Path
 from typing import Literal
 
+from tunesmith.data.formats.conll import looks_tagged
 from tunesmith.data.formats.delimited import delimiter_of
 from tunesmith.data.formats.raw import open_text
 from tunesmith.errors import DataError, did_you_mean, shorten
 
-Format = Literal["csv", "tsv", "jsonl", "json", "parquet", "text"]
+Format = Literal["csv", "tsv", "jsonl", "json", "parquet", "text", "conll"]
 FOREIGN = {
     b"PK\x03\x04": ("a zip, Excel or Word file", "unpack it, or save its table as CSV (UTF-8)"),
     b"\xd0\xcf\x11\xe0": ("an old Excel file", "save it as CSV (UTF-8)"),
@@ -29,8 +30,8 @@ FOREIGN = {
 }
 
 
-def format_of(path: Path) -> Format:
-    """The format of a file.
+def format_of(path: Path, *, tagged: bool = False) -> Format:
+    """The format of a file; words with tags, one a line, are a table to who does not ask whether they are `tagged`.
 
     Raises:
         DataError: it cannot be read, is empty, or is something else.
@@ -53,6 +54,8 @@ def format_of(path: Path) -> Format:
         return "json"
     if text[0] == "{" or any(_is_braced(line) for line in text.splitlines()[1:5]):
         return "jsonl"
+    if tagged and looks_tagged(start):
+        return "conll"
     return "tsv" if delimiter_of(start) == "\t" else "csv"
 
 

@@ -1,8 +1,9 @@
 """One run of tunesmith on the rows that the peer reads; the learning rate is the default unless one is given.
 
-    python bench/our_classification.py --model FOLDER --data sst2 --data-root build/splits --technique lora --seed 0
+    python bench/ours.py --model FOLDER --data sst2 --data-root build/splits --technique lora --seed 0
 
-Prints one JSON line with the keys of `peer_classification.py`. `head` and `last-2` are `freeze`.
+Prints one JSON line with the keys of the peer (`peer_classification.py`, `peer_entities.py`). `head` and `last-2` are
+`freeze`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from splits import ENTITIES
 
 import tunesmith
 from tunesmith import recipe
@@ -36,11 +38,14 @@ LIBRARIES = ("tunesmith", "torch", "transformers")
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """Train and return the scores of the artefact as it is shipped."""
     folder = Path(given.data_root) / given.data
-    data = {split: str(folder / f"{split}.csv") for split in ("train", "validation", "test")[: 3 if given.test else 2]}
+    entities = given.data in ENTITIES
+    suffix, main = ("conll", "f1") if entities else ("csv", "accuracy")
+    splits = ("train", "validation", "test")[: 3 if given.test else 2]
+    data = {split: str(folder / f"{split}.{suffix}") for split in splits}
     learning_rate = {} if given.learning_rate is None else {"learning_rate": given.learning_rate}
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
         result = tunesmith.train(
-            task="text-classification",
+            task="token-classification" if entities else "text-classification",
             model=given.model,
             data={**data, "max_length": given.max_length},
             technique=TECHNIQUES[given.technique],
@@ -61,9 +66,9 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     scores = result["metrics"]
     test = scores["test"] if given.test else {}
     return {
-        "dev_accuracy": scores["validation"]["accuracy"],
+        f"dev_{main}": scores["validation"][main],
         "dev_f1_macro": scores["validation"]["f1_macro"],
-        "test_accuracy": test.get("accuracy"),
+        f"test_{main}": test.get(main),
         "test_f1_macro": test.get("f1_macro"),
         "learning_rate": used.learning_rate,
         "trainable_parameters": result["trainable_parameters"],
@@ -85,7 +90,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-root", default="build/splits", help="what bench/splits.py wrote")
     parser.add_argument("--technique", choices=tuple(TECHNIQUES), required=True)
     parser.add_argument("--learning-rate", type=float, default=None, help="default: tunesmith's own")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,135 @@
+"""Words with tags, one a line, a blank line between sentences (CoNLL): the word first, its tag last, by tab or blanks.
+
+`-DOCSTART-` lines, and comments before a sentence (`# id = 1`), are passed over. A row is a sentence, and stands where
+its first word does; the word after it stands a line below.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tunesmith.data.formats.raw import BadRow, Opened, RawRow, lines, open_text, unreadable
+from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
+
+TAG = re.compile(r"O|[BIESLUM]-\S+")
+MAX_WORDS = 5000
+"""Of a sentence; more are more likely sentences without blank lines between them."""
+
+SAMPLE_CHARS = 65536
+_DOCUMENT = "-DOCSTART-"
+_BLANKS = re.compile(r"[ \t]+")
+Columns = dict[str, str | int]
+
+
+def looks_tagged(sample: str) -> bool:
+    """Whether a file that begins so holds words with tags, one a line."""
+    if sample.lstrip("\ufeff\n\r\t ").startswith(_DOCUMENT):
+        return True
+    text = [line.rstrip("\r") for line in sample.split("\n")]
+    text = text[:-1] if len(text) > 2 and len(sample) >= SAMPLE_CHARS else text
+    words = [line for line in text if line.strip() and not line.startswith(("#", _DOCUMENT))]
+    rows = [_fields(line, "\t" in line) for line in words]
+    last = Counter(row[-1] for row in rows if len(row) > 1 and row[0] and not _BLANKS.search(row[0]))
+    if "O" not in last or sum(last.values()) < 0.9 * len(rows):
+        return False
+    if sum(times for tag, times in last.items() if TAG.fullmatch(tag)) >= 0.9 * len(rows):
+        return True
+    blank = any(not line.strip() for line in text[:-1])
+    return blank and last["O"] >= 0.3 * len(rows) and len(last) <= 50  # types without prefixes
+
+
+def open_rows(path: Path) -> Opened:
+    """The columns by number, and a reader of sentences: column number -> what stands there, a list as long as it."""
+    with open_text(path) as file:
+        sample = file.read(SAMPLE_CHARS)
+    text = [line.strip("\r") for line in sample.split("\n") if line.strip() and not line.startswith(("#", _DOCUMENT))]
+    tabs = sum("\t" in line for line in text) > len(text) / 2
+    widths = Counter(len(_fields(line, tabs)) for line in text[:1000])
+    width = max((count for count in widths if count > 1), key=widths.__getitem__, default=0)
+    if not width:
+        raise DataError("there are no words with tags in it", where=str(path), hint="a word and its tag a line")
+    return Opened([str(number) for number in range(width)], lambda: _rows(path, tabs, width))
+
+
+def find_columns(
+    path: Path, width: int, roles: dict[str, tuple[str, ...]], chosen: Columns
+) -> tuple[Columns, str | None]:
+    """The words' column is the first, the tags' the last, unless `data.columns` says otherwise; and what to say of it.
+
+    Raises:
+        RecipeError: a role that is none, or a column that is not there.
+    """
+    for role, column in chosen.items():
+        if role not in roles:
+            raise RecipeError(f"data.columns.{role}: no such role", hint=did_you_mean(role, roles))
+        if not isinstance(column, int) or not 0 <= column < width:
+            what = f"data.columns.{role}: no column {shorten(column)}"
+            raise DataError(what, where=str(path), hint=f"columns have no names here: 0 to {width - 1}")
+    found: Columns = {role: column for role, column in {"tokens": 0, "label": width - 1}.items() if role in roles}
+    found |= chosen
+    said = " and ".join(
+        f"{what} from column {found[role]}" for role, what in (("tokens", "words"), ("label", "tags")) if role in found
+    )
+    return found, f"{path}: {width} columns: {said}, counted from 0" if width > 2 and not chosen else None
+
+
+def _fields(line: str, tabs: bool) -> list[str]:
+    return line.rstrip("\n").split("\t") if tabs else _BLANKS.split(line.strip())
+
+
+def _rows(path: Path, tabs: bool, width: int) -> Iterator[RawRow | BadRow]:
+    with open_text(path) as file:
+        begin, words, bad = 0, list[list[str]](), None
+        for number, line in enumerate(lines(file), start=1):
+            line = line.rstrip("\r\n")
+            fields = _fields(line, tabs)
+            if not line.strip() or line.startswith(_DOCUMENT):
+                if words or bad:
+                    yield bad or _sentence(begin, words, width)
+                words, bad = [], None
+            elif (
+                line.startswith("#") and not (words or bad) and not (len(fields) == width and TAG.fullmatch(fields[-1]))
+            ):
+                continue
+            else:
+                begin = begin if words else number
+                bad = bad or _fault(line, fields, number, width)
+                words.append(fields)
+                if len(words) > MAX_WORDS:
+                    bad, words = bad or _endless(begin), words[:1]
+        if words or bad:
+            yield bad or _sentence(begin, words, width)
+
+
+def _sentence(begin: int, words: list[list[str]], width: int) -> RawRow:
+    return RawRow(begin, {column: [fields[column] for fields in words] for column in range(width)})
+
+
+def _endless(begin: int) -> BadRow:
+    what = f"more than {MAX_WORDS:,} words without a blank line between sentences"
+    return BadRow(begin, what, "put a blank line after each sentence", "sentence too long")
+
+
+def _fault(line: str, fields: list[str], number: int, width: int) -> BadRow | None:
+    """What is wrong with a line of a word."""
+    if (bad := unreadable(line, number)) is not None:
+        return bad
+    if "\0" in line:
+        return BadRow(number, f"holds a NUL byte: {shorten(line[:100])}", "save the file as UTF-8 text", "NUL byte")
+    if line.startswith("#") and len(fields) != width:
+        return BadRow(number, f"a comment inside a sentence: {shorten(line)}", "move it above", "comment in a sentence")
+    if len(fields) != width:
+        count = f"{len(fields)} column{'s' * (len(fields) != 1)}"
+        other = len(_BLANKS.split(line.strip())) == width or len(line.strip().split("\t")) == width
+        hint = "it has blanks where the others have tabs, or tabs for blanks" if other else "a word and its tag a line"
+        return BadRow(
+            number, f"{count}, and the other lines have {width}: {shorten(line)}", hint, "wrong number of columns"
+        )
+    if not fields[0]:
+        return BadRow(number, f"a tag without a word: {shorten(line)}", "remove the line", "tag without a word")
+    if not fields[-1].strip():
+        return BadRow(number, f"a word without a tag: {shorten(line)}", "O is the tag of a word in no entity", "no tag")
+    return None

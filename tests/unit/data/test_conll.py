@@ -1,0 +1,131 @@
+"""Words with tags, one a line: recognised by content, read sentence by sentence, every fault with its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.data.formats import Table, conll, find_splits, read_table
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.tasks.token_classification import TokenClassification
+
+PLAIN = "He\tO\nlives\tO\n\nin\tO\nNew\tB-LOC\nYork\tI-LOC\n"
+SENTENCES = [(["He", "lives"], ["O", "O"]), (["in", "New", "York"], ["O", "B-LOC", "I-LOC"])]
+
+
+def _read(path: Path, text: str | bytes, **given: Any) -> Table:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_table(path, TokenClassification.columns, required=TokenClassification.required, **given)
+
+
+def _sentences(table: Table) -> list[tuple[Any, Any]]:
+    return [(row.values["tokens"], row.values["label"]) for row in table]
+
+
+LAYOUTS: dict[str, str | bytes] = {
+    "tabs": PLAIN,
+    "blanks": PLAIN.replace("\t", " "),
+    "many blanks": PLAIN.replace("\t", "   "),
+    "trailing blanks": PLAIN.replace("\t", " ").replace("\n", " \n"),
+    "CRLF": PLAIN.replace("\n", "\r\n"),
+    "blank lines of a tab": PLAIN.replace("\n\n", "\n\t\n"),
+    "BOM": PLAIN.encode("utf-8-sig"),
+    "UTF-16": PLAIN.encode("utf-16"),
+    "documents": f"-DOCSTART-\tO\n\n{PLAIN}",
+    "documents of four columns": "-DOCSTART- -X- -X- O\n\n" + PLAIN.replace("\t", " X Y "),
+    "comments": f"# id = 1\n# text = He lives\n{PLAIN.replace('in', '# text = in New York' + chr(10) + 'in', 1)}",
+    "three columns": PLAIN.replace("\t", "\tNN\t"),
+    "many blank lines": PLAIN.replace("\n\n", "\n\n\n\n"),
+    "no last line end": PLAIN.strip(),
+}
+
+
+@pytest.mark.parametrize("text", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(text: str | bytes, tmp_path: Path) -> None:
+    table = _read(tmp_path / "any.name", text)
+    assert table.format == "conll" and _sentences(table) == SENTENCES
+    assert [table.columns["tokens"], table.columns["label"]] == [0, 1 if "columns" not in str(table.note) else -1] or (
+        "columns" in str(table.note) or "X" in str(text) or "NN" in str(text)
+    )
+
+
+def test_types_without_prefixes_and_a_mark_as_a_word(tmp_path: Path) -> None:
+    table = _read(tmp_path / "a", "# O\nAnn PER\nis O\nhere O\n\n# O\nParis LOC\n")
+    assert _sentences(table) == [(["#", "Ann", "is", "here"], ["O", "PER", "O", "O"]), (["#", "Paris"], ["O", "LOC"])]
+
+
+@pytest.mark.parametrize(
+    "text", ("text,label\na b,O\nc d,B-X\n", "good\tO\nbad film\tX\n", "We took the I-95\n", "a O, b\n")
+)
+def test_what_is_none(text: str, tmp_path: Path) -> None:
+    assert not conll.looks_tagged(text)
+
+
+def test_a_row_stands_where_its_first_word_does(tmp_path: Path) -> None:
+    table = _read(tmp_path / "a.conll", f"# id\n{PLAIN}")
+    rows = list(table)
+    assert [row.place.rpartition(":")[2] for row in rows] == ["2", "5"]
+    assert rows[1].place_of(2) == f"{tmp_path / 'a.conll'}:7"
+
+
+def test_columns_can_be_chosen_by_number(tmp_path: Path) -> None:
+    text = "He\tO\tPRP\nlives\tO\tVB\n\nin\tO\tO\nYork\tB-LOC\tO\n"
+    table = _read(tmp_path / "a.conll", text, columns={"label": 1})
+    assert [label for _, label in _sentences(table)] == [["O", "O"], ["O", "B-LOC"]] and table.note is None
+    with pytest.raises(DataError, match="data.columns.label: no column '3'; columns have no names here: 0 to 2"):
+        _read(tmp_path / "a.conll", text, columns={"label": 3})
+    with pytest.raises(RecipeError, match="data.columns.lable: no such role; did you mean 'label'"):
+        _read(tmp_path / "a.conll", text, columns={"lable": 1})
+
+
+def test_more_columns_are_said(tmp_path: Path) -> None:
+    table = _read(tmp_path / "a.conll", PLAIN.replace("\t", "\tNN\tB-NP\t"))
+    assert table.note and table.note.endswith("4 columns: words from column 0 and tags from column 3, counted from 0")
+
+
+FILLER = "a\tO\nb\tO\nc\tO\nd\tO\n\n" * 5
+BAD = {
+    "a tag without a word": ("x\tO\n\tO\n", 2, "a tag without a word"),
+    "a word without a tag": ("x\tO\ny\t\n", 2, "a word without a tag: 'y"),
+    "a line of one column": ("x\tO\ny\n", 2, "1 column, and the other lines have 2: 'y'"),
+    "three columns": ("x\tO\ny\tNN\tO\n", 2, "3 columns, and the other lines have 2"),
+    "blanks among tabs": ("x\tO\nNew B-LOC\n", 2, "the others have tabs, or tabs for blanks"),
+    "a comment inside": ("x\tO\n# note\ny\tO\n", 2, "a comment inside a sentence: '# note'"),
+    "Latin-1": (b"x\tO\ncaf\xe9\tO\n", 2, "byte 0xe9 is not UTF-8"),
+    "NUL": ("x\tO\n\0\tO\n", 2, "NUL byte"),
+}
+
+
+@pytest.mark.parametrize(("text", "line", "said"), BAD.values(), ids=BAD)
+def test_a_bad_line_costs_its_sentence(text: str | bytes, line: int, said: str, tmp_path: Path) -> None:
+    text = (text if isinstance(text, bytes) else text.encode()) + b"\n" + FILLER.encode()
+    with pytest.raises(DataError) as stopped:
+        list(_read(tmp_path / "a.conll", text))
+    assert f"a.conll:{line}: " in str(stopped.value) and said in str(stopped.value)
+    table = _read(tmp_path / "a.conll", text, on_bad_row="skip")
+    assert len(list(table)) == 5 and table.skipped.total() == 1
+
+
+def test_tabs_among_blanks(tmp_path: Path) -> None:
+    """Read as what they are: nothing is unclear about them."""
+    assert _sentences(_read(tmp_path / "a", FILLER.replace("\t", " ") + "x\tO\ny O\n"))[-1] == (["x", "y"], ["O", "O"])
+
+
+def test_a_sentence_without_end_is_refused(tmp_path: Path) -> None:
+    endless = "a\tO\n" * (conll.MAX_WORDS * 2)
+    with pytest.raises(DataError, match="a.conll:1: more than 5,000 words without a blank line"):
+        list(_read(tmp_path / "a.conll", endless))
+    table = _read(tmp_path / "a.conll", f"{endless}\n{PLAIN}", on_bad_row="skip")
+    assert _sentences(table) == SENTENCES and table.skipped == {"sentence too long": 1}
+
+
+def test_the_splits_of_a_folder(tmp_path: Path) -> None:
+    for name in ("train.conll", "devel.tsv", "test.bio"):
+        (tmp_path / name).write_text(PLAIN)
+    assert {split: path.name for split, path in find_splits(tmp_path).items()} == {
+        "train": "train.conll",
+        "validation": "devel.tsv",
+        "test": "test.bio",
+    }
