@@ -10,7 +10,6 @@ import pytest
 
 from tunesmith.testing import MADE_UP
 
-
 OTHERS = [pytest.param(task, marks=pytest.mark.slow) for task in ("fill-mask", "token-classification")]
 
 

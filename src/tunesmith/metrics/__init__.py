@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 MEANINGS = {
-    "accuracy": "share of rows (or words, tagged or hidden) answered right; where a row has several labels, all of them",
+    "accuracy": "share of rows (or words, tagged or hidden) answered right; of several labels a row, all of them",
     "f1": "how well entities are found, hits against misses and false alarms; only exact ones are hits",
     "precision": "share of the entities that were said that are right",
     "recall": "share of the entities that are there that were found",
