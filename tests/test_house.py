@@ -27,6 +27,8 @@ FLOORS = [
     {"record"},
     {"run"},
     {"studies"},
+    {"cli_options"},
+    {"cli_data"},
     {"cli", "__init__"},
     {"__main__"},
 ]
@@ -72,7 +74,7 @@ def test_nothing_dangerous_is_called(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
 def test_imports_stand_at_the_top(path: Path) -> None:
-    if path.name in ("cli.py", "__init__.py"):
+    if path.name in ("cli.py", "cli_data.py", "cli_options.py", "__init__.py"):
         return
     tree = ast.parse(path.read_text(encoding="utf-8"))
     refused = (node for node in ast.walk(tree) if isinstance(node, ast.Try) and "ImportError" in ast.unparse(node))

@@ -7,26 +7,29 @@ tunesmith predict runs/reviews "A lovely film."
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+from tunesmith import cli_data
+from tunesmith.cli_options import AllowPickle, Json, Offline, Pairs, Quiet, Verbose, verb
+from tunesmith.cli_options import check_new as _check_new
+from tunesmith.cli_options import emit as _emit
+from tunesmith.cli_options import new_talk as _talk
+from tunesmith.cli_options import recipe_and_pairs as _recipe_and_pairs
 from tunesmith.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
     from tunesmith import registry
     from tunesmith.data.formats import Row
-    from tunesmith.talk import Talk
 
 
 class Verbs(TyperGroup):
@@ -58,36 +61,9 @@ models_app = typer.Typer(
     help="What models there are, and where one lies. Example: tunesmith models path pypi:NAME==1.0"
 )
 app.add_typer(models_app, name="models", invoke_without_command=True)
+app.add_typer(cli_data.app, name="data")
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all talk on stderr.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Warnings only.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Open no connection.")]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights (weights_only).")]
-COMMON = {"as_json": Json, "quiet": Quiet, "verbose": Verbose, "debug": Debug, "offline": Offline}
 Run = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/reviews.")]
-Pairs = Annotated[
-    list[str] | None,
-    typer.Argument(help="A recipe file, then KEY=VALUE overrides.", metavar="[RECIPE.yaml] [KEY=VALUE ...]"),
-]
-
-
-def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the options that all take; it names those it reads. `main` itself reads --debug and --offline."""
-    own = inspect.signature(function, eval_str=True)
-    options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-        for name, kind in COMMON.items()
-        if name not in own.parameters
-    ]
-
-    @functools.wraps(function)
-    def call(**given: Any) -> None:
-        function(**{name: given[name] for name in own.parameters})
-
-    call.__signature__ = own.replace(parameters=[*own.parameters.values(), *options])  # type: ignore[attr-defined]
-    return call
 
 
 def main() -> NoReturn:
@@ -134,18 +110,6 @@ def _say_usage(error: Any) -> None:
         hint = f"`{verb} --help` shows what there is"
     if what:
         print(f"error: {what[0].lower()}{what[1:]}; {hint}", file=sys.stderr)
-
-
-def _talk(as_json: bool, quiet: bool, verbose: bool = False) -> Talk:
-    from tunesmith.talk import Talk
-
-    return Talk(level=-1 if quiet else int(verbose), to_stderr=as_json)
-
-
-def _emit(result: Any) -> None:
-    """The one JSON object of `--json`; other processes of a group stay silent."""
-    if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(result, ensure_ascii=False))
 
 
 def _print_version(wanted: bool) -> None:
@@ -208,15 +172,6 @@ def init(
         _emit({"recipe": str(output)})
 
 
-def _check_new(file: Path) -> None:
-    """Refuse to write over a file, or where there is no folder, before any work is done."""
-    if file.exists():
-        hint = "--output NAME says another"
-        raise RecipeError("there is a file already, and it is not overwritten", where=str(file), hint=hint)
-    if not file.absolute().parent.is_dir():
-        raise RecipeError("there is no such folder", where=str(file.parent), hint="make it first")
-
-
 @app.command(epilog="Example: tunesmith train recipe.yaml train.epochs=1 technique=full")
 @verb
 def train(
@@ -250,11 +205,6 @@ def train(
         raise recipes.located(error, recipe, pairs) from error
     if as_json:
         _emit(result)
-
-
-def _recipe_and_pairs(words: list[str]) -> tuple[str | None, list[str]]:
-    named = bool(words) and ("=" not in words[0] or Path(words[0]).is_file())
-    return (words[0], words[1:]) if named else (None, words)
 
 
 @app.command(epilog="Example: tunesmith evaluate runs/reviews --split validation")

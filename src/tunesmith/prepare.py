@@ -112,14 +112,14 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     before = {name for name, _ in model.named_buffers()}
     torch.manual_seed(recipe.train.seed)
     models.check_vocabulary(model, processor, recipe.model)
-    max_length = _max_length(read.data.max_length, model, processor, technique)
+    longest = max_length(read.data.max_length, model, processor, technique)
     technique.apply(model, anatomy, processor)
     learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     learned += tuple(name for name, _ in model.named_buffers() if name not in before)
     padding_free = _speed_up(model, anatomy, found)
     machine.store_frozen(model, found.autocast_dtype)
     model.to(found.device)
-    read = replace(read, data=read.data.model_copy(update={"max_length": max_length}))
+    read = replace(read, data=read.data.model_copy(update={"max_length": longest}))
     encoded = _encode(read, processor, talk)
     if recipe.train.metric and "validation" in encoded:
         evaluate.pick(evaluate.random_scores(read.task, encoded["train"], encoded["validation"]), recipe.train.metric)
@@ -161,7 +161,12 @@ def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, En
     return encoded
 
 
-def _max_length(asked: int | None, model: nn.Module, processor: Any, technique: Technique) -> int:
+def max_length(asked: int | None, model: nn.Module, processor: Any, technique: Technique) -> int:
+    """How many tokens of a text are read: what the recipe asks for, else what the model takes, at most MAX_LENGTH.
+
+    Raises:
+        RecipeError: more than the model takes is asked for, or virtual tokens leave no room.
+    """
     reads = models.length_limit(model, processor)
     limit = reads - technique.virtual_tokens
     if limit <= processor.num_special_tokens_to_add():

@@ -70,6 +70,7 @@ def test_the_verbs_are_those_of_the_interface() -> None:
         "evaluate",
         "predict",
         "merge",
+        "data",
         "techniques",
         "tasks",
         "models",

@@ -94,6 +94,20 @@ def unused_parts(source: Source, model: Any, unused: Collection[str]) -> dict[st
     return found
 
 
+def load_shape(source: Source, model_class: str, processor: Any) -> nn.Module:
+    """The model without weights: its modules and their sizes, for who asks what it can read.
+
+    Raises:
+        RecipeError: this kind of model cannot do the task.
+    """
+    kept, _ = safe_config(source)
+    made_of = config_class(str(kept["model_type"]), model_class, source.spec)
+    settings = _config(source, kept, made_of, {}, processor.pad_token_id)
+    with quiet(), torch.device("meta"), _reading(source, "config.json"):
+        model: nn.Module = getattr(transformers, model_class).from_config(settings)
+    return model
+
+
 def config_class(kind: str, model_class: str, where: str = "") -> Any:
     """The config of a kind of model (a config's `model_type`) that has an Auto class.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch
 from tunesmith.data.encoded import Encoded
+from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
 from tunesmith.recipe import Data
 from tunesmith.registry import Plugin
@@ -107,6 +108,10 @@ class Task(Plugin):
     def num_outputs(self, batch: Batch) -> int:
         """How many rows `forward` gives for this batch."""
         return batch.size
+
+    def faults(self, rows: Iterable[Row]) -> Iterator[Fault]:
+        """What is wrong with rows in ways that only this task knows, for `data check`."""
+        return iter(())
 
     @abstractmethod
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:

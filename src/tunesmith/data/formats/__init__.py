@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
@@ -19,12 +19,12 @@ from typing import Literal
 
 from tunesmith.data.encoded import file_sha256
 from tunesmith.data.formats import conll, delimited, json_array, json_lines, parquet, plain
-from tunesmith.data.formats.columns import find_columns
+from tunesmith.data.formats.columns import find_columns, has_header
 from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
 from tunesmith.data.formats.recognise import Format, format_of, unreachable
 from tunesmith.errors import DataError, shorten
 
-__all__ = ["Row", "Table", "find_splits", "is_folder", "read_lines", "read_table"]
+__all__ = ["Row", "Table", "find_splits", "is_folder", "read_lines", "read_raw", "read_table"]
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -91,13 +91,18 @@ class Table:
 
     def _good_rows(self) -> Iterator[Row]:
         for raw in self.raw_rows():
-            values = raw if isinstance(raw, BadRow) else self._values(raw)
-            if not isinstance(values, BadRow):
-                yield Row(f"{self.path / raw.file}:{raw.line}", values, self.format == "conll")
+            row = self.judge(raw)
+            if isinstance(row, Row):
+                yield row
             elif self.on_bad_row == "stop":
-                raise _error(self.path, values, skippable=True)
+                raise _error(self.path, row, skippable=True)
             else:
-                self.skipped[values.reason] += 1
+                self.skipped[row.reason] += 1
+
+    def judge(self, raw: RawRow | BadRow) -> Row | BadRow:
+        """A row as read under its roles, or what is wrong with it."""
+        values = raw if isinstance(raw, BadRow) else self._values(raw)
+        return values if isinstance(values, BadRow) else Row(f"{self.path / raw.file}:{raw.line}", values, self.format == "conll")
 
     def _values(self, raw: RawRow) -> dict[str, object] | BadRow:
         values: dict[str, object] = {}
@@ -191,12 +196,27 @@ def read_table(
     if kind == "conll":
         chosen, note = conll.find_columns(path, len(opened.names), roles, columns or {})
         return Table(path, kind, chosen, required, on_bad_row, note, opened.rows, limit, tagged=True)
-    chosen, note, has_header = find_columns(path, opened, roles, required, columns or {})
-    raw_rows = opened.rows if has_header else opened.by_number
+    chosen, note, headed = find_columns(path, opened, roles, required, columns or {})
+    raw_rows = opened.rows if headed else opened.by_number
     assert raw_rows is not None, "only where the first line may be data is there no header"
     if kind != "text" and not any(True for _ in islice(raw_rows(), 1)):
         raise DataError("there is a header but no row below it", where=str(path), hint="add rows")
     return Table(path, kind, chosen, required, on_bad_row, note, raw_rows, limit, tagged="tokens" in roles)
+
+
+def read_raw(path: str | Path, header: bool | None = None) -> tuple[Sequence[str | int], Rows]:
+    """Names (numbers, where there is no header) of all columns, and a reader of the rows as they stand.
+
+    Raises:
+        DataError: not a file we can read.
+    """
+    path = Path(path)
+    opened = _OPENERS[format_of(path)](path)
+    if not opened.names:
+        raise _nothing_in(path, opened)
+    if opened.by_number is None or (has_header(path, opened) if header is None else header):
+        return opened.names, opened.rows
+    return range(len(opened.names)), opened.by_number
 
 
 _OPENERS: dict[Format, Callable[[Path], Opened]] = {

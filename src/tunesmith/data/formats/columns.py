@@ -13,6 +13,11 @@ from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
 Columns = dict[str, str | int]
 Roles = dict[str, tuple[str, ...]]
 TAG = re.compile(r"O|[BIESLUM]-\S+")
+_USUAL = (
+    "id", "index", "name", "text", "sentence", "review", "label", "instruction", "input", "output", "prompt",
+    "response", "completion", "question", "answer", "context", "source", "target", "tokens", "tags", "messages",
+    "conversations",
+)  # fmt: skip
 CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue")
 
 
@@ -63,6 +68,18 @@ def _without_header(
         raise _missing(where, opened, roles, required - numbers.keys(), taken=None)
     told = " and ".join(f"data.columns.{role}={number}" for role, number in found.items())
     return dict(found), f"{where.rpartition(':')[0]}: no header, so read with {told}; say so if it is otherwise", False
+
+
+def has_header(path: Path, opened: Opened) -> bool:
+    """Whether the first line names the columns, as far as that can be seen without knowing what they are for.
+
+    Raises:
+        DataError: these are words with tags.
+    """
+    if opened.sample and (tags := _tags(opened.sample)) is not None:
+        what = f"these are words with tags, one a line ({shorten(tags)}), and no table: blank lines end sentences"
+        raise DataError(what, where=f"{path}:{opened.line}", hint="task=token-classification reads such files")
+    return not opened.sample or _looks_like_header(opened, {name: (name,) for name in _USUAL})
 
 
 def _and(some: Collection[str], roles: Roles) -> str:

@@ -1,0 +1,90 @@
+"""`tunesmith data`: what is wrong with the data, what a model sees of it, one format into another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from tunesmith.cli_options import Json, Offline, Quiet, emit, new_talk, recipe_and_pairs, verb
+
+app = typer.Typer(help="Look at data before a run does. Example: tunesmith data check reviews.csv")
+
+Words = Annotated[
+    list[str],
+    typer.Argument(help="A file, a folder or a recipe, then KEY=VALUE.", metavar="PATH|RECIPE.yaml [KEY=VALUE ...]"),
+]
+Model = Annotated[str | None, typer.Option(help="Whose tokens to count; default: the recipe's.")]
+
+
+@app.callback(invoke_without_command=True)
+@verb
+def data(context: typer.Context) -> None:
+    """Look at data before a run does. Example: tunesmith data check reviews.csv"""  # noqa: D400
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
+
+@app.command(epilog="Example: tunesmith data check reviews.csv --group author --model runs/reviews")
+@verb
+def check(
+    words: Words,
+    group: Annotated[str | None, typer.Option(help="A column whose values belong on one side of a split.")] = None,
+    model: Model = None,
+    examples: Annotated[int, typer.Option("-n", help="Examples shown of each finding.", min=0)] = 3,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    offline: Offline = False,
+) -> None:
+    """Say what is wrong with data, row by row; exit code 3 where it would stop a run or falsify its scores."""
+    from tunesmith.studies import data_check as study
+
+    target, pairs = recipe_and_pairs(words)
+    report = study.check(target, pairs, group=group, model=model, offline=offline)
+    if as_json:
+        emit(report)
+    else:
+        console = new_talk(False, quiet).console
+        for line, style in _page(report, examples, quiet):
+            console.print(line, style=style)
+    if report["errors"]:
+        raise typer.Exit(3)
+
+
+def _page(report: dict[str, Any], examples: int, quiet: bool) -> Iterator[tuple[str, str]]:
+    """Lines and their styles: the files, then finding by finding."""
+    for note in report["notes"] if not quiet else ():
+        yield f"note: {note}", ""
+    for name, split in report["splits"].items() if not quiet else ():
+        yield f"{name}: {', '.join(_about(split))}", "bold"
+    for finding in report["findings"]:
+        style = {"error": "bold red", "warning": "yellow"}[finding["level"]]
+        yield "", ""
+        yield f"{finding['level']}: {finding['kind']}, {finding['count']:,}: {finding['what']}", style
+        for fault in finding["faults"][:examples]:
+            place = fault["file"] if fault["line"] is None else f"{fault['file']}:{fault['line']}"
+            value = f"  '{fault['value']}'" if fault["value"] else ""
+            yield f"  {place}{value}{'  see ' + fault['see'] if 'see' in fault else ''}", ""
+        if finding["count"] > examples > 0:
+            yield f"  and {finding['count'] - examples:,} more (-n shows more, --json all)", "dim"
+        yield f"  way out: {finding['fix']}", ""
+    yield "", ""
+    found = ", ".join(
+        f"{report[level]} {level[: -1 if report[level] == 1 else None]}" for level in ("errors", "warnings")
+    )
+    yield f"found in {report['seconds']:.1f} s: {found}", "bold"
+
+
+def _about(split: dict[str, Any]) -> Iterator[str]:
+    yield f"{split['rows']:,} rows of {split['file']}"
+    if split["bad_rows"]:
+        yield f"{split['bad_rows']:,} bad ones"
+    yield from (f"{count:,} drawn for {name}" for name, count in split.get("drawn", {}).items())
+    if classes := list(split["classes"].items()):
+        few = [f"{name} {count:,}" for name, count in (classes if len(classes) < 5 else [classes[0], classes[-1]])]
+        yield f"{len(classes)} classes ({(' to ' if len(classes) > 4 else ', ').join(few)})"
+    if lengths := split["lengths"]:
+        sizes = f"median {lengths['median']:g}, 95 % up to {lengths['p95']:g}, longest {lengths['longest']:,}"
+        yield f"{lengths['unit']} a text: {sizes}"

@@ -1,0 +1,118 @@
+"""Finds what identifies a person in a text: kinds of numbers and addresses that can be told by their form.
+
+Where a kind has a checksum, only what passes it counts: cards by Luhn (ISO/IEC 7812), accounts by modulo 97
+(ISO 13616), Chinese identity numbers by modulo 11-2 (ISO 7064). Names and postal addresses have no form to go by.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterator
+from datetime import date
+
+_HINT = re.compile(r"@|\d{3}|\d[ .-]\d|:[0-9a-fA-F]{0,4}:")
+"""A text without one of these holds nothing of any kind."""
+_ISSUED = re.compile(
+    r"4\d{12}(?:\d{3}){0,2}|(?:5[1-5]|2[2-7]|35)\d{14}|3[47]\d{13}|3[068]\d{12}|6(?:011|5\d\d|4[4-9]\d|2\d\d)\d{12,15}"
+)
+"""Beginnings and lengths of card numbers: Visa, Mastercard, JCB, American Express, Diners, Discover and UnionPay."""
+
+
+def private(text: str) -> Iterator[tuple[str, str]]:
+    """(kind, masked value) of each find; what one kind has taken is not counted as another too."""
+    if not _HINT.search(text):
+        return
+    for kind, (pattern, holds) in KINDS.items():
+        found = [match for match in pattern.finditer(text) if holds(match[0])]
+        for match in found:
+            yield kind, masked(match[0])
+        for match in reversed(found):
+            text = f"{text[: match.start()]} # {text[match.end() :]}"
+
+
+def masked(value: str) -> str:
+    """A find as it may be shown: the first two and, of long ones, the last two letters or digits stay."""
+    places = [at for at, character in enumerate(value) if character.isalnum()]
+    shown = {*places[:2], *(places[-2:] if len(places) > 8 else ())}
+    return "".join("*" if at in places and at not in shown else character for at, character in enumerate(value))
+
+
+def _digits(value: str) -> list[int]:
+    return [int(character) for character in value if character.isdigit()]
+
+
+def _is_card(value: str) -> bool:
+    digits = _digits(value)
+    doubled = [2 * digit if place % 2 else digit for place, digit in enumerate(reversed(digits))]
+    issued = _ISSUED.fullmatch("".join(map(str, digits)))
+    return issued is not None and sum(digit - 9 if digit > 9 else digit for digit in doubled) % 10 == 0
+
+
+def _is_iban(value: str) -> bool:
+    plain = value.replace(" ", "")
+    return 15 <= len(plain) <= 34 and int("".join(str(int(part, 36)) for part in plain[4:] + plain[:4])) % 97 == 1
+
+
+def _is_chinese_id(value: str) -> bool:
+    try:
+        born = date(int(value[6:10]), int(value[10:12]), int(value[12:14]))
+    except ValueError:
+        return False
+    weights = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
+    rest = sum(weight * int(digit) for weight, digit in zip(weights, value, strict=False)) % 11
+    return born.year >= 1900 and "10X98765432"[rest] == value[-1].upper()
+
+
+def _is_ip(value: str) -> bool:
+    try:
+        found = ipaddress.ip_address(value)
+    except ValueError:
+        return False
+    if found.version == 4:
+        return max(found.packed) >= 20  # less is more likely the number of a section
+    return any(len(part) == 4 for part in value.split(":"))  # else more likely code, such as `a::b`
+
+
+def _is_phone(value: str) -> bool:
+    return 8 <= len(_digits(value)) <= 15 and len(set(_digits(value))) > 2
+
+
+def _form(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.ASCII)  # a Chinese character before a number is no part of it
+
+
+KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
+    "e-mail": (
+        _form(r"[\w.+-]{1,64}@(?:[a-zA-Z0-9-]{1,63}\.){1,8}[a-zA-Z]{2,24}\b"),
+        lambda value: True,
+    ),
+    "iban": (_form(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _is_iban),
+    "chinese-id": (_form(r"(?<![0-9A-Za-z])[1-9]\d{16}[0-9Xx](?![0-9A-Za-z])"), _is_chinese_id),
+    "credit-card": (
+        _form(
+            r"(?<![\d.-])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{1,4}(?:\1\d{1,3})?"
+            r"|\d{4}([ -])\d{6}\2\d{4,5})(?![\d-])"
+        ),
+        _is_card,
+    ),
+    "chinese-mobile": (
+        _form(r"(?<![0-9A-Za-z.])(?:(?:\+|00)?86[ -]?)?1[3-9]\d(?:\d{8}|[ -]\d{4}[ -]\d{4})(?![0-9A-Za-z])"),
+        lambda value: True,
+    ),
+    "ip": (
+        _form(
+            r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)|(?<![\w:])[0-9a-fA-F]{0,4}(?::[0-9a-fA-F]{0,4}){2,7}(?![\w:])"
+        ),
+        _is_ip,
+    ),
+    "phone": (
+        _form(
+            r"(?<![\w.+-])(?<!\d )(?:\+\d{1,3}(?:[ .-]?\(?\d{1,4}\)?){2,6}"  # +44 20 7946 0958
+            r"|(?:1[ .-])?\(\d{3}\) ?\d{3}[ .-]\d{4}|(?:1[ .-])?\d{3}([.-])\d{3}\1\d{4}"  # (212) 555-0123
+            r"|0\d{2,3}-\d{7,8}|0\d{2,4}(?: \d{3,4}){2}|0\d(?: \d{2}){4})(?! ?\d)(?![\w-])"  # 010-62345678, 01 23 45 67 89
+        ),
+        _is_phone,
+    ),
+}
+"""Kind -> its form, and what else must hold; the more particular kinds come first."""

@@ -1,0 +1,162 @@
+"""What `data check` and `data show` are pointed at: a file, a folder or a recipe, as files with readers of rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tunesmith import recipe as recipes
+from tunesmith.data.formats import SUFFIXES, Row, find_splits, is_folder, read_raw, read_table
+from tunesmith.data.formats.raw import BadRow, RawRow, Rows
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.recipe import Data, Recipe
+from tunesmith.tasks import Task
+
+ABOUT = frozenset({"readme", "license", "licence", "notice", "source", "changelog"})
+"""Files that lie beside data."""
+SAMPLE = 1000
+Column = str | int
+
+
+@dataclass
+class File:
+    """One file, read as a split; a row is a good one if it has what the task needs."""
+
+    name: str
+    path: Path
+    names: Sequence[Column]
+    raw_rows: Rows
+    judge: Callable[[RawRow | BadRow], Row | BadRow]
+    columns: dict[str, Column]
+    limit: int | None
+    note: str | None = None
+    rows: int = 0
+    bad_rows: int = 0
+    classes: Counter[str] = field(default_factory=Counter)
+    lengths: dict[str, Any] = field(default_factory=dict)
+    drawn: dict[str, int] = field(default_factory=dict)
+    """Rows of the splits that the recipe draws from this file."""
+
+    def good_rows(self) -> Iterator[Row]:
+        """The rows that a run would read."""
+        judged = (self.judge(raw) for raw in self.raw_rows())
+        return islice((row for row in judged if isinstance(row, Row)), self.limit)
+
+    def dump(self) -> dict[str, Any]:
+        """What is in it, as plain values."""
+        about = {"file": str(self.path), "rows": self.rows, "bad_rows": self.bad_rows, "columns": self.columns}
+        about |= {"classes": dict(self.classes.most_common()), "lengths": self.lengths}
+        return about | ({"drawn": self.drawn} if self.drawn else {})
+
+
+def asked(target: str | None, overrides: Sequence[str], model: str | None) -> tuple[Recipe, bool, str | None]:
+    """The recipe that is meant, whether its task is a guess, and the model, if one is named.
+
+    Raises:
+        RecipeError: a recipe that cannot be meant.
+    """
+    if target is None or target.lower().endswith((".yaml", ".yml")):
+        recipe = recipes.load(target, overrides)
+        return recipe, False, model or recipe.model
+    given = {"task": "text-classification", "model": "none", "data": {"train": target, "validation": None}}
+    recipe = recipes.load(None, overrides, given)
+    guess = not any(word.startswith(("task=", "task.")) for word in overrides)
+    return recipe, guess, model or (recipe.model if recipe.model != "none" else None)
+
+
+def find_files(data: Data) -> tuple[Data, dict[str, Path], bool]:
+    """The data keys with the files filled in; name -> file, train first; and whether these are splits of one whole.
+
+    Raises:
+        DataError: there is no such file or folder, or nothing in it that can be read.
+    """
+    if data.train is None:
+        raise RecipeError("data.train: missing", hint="name a file, a folder or a recipe")
+    named = {"train": Path(data.train)}
+    if is_folder(data.train) and not (named := find_splits(data.train)):
+        files = [path for path in sorted(Path(data.train).iterdir()) if path.name.lower().endswith(SUFFIXES)]
+        loose = {path.name: path for path in files if path.name.lower().partition(".")[0] not in ABOUT}
+        if not loose:
+            suffixes = ", ".join(dict.fromkeys(suffix.removesuffix(".gz") for suffix in SUFFIXES))
+            raise DataError("no file in this folder that can be read", where=data.train, hint=f"such as {suffixes}")
+        if len(loose) > 1:
+            return data, loose, False
+        named = {"train": next(iter(loose.values()))}
+        data = data.model_copy(update={"train": str(named["train"])})
+    for name, value in (("validation", data.validation), ("test", data.test)):
+        if isinstance(value, str):
+            named[name] = Path(value)
+    return data, {name: named[name] for name in ("train", "validation", "test") if name in named}, True
+
+
+def fits(task: Task, path: Path, data: Data) -> DataError | None:
+    """Why a file has not what a task needs."""
+    try:
+        read_table(path, task.columns, required=task.required, columns=data.columns)
+    except DataError as error:
+        return error
+    return None
+
+
+def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
+    """A file as rows of a task; without one, as rows of which nobody has said what they are for.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if task is None:
+        names, rows = read_raw(path)
+        words = _columns_of_words(rows)
+        return File(name, path, names, rows, lambda raw: _whole(path, raw, words), {}, data.limit)
+    table = read_table(path, task.columns, required=task.required, columns=data.columns)
+    names, _ = read_raw(path, header=all(isinstance(column, str) for column in table.columns.values()))
+    return File(name, path, names, table.raw_rows, table.judge, dict(table.columns), data.limit, table.note)
+
+
+def _columns_of_words(rows: Rows) -> frozenset[Column]:
+    """Columns that hold texts: of some length, and most of them different."""
+    sample = [raw.values for raw in islice(rows(), SAMPLE) if isinstance(raw, RawRow)]
+    found = set()
+    for name in {name for values in sample for name in values}:
+        texts = [_words(values[name]) for values in sample if values.get(name)]
+        long_enough = sum(map(len, texts)) >= 4 * len(texts)
+        if long_enough and len(set(texts)) >= 0.2 * len(texts) and not all(text.isdigit() for text in texts):
+            found.add(name)
+    return frozenset(found)
+
+
+def _words(value: object) -> str:
+    return str(value) if isinstance(value, str | list | dict) else ""
+
+
+def _whole(path: Path, raw: RawRow | BadRow, words: frozenset[Column]) -> Row | BadRow:
+    """A row of which nobody has said what it is for: its words are the text, all else is `rest`."""
+    if isinstance(raw, BadRow):
+        return raw
+    text = "\n".join(found for name, value in raw.values.items() if name in words and (found := _words(value)))
+    rest = " | ".join(str(value) for name, value in raw.values.items() if name not in words and value is not None)
+    if not text.strip() and not rest.strip(" |"):
+        return BadRow(raw.line, "holds nothing", "remove the row", "a row without a value")
+    return Row(f"{path}:{raw.line}", {role: value for role, value in (("text", text), ("rest", rest)) if value})
+
+
+def texts(row: Row) -> list[str]:
+    """What a row says beside its target, as a model reads it."""
+    found = [str(value) for role, value in row.values.items() if role.startswith("text")]
+    if not found and isinstance(words := row.values.get("tokens"), list):
+        found = [" ".join(map(str, words))]
+    return found
+
+
+def text(row: Row) -> str:
+    """The same as one text."""
+    return "\n".join(texts(row))
+
+
+def shown(row: Row) -> str:
+    """The same, or whatever else is in the row, for a person to see."""
+    return text(row) or " | ".join(str(value) for value in row.values.values())
