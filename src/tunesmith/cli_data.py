@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -88,3 +89,30 @@ def _about(split: dict[str, Any]) -> Iterator[str]:
     if lengths := split["lengths"]:
         sizes = f"median {lengths['median']:g}, 95 % up to {lengths['p95']:g}, longest {lengths['longest']:,}"
         yield f"{lengths['unit']} a text: {sizes}"
+
+
+@app.command(epilog="Example: tunesmith data convert reviews.csv reviews.parquet")
+@verb
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="A file in any format that is read.")],
+    output: Annotated[Path, typer.Argument(help="The new file; .gz at the end compresses it.")],
+    to: Annotated[str | None, typer.Option(help="csv, tsv, jsonl, json, parquet; default: by OUTPUT's name.")] = None,
+    header: Annotated[
+        bool | None, typer.Option("--header/--no-header", help="Whether the first line names columns; default: seen.")
+    ] = None,
+    skip: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave out and count rows that cannot be read.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the rows of a file in another format; nothing is overwritten."""
+    from tunesmith.studies import data_convert as study
+
+    result = study.convert(source, output, to=to, header=header, skip=skip)
+    talk = new_talk(as_json, quiet)
+    talk.say(f"wrote {result['rows']:,} rows as {result['format']} to {output}: {', '.join(result['columns'])}")
+    if result["skipped"]:
+        talk.warn("skipped " + ", ".join(f"{count:,} ({reason})" for reason, count in result["skipped"].items()))
+    if as_json:
+        emit(result)

@@ -1,0 +1,126 @@
+"""Writes rows in the formats that are read; a format joins by a writer in `WRITERS`."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from decimal import Decimal
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tunesmith.data.formats.parquet import BATCH_ROWS
+from tunesmith.errors import DataError, RecipeError, did_you_mean
+
+Table = Callable[[], Iterator[dict[str, Any]]]
+"""A fresh reader of the rows."""
+
+
+def format_by_name(path: Path) -> str:
+    """The format that a file to be written is named after.
+
+    Raises:
+        RecipeError: none that is known.
+    """
+    suffixes = [suffix.lower().lstrip(".") for suffix in path.suffixes if suffix.lower() != ".gz"]
+    name = {"ndjson": "jsonl"}.get(suffixes[-1], suffixes[-1]) if suffixes else ""
+    if name not in WRITERS:
+        hint = f"--to FORMAT says which; {did_you_mean('', WRITERS)}"
+        raise RecipeError(f"its name says no format that can be written: {path.name}", where=str(path), hint=hint)
+    return name
+
+
+def write_table(path: Path, kind: str, names: Sequence[str], rows: Table) -> None:
+    """Write all rows under `names`, compressed where the file's name ends in `.gz`.
+
+    Raises:
+        DataError: a value that the format cannot hold.
+    """
+    WRITERS[kind](path, names, rows)
+
+
+@contextmanager
+def _text(path: Path) -> Iterator[TextIO]:
+    if path.name.lower().endswith(".gz"):
+        with gzip.open(path, "wt", encoding="utf-8", newline="") as file:
+            yield file
+    else:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            yield file
+
+
+def _write_delimited(delimiter: str) -> Callable[[Path, Sequence[str], Table], None]:
+    def write(path: Path, names: Sequence[str], rows: Table) -> None:
+        with _text(path) as file:
+            writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+            writer.writerow(names)
+            for row in rows():
+                writer.writerow([_cell(row.get(name)) for name in names])
+
+    return write
+
+
+def _cell(value: Any) -> Any:
+    """A value as a cell: lists and objects as JSON, nothing as nothing."""
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False, default=_plain)
+    return value if value is None or isinstance(value, str | int | float) else _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """A Parquet value that JSON has no kind for."""
+    return float(value) if isinstance(value, Decimal) else str(value)
+
+
+def _json(row: dict[str, Any]) -> str:
+    kept = {name: None if value != value else value for name, value in row.items()}  # JSON has no NaN
+    return json.dumps(kept, ensure_ascii=False, default=_plain)
+
+
+def _write_json_lines(path: Path, names: Sequence[str], rows: Table) -> None:
+    with _text(path) as file:
+        for row in rows():
+            file.write(f"{_json(row)}\n")
+
+
+def _write_json_array(path: Path, names: Sequence[str], rows: Table) -> None:
+    with _text(path) as file:
+        file.write("[")
+        for count, row in enumerate(rows(), start=1):
+            file.write(f"{',' if count > 1 else ''}\n{_json(row)}")
+        file.write("\n]\n")
+
+
+def _write_parquet(path: Path, names: Sequence[str], rows: Table) -> None:
+    """In two passes: what kind each column is, then its values."""
+    try:
+        kinds = [pa.Table.from_pylist(part, schema=None).schema for part in _filled(rows(), names)]
+        schema = pa.unify_schemas(kinds, promote_options="permissive")
+        with pq.ParquetWriter(path, schema) as writer:
+            for part in _filled(rows(), names):
+                writer.write_table(pa.Table.from_pylist(part, schema=schema))
+    except (pa.ArrowException, OverflowError) as error:
+        why = str(error).splitlines()[0][:120]
+        hint = "a column is of one kind in Parquet; write jsonl, or mend the values"
+        raise DataError(f"Parquet cannot hold these rows ({why})", where=str(path), hint=hint) from None
+
+
+def _filled(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    rows = iter(rows)
+    while part := list(islice(rows, BATCH_ROWS)):
+        yield [{name: row.get(name) for name in names} for row in part]
+
+
+WRITERS: dict[str, Callable[[Path, Sequence[str], Table], None]] = {
+    "csv": _write_delimited(","),
+    "tsv": _write_delimited("\t"),
+    "jsonl": _write_json_lines,
+    "json": _write_json_array,
+    "parquet": _write_parquet,
+}

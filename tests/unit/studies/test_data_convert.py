@@ -1,0 +1,129 @@
+"""Each format into each and back: the same rows; nothing is overwritten, and nothing half-written is left."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.data.formats import read_raw
+from tunesmith.data.formats.raw import RawRow
+from tunesmith.data.formats.write import WRITERS
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.studies.data_convert import convert
+
+ROWS = [
+    {"text": "plain words", "label": "a", "note": "x"},
+    {"text": 'a "quoted", comma; tab\there', "label": "b", "note": "|"},
+    {"text": "two\nlines", "label": "甲", "note": "emoji 🎬 and é"},
+]
+
+
+def _rows(path: Path) -> list[dict[Any, Any]]:
+    _, rows = read_raw(path)
+    return [raw.values for raw in rows() if isinstance(raw, RawRow)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(WRITERS, 2)))
+def test_a_round_trip_changes_nothing(first: str, second: str, source: Path, tmp_path: Path) -> None:
+    one, two, back = tmp_path / f"one.{first}", tmp_path / f"two.{second}.gz", tmp_path / "back.jsonl"
+    two = two if second != "parquet" else tmp_path / "two.parquet"
+    assert convert(source, one)["rows"] == convert(one, two)["rows"] == convert(two, back)["rows"] == 3
+    assert _rows(one) == _rows(two) == ROWS and back.read_bytes().count(b"\n") == 3 and _rows(back) == ROWS
+
+
+def test_kinds_of_values_are_kept_where_the_format_has_them(tmp_path: Path) -> None:
+    rows = [
+        {"n": 1, "f": 0.5, "b": True, "l": ["x", "y"], "o": {"k": 1}},
+        {"n": None, "f": 2, "b": False, "l": [], "o": None},
+    ]
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps(rows), encoding="utf-8")
+    convert(source, tmp_path / "rows.parquet")
+    convert(tmp_path / "rows.parquet", tmp_path / "back.json")
+    assert _rows(tmp_path / "back.json") == rows
+    convert(source, tmp_path / "rows.csv")
+    assert _rows(tmp_path / "rows.csv")[0] == {"n": "1", "f": "0.5", "b": "True", "l": '["x", "y"]', "o": '{"k": 1}'}
+
+
+def test_a_column_that_only_late_rows_have_is_there(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps({"a": "x"} | ({"b": 1.5} if n > 2000 else {})) + "\n" for n in range(2100)))
+    convert(source, tmp_path / "rows.parquet")
+    found = _rows(tmp_path / "rows.parquet")
+    assert found[0] == {"a": "x", "b": None} and found[-1] == {"a": "x", "b": 1.5}
+
+
+def test_without_a_header_columns_are_numbered(tmp_path: Path) -> None:
+    source = tmp_path / "rows.tsv"
+    source.write_text("a rather long and moving film\t1\nanother film, and a dull one\t0\n" * 3)
+    assert convert(source, tmp_path / "rows.jsonl")["columns"] == ["column_0", "column_1"]
+    assert convert(source, tmp_path / "other.jsonl", header=True)["rows"] == 5
+
+
+def test_a_bad_row_stops_it_or_is_counted(tmp_path: Path) -> None:
+    source, output = tmp_path / "rows.csv", tmp_path / "rows.jsonl"
+    source.write_text("text,label\nfine,1\nshort\ndull,0\n")
+    with pytest.raises(DataError, match=r"rows.csv:3: 1 field, .* or --skip-bad-rows"):
+        convert(source, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.csv"]
+    assert convert(source, output, skip=True)["skipped"] == {"wrong number of fields": 1}
+    assert len(_rows(output)) == 2
+
+
+def test_what_parquet_cannot_hold_is_said(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"a": 1}\n{"a": "x"}\n')
+    with pytest.raises(DataError, match="a column is of one kind in Parquet"):
+        convert(source, tmp_path / "rows.parquet")
+    assert not (tmp_path / "rows.parquet").exists()
+
+
+def test_words_with_tags_are_no_table(tmp_path: Path) -> None:
+    source = tmp_path / "train.tsv"
+    source.write_text("EU\tB-ORG\nrejects\tO\n\nPeter\tB-PER\nspoke\tO\n")
+    with pytest.raises(DataError, match="words with tags"):
+        convert(source, tmp_path / "rows.csv")
+
+
+def test_nothing_is_overwritten(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.csv").write_text("mine")
+    with pytest.raises(RecipeError, match="not overwritten"):
+        convert(source, tmp_path / "there.csv")
+    assert (tmp_path / "there.csv").read_text() == "mine"
+
+
+def test_the_command(command: Any, source: Path, tmp_path: Path) -> None:
+    code, out, err = command("data", "convert", str(source), str(tmp_path / "out.data"), "--to", "tsv", "--json")
+    assert code == 0 and json.loads(out)["rows"] == 3 and "wrote 3 rows as tsv" in err
+    assert command("data", "convert", str(source), str(tmp_path / "out.csv.gz"))[0] == 0
+    assert gzip.decompress((tmp_path / "out.csv.gz").read_bytes()).startswith(b"text,label,note\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    (
+        (("source.jsonl", "out.xlsx"), 2, "no format that can be written"),
+        (("source.jsonl", "out.csv", "--to", "jsnl"), 2, "did you mean 'jsonl'?"),
+        (("source.jsonl", "none/out.csv"), 2, "no such folder"),
+        (("none.jsonl", "out.csv"), 3, "no such file"),
+        (("source.jsonl", "source.jsonl"), 2, "not overwritten"),
+    ),
+)
+def test_what_cannot_be_converted(
+    words: tuple[str, ...], code: int, said: str, command: Any, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(source.parent)
+    found, out, err = command("data", "convert", *words)
+    assert found == code and out == "" and err.count("\n") == 1 and said in err
