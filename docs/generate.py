@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import registry
-from tunesmith.recipe import ALIASES, Data, Gain, Recipe, Train
+from tunesmith.recipe import ALIASES, Augmentation, Data, Gain, Recipe, Train
 
 PAGE = Path(__file__).with_name("recipe.md")
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -72,7 +72,7 @@ def page() -> str:
     lines += ["| key | |", "|---|---|"]
     lines += [f"| `{name}` | {field.description} |" for name, field in Recipe.model_fields.items()]
     lines += [""]
-    for title, model in (("data", Data), ("train", Train)):
+    for title, model in (("data", Data), ("data.augment: each of the list", Augmentation), ("train", Train)):
         lines += [f"## {title}", "", *table(model)]
     said = "`stages` is a list of recipes, each on the run of the one before it; `gain` measures what they are worth"
     lines += ["## gain", "", f"{said} ([concepts](concepts.md#stages)).", "", *table(Gain)]

@@ -7,6 +7,7 @@ tunesmith predict runs/reviews "A lovely film."
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shlex

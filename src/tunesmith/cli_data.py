@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli_options import Json, Offline, Quiet, emit, new_talk, recipe_and_pairs, verb
+from tunesmith.cli_options import Json, Offline, Quiet, check_new, emit, new_talk, recipe_and_pairs, verb
+from tunesmith.errors import CONTROL
 
 app = typer.Typer(help="Look at data before a run does. Example: tunesmith data check reviews.csv")
 
@@ -116,3 +117,56 @@ def convert(
         talk.warn("skipped " + ", ".join(f"{count:,} ({reason})" for reason, count in result["skipped"].items()))
     if as_json:
         emit(result)
+
+
+@app.command(epilog="Example: tunesmith data show reviews.csv --model runs/reviews -n 2")
+@verb
+def show(
+    words: Words,
+    model: Model = None,
+    rows: Annotated[int, typer.Option("-n", help="How many rows.", min=1)] = 5,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    row: Annotated[int | None, typer.Option(help="One row, counted from 1.", min=1)] = None,
+    augmented: Annotated[bool, typer.Option("--augmented", help="And what data.augment makes of each.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page of HTML here.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    offline: Offline = False,
+) -> None:
+    """Show what a model sees of rows, token by token, and what of it carries loss."""
+    from tunesmith.studies import data_show as study
+    from tunesmith.training.files import atomic_write
+
+    target, pairs = recipe_and_pairs(words)
+    if html is not None:
+        check_new(html)
+    found = study.show(
+        target, pairs, model=model, split=split, rows=rows, row=row, augmented=augmented, offline=offline
+    )
+    talk = new_talk(as_json, quiet)
+    if html is not None:
+        atomic_write(html, study.page(found, f"{target or 'the data'}: what a model sees of {split}"))
+        talk.say(f"wrote {html}")
+    if as_json:
+        emit({"split": split, "rows": [one.dump() for one in found]})
+    elif html is None:
+        for one in found:
+            _print_row(talk.console, one)
+
+
+def _print_row(console: Any, row: Any) -> None:
+    """One row in colour; without colour `<target>` behind a token tells what carries loss."""
+    from rich.text import Text
+
+    console.print(row.place, style="bold")
+    if row.target is not None:
+        console.print(Text.assemble("  target: ", (row.target, "bold green"), " (carries the loss)"))
+    for window in row.windows:
+        line = Text("  ")
+        for token in window:
+            style = "bold green" if token.target is not None else "dim" if token.special else ""
+            line.append(CONTROL.sub("?", token.text), style=style)
+            if token.target is not None:
+                line.append(f"<{token.target}>", style="green")
+            line.append(" ")
+        console.print(line.append(f"({len(window)} tokens{', the rest is cut off' if row.cut else ''})", style="dim"))

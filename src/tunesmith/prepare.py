@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunesmith.data import augment
 from tunesmith.data.batches import Batches
 from tunesmith.data.encoded import Encoded
 from tunesmith.deploy import merging
@@ -28,6 +29,7 @@ from tunesmith.talk import Talk
 from tunesmith.tasks import Task
 from tunesmith.techniques import Technique, learn_only
 from tunesmith.training import evaluate, examples, machine, parallel
+from tunesmith.training.examples import Augmented
 from tunesmith.training.machine import Machine
 
 MAX_LENGTH = 512
@@ -52,6 +54,8 @@ class Prepared:
     """Names of what the run keeps: what learns, and the buffers that the technique added."""
     padding_free: bool
     """Whether the blocks compute on valid tokens only."""
+    augmented: Augmented | None
+    """The training examples as they are in an epoch, where the recipe changes them."""
 
     @property
     def head_alone_steps(self) -> int:
@@ -71,7 +75,8 @@ class Prepared:
     def batches(self) -> Batches:
         """This process's share of the training data."""
         train = self.recipe.train
-        return Batches(self.encoded["train"], train.batch_size, train.seed, parallel.rank(), parallel.world_size())
+        share = (parallel.rank(), parallel.world_size(), self.augmented)
+        return Batches(self.encoded["train"], train.batch_size, train.seed, *share)
 
     @property
     def total_steps(self) -> int:
@@ -83,7 +88,12 @@ class Prepared:
         """What a resumed run must share with the one it continues."""
         tree = self.recipe.dump()
         del tree["output"]
-        hashes = {"data_sha256": self.examples.fingerprints(), "base_sha256": models.base_hash(self.source)}
+        hashes: dict[str, Any] = {
+            "data_sha256": self.examples.fingerprints(),
+            "base_sha256": models.base_hash(self.source),
+        }
+        if self.recipe.data.augment:
+            hashes["synonyms_sha256"] = augment.fingerprints(self.recipe.data.augment)
         return tree | hashes | {"world_size": parallel.world_size()}
 
 
@@ -121,11 +131,24 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     model.to(found.device)
     read = replace(read, data=read.data.model_copy(update={"max_length": longest}))
     encoded = _encode(read, processor, talk)
+    changed = _augmented(read, processor, recipe.train.seed) if read.data.augment else None
     if recipe.train.metric and "validation" in encoded:
         evaluate.pick(evaluate.random_scores(read.task, encoded["train"], encoded["validation"]), recipe.train.metric)
     resolved = _resolve(recipe, read, technique, anatomy, found)
     return Prepared(
-        resolved, read.task, technique, read, encoded, source, processor, model, anatomy, found, learned, padding_free
+        resolved,
+        read.task,
+        technique,
+        read,
+        encoded,
+        source,
+        processor,
+        model,
+        anatomy,
+        found,
+        learned,
+        padding_free,
+        changed,
     )
 
 
@@ -159,6 +182,10 @@ def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, En
     for note in examples.said_once(notes):
         talk.warn(note)
     return encoded
+
+
+def _augmented(read: examples.Examples, processor: Any, seed: int) -> Augmented:
+    return Augmented(read, processor, seed, sources.cache_home() / "encoded")
 
 
 def max_length(asked: int | None, model: nn.Module, processor: Any, technique: Technique) -> int:

@@ -23,7 +23,7 @@ from tunesmith.recipe_refusals import Leaves, checked, place_of
 from tunesmith.recipe_text import Key, Written, to_yaml
 from tunesmith.registry import Keys, Plugin
 
-__all__ = ["Data", "Recipe", "Train", "load", "located", "schema", "starter", "to_yaml"]
+__all__ = ["Augmentation", "Data", "Recipe", "Train", "load", "located", "schema", "starter", "to_yaml"]
 
 E = TypeVar("E", bound=UserError)
 
@@ -38,6 +38,21 @@ def _local(path: str) -> str:
 
 Local = Annotated[str, AfterValidator(_local)]
 Count = Annotated[int, Field(ge=1)]
+
+
+class Augmentation(Keys):
+    """One way to change the texts of train, anew in each epoch."""
+
+    name: Literal["word-dropout", "word-swap", "typos", "synonyms"] = Field(description="what is done to words")
+    probability: float = Field(0.1, gt=0, lt=1, description="of each word")
+    file: Local | None = Field(None, description="for synonyms: lines such as `good, fine, nice`")
+
+    @model_validator(mode="after")
+    def _list_of_synonyms(self) -> Self:
+        if (self.name == "synonyms") != (self.file is not None):
+            said = "synonyms need a file of them" if self.file is None else f"{self.name} reads no file"
+            raise ValueError(f"{said}; e.g. {{name: synonyms, file: synonyms.txt}}")
+        return self
 
 
 class Data(Keys):
@@ -59,6 +74,9 @@ class Data(Keys):
     on_bad_row: Literal["stop", "skip"] = Field("stop", description="stop with exit code 3, or skip and count")
     class_weights: Literal["balanced"] | dict[str, float] | None = Field(
         None, description="weight of each class in the loss; balanced: inverse to its frequency"
+    )
+    augment: list[Augmentation] | None = Field(
+        None, description="changes to the texts of train, e.g. [{name: word-dropout, probability: 0.1}]"
     )
 
     @model_validator(mode="after")

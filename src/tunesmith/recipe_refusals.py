@@ -58,6 +58,8 @@ def _key_of(place: tuple[Any, ...], at: Key, leaves: Leaves) -> Key:
 def _explain(problems: list[Any], model: type[Keys], key: Key, leaves: Leaves) -> str:
     """One line for a key, whatever the branches of its type have against the value."""
     where, first = place_of(leaves, key), problems[0]
+    if first["type"] == "extra_forbidden" and len(first["loc"]) > 1:  # inside a value
+        return f"{where}: unknown key {shorten(first['loc'][-1])} in it; remove it"
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key; {_suggestion(key[-1], model)}"
     if first["type"] == "value_error":

@@ -45,6 +45,7 @@ KEYS: dict[str, Change] = {
     "data.limit": ((), "data.limit=12", "rows"),
     "data.on_bad_row": (("data.train=bad.csv",), "data.on_bad_row=skip", "error"),
     "data.class_weights": ((), "data.class_weights={positive: 3}", "losses"),
+    "data.augment": ((), "data.augment=[{name: word-dropout, probability: 0.5}]", "losses"),
     "train.epochs": (("train.max_steps=null",), "train.epochs=0.5", "losses"),
     "train.max_steps": ((), "train.max_steps=1", "losses"),
     "train.batch_size": ((), "train.batch_size=4", "losses"),

@@ -7,8 +7,8 @@ micro-batches, which changes no gradient (losses are sums over the step's normal
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -107,10 +107,12 @@ class Batches:
     seed: int
     rank: int = 0
     world: int = 1
-    lengths: NDArray[np.int64] = field(init=False, repr=False)
+    augmented: Callable[[int], Encoded] | None = None
+    """The same examples as they are in an epoch, where they change from one to the next."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "lengths", self.encoded.lengths)
+    def examples(self, step: int) -> Encoded:
+        """What the indices of a step point into."""
+        return self.encoded if self.augmented is None else self.augmented(step // self.steps_per_epoch)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -126,8 +128,9 @@ class Batches:
     def micro_batches(self, step: int, limits: Limits) -> list[NDArray[np.int64]]:
         """This process's share of a step, cut so that padding is least within the limits."""
         share = self.indices(step)[self.rank :: self.world]
-        share = share[np.argsort(self.lengths[share], kind="stable")]
-        return [share[start:stop] for start, stop in cut(self.lengths[share], limits)]
+        lengths = self.examples(step).lengths
+        share = share[np.argsort(lengths[share], kind="stable")]
+        return [share[start:stop] for start, stop in cut(lengths[share], limits)]
 
 
 @lru_cache(maxsize=2)

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,7 +44,7 @@ class Encoded:
     def __len__(self) -> int:
         return self.size
 
-    @property
+    @cached_property
     def lengths(self) -> Array:
         """Tokens of each example: the lengths of the first ragged field."""  # (examples,)
         for name, ragged in self.fields.items():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
+import tempfile
+import weakref
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -15,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data import splits
+from tunesmith.data.augment import Augmenter
 from tunesmith.data.encoded import Encoded, encode, fingerprint
 from tunesmith.data.formats import Row, Table, find_splits, is_folder, read_table
 from tunesmith.data.formats.columns import is_number
@@ -306,3 +310,46 @@ def encode_split(split: Split, task: Task, data: Data, processor: Any, processor
     key = fingerprint(split.sha256, drawn, task.name, task.model_dump(), keys, processor_hash)
     pieces = task.pieces(split.rows(), processor, data)
     return encode(pieces, lambda rows: task.encode(rows, processor, data), cache / key)
+
+
+class Augmented:
+    """The training split as it is in an epoch: changed and encoded anew into a folder of its own, one at a time."""
+
+    def __init__(self, read: Examples, processor: Any, seed: int, cache: Path) -> None:
+        self._split, self._task, self._data = read.splits["train"], read.task, read.data
+        texts = any(role.startswith("text") for role in self._split.table.columns)
+        if not texts or not read.task.rows_are_examples:
+            what = f"data.augment: {read.task.name} has no example that is one text to change"
+            raise RecipeError(what, hint="leave the key out")
+        self._processor, self._cache = processor, cache
+        self._augmenter = Augmenter.of(read.data.augment or (), seed)
+        self._now: tuple[int, Encoded] | None = None
+
+    def __call__(self, epoch: int) -> Encoded:
+        """The examples of an epoch, counted from 0."""
+        if self._now is None or self._now[0] != epoch:
+            self._now = None  # its folder goes
+            self._cache.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=".augmented-", dir=self._cache))
+            rows = enumerate(self._split.rows())
+            try:
+                encoded = encode(rows, lambda part: self._encoded(part, epoch), folder / "train")
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            weakref.finalize(encoded, shutil.rmtree, folder, ignore_errors=True)
+            self._now = epoch, encoded
+        return self._now[1]
+
+    def _encoded(self, rows: list[tuple[int, Row]], epoch: int) -> list[dict[str, Any]]:
+        changed = [self._augmenter.row(row, epoch, index) for index, row in rows]
+        try:
+            return self._task.encode(changed, self._processor, self._data)
+        except DataError:  # of a changed text nothing is left to this tokenizer: that row stays as it was
+            return [self._either(new, row) for new, (_, row) in zip(changed, rows, strict=True)]
+
+    def _either(self, changed: Row, row: Row) -> dict[str, Any]:
+        try:
+            return self._task.encode([changed], self._processor, self._data)[0]
+        except DataError:
+            return self._task.encode([row], self._processor, self._data)[0]

@@ -133,7 +133,7 @@ def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, fl
 
 def _drawn(engine: Engine, batches: Batches, indices: NDArray[np.int64], number: int) -> Batch:
     """Some examples of a step (counted from 0), as they are in its epoch."""
-    batch = collate(batches.encoded, indices)
+    batch = collate(batches.examples(number), indices)
     return engine.task.draw(batch, indices, engine.seed, number // batches.steps_per_epoch)
 
 

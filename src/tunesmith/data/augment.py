@@ -1,0 +1,225 @@
+"""Texts changed a little, anew in each epoch: words dropped, swapped, misspelt, or replaced by synonyms.
+
+"EDA: Easy Data Augmentation Techniques" (Wei and Zou 2019, arXiv 1901.11196). What is done to an example is a function
+of (seed, epoch, index) alone, so that a resumed run and several processes see the same. All changes work on lists of
+words and say from which word each came, so that tags can be carried along; words to be kept are never touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from tunesmith.data.encoded import file_sha256
+from tunesmith.data.formats import Row
+from tunesmith.errors import DataError
+from tunesmith.recipe import Augmentation
+
+MAX_WORDS = 4
+"""Of a synonym's other side: `put up with` is three."""
+Random = np.random.Generator
+Synonyms = Mapping[tuple[str, ...], Sequence[tuple[str, ...]]]
+_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_WORD = re.compile(rf"([{_CJK}]|[^\s{_CJK}]+)(\s*)")
+_EDGES = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)
+_ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+_NEAR = {
+    letter: "".join(row[max(at - 1, 0) : at + 2] for row in _ROWS[max(y - 1, 0) : y + 2]).replace(letter, "")
+    for y, letters in enumerate(_ROWS)
+    for at, letter in enumerate(letters)
+}
+"""Letter -> those beside it on a keyboard."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words, the number of the word that each came from, and which of them must stay as they are."""
+
+    words: tuple[str, ...]
+    origins: tuple[int, ...]
+    keep: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, words: Sequence[str], keep: Sequence[bool] | None = None) -> Words:
+        """Words before any change."""
+        return cls(tuple(words), tuple(range(len(words))), tuple(keep or [False] * len(words)))
+
+    def at(self, positions: Sequence[int]) -> Words:
+        """The words at some positions, in that order."""
+        parts = ((self.words[at], self.origins[at], self.keep[at]) for at in positions)
+        words, origins, keep = zip(*parts, strict=True)
+        return Words(words, origins, keep)
+
+
+def drop_words(words: Words, probability: float, draw: Random) -> Words:
+    """Leave out words, but never all."""
+    stays = [at for at, lot in enumerate(draw.random(len(words.words))) if words.keep[at] or lot >= probability]
+    return words.at(stays or [int(draw.integers(len(words.words)))])
+
+
+def swap_words(words: Words, probability: float, draw: Random) -> Words:
+    """Exchange a word with the next one."""
+    order = list(range(len(words.words)))
+    for at, lot in enumerate(draw.random(max(len(order) - 1, 0))):
+        if lot < probability and not (words.keep[order[at]] or words.keep[order[at + 1]]):
+            order[at], order[at + 1] = order[at + 1], order[at]
+    return words.at(order)
+
+
+def misspell(words: Words, probability: float, draw: Random) -> Words:
+    """One slip in a word of two letters or more: a key beside the right one, a letter left out, doubled, or exchanged
+    with the next. A Chinese character is written twice.
+    """
+    lots = draw.random(len(words.words))
+    changed = [
+        word if kept or lot >= probability else _slip(word, draw)
+        for word, kept, lot in zip(words.words, words.keep, lots, strict=True)
+    ]
+    return replace(words, words=tuple(changed))
+
+
+def _slip(word: str, draw: Random) -> str:
+    letters = [at for at, letter in enumerate(word) if letter.isalpha()]
+    if not letters:
+        return word
+    at = letters[int(draw.integers(len(letters)))]
+    how = int(draw.integers(4)) if len(letters) > 1 else 2
+    if how == 0 and (near := _NEAR.get(word[at].lower())):
+        typed = near[int(draw.integers(len(near)))]
+        return word[:at] + (typed.upper() if word[at].isupper() else typed) + word[at + 1 :]
+    if how == 1:
+        return word[:at] + word[at + 1 :]
+    if how == 3 and at + 1 < len(word):
+        return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    return word[: at + 1] + word[at:]
+
+
+def replace_synonyms(words: Words, probability: float, draw: Random, synonyms: Synonyms) -> Words:
+    """Put another word, or several, of the same line of the user's list; what stands around a word stays."""
+    found: list[tuple[str, int, bool]] = []
+    at, plain = 0, [_edges(word)[1].lower() for word in words.words]
+    while at < len(words.words):
+        for size in range(min(MAX_WORDS, len(words.words) - at), 0, -1):
+            others = synonyms.get(tuple(plain[at : at + size]))
+            if others and not any(words.keep[at : at + size]):
+                break
+        else:
+            size, others = 1, None
+        if others and draw.random() < probability:
+            chosen = list(others[int(draw.integers(len(others)))])
+            before, first, _ = _edges(words.words[at])
+            chosen[0] = before + (chosen[0].capitalize() if first[:1].isupper() else chosen[0])
+            chosen[-1] += _edges(words.words[at + size - 1])[2]
+            found.extend((word, words.origins[at + size - 1], False) for word in chosen)
+        else:
+            found.extend(
+                zip(words.words[at : at + size], words.origins[at : at + size], words.keep[at : at + size], strict=True)
+            )
+        at += size
+    texts, origins, keep = zip(*found, strict=True)
+    return Words(texts, origins, keep)
+
+
+def _edges(word: str) -> tuple[str, str, str]:
+    """What stands before a word, the word, what stands behind it."""
+    match = _EDGES.match(word)
+    assert match is not None, "it matches everything"
+    return match[1], match[2], match[3]
+
+
+def read_synonyms(path: str | Path) -> Synonyms:
+    """A text of lines `good, fine, nice`: each stands for the others.
+
+    Raises:
+        DataError: it cannot be read, or a line has one word only.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the synonyms cannot be read ({error})", where=str(path), hint="a UTF-8 text is wanted"
+        ) from None
+    found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for number, line in enumerate(lines, start=1):
+        group = [tuple(split(part.strip())) for part in re.split(r"[,，\t]", line) if part.strip()]
+        if len(group) == 1 or any(len(words) > MAX_WORDS for words in group):
+            what = "one word alone has no synonym" if len(group) == 1 else f"more than {MAX_WORDS} words"
+            raise DataError(
+                f"{what}: {line.strip()[:80]}", where=f"{path}:{number}", hint="write lines such as: good, fine"
+            )
+        for words in group:
+            key = tuple(word.lower() for word in words)
+            found.setdefault(key, []).extend(other for other in group if other != words)
+    return found
+
+
+def split(text: str) -> list[str]:
+    """A text as words: between blanks, and each Chinese, Japanese or Korean character for itself."""
+    return [match[1] for match in _WORD.finditer(text)]
+
+
+@dataclass(frozen=True)
+class Augmenter:
+    """The changes that a recipe asks for, one after the other."""
+
+    changes: tuple[Callable[[Words, Random], Words], ...]
+    seed: int
+
+    @classmethod
+    def of(cls, steps: Sequence[Augmentation], seed: int) -> Augmenter:
+        """From `data.augment`.
+
+        Raises:
+            DataError: a list of synonyms cannot be read.
+        """
+        return cls(tuple(_change(step) for step in steps), seed)
+
+    def words(self, words: Words, epoch: int, index: int) -> Words:
+        """Some words of the example at `index`, as they are in an epoch."""
+        draw = np.random.default_rng([self.seed, epoch, index])
+        for change in self.changes:
+            if words.words:
+                words = change(words, draw)
+        return words
+
+    def row(self, row: Row, epoch: int, index: int) -> Row:
+        """A row with its texts changed; blanks between words that nothing has happened to stay as they are."""
+        values = {
+            role: self._text(value, epoch, index) if role.startswith("text") and isinstance(value, str) else value
+            for role, value in row.values.items()
+        }
+        return Row(row.place, values)
+
+    def _text(self, text: str, epoch: int, index: int) -> str:
+        parts = [(match[1], match[2]) for match in _WORD.finditer(text)]
+        before = Words.of([word for word, _ in parts])
+        after = self.words(before, epoch, index)
+        if after == before:
+            return text
+        places = sorted(after.origins)  # where nothing is dropped or put in, words change places and blanks do not
+        joined = [f"{word}{_gap(parts, places, at)}" for at, word in enumerate(after.words)]
+        return "".join(joined).rstrip()
+
+
+def _gap(parts: Sequence[tuple[str, str]], places: Sequence[int], at: int) -> str:
+    """What stands behind a word: within a synonym of several words a blank, if they are not Chinese."""
+    inside = at + 1 < len(places) and places[at + 1] == places[at]
+    return ("" if re.match(f"[{_CJK}]", parts[places[at]][0]) else " ") if inside else parts[places[at]][1]
+
+
+def _change(step: Augmentation) -> Callable[[Words, Random], Words]:
+    if step.name == "synonyms":
+        assert step.file is not None, "the recipe refuses that"
+        synonyms = read_synonyms(step.file)
+        return lambda words, draw: replace_synonyms(words, step.probability, draw, synonyms)
+    change = {"word-dropout": drop_words, "word-swap": swap_words, "typos": misspell}[step.name]
+    return lambda words, draw: change(words, step.probability, draw)
+
+
+def fingerprints(steps: Sequence[Augmentation]) -> list[str]:
+    """sha256 of the lists of synonyms."""
+    return [file_sha256(Path(step.file)) for step in steps if step.file is not None]

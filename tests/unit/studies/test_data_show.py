@@ -1,0 +1,87 @@
+"""What is shown is what is encoded: special tokens, cuts, windows, the target beside the text or at each token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.data.formats import Row
+from tunesmith.recipe import Data
+from tunesmith.studies import data_show
+from tunesmith.tasks.text_classification import TextClassification
+from tunesmith.testing import tiny_tokenizer
+
+Show = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def show(command: Any, tiny_bert: Path, reviews_csv: Path) -> Show:
+    """`show("-n", "2")`: exit code, stdout and stderr for the sixty reviews."""
+    return lambda *words: command("data", "show", str(reviews_csv), "--model", str(tiny_bert), *words)
+
+
+def test_tokens_and_target_of_each_row(show: Show, reviews_csv: Path) -> None:
+    code, out, _ = show("-n", "2", "--json")
+    first, second = json.loads(out)["rows"]
+    assert code == 0 and first["place"] == f"{reviews_csv}:2" and second["place"] == f"{reviews_csv}:3"
+    (tokens,) = first["windows"]
+    assert [token["text"] for token in tokens if token["special"]] == ["[CLS]", "[SEP]"]
+    assert first["target"] in ("positive", "negative") and all(token["target"] is None for token in tokens)
+    code, out, _ = show("--row", "3")
+    assert code == 0 and out.startswith(f"{reviews_csv}:4\n  target: ") and " (carries the loss)\n  [CLS] the " in out
+    assert "\x1b" not in out
+
+
+def test_what_is_cut_and_what_is_read_in_windows(show: Show) -> None:
+    out = show("--row", "1", "data.max_length=5")[1]
+    assert "(5 tokens, the rest is cut off)" in out
+    rows = json.loads(show("--row", "1", "data.max_length=5", "task.windows=3", "--json")[1])["rows"]
+    assert len(rows[0]["windows"]) > 1 and all(len(window) <= 5 for window in rows[0]["windows"])
+    assert [window[0]["text"] for window in rows[0]["windows"]] == ["[CLS]"] * len(rows[0]["windows"])
+
+
+def test_targets_of_tokens_are_marked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def encode(self: object, rows: Any, processor: Any, data: Data) -> list[dict[str, Any]]:
+        return [{"input_ids": [2, 5, 6, 3], "labels": [-100, 1, -100, -100]} for _ in rows]
+
+    monkeypatch.setattr(TextClassification, "encode", encode)
+    task = TextClassification(labels="single", classes=["O", "B-FILM"])
+    (shown,) = data_show.encoded([Row("x:1", {"text": "the film"})], task, tiny_tokenizer(), Data())
+    assert [token.target for token in shown.windows[0]] == [None, "B-FILM", None, None] and shown.target is None
+    page = data_show.page([shown], "a <title>")
+    assert "a &lt;title&gt;" in page and 'class="token loss"' in page and "B-FILM" in page
+
+
+def test_the_page_is_escaped_and_not_overwritten(command: Any, tiny_bert: Path, tmp_path: Path) -> None:
+    data, page = tmp_path / "train.csv", tmp_path / "page.html"
+    data.write_text("text,label\n<script>alert(1)</script> {{ 7 * 7 }},<b>\nfine film,b\n")
+    words = ("data", "show", str(data), "--model", str(tiny_bert), "--html", str(page))
+    code, out, err = command(*words)
+    source = page.read_text(encoding="utf-8")
+    assert code == 0 and "wrote" in out and "<script" not in source and "&lt;b&gt;" in source and "http" not in source
+    assert command(*words)[0] == 2
+
+
+def test_colour_only_where_it_is_wanted(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[" in show("-n", "1")[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[3" not in show("-n", "1")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    ((("--row", "999"), 2, "train has 60 rows"), (("--split", "test"), 2, "there is no test split; there is train")),
+)
+def test_what_cannot_be_shown(words: tuple[str, ...], code: int, said: str, show: Show) -> None:
+    found, out, err = show(*words)
+    assert found == code and out == "" and said in err
+
+
+def test_a_model_is_needed(command: Any, reviews_csv: Path) -> None:
+    code, _, err = command("data", "show", str(reviews_csv))
+    assert code == 2 and "--model NAME" in err
