@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import registry
-from tunesmith.recipe import ALIASES, Augmentation, Data, Gain, Recipe, Train
+from tunesmith.recipe import ALIASES, Data, Gain, Recipe, Train
+from tunesmith.recipe_values import Augmentation
 
 PAGE = Path(__file__).with_name("recipe.md")
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tunesmith"
 FLOORS = [
     {"errors"},
     {"registry", "recipe_text"},
-    {"recipe_refusals"},
+    {"recipe_refusals", "recipe_values"},
     {"recipe", "talk"},
     {"data"},
     {"metrics", "kernels", "models"},

@@ -8,51 +8,27 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from tunesmith import recipe_text, registry
 from tunesmith.errors import RecipeError, UserError, did_you_mean, shorten
 from tunesmith.recipe_refusals import Leaves, checked, place_of
 from tunesmith.recipe_text import Key, Written, to_yaml
+from tunesmith.recipe_values import Augmentation, Local, local_path
 from tunesmith.registry import Keys, Plugin
 
-__all__ = ["Augmentation", "Data", "Recipe", "Train", "load", "located", "schema", "starter", "to_yaml"]
+__all__ = ["Data", "Recipe", "Train", "load", "located", "schema", "starter", "to_yaml"]
 
 E = TypeVar("E", bound=UserError)
 
 
-def _local(path: str) -> str:
-    """`~` is the home folder. A variable is the shell's affair: its value may be a secret, and recipes are shared."""
-    if (found := re.search(r"\$(\w+|\{\w+\})", path)) and not Path(path).exists():
-        what = f"{found[0]} is not filled in here"
-        raise ValueError(f"{what}; write it out, or give the key on the command line, where the shell fills it in")
-    return os.path.expanduser(path)
-
-
-Local = Annotated[str, AfterValidator(_local)]
 Count = Annotated[int, Field(ge=1)]
-
-
-class Augmentation(Keys):
-    """One way to change the texts of train, anew in each epoch."""
-
-    name: Literal["word-dropout", "word-swap", "typos", "synonyms"] = Field(description="what is done to words")
-    probability: float = Field(0.1, gt=0, lt=1, description="of each word")
-    file: Local | None = Field(None, description="for synonyms: lines such as `good, fine, nice`")
-
-    @model_validator(mode="after")
-    def _list_of_synonyms(self) -> Self:
-        if (self.name == "synonyms") != (self.file is not None):
-            said = "synonyms need a file of them" if self.file is None else f"{self.name} reads no file"
-            raise ValueError(f"{said}; e.g. {{name: synonyms, file: synonyms.txt}}")
-        return self
 
 
 class Data(Keys):
@@ -266,7 +242,7 @@ def load_stages(
         leaves["output",] = (into, "output")
         recipe = _build(leaves)
         recipes.append(recipe.model_copy(update={"output": f"{recipe.output}/{number}-{recipe.task.name}"}))
-    return Stages(recipes, found, _local(into))
+    return Stages(recipes, found, local_path(into))
 
 
 def _numbered(given: Any, count: int, where: Callable[[Key], str]) -> dict[int, dict[str, Any]]:

@@ -17,7 +17,7 @@ import numpy as np
 from tunesmith.data.encoded import file_sha256
 from tunesmith.data.formats import Row
 from tunesmith.errors import DataError
-from tunesmith.recipe import Augmentation
+from tunesmith.recipe_values import Augmentation
 
 MAX_WORDS = 4
 """Of a synonym's other side: `put up with` is three."""

@@ -83,6 +83,8 @@ class _Seen:
     target: array[int] = field(default_factory=lambda: array("q"))
     """Code of the row's target; -1 where it has none."""
     group: array[int] = field(default_factory=lambda: array("q"))
+    text: dict[int, str] = field(default_factory=dict)
+    """Row -> its text within a folder of texts."""
     by_digest: dict[int, int] = field(default_factory=dict)
     """Digest of what a row says -> number of the first that says it."""
     targets: dict[Any, int] = field(default_factory=dict)
@@ -111,9 +113,9 @@ class _Check:
 
     def __init__(self, recipe: Recipe, guess: bool, model: str | None, group: str | None, offline: bool) -> None:
         assert isinstance(recipe.task, Task)
-        self.recipe, self.model, self.group, self.offline = recipe, model, group, offline
+        self.recipe, self.model, self.group, self.offline = recipe, model, group or recipe.data.group, offline
         self.findings, self.notes, self.seen = Findings(), list[str](), _Seen()
-        self.data, named, self.are_splits = find_files(recipe.data)
+        self.data, named, self.are_splits = find_files(recipe.data, recipe.task)
         first = next(iter(named.values()))
         misfit = fits(recipe.task, first, self.data) if guess and not self.data.columns else None
         self.task = recipe.task if misfit is None else None
@@ -150,7 +152,7 @@ class _Check:
             row = file.judge(raw)
             if isinstance(row, BadRow):
                 file.bad_rows += 1
-                place, fix = f"{file.path}:{row.line}", row.hint or "mend it"
+                place, fix = f"{file.path / row.file}:{row.line}", row.hint or "mend it"
                 self.findings.add([Fault("bad-row", row.reason, place, row.what, fix, self.row_level)])
                 continue
             assert isinstance(raw, RawRow)
@@ -179,6 +181,8 @@ class _Check:
         group = "" if value is None else str(value).strip()
         seen.file.append(number)
         seen.line.append(raw.line)
+        if raw.file:
+            seen.text[mine] = raw.file
         seen.target.append(code)
         seen.group.append(seen.groups.setdefault(group, len(seen.groups)) if group else -1)
         earlier = seen.by_digest.setdefault(splits.digest(row), mine)
@@ -220,7 +224,8 @@ class _Check:
         return "error" if self.are_splits else "warning"
 
     def _place(self, number: int) -> str:
-        return f"{self.files[self.seen.file[number]].path}:{self.seen.line[number]}"
+        path = self.files[self.seen.file[number]].path / self.seen.text.get(number, "")
+        return f"{path}:{self.seen.line[number]}"
 
     def compare(self) -> None:
         """What several rows show together, and what a run would refuse."""
@@ -339,7 +344,7 @@ class _Check:
             fix = f"put all rows of a {self.group} on one side"
             if undrawn:
                 what = f"a row shares its {self.group} with an earlier one: a split drawn by rows would tear them apart"
-                fix = f"make files for validation and test, all rows of a {self.group} in one of them"
+                fix = f"data.group={self.group} keeps them together in what is drawn"
             value = f"{self.group}={groups[code]}"
             yield Fault(kind, what, self._place(number), value, fix, level, self._place(earlier))  # type: ignore[arg-type]
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import recipe as recipes
-from tunesmith.data.formats import SUFFIXES, Row, find_splits, is_folder, read_raw, read_table
+from tunesmith.data.formats import SUFFIXES, Row, find_splits, is_folder, read_raw
 from tunesmith.data.formats.raw import BadRow, RawRow, Rows
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe import Data, Recipe
 from tunesmith.tasks import Task
+from tunesmith.training import examples
 
 ABOUT = frozenset({"readme", "license", "licence", "notice", "source", "changelog"})
 """Files that lie beside data."""
@@ -68,7 +69,7 @@ def asked(target: str | None, overrides: Sequence[str], model: str | None) -> tu
     return recipe, guess, model or (recipe.model if recipe.model != "none" else None)
 
 
-def find_files(data: Data) -> tuple[Data, dict[str, Path], bool]:
+def find_files(data: Data, task: Task) -> tuple[Data, dict[str, Path], bool]:
     """The data keys with the files filled in; name -> file, train first; and whether these are splits of one whole.
 
     Raises:
@@ -77,7 +78,9 @@ def find_files(data: Data) -> tuple[Data, dict[str, Path], bool]:
     if data.train is None:
         raise RecipeError("data.train: missing", hint="name a file, a folder or a recipe")
     named = {"train": Path(data.train)}
-    if is_folder(data.train) and not (named := find_splits(data.train)):
+    if is_folder(data.train) and not (named := find_splits(data.train)) and examples.reads_plain_text(task):
+        named = {"train": Path(data.train)}  # of texts
+    elif is_folder(data.train) and not named:
         files = [path for path in sorted(Path(data.train).iterdir()) if path.name.lower().endswith(SUFFIXES)]
         loose = {path.name: path for path in files if path.name.lower().partition(".")[0] not in ABOUT}
         if not loose:
@@ -96,7 +99,7 @@ def find_files(data: Data) -> tuple[Data, dict[str, Path], bool]:
 def fits(task: Task, path: Path, data: Data) -> DataError | None:
     """Why a file has not what a task needs."""
     try:
-        read_table(path, task.columns, required=task.required, columns=data.columns)
+        examples.open_split(path, task, data)
     except DataError as error:
         return error
     return None
@@ -109,12 +112,18 @@ def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
         DataError: it cannot be read.
     """
     if task is None:
-        names, rows = read_raw(path)
-        words = _columns_of_words(rows)
-        return File(name, path, names, rows, lambda raw: _whole(path, raw, words), {}, data.limit)
-    table = read_table(path, task.columns, required=task.required, columns=data.columns)
-    names, _ = read_raw(path, header=all(isinstance(column, str) for column in table.columns.values()))
+        return _open_whole(name, path, data)
+    table = examples.open_split(path, task, data).table
+    names: Sequence[Column] = list(table.columns.values())
+    if table.format != "text":
+        names, _ = read_raw(path, header=all(isinstance(column, str) for column in names))
     return File(name, path, names, table.raw_rows, table.judge, dict(table.columns), data.limit, table.note)
+
+
+def _open_whole(name: str, path: Path, data: Data) -> File:
+    names, rows = read_raw(path)
+    words = _columns_of_words(rows)
+    return File(name, path, names, rows, lambda raw: _whole(path, raw, words), {}, data.limit)
 
 
 def _columns_of_words(rows: Rows) -> frozenset[Column]:

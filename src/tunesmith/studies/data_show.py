@@ -8,9 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from jinja2 import Environment
 
 from tunesmith.data.augment import Augmenter
+from tunesmith.data.batches import Batch, Ragged
 from tunesmith.data.formats import Row
 from tunesmith.errors import CONTROL, RecipeError
 from tunesmith.models import load as models
@@ -73,60 +76,97 @@ def show(
     if spec is None:
         raise RecipeError("a model is needed: its tokenizer says what it sees", hint="--model NAME, or name a recipe")
     assert isinstance(recipe.task, Task) and isinstance(recipe.technique, Technique)
-    data, _, _ = find_files(recipe.data)
+    data, _, _ = find_files(recipe.data, recipe.task)
     read = examples.read(recipe.task, data, recipe.train.seed)
     if split not in read.splits:
         raise RecipeError(
             f"there is no {split} split", where="--split", hint=f"there is {', '.join(sorted(read.splits))}"
         )
-    first = 0 if row is None else row - 1
-    chosen = list(islice(read.splits[split].rows(), first, first + (rows if row is None else 1)))
-    if row is not None and not chosen:
-        raise RecipeError(f"--row: {split} has {read.rows[split]:,} rows", hint="rows are counted from 1")
-    if augmented:
-        if not read.data.augment or split != "train":
-            what = "only train is changed" if read.data.augment else "data.augment is not given"
-            hint = "data.augment='[{name: word-dropout, probability: 0.1}]'"
-            raise RecipeError(f"--augmented: {what}", hint=hint)
-        augmenter = Augmenter.of(read.data.augment, recipe.train.seed)
-        chosen = [
-            Row(f"{one.place} in epoch {epoch + 1}", augmenter.row(one, epoch, index).values) if epoch >= 0 else one
-            for index, one in enumerate(chosen, start=first)
-            for epoch in range(-1, EPOCHS)
-        ]
     source = sources.resolve(spec, offline=offline)
     processor = models.load_processor(source, recipe.task.model_class)
     shape = models.load_shape(source, recipe.task.model_class, processor)
     longest = max_length(read.data.max_length, shape, processor, recipe.technique)
-    return encoded(chosen, read.task, processor, read.data.model_copy(update={"max_length": longest}))
-
-
-def encoded(rows: Sequence[Row], task: Task, processor: Any, data: Data) -> list[Shown]:
-    """Rows as they are after encoding."""
-    return [
-        _shown(row, fields, task, processor)
-        for row, fields in zip(rows, task.encode(rows, processor, data), strict=True)
+    task, data = read.task.for_processor(processor), read.data.model_copy(update={"max_length": longest})
+    first = 0 if row is None else row - 1
+    pieces = task.pieces(read.splits[split].rows(), processor, data)
+    numbered = list(islice(enumerate(pieces), first, first + (rows if row is None else 1)))
+    if row is not None and not numbered:
+        raise RecipeError(f"--row: {split} has no row {row}", hint=f"it is made of {read.rows[split]:,} rows of data")
+    seed = recipe.train.seed
+    if not augmented:
+        return encoded(numbered, task, processor, data, seed if split == "train" else 0)
+    if not data.augment or split != "train":
+        what = "only train is changed" if data.augment else "data.augment is not given"
+        raise RecipeError(f"--augmented: {what}", hint="data.augment='[{name: word-dropout, probability: 0.1}]'")
+    augmenter = Augmenter.of(data.augment, seed)
+    changed = [
+        (
+            index,
+            Row(f"{one.place} in epoch {epoch + 1}", augmenter.row(one, epoch, index).values) if epoch >= 0 else one,
+        )
+        for index, one in numbered
+        for epoch in range(-1, EPOCHS)
     ]
+    return encoded(changed, task, processor, data, seed)
+
+
+def encoded(rows: Sequence[tuple[int, Row]], task: Task, processor: Any, data: Data, seed: int) -> list[Shown]:
+    """Rows and their numbers as they are after encoding, with what chance decides in the first epoch."""
+    fields = task.encode([row for _, row in rows], processor, data)
+    return [
+        _shown(row, _drawn(index, one, task, seed), task, processor)
+        for (index, row), one in zip(rows, fields, strict=True)
+    ]
+
+
+def _drawn(index: int, fields: dict[str, Any], task: Task, seed: int) -> dict[str, Any]:
+    """The fields of one example as `Task.draw` gives them."""
+    parts: dict[str, Ragged | torch.Tensor] = {
+        name: Ragged(torch.tensor(value), torch.tensor([0, len(value)]))
+        if isinstance(value, list)
+        else torch.tensor([value])
+        for name, value in fields.items()
+    }
+    batch = task.draw(Batch(parts, 1, len(fields["input_ids"])), np.array([index]), seed)
+    if batch.fields is parts:
+        return fields
+    return {
+        name: value.values.tolist() if isinstance(value, Ragged) else value.tolist()[0]
+        for name, value in batch.fields.items()
+    }
 
 
 def _shown(row: Row, fields: dict[str, Any], task: Task, processor: Any) -> Shown:
     ids = fields["input_ids"]
     special = set(processor.all_special_ids)
-    names = task.head_config().get("id2label") or {}
-    each = next(
-        (value for name, value in fields.items() if name.startswith("label") and _is_per_token(value, ids)), None
-    )
-    targets = [None if code == IGNORED else str(names.get(code, code)) for code in each or [IGNORED] * len(ids)]
+    targets = _targets_of_tokens(fields, task, processor)
     tokens = [
         Token(text, code in special, target)
-        for text, code, target in zip(processor.convert_ids_to_tokens(ids), ids, targets, strict=True)
+        for text, code, target in zip(
+            processor.convert_ids_to_tokens(ids), ids, targets or [None] * len(ids), strict=True
+        )
     ]
     windows, start = [], 0
     for length in fields.get("windows") or [len(ids)]:
         windows.append(tokens[start : start + length])
         start += length
-    whole = None if each is not None or "label" not in row.values else _said(task.target(row))
+    whole = None if targets is not None or "label" not in row.values else _said(task.target(row))
     return Shown(row.place, whole, bool(fields.get("cut")), windows)
+
+
+def _targets_of_tokens(fields: dict[str, Any], task: Task, processor: Any) -> list[str | None] | None:
+    """What is to be said at each token, None where nothing is; None where the task has one target for all of them."""
+    ids = fields["input_ids"]
+    if "masked" in fields:  # some positions, and what stood there
+        hidden = dict(zip(fields["masked"], processor.convert_ids_to_tokens(fields["label"]), strict=True))
+        return [hidden.get(place) for place in range(len(ids))]
+    codes = next(
+        (value for name, value in fields.items() if name.startswith("label") and _is_per_token(value, ids)), None
+    )
+    if codes is None:
+        return None
+    names = task.head_config().get("id2label") or {}
+    return [None if code == IGNORED else str(names.get(code, code)) for code in codes]
 
 
 def _is_per_token(value: Any, ids: Sequence[int]) -> bool:

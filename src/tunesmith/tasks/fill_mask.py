@@ -28,7 +28,8 @@ from tunesmith.data.masks import Tokens, hide
 from tunesmith.data.texts import unknown_notes
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.metrics.language import TokenScores
-from tunesmith.recipe import Data, Local
+from tunesmith.recipe import Data
+from tunesmith.recipe_values import Local
 from tunesmith.tasks import Metrics, Task
 
 MASK = "[MASK]"

@@ -91,12 +91,12 @@ def open_split(path: str | Path, task: Task, data: Data, *, grouped: bool = Fals
         columns=columns,
         on_bad_row=data.on_bad_row,
         limit=data.limit,
-        plain_text=_plain(task),
+        plain_text=reads_plain_text(task),
     )
     return Split(table)
 
 
-def _plain(task: Task) -> bool:
+def reads_plain_text(task: Task) -> bool:
     """Whether text and nothing beside it is what the task learns from."""
     return task.required == {next(iter(task.columns))}
 
@@ -107,7 +107,7 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     Raises:
         DataError: a file or row that cannot be learned from.
     """
-    data = _named_files(data, plain=_plain(task))
+    data = _named_files(data, plain=reads_plain_text(task))
     assert data.train is not None, "_named_files refuses that"
     found = {"train": open_split(data.train, task, data, grouped=True)}
     for name, value in (("validation", data.validation), ("test", data.test)):

@@ -104,7 +104,7 @@ def clean_rows(path: str) -> Rows:
     recipe, _, _ = asked(path, (), None)
     report = data_check.check(path)
     accused = {fault["line"] for finding in report["findings"] for fault in finding["faults"]}
-    data, named, _ = find_files(recipe.data)
+    data, named, _ = find_files(recipe.data, recipe.task)  # type: ignore[arg-type]
     file = open_file("train", named["train"], recipe.task, data)  # type: ignore[arg-type]
     rows = [row for row in file.good_rows() if int(row.place.rpartition(":")[2]) not in accused]
     return [(str(row.values["text"]), str(row.values["label"])) for row in rows]

@@ -241,3 +241,22 @@ def test_of_endless_faults_the_first_are_kept_and_all_counted() -> None:
 def test_the_python_call_is_the_command(tmp_path: Path) -> None:
     path = _write(tmp_path / "train.csv", ["text,label", "fine film,1", "dull film,0"])
     assert data_check.check(str(path))["splits"]["train"]["rows"] == 2
+
+
+def test_a_folder_of_texts_is_looked_at_text_by_text(sentences: list[str], checked: Checked, tmp_path: Path) -> None:
+    for number, text in enumerate([*sentences[:20], sentences[4]]):
+        (tmp_path / f"{number:02}.txt").write_text(text, encoding="utf-8")
+    code, report = checked(tmp_path, "task=fill-mask", "data.validation=null")
+    (fault,) = _only(report, "duplicate")["faults"]
+    assert code == 0 and report["splits"]["train"]["rows"] == 21
+    assert (fault["file"], fault["line"]) == (str(tmp_path / "20.txt"), 1) and fault[
+        "see"
+    ] == f"{tmp_path / '04.txt'}:1"
+
+
+def test_the_group_of_a_recipe_keeps_rows_together(sentences: list[str], checked: Checked, tmp_path: Path) -> None:
+    rows = ({"text": text, "label": n % 2, "case": n // 4} for n, text in enumerate(sentences[:120]))
+    path = _write(tmp_path / "all.jsonl", rows)
+    assert _only(checked(path, "data.validation=0.2", "--group", "case")[1], "group-leak")["count"] > 0
+    code, report = checked(path, "data.validation=0.2", "data.group=case")
+    assert code == 0 and report["findings"] == []

@@ -50,7 +50,7 @@ def test_targets_of_tokens_are_marked(monkeypatch: pytest.MonkeyPatch, capsys: p
 
     monkeypatch.setattr(TextClassification, "encode", encode)
     task = TextClassification(labels="single", classes=["O", "B-FILM"])
-    (shown,) = data_show.encoded([Row("x:1", {"text": "the film"})], task, tiny_tokenizer(), Data())
+    (shown,) = data_show.encoded([(0, Row("x:1", {"text": "the film"}))], task, tiny_tokenizer(), Data(), 0)
     assert [token.target for token in shown.windows[0]] == [None, "B-FILM", None, None] and shown.target is None
     page = data_show.page([shown], "a <title>")
     assert "a &lt;title&gt;" in page and 'class="token loss"' in page and "B-FILM" in page
@@ -75,7 +75,7 @@ def test_colour_only_where_it_is_wanted(show: Show, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("words", "code", "said"),
-    ((("--row", "999"), 2, "train has 60 rows"), (("--split", "test"), 2, "there is no test split; there is train")),
+    ((("--row", "999"), 2, "train has no row 999"), (("--split", "test"), 2, "there is no test split; there is train")),
 )
 def test_what_cannot_be_shown(words: tuple[str, ...], code: int, said: str, show: Show) -> None:
     found, out, err = show(*words)
@@ -85,3 +85,28 @@ def test_what_cannot_be_shown(words: tuple[str, ...], code: int, said: str, show
 def test_a_model_is_needed(command: Any, reviews_csv: Path) -> None:
     code, _, err = command("data", "show", str(reviews_csv))
     assert code == 2 and "--model NAME" in err
+
+
+def test_hidden_words_of_fill_mask_are_shown_with_what_stood_there(
+    command: Any, tiny_bert: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"the film was great and {'very ' * number}dull .\n" for number in range(12)))
+    words = (
+        "data",
+        "show",
+        str(text),
+        "task=fill-mask",
+        "task.mask_share=0.4",
+        "--model",
+        str(tiny_bert),
+        "-n",
+        "1",
+        "--json",
+    )
+    code, out, _ = command(*words)
+    (block,) = json.loads(out)["rows"]
+    told = [token for token in block["windows"][0] if token["target"] is not None]
+    assert code == 0 and block["target"] is None and len(told) == pytest.approx(0.4 * 62, abs=3)
+    assert sum(token["text"] == "[MASK]" for token in told) > len(told) / 2
+    assert json.loads(command(*words)[1]) == json.loads(out)

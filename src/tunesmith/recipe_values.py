@@ -1,0 +1,38 @@
+"""Kinds of values that keys of a recipe take: paths of this machine, and changes to texts."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from tunesmith.registry import Keys
+
+
+def local_path(path: str) -> str:
+    """`~` is the home folder. A variable is the shell's affair: its value may be a secret, and recipes are shared."""
+    if (found := re.search(r"\$(\w+|\{\w+\})", path)) and not Path(path).exists():
+        what = f"{found[0]} is not filled in here"
+        raise ValueError(f"{what}; write it out, or give the key on the command line, where the shell fills it in")
+    return os.path.expanduser(path)
+
+
+Local = Annotated[str, AfterValidator(local_path)]
+
+
+class Augmentation(Keys):
+    """One way to change the texts of train, anew in each epoch."""
+
+    name: Literal["word-dropout", "word-swap", "typos", "synonyms"] = Field(description="what is done to words")
+    probability: float = Field(0.1, gt=0, lt=1, description="of each word")
+    file: Local | None = Field(None, description="for synonyms: lines such as `good, fine, nice`")
+
+    @model_validator(mode="after")
+    def _list_of_synonyms(self) -> Self:
+        if (self.name == "synonyms") != (self.file is not None):
+            said = "synonyms need a file of them" if self.file is None else f"{self.name} reads no file"
+            raise ValueError(f"{said}; e.g. {{name: synonyms, file: synonyms.txt}}")
+        return self
