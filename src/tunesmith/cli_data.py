@@ -97,7 +97,9 @@ def _about(split: dict[str, Any]) -> Iterator[str]:
 def convert(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="A file in any format that is read.")],
     output: Annotated[Path, typer.Argument(help="The new file; .gz at the end compresses it.")],
-    to: Annotated[str | None, typer.Option(help="csv, tsv, jsonl, json, parquet; default: by OUTPUT's name.")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="csv, tsv, jsonl, json, parquet, conll; default: by OUTPUT's name.")
+    ] = None,
     header: Annotated[
         bool | None, typer.Option("--header/--no-header", help="Whether the first line names columns; default: seen.")
     ] = None,

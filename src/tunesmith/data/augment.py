@@ -16,7 +16,7 @@ import numpy as np
 
 from tunesmith.data.encoded import file_sha256
 from tunesmith.data.formats import Row
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe_values import Augmentation
 
 MAX_WORDS = 4
@@ -187,11 +187,30 @@ class Augmenter:
         return words
 
     def row(self, row: Row, epoch: int, index: int) -> Row:
-        """A row with its texts changed; blanks between words that nothing has happened to stay as they are."""
+        """A row with its texts changed; blanks between words that nothing has happened to stay as they are.
+
+        Of words with tags only those outside of entities are changed, and the tags go along.
+
+        Raises:
+            RecipeError: the labels of words are no list of tags, so that they cannot go along.
+        """
+        if "tokens" in row.values:
+            return self._tagged(row, epoch, index)
         values = {
             role: self._text(value, epoch, index) if role.startswith("text") and isinstance(value, str) else value
             for role, value in row.values.items()
         }
+        return Row(row.place, values)
+
+    def _tagged(self, row: Row, epoch: int, index: int) -> Row:
+        tokens, tags = row.values["tokens"], row.values.get("label")
+        assert isinstance(tokens, list), "the role holds lists"
+        if not isinstance(tags, list) or len(tags) != len(tokens) or not all(isinstance(tag, str) for tag in tags):
+            what = "data.augment: words can be changed where each has its tag, as a text"
+            raise RecipeError(what, where=row.place, hint="give tokens and tags, or leave the key out")
+        after = self.words(Words.of([str(word) for word in tokens], [tag != "O" for tag in tags]), epoch, index)
+        values = {role: value for role, value in row.values.items() if role != "text"}  # it says the words as they were
+        values |= {"tokens": list(after.words), "label": [tags[origin] for origin in after.origins]}
         return Row(row.place, values)
 
     def _text(self, text: str, epoch: int, index: int) -> str:

@@ -27,7 +27,7 @@ from tunesmith.models import sources
 from tunesmith.prepare import max_length
 from tunesmith.recipe import Recipe
 from tunesmith.studies.data_faults import Fields, class_faults, private_faults, spread, token_faults, unknown_labels
-from tunesmith.studies.data_files import File, asked, find_files, fits, open_file, shown, text
+from tunesmith.studies.data_files import File, asked, find_files, guessed_task, open_file, shown, text
 from tunesmith.tasks import Task
 from tunesmith.techniques import Technique
 from tunesmith.training import examples
@@ -117,8 +117,7 @@ class _Check:
         self.findings, self.notes, self.seen = Findings(), list[str](), _Seen()
         self.data, named, self.are_splits = find_files(recipe.data, recipe.task)
         first = next(iter(named.values()))
-        misfit = fits(recipe.task, first, self.data) if guess and not self.data.columns else None
-        self.task = recipe.task if misfit is None else None
+        self.task, misfit = guessed_task(recipe.task, first, self.data) if guess else (recipe.task, None)
         self.files = list(self._opened(named))
         if misfit is not None and self.files:
             self.notes.append(f"taken as rows without a task ({misfit.what}); task=NAME says which")
@@ -253,14 +252,14 @@ class _Check:
                 parts[split.indices] = len(names)
                 train.drawn[name] = len(split.indices)
                 names.append(name)
-        if train.classes and read.task.head_config().get("id2label"):
+        if train.classes and read.task.strata(()) is not None:
             self.findings.add(class_faults(self.files))
             targets, number = [*self.seen.targets, ()], train.rows
             for file in self.files[1:]:
                 numbers = range(number, number := number + file.rows)
                 rows = ((self._place(row), targets[self.seen.target[row]]) for row in numbers)
                 self.findings.add(unknown_labels(file, set(train.classes), rows, self.row_level))
-        else:  # numbers, not classes
+        else:  # numbers, or a tag for each word
             for file in self.files:
                 file.classes.clear()
 
@@ -316,7 +315,7 @@ class _Check:
 
     def _tokenizer(self) -> tuple[Any, int] | None:
         """The model's tokenizer, and how many tokens are read; None where no model is named or to be had."""
-        task, technique = self.recipe.task, self.recipe.technique
+        task, technique = self.task or self.recipe.task, self.recipe.technique
         assert isinstance(task, Task) and isinstance(technique, Technique)
         if self.model is None:
             return None
@@ -354,4 +353,5 @@ def _number(column: str) -> int | None:
 
 
 def _label(target: Any) -> str:
-    return ", ".join(target) if isinstance(target, tuple) else str(target)
+    told = ", ".join(target) if isinstance(target, tuple) else str(target)
+    return told if len(told) <= 24 else f"{told[:23]}…"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import recipe as recipes
+from tunesmith import registry
 from tunesmith.data.formats import SUFFIXES, Row, find_splits, is_folder, read_raw
 from tunesmith.data.formats.raw import BadRow, RawRow, Rows
 from tunesmith.errors import DataError, RecipeError
@@ -105,6 +106,16 @@ def fits(task: Task, path: Path, data: Data) -> DataError | None:
     return None
 
 
+def guessed_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataError | None]:
+    """A task that the file has all for, the given one or token-classification; else why not the given one."""
+    misfit = fits(task, path, data)
+    if misfit is None or data.columns:
+        return task, None
+    other = registry.get("task", "token-classification")()
+    assert isinstance(other, Task)
+    return (other, None) if fits(other, path, data) is None else (None, misfit)
+
+
 def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
     """A file as rows of a task; without one, as rows of which nobody has said what they are for.
 
@@ -115,7 +126,7 @@ def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
         return _open_whole(name, path, data)
     table = examples.open_split(path, task, data).table
     names: Sequence[Column] = list(table.columns.values())
-    if table.format != "text":
+    if table.format not in ("text", "conll"):
         names, _ = read_raw(path, header=all(isinstance(column, str) for column in names))
     return File(name, path, names, table.raw_rows, table.judge, dict(table.columns), data.limit, table.note)
 
@@ -156,7 +167,7 @@ def _whole(path: Path, raw: RawRow | BadRow, words: frozenset[Column]) -> Row | 
 def texts(row: Row) -> list[str]:
     """What a row says beside its target, as a model reads it."""
     found = [str(value) for role, value in row.values.items() if role.startswith("text")]
-    if not found and isinstance(words := row.values.get("tokens"), list):
+    if isinstance(words := row.values.get("tokens"), list):
         found = [" ".join(map(str, words))]
     return found
 

@@ -20,7 +20,7 @@ from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.prepare import max_length
 from tunesmith.recipe import Data
-from tunesmith.studies.data_files import asked, find_files
+from tunesmith.studies.data_files import asked, find_files, guessed_task
 from tunesmith.tasks import Task
 from tunesmith.techniques import Technique
 from tunesmith.training import examples
@@ -72,19 +72,20 @@ def show(
         RecipeError: no model is named, or there is no such split or row.
         DataError: the data cannot be read.
     """
-    recipe, _, spec = asked(target, overrides, model)
+    recipe, guess, spec = asked(target, overrides, model)
     if spec is None:
         raise RecipeError("a model is needed: its tokenizer says what it sees", hint="--model NAME, or name a recipe")
     assert isinstance(recipe.task, Task) and isinstance(recipe.technique, Technique)
-    data, _, _ = find_files(recipe.data, recipe.task)
-    read = examples.read(recipe.task, data, recipe.train.seed)
+    data, named, _ = find_files(recipe.data, recipe.task)
+    wanted = guessed_task(recipe.task, next(iter(named.values())), data)[0] if guess else None
+    read = examples.read(wanted or recipe.task, data, recipe.train.seed)
     if split not in read.splits:
         raise RecipeError(
             f"there is no {split} split", where="--split", hint=f"there is {', '.join(sorted(read.splits))}"
         )
     source = sources.resolve(spec, offline=offline)
-    processor = models.load_processor(source, recipe.task.model_class)
-    shape = models.load_shape(source, recipe.task.model_class, processor)
+    processor = models.load_processor(source, read.task.model_class)
+    shape = models.load_shape(source, read.task.model_class, processor)
     longest = max_length(read.data.max_length, shape, processor, recipe.technique)
     task, data = read.task.for_processor(processor), read.data.model_copy(update={"max_length": longest})
     first = 0 if row is None else row - 1
@@ -99,14 +100,12 @@ def show(
         what = "only train is changed" if data.augment else "data.augment is not given"
         raise RecipeError(f"--augmented: {what}", hint="data.augment='[{name: word-dropout, probability: 0.1}]'")
     augmenter = Augmenter.of(data.augment, seed)
-    changed = [
-        (
-            index,
-            Row(f"{one.place} in epoch {epoch + 1}", augmenter.row(one, epoch, index).values) if epoch >= 0 else one,
-        )
-        for index, one in numbered
-        for epoch in range(-1, EPOCHS)
-    ]
+    changed = []
+    for index, one in numbered:
+        changed.append((index, one))
+        for epoch in range(EPOCHS):
+            values = augmenter.row(one, epoch, index).values
+            changed.append((index, Row(f"{one.place} in epoch {epoch + 1}", values)))
     return encoded(changed, task, processor, data, seed)
 
 
@@ -160,6 +159,11 @@ def _targets_of_tokens(fields: dict[str, Any], task: Task, processor: Any) -> li
     if "masked" in fields:  # some positions, and what stood there
         hidden = dict(zip(fields["masked"], processor.convert_ids_to_tokens(fields["label"]), strict=True))
         return [hidden.get(place) for place in range(len(ids))]
+    if "first" in fields and "tags" in fields:  # the places of words, and the tag of each
+        names = task.head_config()["id2label"]
+        tags = dict(zip(fields["first"], fields["tags"], strict=True))
+        tags |= dict(zip(fields.get("rest", ()), fields.get("rest_tags", ()), strict=True))
+        return [names[tags[place]] if place in tags else None for place in range(len(ids))]
     codes = next(
         (value for name, value in fields.items() if name.startswith("label") and _is_per_token(value, ids)), None
     )

@@ -6,9 +6,10 @@ answered at its first sub-word; sentences longer than the model reads are read i
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -17,12 +18,13 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from tunesmith.data import findings
 from tunesmith.data.batches import Batch
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import Row
 from tunesmith.data.labels import class_weights
 from tunesmith.data.spans import read_tags, unknown_tag, words_of
-from tunesmith.data.tags import Scheme, TagSet, belongs, faults, scheme_of, split_tag, tags_of_types
+from tunesmith.data.tags import Scheme, TagSet, belongs, faults, faults_of_rows, scheme_of, split_tag, tags_of_types
 from tunesmith.data.texts import model_inputs
 from tunesmith.data.words import encode_words, words_notes
 from tunesmith.errors import DataError, shorten
@@ -131,6 +133,16 @@ class TokenClassification(Task):
         types = TagSet(self._names).types
         shown = f"{', '.join(types[:10])}{' ...' if len(types) > 10 else ''}"
         return [f"tags are read as {self.scheme}, {len(types)} types ({shown})", *words_notes(encoded, processor)]
+
+    def faults(self, rows: Iterable[Row]) -> Iterator[findings.Fault]:
+        """Tags that cannot follow one another in the scheme of most sentences."""
+        read = []
+        for row in rows:
+            with contextlib.suppress(DataError):  # one that cannot be read is told already
+                read.append((row, read_tags(row, self.tags)))
+        scheme = scheme_of(tags for _, tags in read) if self.scheme == "auto" else self.scheme
+        for place, fault in faults_of_rows(read, scheme) if scheme else ():
+            yield findings.Fault("tags", f"a tag is unsound in {scheme}", place, fault.what, fault.hint, "error")
 
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
         """The sum of the weights of all that carries loss, else its number."""

@@ -317,9 +317,12 @@ class Augmented:
 
     def __init__(self, read: Examples, processor: Any, seed: int, cache: Path) -> None:
         self._split, self._task, self._data = read.splits["train"], read.task, read.data
-        texts = any(role.startswith("text") for role in self._split.table.columns)
-        if not texts or not read.task.rows_are_examples:
-            what = f"data.augment: {read.task.name} has no example that is one text to change"
+        columns, tagged = self._split.table.columns, "tokens" in read.task.columns
+        changeable = "tokens" in columns if tagged else any(role.startswith("text") for role in columns)
+        if not changeable or not read.task.rows_are_examples:
+            what = (
+                f"data.augment: {read.task.name} has no {'tokens with tags' if tagged else 'example of one text'} here"
+            )
             raise RecipeError(what, hint="leave the key out")
         self._processor, self._cache = processor, cache
         self._augmenter = Augmenter.of(read.data.augment or (), seed)

@@ -19,7 +19,7 @@ from tunesmith.data.augment import (
     swap_words,
 )
 from tunesmith.data.formats import Row
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe_values import Augmentation
 
 TEXT = "The  film, shot in Rome,\nwas a warm and moving story of two brothers"
@@ -95,6 +95,16 @@ def test_synonyms_of_a_list(tmp_path: Path) -> None:
     step = Augmentation(name="synonyms", probability=0.999, file=str(path))
     changed = Augmenter.of([step], 0).row(Row("x:1", {"text": "这部电影 I bear it"}), 0, 0)
     assert changed.values["text"] == "这部片子 I put up with it"
+
+
+def test_tags_go_along_and_entities_stay() -> None:
+    row = Row("x:1", {"tokens": TEXT.split(), "label": ["O"] * 4 + ["B-CITY"] + ["O"] * 9})
+    for index in range(50):
+        after = Augmenter.of(EACH, 0).row(row, 0, index).values
+        assert after["tokens"][after["label"].index("B-CITY")] == "Rome,"  # type: ignore[attr-defined,index]
+        assert len(after["tokens"]) == len(after["label"])  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="each has its tag"):
+        Augmenter.of(EACH, 0).row(Row("x:1", {"tokens": ["a", "b"], "label": [{"start": 0}]}), 0, 0)
 
 
 @pytest.mark.parametrize(("text", "said"), (("alone\n", "one word alone"), ("a, b c d e f\n", "more than 4 words")))

@@ -260,3 +260,21 @@ def test_the_group_of_a_recipe_keeps_rows_together(sentences: list[str], checked
     assert _only(checked(path, "data.validation=0.2", "--group", "case")[1], "group-leak")["count"] > 0
     code, report = checked(path, "data.validation=0.2", "data.group=case")
     assert code == 0 and report["findings"] == []
+
+
+def test_planted_faults_of_tags_are_found_by_line(sentences: list[str], checked: Checked, tmp_path: Path) -> None:
+    draw, lines, planted_at = random.Random(0), list[str](), set[int]()
+    for number, sentence in enumerate(sentences[:400]):
+        words = sentence.split()
+        tags = ["O"] * len(words)
+        start = draw.randrange(1, len(words) - 3)
+        tags[start : start + 3] = ["B-FILM", "I-FILM", "I-FILM"]
+        if number % 8 == 0:
+            tags[start] = "O"
+            planted_at.add(len(lines) + start + 2)
+        lines += [f"{word}\t{tag}" for word, tag in zip(words, tags, strict=True)] + [""]
+    code, report = checked(_write(tmp_path / "train.conll", lines))
+    finding = _only(report, "tags")
+    assert code == 3 and report["task"] == "token-classification" and finding["count"] == 50
+    assert {fault["line"] for fault in finding["faults"]} == planted_at
+    assert "imbalance" not in _kinds(report)

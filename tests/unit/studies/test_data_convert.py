@@ -16,6 +16,7 @@ from tunesmith.data.formats.write import WRITERS
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.studies.data_convert import convert
 
+TABLES = [kind for kind in WRITERS if kind != "conll"]
 ROWS = [
     {"text": "plain words", "label": "a", "note": "x"},
     {"text": 'a "quoted", comma; tab\there', "label": "b", "note": "|"},
@@ -35,7 +36,7 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(WRITERS, 2)))
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(TABLES, 2)))
 def test_a_round_trip_changes_nothing(first: str, second: str, source: Path, tmp_path: Path) -> None:
     one, two, back = tmp_path / f"one.{first}", tmp_path / f"two.{second}.gz", tmp_path / "back.jsonl"
     two = two if second != "parquet" else tmp_path / "two.parquet"
@@ -90,11 +91,30 @@ def test_what_parquet_cannot_hold_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "rows.parquet").exists()
 
 
-def test_words_with_tags_are_no_table(tmp_path: Path) -> None:
-    source = tmp_path / "train.tsv"
-    source.write_text("EU\tB-ORG\nrejects\tO\n\nPeter\tB-PER\nspoke\tO\n")
-    with pytest.raises(DataError, match="words with tags"):
-        convert(source, tmp_path / "rows.csv")
+def test_words_with_tags_there_and_back(tmp_path: Path) -> None:
+    source = tmp_path / "train.conll"
+    source.write_text("-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n\nPeter NNP B-PER\nspoke VBD O\n")
+    assert convert(source, tmp_path / "train.jsonl")["columns"] == ["tokens", "column_1", "tags"]
+    assert _rows(tmp_path / "train.jsonl")[1] == {
+        "tokens": ["Peter", "spoke"], "column_1": ["NNP", "VBD"], "tags": ["B-PER", "O"],
+    }  # fmt: skip
+    convert(tmp_path / "train.jsonl", tmp_path / "back.conll")
+    assert (tmp_path / "back.conll").read_text() == source.read_text().partition("O\n\n")[2].replace(" ", "\t") + "\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    (
+        ({"text": "a"}, "no columns tokens and tags"),
+        ({"tokens": ["a", "b"], "tags": ["O"]}, "row 1: tokens, tags are not lists of one length"),
+        ({"tokens": ["a\tb"], "tags": ["O"]}, "a tab or a line end"),
+    ),
+)
+def test_what_conll_cannot_hold(row: dict[str, Any], said: str, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=said):
+        convert(source, tmp_path / "rows.conll")
 
 
 def test_nothing_is_overwritten(source: Path, tmp_path: Path) -> None:

@@ -110,3 +110,13 @@ def test_hidden_words_of_fill_mask_are_shown_with_what_stood_there(
     assert code == 0 and block["target"] is None and len(told) == pytest.approx(0.4 * 62, abs=3)
     assert sum(token["text"] == "[MASK]" for token in told) > len(told) / 2
     assert json.loads(command(*words)[1]) == json.loads(out)
+
+
+def test_tags_stand_at_first_sub_words_and_go_along(command: Any, tiny_bert: Path, tmp_path: Path) -> None:
+    data = tmp_path / "train.conll"
+    data.write_text("the\tO\ngreat\tB-FILM\nfilm\tI-FILM\nwas\tO\nvery\tO\ndull\tO\n\na\tO\nplot\tO\n\n")
+    words = ("data", "show", str(data), "--model", str(tiny_bert), "--row", "1")
+    code, out, _ = command(*words)
+    assert code == 0 and "[CLS] the<O> great<B-FILM> film<I-FILM> was<O> very<O> dull<O> [SEP]" in out
+    code, out, _ = command(*words, "--augmented", "data.augment=[{name: word-dropout, probability: 0.6}]")
+    assert code == 0 and out.count("great<B-FILM> film<I-FILM>") == 4 and out.count("very<O>") < 4

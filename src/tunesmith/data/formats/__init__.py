@@ -102,7 +102,9 @@ class Table:
     def judge(self, raw: RawRow | BadRow) -> Row | BadRow:
         """A row as read under its roles, or what is wrong with it."""
         values = raw if isinstance(raw, BadRow) else self._values(raw)
-        return values if isinstance(values, BadRow) else Row(f"{self.path / raw.file}:{raw.line}", values, self.format == "conll")
+        if isinstance(values, BadRow):
+            return values
+        return Row(f"{self.path / raw.file}:{raw.line}", values, self.format == "conll")
 
     def _values(self, raw: RawRow) -> dict[str, object] | BadRow:
         values: dict[str, object] = {}
@@ -211,10 +213,13 @@ def read_raw(path: str | Path, header: bool | None = None) -> tuple[Sequence[str
         DataError: not a file we can read.
     """
     path = Path(path)
-    opened = _OPENERS[format_of(path)](path)
+    kind = format_of(path, tagged=True)
+    opened = _OPENERS[kind](path)
     if not opened.names:
         raise _nothing_in(path, opened)
-    if opened.by_number is None or (has_header(path, opened) if header is None else header):
+    if kind == "conll":
+        return conll.named(opened)
+    if opened.by_number is None or (has_header(opened) if header is None else header):
         return opened.names, opened.rows
     return range(len(opened.names)), opened.by_number
 

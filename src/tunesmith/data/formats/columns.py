@@ -70,15 +70,8 @@ def _without_header(
     return dict(found), f"{where.rpartition(':')[0]}: no header, so read with {told}; say so if it is otherwise", False
 
 
-def has_header(path: Path, opened: Opened) -> bool:
-    """Whether the first line names the columns, as far as that can be seen without knowing what they are for.
-
-    Raises:
-        DataError: these are words with tags.
-    """
-    if opened.sample and (tags := _tags(opened.sample)) is not None:
-        what = f"these are words with tags, one a line ({shorten(tags)}), and no table: blank lines end sentences"
-        raise DataError(what, where=f"{path}:{opened.line}", hint="task=token-classification reads such files")
+def has_header(opened: Opened) -> bool:
+    """Whether the first line names the columns, as far as that can be seen without knowing what they are for."""
     return not opened.sample or _looks_like_header(opened, {name: (name,) for name in _USUAL})
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tunesmith.data.formats.raw import BadRow, Opened, RawRow, lines, open_text, unreadable
+from tunesmith.data.formats.raw import BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
 from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
 
 TAG = re.compile(r"O|[BIESLUM]-\S+")
@@ -74,6 +74,20 @@ def find_columns(
         f"{what} from column {found[role]}" for role, what in (("tokens", "words"), ("label", "tags")) if role in found
     )
     return found, f"{path}: {width} columns: {said}, counted from 0" if width > 2 and not chosen else None
+
+
+def named(opened: Opened) -> tuple[list[str | int], Rows]:
+    """The columns under names: the first holds `tokens`, the last `tags`."""
+    width = len(opened.names)
+    names: list[str | int] = ["tokens", *(f"column_{number}" for number in range(1, width - 1)), "tags"]
+
+    def rows() -> Iterator[RawRow | BadRow]:
+        for raw in opened.rows():
+            if isinstance(raw, RawRow):
+                raw = RawRow(raw.line, {names[column]: value for column, value in raw.values.items()})
+            yield raw
+
+    return names, rows
 
 
 def _fields(line: str, tabs: bool) -> list[str]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tunesmith.data.formats.parquet import BATCH_ROWS
-from tunesmith.errors import DataError, RecipeError, did_you_mean
+from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
 
 Table = Callable[[], Iterator[dict[str, Any]]]
 """A fresh reader of the rows."""
@@ -117,10 +117,31 @@ def _filled(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> Iterator[li
         yield [{name: row.get(name) for name in names} for row in part]
 
 
+def _write_conll(path: Path, names: Sequence[str], rows: Table) -> None:
+    """A word and its tag a line, and what stands between them in other columns; a blank line behind each sentence."""
+    if not {"tokens", "tags"} <= set(names):
+        what = f"no columns tokens and tags among: {', '.join(names[:20])}"
+        raise DataError(what, where=str(path), hint="CoNLL holds words with a tag each")
+    ordered = ["tokens", *(name for name in names if name not in ("tokens", "tags")), "tags"]
+    with _text(path) as file:
+        for number, row in enumerate(rows(), start=1):
+            columns = [row.get(name) for name in ordered]
+            if not all(isinstance(column, list) and len(column) == len(columns[0] or ()) for column in columns):
+                what = f"row {number}: {', '.join(ordered)} are not lists of one length"
+                raise DataError(what, where=str(path), hint="CoNLL holds a line for each word")
+            for parts in zip(*columns, strict=True):  # type: ignore[arg-type]
+                if any(not str(part).strip() or set(str(part)) & set("\t\n\r") for part in parts):
+                    what = f"row {number}: {shorten(parts)} has an empty part, a tab or a line end"
+                    raise DataError(what, where=str(path), hint="CoNLL cannot hold it")
+                file.write("\t".join(map(str, parts)) + "\n")
+            file.write("\n")
+
+
 WRITERS: dict[str, Callable[[Path, Sequence[str], Table], None]] = {
     "csv": _write_delimited(","),
     "tsv": _write_delimited("\t"),
     "jsonl": _write_json_lines,
     "json": _write_json_array,
     "parquet": _write_parquet,
+    "conll": _write_conll,
 }
