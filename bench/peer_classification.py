@@ -1,28 +1,22 @@
-"""One run of the peer, transformers' Trainer and PEFT, on text classification, at its best practice.
+"""One run of the peer, transformers' Trainer and PEFT, on text classification, at its best practice (`peer.py`).
 
     python bench/peer_classification.py --model FOLDER --data sst2 --data-root build/splits --technique lora \\
         --learning-rate 2e-3 --epochs 3 --seed 0 --test
 
-bf16 autocast, dynamic padding, batches grouped by length, fused AdamW, linear schedule with warm-up, the best epoch on
-validation kept. Prints one JSON line. Training is timed alone: evaluation and saving are outside of it.
-`cpu_seconds` are the whole process's, which hold where other processes have the machine too.
+Prints one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
-import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peer_techniques import TECHNIQUES, adapt
+from peer import arguments, measure
+from peer_techniques import adapt
 from sklearn.metrics import accuracy_score, f1_score
 from splits import Rows, read_rows
 from torch import nn
@@ -31,35 +25,9 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
     logging,
     set_seed,
 )
-
-LIBRARIES = ("torch", "transformers", "peft", "accelerate")
-
-
-class TrainingTime(TrainerCallback):
-    """Seconds between the begin and the end of each epoch, before it is evaluated and saved."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.begin = 0.0
-
-    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-        self.begin = _now()
-
-    def on_epoch_end(self, *_: Any, **__: Any) -> None:
-        self.seconds += _now() - self.begin
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def build_model(folder: str, classes: list[str], technique: str) -> nn.Module:
@@ -71,7 +39,7 @@ def build_model(folder: str, classes: list[str], technique: str) -> nn.Module:
         label2id={name: index for index, name in enumerate(classes)},
         dtype=torch.float32,
     )
-    return adapt(model, technique)
+    return adapt(model, technique, "SEQ_CLS")
 
 
 def encode(rows: Rows, tokenizer: Any, classes: list[str], max_length: int) -> list[dict[str, Any]]:
@@ -91,37 +59,8 @@ def scores(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": accuracy_score(labels, said), "f1_macro": f1_score(labels, said, average="macro")}
 
 
-def training_arguments(given: argparse.Namespace, output: str, metric: str = "accuracy") -> TrainingArguments:
-    """The settings that an experienced user of the Trainer would choose."""
-    return TrainingArguments(
-        output_dir=output,
-        num_train_epochs=given.epochs,
-        per_device_train_batch_size=given.batch_size,
-        per_device_eval_batch_size=64,
-        learning_rate=given.learning_rate,
-        weight_decay=0.01,
-        warmup_steps=0.06,  # below 1 it is a share of all steps
-        lr_scheduler_type="linear",
-        optim="adamw_torch_fused",
-        bf16=given.precision == "bf16",
-        train_sampling_strategy="group_by_length",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_only_model=True,
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        metric_for_best_model=metric,
-        label_names=["labels"],
-        seed=given.seed,
-        use_cpu=given.device == "cpu" or not torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-        logging_strategy="no",
-    )
-
-
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    """Train, keep the best epoch, score it."""
+    """Read the rows, build the model, measure."""
     set_seed(given.seed)
     folder = Path(given.data_root) / given.data
     rows = {split: read_rows(folder / f"{split}.csv") for split in ("train", "validation", "test")}
@@ -129,79 +68,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = build_model(given.model, classes, given.technique)
     encoded = {split: encode(rows[split], tokenizer, classes, given.max_length) for split in rows}
-    timer = TrainingTime()
-    with tempfile.TemporaryDirectory() as output:
-        trainer = Trainer(
-            model=model,
-            args=training_arguments(given, output),
-            train_dataset=encoded["train"],
-            eval_dataset=encoded["validation"],
-            processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=scores,
-            callbacks=[timer],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        trainer.save_model(f"{output}/artefact")
-        artefact_bytes = weights_bytes(Path(output) / "artefact")
-    dev = trainer.evaluate(encoded["validation"])
-    best = trainer.state.best_metric
-    assert best is None or abs(dev["eval_accuracy"] - best) < 0.02, "the best epoch was not put back"
-    test = trainer.evaluate(encoded["test"]) if given.test else {}
-    examples = len(encoded["train"]) * given.epochs
-    return {
-        "dev_accuracy": dev["eval_accuracy"],
-        "dev_f1_macro": dev["eval_f1_macro"],
-        "test_accuracy": test.get("eval_accuracy"),
-        "test_f1_macro": test.get("eval_f1_macro"),
-        "learning_rate": given.learning_rate,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "seconds": round(timer.seconds, 2),
-        "examples_per_second": round(examples / timer.seconds, 2),
-        "cpu_seconds": round(time.process_time(), 1),
-        "artefact_bytes": artefact_bytes,
-        "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        "device": device_name(trainer.args.device),
-    }
-
-
-def weights_bytes(folder: Path) -> int:
-    """Of the safetensors files under a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The allocator's peak on a GPU, else the peak of resident memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def device_name(device: torch.device) -> str:
-    """For example 'NVIDIA H100 80GB HBM3', or 'cpu, threads: 1'."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, threads: {torch.get_num_threads()}"
-
-
-def arguments(about: str | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a pretrained model")
-    parser.add_argument("--data", required=True, help="name of a folder under --data-root")
-    parser.add_argument("--data-root", default="build/splits", help="what bench/splits.py wrote")
-    parser.add_argument("--technique", choices=TECHNIQUES, required=True)
-    parser.add_argument("--learning-rate", type=float, required=True)
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--test", action="store_true", help="score the test split too")
-    return parser.parse_args()
+    return measure(given, model, encoded, DataCollatorWithPadding(tokenizer), scores, "accuracy")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""How the peer makes a classifier learn by each technique: PEFT where it has the method, else plain PyTorch."""
+"""How the peer makes a model learn by each technique: PEFT where it has the method, else plain PyTorch."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from peft import (
@@ -15,13 +16,14 @@ from peft import (
 )
 from torch import Tensor, nn
 
-OF_PEFT: dict[str, PeftConfig] = {
-    "lora": LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["query", "value"]),
-    "ia3": IA3Config(
-        task_type="SEQ_CLS", target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"]
+OF_PEFT: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {
+    "lora": (LoraConfig, {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["query", "value"]}),
+    "ia3": (
+        IA3Config,
+        {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]},
     ),
-    "prompt": PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20),
-    "prefix": PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20),
+    "prompt": (PromptTuningConfig, {"num_virtual_tokens": 20}),
+    "prefix": (PrefixTuningConfig, {"num_virtual_tokens": 20}),
 }
 """At the sizes of our defaults. "output.dense" is a BERT's two output maps; PEFT itself picks them."""
 
@@ -50,17 +52,19 @@ class WithBottleneck(nn.Module):
         return y + self.up(F.gelu(self.down(y)))
 
 
-def adapt(model: nn.Module, technique: str) -> nn.Module:
+def adapt(model: nn.Module, technique: str, task_type: str) -> nn.Module:
     """The model in which what the technique says learns, and the head always."""
     if technique in OF_PEFT:
-        return get_peft_model(model, OF_PEFT[technique])
+        config, keys = OF_PEFT[technique]
+        return get_peft_model(model, config(task_type=task_type, **keys))
     if technique == "full":
         return model
     for parameter in model.base_model.parameters():
         parameter.requires_grad_(False)
     if technique == "last-2":
         for part in (*model.base_model.encoder.layer[-2:], model.base_model.pooler):
-            part.requires_grad_(True)
+            if part is not None:  # a model that tags words has no pooler
+                part.requires_grad_(True)
     if technique == "bitfit":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad or name.endswith(".bias"))

@@ -81,7 +81,7 @@ class Job:
         script = HERE / (peer_of(self.data) if self.arm == "peer" else "ours.py")
         words = [sys.executable, str(script), "--model", given.model, "--data-root", given.data_root]
         words += ["--data", self.data, "--technique", self.technique, "--seed", str(self.seed)]
-        words += ["--epochs", str(given.epochs or EPOCHS[self.data, self.technique]), "--device", given.device]
+        words += ["--epochs", str(EPOCHS[self.data, self.technique]), "--device", given.device]
         words += ["--learning-rate", str(self.learning_rate)] if self.learning_rate is not None else []
         return words + (["--test"] if self.test else [])
 
@@ -238,7 +238,6 @@ def main() -> int:
         "--our-grid", action="store_true", help="run the grid of rates of ours too: to choose a default"
     )
     parser.add_argument("--only-grids", action="store_true", help="no finals: test is not read")
-    parser.add_argument("--epochs", type=float, help="for trials: another number for all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--results", default="build/quality.jsonl")
