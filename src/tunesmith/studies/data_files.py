@@ -13,6 +13,7 @@ from tunesmith import recipe as recipes
 from tunesmith import registry
 from tunesmith.data.formats import SUFFIXES, Row, find_splits, is_folder, read_raw
 from tunesmith.data.formats.raw import BadRow, RawRow, Rows
+from tunesmith.data.formats.recognise import format_of
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe import Data, Recipe
 from tunesmith.tasks import Task
@@ -107,13 +108,19 @@ def fits(task: Task, path: Path, data: Data) -> DataError | None:
 
 
 def guessed_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataError | None]:
-    """A task that the file has all for, the given one or token-classification; else why not the given one."""
-    misfit = fits(task, path, data)
-    if misfit is None or data.columns:
+    """A task that the file has all for, the given one or token-classification; else why not the given one.
+
+    Words with tags, one a line, are a table of texts and classes too: what looks so is taken for sentences first.
+    """
+    if data.columns:
         return task, None
-    other = registry.get("task", "token-classification")()
-    assert isinstance(other, Task)
-    return (other, None) if fits(other, path, data) is None else (None, misfit)
+    tagged = registry.get("task", "token-classification")()
+    assert isinstance(tagged, Task)
+    misfit = fits(task, path, data)
+    first_tagged = misfit is not None or format_of(path, tagged=True) == "conll"
+    if first_tagged and fits(tagged, path, data) is None:
+        return tagged, None
+    return (task, None) if misfit is None else (None, misfit)
 
 
 def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:

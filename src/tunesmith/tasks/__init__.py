@@ -48,6 +48,7 @@ class Task(Plugin):
 
     base_has_head: ClassVar[bool] = False
     """Whether bases come with this task's head, so that they are scored as they are (`evaluate --base`)."""
+
     reads_again: ClassVar[bool] = False
     """Whether what all targets say decides which of them are faulty: training rows are then read a second time."""
 

@@ -278,3 +278,11 @@ def test_planted_faults_of_tags_are_found_by_line(sentences: list[str], checked:
     assert code == 3 and report["task"] == "token-classification" and finding["count"] == 50
     assert {fault["line"] for fault in finding["faults"]} == planted_at
     assert "imbalance" not in _kinds(report)
+
+
+def test_a_tag_of_no_scheme_does_not_make_words_a_table_of_texts(checked: Checked, tmp_path: Path) -> None:
+    rows = [line for number in range(60) for line in (f"word{number}\tO", f"Rome{number}\tB-PLACE", "")]
+    rows[3] = "view\tX-foo"
+    code, report = checked(_write(tmp_path / "train.conll", rows))
+    assert code == 3 and report["task"] == "token-classification"
+    assert [fault["line"] for fault in _only(report, "tags")["faults"]] == [4]
