@@ -36,6 +36,8 @@ class UserError(Exception):
     """What the user can mend. `str()` reads `where: what; hint` on one line, without control characters or secrets."""
 
     exit_code = 2
+    stage: int | None = None
+    """Of a recipe's stages the one in which it came up, from 1."""
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint

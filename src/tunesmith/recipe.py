@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -194,7 +194,7 @@ def load(
     Raises:
         RecipeError: names the file and line (or the command line), the key, the value and the way out.
     """
-    return _build(_leaves(path, overrides, values))
+    return _build(_leaves(_written(path, overrides, values)))
 
 
 def load_stages(
@@ -211,26 +211,10 @@ def load_stages(
     Raises:
         RecipeError: as `load`.
     """
-    written = [] if path is None else [recipe_text.read_file(Path(path))]
-    written += [recipe_text.read_mapping(values)] if values else []
-    written += [recipe_text.read_word(word) for word in overrides]
-    listed = next((tree["stages"] for tree, _ in written if isinstance(tree.get("stages"), list)), None)
-    if not listed:
+    written = _written(path, overrides, values)
+    shared, each = _of_stages(written)
+    if not each:
         return None
-    shared: Leaves = {}
-    each: list[Leaves] = [{} for _ in listed]
-    for tree, where in written:
-        beside = _flatten(({key: value for key, value in tree.items() if key != "stages"}, where))
-        _merge(shared, beside)
-        stages = _numbered(tree.get("stages"), len(listed), where)
-        for number, leaves in enumerate(each, start=1):
-            inherited = {
-                key: leaf for key, leaf in beside.items() if key[0] != "gain" and (number == 1 or key[0] != "model")
-            }
-            _merge(leaves, inherited)
-            _merge(
-                leaves, _flatten((stages[number], partial(_place_in_stage, where, number))) if number in stages else {}
-            )
     gain = {key[1]: value for key, (value, _) in shared.items() if key[0] == "gain" and len(key) == 2}
     off = shared.get(("gain",), (None, ""))[0] is None and not gain
     found = None if off else checked(Gain, gain, ("gain",), shared)
@@ -243,6 +227,26 @@ def load_stages(
         recipe = _build(leaves)
         recipes.append(recipe.model_copy(update={"output": f"{recipe.output}/{number}-{recipe.task.name}"}))
     return Stages(recipes, found, local_path(into))
+
+
+def _of_stages(written: Sequence[Written]) -> tuple[Leaves, list[Leaves]]:
+    """The keys beside `stages`, and those of each stage, which have inherited them; no stages where there are none."""
+    listed: list[Any] = next((tree["stages"] for tree, _ in written if isinstance(tree.get("stages"), list)), [])
+    shared: Leaves = {}
+    each: list[Leaves] = [{} for _ in listed]
+    for tree, where in written:
+        beside = _flatten(({key: value for key, value in tree.items() if key != "stages"}, where))
+        _merge(shared, beside)
+        stages = _numbered(tree.get("stages"), len(listed), where) if each else {}
+        for number, leaves in enumerate(each, start=1):
+            inherited = {
+                key: leaf for key, leaf in beside.items() if key[0] != "gain" and (number == 1 or key[0] != "model")
+            }
+            _merge(leaves, inherited)
+            _merge(
+                leaves, _flatten((stages[number], partial(_place_in_stage, where, number))) if number in stages else {}
+            )
+    return shared, each
 
 
 def _numbered(given: Any, count: int, where: Callable[[Key], str]) -> dict[int, dict[str, Any]]:
@@ -271,7 +275,8 @@ def _place_in_stage(where: Callable[[Key], str], number: int, key: Key) -> str:
 
 def located(error: E, path: str | Path | None, overrides: Iterable[str]) -> E:
     """An error that came later in a run, with the place at which the key that it names was written."""
-    leaves = _leaves(path, overrides, None)
+    written = _written(path, overrides, None)
+    leaves = _leaves(written) if error.stage is None else _of_stages(written)[1][error.stage - 1]
     head, _, rest = error.what.partition(": ")
     candidates = [(head, f"{error.where}: {rest}" if error.where else rest)]
     if isinstance(error, RecipeError):  # of other errors it is a file, whatever its name
@@ -283,14 +288,17 @@ def located(error: E, path: str | Path | None, overrides: Iterable[str]) -> E:
     return error
 
 
-def _leaves(path: str | Path | None, overrides: Iterable[str], values: Mapping[str, Any] | None) -> Leaves:
+def _written(path: str | Path | None, overrides: Iterable[str], values: Mapping[str, Any] | None) -> list[Written]:
+    """What was written where, the later before the earlier in force."""
+    written = [] if path is None else [recipe_text.read_file(Path(path))]
+    written += [recipe_text.read_mapping(values)] if values else []
+    return written + [recipe_text.read_word(word) for word in overrides]
+
+
+def _leaves(written: Iterable[Written]) -> Leaves:
     leaves: Leaves = {}
-    if path is not None:
-        _merge(leaves, _flatten(recipe_text.read_file(Path(path))))
-    if values:
-        _merge(leaves, _flatten(recipe_text.read_mapping(values)))
-    for word in overrides:
-        _merge(leaves, _flatten(recipe_text.read_word(word)))
+    for one in written:
+        _merge(leaves, _flatten(one))
     return leaves
 
 

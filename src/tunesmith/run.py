@@ -313,7 +313,7 @@ def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], fo
             progress.stale += 1
         line = {f"validation/{name}": _plain(value) for name, value in scores.items() if isinstance(value, float)}
         _log(folder, {"step": step.number, "epoch": round(step.epoch, 6), **line})
-        words.append(f"{metric} {score:.4f}")
+        words.append(f"{'validation ' if metric == 'loss' else ''}{metric} {score:.4f}")
     seconds = sum(one.seconds for one in since)
     words.append(f"lr {step.learning_rate:.1e}")
     words.append(f"{sum(one.examples for one in since) / seconds:.0f} examples/s")

@@ -21,7 +21,7 @@ from typing import Any
 
 from tunesmith import recipe as recipes
 from tunesmith import record, run
-from tunesmith.errors import RecipeError
+from tunesmith.errors import RecipeError, UserError
 from tunesmith.recipe import Recipe, Stages
 from tunesmith.talk import Talk
 from tunesmith.tasks import LOW_IS_GOOD
@@ -75,7 +75,11 @@ def train(
         for number, stage in enumerate(wanted.recipes, start=1):
             talk.say(f"stage {number} of {len(wanted.recipes)}: {stage.task.name}")
             mine = [key.removeprefix(f"stages.{number}.") for key in override if key.startswith(f"stages.{number}.")]
-            results.append(_run(stage, mine, options))
+            try:
+                results.append(_run(stage, mine, options))
+            except UserError as error:
+                error.stage = number
+                raise
         result = results[-1] | {"stages": results}
         if wanted.gain is not None:
             result["gain"] = _gain(wanted, wanted.gain.seeds, options)

@@ -150,6 +150,16 @@ def test_refusals_name_the_line(why: str, tmp_path: Path, command: Callable[...,
     assert code == 2 and "there is no stage '2'; 1 to 1" in err, err
 
 
+def test_a_later_refusal_names_its_line_in_the_stage(
+    written: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    written.write_text(written.read_text().replace("{max_steps: 3}", "{max_steps: 3, metric: f2}"))
+    code, _, err = command("train", str(written), "--offline")
+    assert code == 2 and f"{written}:10: stages.2.train.metric: no 'f2' here" in err, err
+    code, _, err = command("train", str(written), "stages.1.train.metric=f3", "--offline", "--overwrite")
+    assert code == 2 and "command line: stages.1.train.metric: no 'f3' here" in err, err
+
+
 def test_json_is_one_object(written: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = command("train", str(written), "train.max_steps=1", "--json", "--offline")
     assert code == 0, err
