@@ -186,6 +186,24 @@ def compare(results: Results, pairs: list[tuple[str, str]], seeds: int, arms: Se
     return "\n".join(lines) + "\n"
 
 
+def costs(results: Results, pairs: list[tuple[str, str]], seeds: int) -> str:
+    """What each technique gives and takes: the table of the README."""
+    lines = [
+        "| data | technique | score on test | the peer's | learned | CPU seconds | peak memory, MB | on disk, MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for data, technique in pairs:
+        score, rate = scores_of(data)[1], best_rate(results, data, technique)
+        peer = None if rate is None else results.all_of(finals("peer", data, technique, rate, seeds))
+        if ours := results.all_of(finals("ours", data, technique, None, seeds)):
+            cells = [data, technique, _cell(ours, score), _cell(peer, score), f"{ours[0]['trainable_parameters']:,}"]
+            for key, unit in (("cpu_seconds", 1.0), ("peak_memory_bytes", 1e6), ("artefact_bytes", 1e6)):
+                known = [run[key] / unit for run in ours if key in run]
+                cells.append(f"{statistics.median(known):.3g}" if known else "-")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _row(data: str, technique: str, rate: float | None, score: str, peer: Any, ours: Any) -> str:
     cells = [data, technique, str(EPOCHS[data, technique]), "-" if rate is None else f"{rate:g}"]
     cells += [f"{ours[0]['learning_rate']:.2g}" if ours else "-", score.replace("_", " ")]
@@ -212,6 +230,8 @@ def write_report(results: Results, pairs: list[tuple[str, str]], given: argparse
     text += "(chosen on validation with seed 0), ours at its default. Difference = ours - peer; it holds when it is no "
     text += f"worse than -max({ALLOWED_POINTS}, 2 standard errors of the difference).\n\n"
     text += compare(results, pairs, given.seeds, given.arms)
+    text += "\nWhat ours gives and takes, medians over runs, beside the peer's score:\n\n"
+    text += costs(results, pairs, given.seeds)
     for arm in given.arms:
         of_arm = [record for record in records if record["job"]["arm"] == arm]
         for key in ("device", "versions"):
