@@ -132,8 +132,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     read = replace(read, data=read.data.model_copy(update={"max_length": longest}))
     encoded = _encode(read, processor, talk)
     changed = _augmented(read, processor, recipe.train.seed) if read.data.augment else None
-    if recipe.train.metric and "validation" in encoded:
-        evaluate.pick(evaluate.random_scores(read.task, encoded["train"], encoded["validation"]), recipe.train.metric)
+    _check_metric(recipe.train.metric, read.task, encoded)
     resolved = _resolve(recipe, read, technique, anatomy, found)
     return Prepared(
         resolved,
@@ -150,6 +149,14 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
         padding_free,
         changed,
     )
+
+
+def _check_metric(metric: str | None, task: Task, encoded: dict[str, Encoded]) -> None:
+    """Refuse a metric that no score will have."""
+    if metric in task.text_scores and not task.rows_written:
+        raise RecipeError(f"train.metric: {metric} is of texts, and none are written", hint="task.generate={}")
+    if metric and metric not in task.text_scores and "validation" in encoded:
+        evaluate.pick(evaluate.random_scores(task, encoded["train"], encoded["validation"]), metric)
 
 
 def _fold_adapter(model: str, offline: bool, allow_pickle: bool, talk: Talk) -> None:

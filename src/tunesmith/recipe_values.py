@@ -1,4 +1,4 @@
-"""Kinds of values that keys of a recipe take: paths of this machine, and changes to texts."""
+"""Kinds of values that keys of a recipe take: paths of this machine, changes to texts, how a model writes."""
 
 from __future__ import annotations
 
@@ -36,3 +36,13 @@ class Augmentation(Keys):
             said = "synonyms need a file of them" if self.file is None else f"{self.name} reads no file"
             raise ValueError(f"{said}; e.g. {{name: synonyms, file: synonyms.txt}}")
         return self
+
+
+class Generation(Keys):
+    """How a model writes a text."""
+
+    max_new_tokens: int = Field(128, ge=1, description="tokens of an answer at most")
+    num_beams: int = Field(1, ge=1, description="beginnings that are followed at once; 1: no search")
+    temperature: float = Field(0.0, ge=0, description="0: always the likeliest token; above, tokens are drawn")
+    top_p: float = Field(1.0, gt=0, le=1, description="drawn from the likeliest tokens that make this share")
+    rows: int | None = Field(None, ge=1, description="rows of a split for which texts are written to be scored")

@@ -131,6 +131,6 @@ def ended(folder: Path, outcome: str) -> None:
 def write_predictions(prepared: Prepared, answers: list[dict[str, Any]], folder: Path) -> None:
     """Every row of the test split as read, with the answer beside it."""
     said = zip(prepared.examples.splits["test"].rows(), answers, strict=True)
-    full = ({"row": r.place, **r.values, "prediction": prepared.task.completed(answer, r)} for r, answer in said)
+    full = ({"row": r.place, **r.values, "prediction": prepared.task.completed(one, r)} for r, one in said if one)
     lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in full)
     files.atomic_write(folder / "predictions-test.jsonl", "".join(lines))

@@ -221,7 +221,8 @@ def _score_before(prepared: Prepared, progress: Progress, folder: Path, talk: Ta
     held_out = [name for name in ("validation", *task.others()) if name in prepared.encoded]
     with talk.during(f"scoring {' and '.join(held_out)} before anything but a head has learned"):
         progress.before = {
-            name: evaluate.scores(model, task, prepared.encoded[name], prepared.machine) for name in held_out
+            name: evaluate.scores(model, task, prepared.encoded[name], prepared.machine, write=task.rows_written)
+            for name in held_out
         }
     head = f"its new head alone has learned, for {progress.step} steps" if progress.step else "nothing has learned"
     for name, scores in progress.before.items():
@@ -303,7 +304,9 @@ def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], fo
     better = False
     if "validation" in prepared.encoded:
         with talk.during("scoring validation"):
-            scores = evaluate.scores(prepared.model, prepared.task, prepared.encoded["validation"], prepared.machine)
+            split, task = prepared.encoded["validation"], prepared.task
+            write = task.rows_written if metric in task.text_scores else 0
+            scores = evaluate.scores(prepared.model, task, split, prepared.machine, write=write)
         score = evaluate.pick(scores, metric)
         sign = -1 if metric in LOW_IS_GOOD else 1
         better = math.isfinite(score) and (progress.best is None or sign * score > sign * progress.best)
@@ -395,7 +398,7 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
         metrics["baseline"] = {"split": name, **guess}
     result = record.result(prepared, progress, folder, metrics)
     if parallel.rank() == 0:
-        if "test" in prepared.examples.splits and prepared.task.rows_are_examples:
+        if "test" in prepared.examples.splits and prepared.task.rows_are_examples and any(said):
             record.write_predictions(prepared, said, folder)
         record.write_run(folder, prepared, progress, {"outcome": "done", **result})
         card.write(folder)

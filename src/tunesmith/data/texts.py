@@ -83,6 +83,17 @@ def _fields(coded: Any, pieces: list[int], max_length: int, windows: int | None)
     return fields
 
 
+def as_bytes(text: str) -> list[int]:
+    """A text as a field of numbers, whatever a tokenizer knows of it."""
+    return list(text.encode())
+
+
+def from_bytes(rows: Ragged) -> list[str]:
+    """The texts of a field of bytes."""
+    ends, values = rows.offsets.tolist(), bytes(rows.values.tolist())
+    return [values[start:stop].decode() for start, stop in zip(ends[:-1], ends[1:], strict=True)]
+
+
 def text_notes(encoded: Encoded, processor: Any, windows: int | None = None) -> list[str]:
     """Texts cut, and unknown tokens above 5 %."""
     notes = []

@@ -9,7 +9,8 @@ attention and mask functions are the public way in; nothing is patched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from tunesmith.data.batches import Limits, cut
 from tunesmith.kernels.dropout import keep_scale
 from tunesmith.kernels.prefix import prefixed, takes_attention
 
-__all__ = ["Layout", "use_padding_free_blocks"]
+__all__ = ["Layout", "use_padding_free_blocks", "with_padding"]
 
 NAME = "tunesmith_padding_free"
 ROUND_TOKENS, ROUND_LENGTH = 32, 8
@@ -216,7 +217,22 @@ def use_padding_free_blocks(model: Any, blocks: Sequence[nn.Module]) -> bool:
         model.set_attn_implementation(before)
         for hook in hooks:
             hook.remove()
+    else:
+        model.attention_with_padding = before
     return same
+
+
+@contextmanager
+def with_padding(model: Any) -> Iterator[None]:
+    """For a while a model attends as it came, as writing token by token with a cache needs."""
+    padding_free = model.config._attn_implementation == NAME
+    if padding_free:
+        model.set_attn_implementation(model.attention_with_padding)
+    try:
+        yield
+    finally:
+        if padding_free:
+            model.set_attn_implementation(NAME)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,14 @@ class Metrics(Protocol):
         """The scores so far, under the field's names."""
 
 
+@runtime_checkable
+class TextMetrics(Metrics, Protocol):
+    """A score of what is written too."""
+
+    def update_texts(self, texts: list[str], batch: Batch) -> None:
+        """Take in the texts that `Task.written` gave for one batch."""
+
+
 class Task(Plugin):
     """The contract. A task never asks which technique is at work."""
 
@@ -48,6 +56,9 @@ class Task(Plugin):
 
     base_has_head: ClassVar[bool] = False
     """Whether bases come with this task's head, so that they are scored as they are (`evaluate --base`)."""
+
+    text_scores: ClassVar[frozenset[str]] = frozenset()
+    """The scores of texts that the model writes. A task that has such answers by `written`, not from `forward`."""
 
     reads_again: ClassVar[bool] = False
     """Whether what all targets say decides which of them are faulty: training rows are then read a second time."""
@@ -121,6 +132,15 @@ class Task(Plugin):
     @abstractmethod
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """What metrics and predictions are made from."""
+
+    @property
+    def rows_written(self) -> int:
+        """For how many rows of a split the model writes, to be scored; with 0 `forward` alone is scored."""
+        return 0
+
+    def written(self, model: nn.Module, batch: Batch) -> list[str]:
+        """The text that the model writes for each example."""
+        raise AssertionError(f"{self.name} writes no texts")
 
     @abstractmethod
     def loss(

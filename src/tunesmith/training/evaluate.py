@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,20 +14,42 @@ from torch import Tensor, nn
 from tunesmith.data.batches import Batch, Limits, collate, cut
 from tunesmith.data.encoded import Encoded
 from tunesmith.errors import RecipeError, ResourceError
-from tunesmith.tasks import Task
+from tunesmith.tasks import Task, TextMetrics
 from tunesmith.training.machine import Machine, is_out_of_memory
 
 CHUNK_EXAMPLES = 512
 ENOUGH = 2**25
 """Numbers held at once to score a guess, and how many random ones show which scores there are."""
 
+T = TypeVar("T")
+Asked = Iterator[tuple[NDArray[np.int64], T, Batch]]
+"""(indices, what the model gave, batch)."""
+
 LIMITS = {"cpu": Limits(64, 4096, 64), "cuda": Limits(512, 65536, 4096)}
 
 
 def outputs(
     model: nn.Module, task: Task, encoded: Encoded, machine: Machine, rows: NDArray[np.int64] | None = None
-) -> Iterator[tuple[NDArray[np.int64], Tensor, Batch]]:
-    """(indices, outputs, batch) over all examples or `rows`, sorted by length in chunks so that little is padded."""
+) -> Asked[Tensor]:
+    """What `Task.forward` gives for all examples or `rows`, sorted by length in chunks so that little is padded."""
+    return _asked(partial(task.forward, model), model, task, encoded, machine, rows)
+
+
+def texts(
+    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, rows: NDArray[np.int64] | None = None
+) -> Asked[list[str]]:
+    """What the model writes for all examples or `rows`, in the same order."""
+    return _asked(partial(task.written, model), model, task, encoded, machine, rows)
+
+
+def _asked(
+    ask: Callable[[Batch], T],
+    model: nn.Module,
+    task: Task,
+    encoded: Encoded,
+    machine: Machine,
+    rows: NDArray[np.int64] | None,
+) -> Asked[T]:
     limits = LIMITS.get(machine.device.type, LIMITS["cpu"])
     lengths, rows = encoded.lengths, np.arange(len(encoded)) if rows is None else rows
     model.eval()
@@ -34,12 +57,12 @@ def outputs(
         chunk = rows[start : start + CHUNK_EXAMPLES]
         chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
         for first, last in cut(lengths[chunk], limits):
-            yield from _forward(model, task, encoded, machine, chunk[first:last])
+            yield from _ask(ask, task, encoded, machine, chunk[first:last])
 
 
-def _forward(
-    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, rows: NDArray[np.int64]
-) -> Iterator[tuple[NDArray[np.int64], Tensor, Batch]]:
+def _ask(
+    ask: Callable[[Batch], T], task: Task, encoded: Encoded, machine: Machine, rows: NDArray[np.int64]
+) -> Asked[T]:
     """One batch, or two halves where it does not fit in memory.
 
     Raises:
@@ -48,7 +71,7 @@ def _forward(
     output, batch = None, _drawn(task, encoded, rows).to(machine.device)
     try:
         with torch.inference_mode(), machine.autocast():
-            output = task.forward(model, batch)
+            output = ask(batch)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -59,19 +82,36 @@ def _forward(
         yield rows, output, batch
         return
     for half in np.array_split(rows, 2):
-        yield from _forward(model, task, encoded, machine, half)
+        yield from _ask(ask, task, encoded, machine, half)
 
 
 def _drawn(task: Task, encoded: Encoded, rows: NDArray[np.int64]) -> Batch:
     return task.draw(collate(encoded, rows), rows)
 
 
-def scores(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) -> dict[str, Any]:
-    """The task's scores."""
-    metrics = task.metrics()
+def scores(model: nn.Module, task: Task, encoded: Encoded, machine: Machine, *, write: int = 0) -> dict[str, Any]:
+    """The task's scores; those of texts for at most `write` rows, for which the model writes."""
+    return _scores_and_texts(model, task, encoded, machine, write)[0]
+
+
+def _scores_and_texts(
+    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, write: int
+) -> tuple[dict[str, Any], dict[int, str]]:
+    """The scores, and row -> the text that was written for it."""
+    metrics, said = task.metrics(), dict[int, str]()
     for _, output, batch in outputs(model, task, encoded, machine):
         metrics.update(output, batch)
-    return metrics.compute()
+    if write:
+        assert isinstance(metrics, TextMetrics), "what writes is scored by its texts"
+        for indices, written, batch in texts(model, task, encoded, machine, spread(len(encoded), write)):
+            metrics.update_texts(written, batch)
+            said |= zip(indices.tolist(), written, strict=True)
+    return metrics.compute(), said
+
+
+def spread(size: int, count: int) -> NDArray[np.int64]:
+    """At most `count` of `size` rows, evenly from the first to the last."""
+    return np.unique(np.linspace(0, size - 1, min(size, count)).round().astype(np.int64))
 
 
 def baseline(task: Task, train: Encoded, encoded: Encoded) -> dict[str, Any]:
@@ -110,6 +150,10 @@ def _chunks(task: Task, encoded: Encoded, width: int) -> Iterator[Batch]:
 def answers(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) -> list[dict[str, Any]]:
     """What the model says to each example, in their order."""
     given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]
+    if task.text_scores:
+        for indices, written, _ in texts(model, task, encoded, machine):
+            _place(given, indices, [{"text": text} for text in written])
+        return given
     for indices, output, batch in outputs(model, task, encoded, machine):
         _place(given, indices, task.answers(output, batch))
     return given
@@ -118,9 +162,12 @@ def answers(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) ->
 def scores_and_answers(
     model: nn.Module, task: Task, encoded: Encoded, machine: Machine
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Both, in one pass."""
-    metrics = task.metrics()
+    """Both; no answer for rows for which nothing is written."""
     given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]
+    if task.text_scores:
+        found, said = _scores_and_texts(model, task, encoded, machine, task.rows_written)
+        return found, [{"text": said[row]} if row in said else {} for row in range(len(encoded))]
+    metrics = task.metrics()
     for indices, output, batch in outputs(model, task, encoded, machine):
         metrics.update(output, batch)
         _place(given, indices, task.answers(output, batch))

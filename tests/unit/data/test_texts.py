@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer
 
-from tunesmith.data.batches import Batch, collate
+from tunesmith.data.batches import Batch, Ragged, collate
 from tunesmith.data.encoded import Encoded, encode
 from tunesmith.data.formats import Row
-from tunesmith.data.texts import encode_texts, mean_of_windows, model_inputs, text_notes
+from tunesmith.data.texts import as_bytes, encode_texts, from_bytes, mean_of_windows, model_inputs, text_notes
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import Data
 from tunesmith.testing import tiny_tokenizer
@@ -112,3 +112,10 @@ def test_unknown_tokens_are_said_from_a_twentieth_on(tmp_path: Path) -> None:
     for strange, notes in (("", []), ("zzz", []), ("zzz yyy", ["9% of the tokens are unknown to this model"])):
         encoded = _encode([f"{known} {strange}"], 64, tmp_path / (strange or "none"))
         assert [note.partition(":")[0] for note in text_notes(encoded, TOKENIZER)] == notes
+
+
+def test_texts_as_bytes_come_back_whole() -> None:
+    texts = ["a film", "", "中文 \N{CLOWN FACE}", "x\x00y"]
+    coded = [as_bytes(text) for text in texts]
+    ends = torch.tensor([0, *(len(one) for one in coded)]).cumsum(0)
+    assert from_bytes(Ragged(torch.tensor([byte for one in coded for byte in one]), ends)) == texts

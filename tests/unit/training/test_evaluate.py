@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch, Limits, collate
 from tunesmith.errors import ResourceError
+from tunesmith.metrics.classification import ClassScores
 from tunesmith.tasks.text_classification import TextClassification
 from tunesmith.testing import MADE_UP, Case, case
 from tunesmith.training import evaluate
@@ -139,3 +140,51 @@ def test_one_example_that_does_not_fit_ends_with_advice(trial: Case, monkeypatch
     with pytest.raises(ResourceError, match=r"one example at a time does not fit.*data\.max_length") as refused:
         evaluate.scores(trial.model, trial.task, trial.encoded, CPU)
     assert refused.value.exit_code == 4
+
+
+class Repeats(TextClassification):
+    """Writes how many tokens it read."""
+
+    text_scores = frozenset({"long"})
+
+    @property
+    def rows_written(self) -> int:
+        return 7
+
+    def written(self, model: nn.Module, batch: Batch) -> list[str]:
+        return [str(length) for length in batch.ragged("input_ids").lengths.tolist()]
+
+    def metrics(self) -> Any:
+        return _Lengths(self.classes or [])
+
+
+class _Lengths(ClassScores):
+    long, rows = 0, 0
+
+    def update_texts(self, texts: list[str], batch: Batch) -> None:
+        assert texts == [str(length) for length in batch.ragged("input_ids").lengths.tolist()]
+        self.long, self.rows = self.long + sum(map(int, texts)), self.rows + len(texts)
+
+    def compute(self) -> dict[str, Any]:
+        return super().compute() | ({"long": self.long, "rows": self.rows} if self.rows else {})
+
+
+def test_a_task_that_writes_is_scored_by_texts_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = case("full", {"name": "text-classification"}, "bert", tmp_path)
+    task = Repeats(**trial.task.model_dump())
+    plain = evaluate.scores(trial.model, trial.task, trial.encoded, CPU)
+    assert evaluate.scores(trial.model, task, trial.encoded, CPU) == plain, "nothing is written unless asked"
+    lengths = trial.encoded.lengths.tolist()
+    rows = [round(39 * n / 6) for n in range(7)]
+    monkeypatch.setattr(evaluate, "CHUNK_EXAMPLES", 3)
+    found = evaluate.scores(trial.model, task, trial.encoded, CPU, write=7)
+    assert (found["long"], found["rows"]) == (sum(lengths[row] for row in rows), 7)
+    scores, given = evaluate.scores_and_answers(trial.model, task, trial.encoded, CPU)
+    assert scores == found
+    assert given == [{"text": str(lengths[row])} if row in rows else {} for row in range(40)]
+    assert evaluate.answers(trial.model, task, trial.encoded, CPU) == [{"text": str(length)} for length in lengths]
+
+
+def test_rows_are_spread_evenly() -> None:
+    assert evaluate.spread(10, 4).tolist() == [0, 3, 6, 9]
+    assert evaluate.spread(3, 100).tolist() == [0, 1, 2] and evaluate.spread(5, 1).tolist() == [0]

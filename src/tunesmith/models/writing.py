@@ -1,0 +1,63 @@
+"""How a model writes: the tokens that it puts behind prompts, many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from tunesmith.data.batches import Ragged
+from tunesmith.kernels.padding_free import with_padding
+from tunesmith.models.load import quiet
+from tunesmith.recipe_values import Generation
+
+SEED = 0
+"""Of what is drawn: the same prompts in the same batch get the same texts."""
+
+
+def write(
+    model: Any, prompts: Ragged, how: Generation, *, pad: int, stop: Collection[int], limit: int, **more: Any
+) -> list[list[int]]:
+    """The tokens that a model writes behind each prompt (an encoder-decoder: for each text), up to the first of `stop`.
+
+    `limit`: how many tokens the model takes, prompt and all; `more` goes to transformers' `generate`.
+    """
+    reader = bool(model.config.is_encoder_decoder)
+    ids, mask = _rectangle(prompts, pad, left=not reader)
+    room = how.max_new_tokens if reader else min(how.max_new_tokens, limit - ids.shape[1])
+    if room < 1:
+        return [[] for _ in range(len(ids))]
+    drawn = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
+    settings = GenerationConfig(
+        max_new_tokens=room,
+        num_beams=how.num_beams,
+        pad_token_id=pad,
+        eos_token_id=list(stop) or None,
+        repetition_penalty=1.0,
+        use_cache=True,
+        **(drawn if how.temperature > 0 else {"do_sample": False}),
+    )
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    with quiet(), with_padding(model), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(SEED)
+        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
+    return [_up_to(row, stop) for row in written[:, 0 if reader else ids.shape[1] :].tolist()]
+
+
+def _rectangle(rows: Ragged, fill: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows padded so that they end, or begin, together; and 1 where there is a token."""  # each (rows, longest)
+    if not left:
+        return rows.padded(fill), rows.mask()
+    lengths = rows.lengths
+    longest = int(lengths.max())
+    mask = torch.arange(longest, device=lengths.device) >= (longest - lengths)[:, None]
+    ids = rows.values.new_full(mask.shape, fill)
+    ids[mask] = rows.values
+    return ids, mask.long()
+
+
+def _up_to(row: list[int], stop: Collection[int]) -> list[int]:
+    return row[: next((place for place, token in enumerate(row) if token in stop), len(row))]
