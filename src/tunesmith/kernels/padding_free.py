@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from tunesmith.data.batches import Limits, cut
 from tunesmith.kernels.dropout import keep_scale
@@ -43,6 +44,8 @@ class Layout:
         self.batch_size, self.tokens, self.may_see = batch_size, tokens, may_see
         starts = np.concatenate([[0], np.cumsum(lengths)])
         self.spare = -int(starts[-1]) % ROUND_TOKENS
+        if batch_size > 1 and starts[-1] + self.spare == tokens:
+            self.spare += ROUND_TOKENS  # what is flat already must not look like one row of a batch
         self.total = int(starts[-1]) + self.spare
         self.places = _places(lengths, tokens)
         order = np.argsort(lengths, kind="stable")
@@ -75,16 +78,20 @@ class Group:
             np.concatenate([s + np.arange(n) for s, n in zip(starts, lengths, strict=True)])
         )
         self.places = _places(lengths, self.longest)
-        self.mask = self._mask(torch.from_numpy(lengths), may_see)  # (rows or 1, 1, longest, longest)
+        self.lengths, self.may_see = torch.from_numpy(lengths), may_see
+        self.causal = may_see is causal_mask_function
+        """Whether nothing sees what comes later, so that no valid token sees padding."""
 
-    def _mask(self, lengths: Tensor, may_see: Callable[..., Any]) -> Tensor | None:
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """Which query may see which key; None where each sees all.  # (rows or 1, 1, longest, longest)"""
         positions = torch.arange(self.longest)
         mask = None
-        if may_see is not bidirectional_mask_function:
-            seen = may_see(torch.tensor(0), torch.tensor(0), positions[:, None], positions[None, :])
+        if self.may_see is not bidirectional_mask_function:
+            seen = self.may_see(torch.tensor(0), torch.tensor(0), positions[:, None], positions[None, :])
             mask = torch.as_tensor(seen).expand(self.longest, self.longest)[None, None]
         if not self.even:
-            valid = (positions < lengths[:, None])[:, None, None, :]
+            valid = (positions < self.lengths[:, None])[:, None, None, :]
             mask = valid if mask is None else mask & valid
         return mask
 
@@ -163,12 +170,19 @@ def attention(
     attention_mask: Layout,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **_: Any,
+    softcap: float | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function for transformers over (1, heads, total tokens, width)."""
+    """An attention function for transformers over (1, heads, total tokens, width).
+
+    Raises:
+        ValueError: the model wants what is not computed here, a bias of places or sinks.
+    """
+    if wanted := [name for name in ("position_bias", "s_aux") if others.get(name) is not None]:
+        raise ValueError(f"attention without padding has no {wanted[0]}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, heads, width)
     dropout = dropout if module.training else 0.0
-    parts = [_attend(module, group, q, k, v, dropout, scaling) for group in attention_mask.groups]
+    parts = [_attend(module, group, q, k, v, dropout, scaling, softcap) for group in attention_mask.groups]
     if attention_mask.groups[0].tokens is None:
         back = torch.cat([group.indices for group in attention_mask.groups])
         return Put.apply(torch.cat(parts), back, attention_mask.total)[None], None  # type: ignore[no-untyped-call]
@@ -176,20 +190,34 @@ def attention(
 
 
 def _attend(
-    module: nn.Module, group: Group, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None
+    module: nn.Module,
+    group: Group,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
 ) -> Tensor:
     q, k, v = group.gather(q), group.gather(k), group.gather(v)
     k, v, length = prefixed(module, k, v)
-    mask = F.pad(group.mask, (length, 0), value=True) if length and group.mask is not None else group.mask
     if k.shape[1] != q.shape[1]:  # grouped queries
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    if dropout == 0.0:
+    plain = dropout == 0.0 and softcap is None
+    if plain and group.causal and not length:
+        return group.release(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+    mask = F.pad(group.mask, (length, 0), value=True) if length and group.mask is not None else group.mask
+    if plain:
         return group.release(F.scaled_dot_product_attention(q, k, v, mask, scale=scaling))
     scores = (q * (scaling if scaling is not None else q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, -1, dtype=scores.dtype)
-    return group.release((weights * keep_scale(weights, dropout)) @ v)
+    if dropout:
+        weights = weights * keep_scale(weights, dropout)
+    return group.release(weights @ v)
 
 
 AttentionInterface.register(NAME, attention)
