@@ -15,7 +15,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.techniques import HEAD_FACTOR, Technique, learn_only, rate_by_depth, rate_by_width
 
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 2e-4
 """Of the last blocks; measured on a model 384 wide (docs/techniques/freeze.md)."""
 
 HEAD_LEARNING_RATE = 1e-1

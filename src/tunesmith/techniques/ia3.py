@@ -30,7 +30,7 @@ from tunesmith.techniques import (
     suffixes,
 )
 
-LEARNING_RATE = 1e-2
+LEARNING_RATE = 2e-2
 """The best of three on validation (sst2, one epoch, one seed) with a model 384 wide: docs/techniques/ia3.md."""
 
 
