@@ -221,7 +221,7 @@ def _score_before(prepared: Prepared, progress: Progress, folder: Path, talk: Ta
     held_out = [name for name in ("validation", *task.others()) if name in prepared.encoded]
     with talk.during(f"scoring {' and '.join(held_out)} before anything but a head has learned"):
         progress.before = {
-            name: evaluate.scores(model, task, prepared.encoded[name], prepared.machine, write=task.rows_written)
+            name: evaluate.scores(model, task, prepared.encoded[name], prepared.machine, write=True)
             for name in held_out
         }
     head = f"its new head alone has learned, for {progress.step} steps" if progress.step else "nothing has learned"
@@ -305,7 +305,7 @@ def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], fo
     if "validation" in prepared.encoded:
         with talk.during("scoring validation"):
             split, task = prepared.encoded["validation"], prepared.task
-            write = task.rows_written if metric in task.text_scores else 0
+            write = metric in task.text_scores
             scores = evaluate.scores(prepared.model, task, split, prepared.machine, write=write)
         score = evaluate.pick(scores, metric)
         sign = -1 if metric in LOW_IS_GOOD else 1

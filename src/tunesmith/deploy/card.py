@@ -15,6 +15,7 @@ from tunesmith.techniques import OWN_TYPE
 from tunesmith.training.files import atomic_write
 
 PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",

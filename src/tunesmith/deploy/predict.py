@@ -74,13 +74,13 @@ class Tuned:
 
     def predict_rows(self, rows: Iterable[Row]) -> list[dict[str, Any]]:
         """One answer for each row, in their order."""
-        unlabelled = [Row(row.place, {k: v for k, v in row.values.items() if k != "label"}) for row in rows]
+        asked = [self.task.asked(row) for row in rows]
         with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
             encoded = encode(
-                unlabelled, lambda chunk: self.task.encode(chunk, self.processor, self.data), Path(folder) / "rows"
+                asked, lambda chunk: self.task.encode(chunk, self.processor, self.data), Path(folder) / "rows"
             )
             answers = evaluate.answers(self.model, self.task, encoded, self.machine)
-        return [self.task.completed(answer, row) for answer, row in zip(answers, unlabelled, strict=True)]
+        return [self.task.completed(answer, row) for answer, row in zip(answers, asked, strict=True)]
 
 
 def load(

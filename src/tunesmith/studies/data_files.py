@@ -80,7 +80,7 @@ def find_files(data: Data, task: Task) -> tuple[Data, dict[str, Path], bool]:
     if data.train is None:
         raise RecipeError("data.train: missing", hint="name a file, a folder or a recipe")
     named = {"train": Path(data.train)}
-    if is_folder(data.train) and not (named := find_splits(data.train)) and examples.reads_plain_text(task):
+    if is_folder(data.train) and not (named := find_splits(data.train)) and task.reads_plain_text:
         named = {"train": Path(data.train)}  # of texts
     elif is_folder(data.train) and not named:
         files = [path for path in sorted(Path(data.train).iterdir()) if path.name.lower().endswith(SUFFIXES)]
