@@ -226,7 +226,8 @@ def _score_before(prepared: Prepared, progress: Progress, folder: Path, talk: Ta
         }
     head = f"its new head alone has learned, for {progress.step} steps" if progress.step else "nothing has learned"
     for name, scores in progress.before.items():
-        line = {f"before/{name}/{score}": _plain(value) for score, value in scores.items()}
+        numbers = {score: value for score, value in scores.items() if isinstance(value, float)}
+        line = {f"before/{name}/{score}": _plain(value) for score, value in numbers.items()}
         _log(folder, {"step": progress.step, **line})
         talk.say(f"{name} before ({head}): {scores_line(scores, metric)}")
 

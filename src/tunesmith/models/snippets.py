@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.models import archives, package_index
-from tunesmith.models.sources import cache_home
+from tunesmith.models.sources import cache_home, told_offline
 
 REVIEWS, EDITORIALS = 100, 20
 """How many of each make the general text: some 8,000 tokens."""
@@ -26,7 +26,7 @@ def snippets(kind: Kind, *, offline: bool, say: Callable[[str], None]) -> list[t
     folder = cache_home() / "pypi" / "vadersentiment-3.3.2-sdist"
     fetched = package_index.fetch(
         "vaderSentiment", "3.3.2", "sdist", lambda name: name.endswith("hutto_ICWSM_2014.tar.gz"), folder,
-        offline=offline, say=say,
+        offline=offline or told_offline(), say=say,
     )  # fmt: skip
     inner = next(fetched.folder.rglob("hutto_ICWSM_2014.tar.gz"))
     archives.extract(inner, lambda name: name.endswith(f"/{kind}_GroundTruth.txt"), folder)
