@@ -9,7 +9,7 @@ place, and it is refused. An answer goes up to the token that ends it, which is 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -101,9 +101,7 @@ class Chats:
     @cached_property
     def special(self) -> dict[str, int]:
         """The tokenizer's special tokens."""
-        added: dict[int, Any] = self.processor.added_tokens_decoder
-        found = {str(token): index for index, token in added.items() if token.special}
-        return found | dict(zip(self.processor.all_special_tokens, self.processor.all_special_ids, strict=True))
+        return special_tokens(self.processor)
 
     @cached_property
     def _names(self) -> list[str]:
@@ -111,7 +109,7 @@ class Chats:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)")
+        return any_of(self.special)
 
     def _special_in(self, text: str) -> bool:
         return self._pattern.search(text) is not None
@@ -231,6 +229,17 @@ class Chats:
             return []
         found: list[int] = self.processor(text, add_special_tokens=False, split_special_tokens=mark)["input_ids"]
         return found
+
+
+def special_tokens(processor: Any) -> dict[str, int]:
+    """Tokens that no text is meant to spell, by their spelling."""
+    found = {str(token): index for index, token in processor.added_tokens_decoder.items() if token.special}
+    return found | dict(zip(processor.all_special_tokens, processor.all_special_ids, strict=True))
+
+
+def any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Finds each of some words, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
 
 
 def own_template(processor: Any) -> str | None:

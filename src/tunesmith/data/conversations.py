@@ -70,6 +70,24 @@ def conversation(row: Row, *, system: str | None = None, answered: bool = True) 
     return messages
 
 
+def said(row: Row) -> str | None:
+    """All that is said in a conversation, as far as it can be read; None of a row that is none."""
+    if not is_conversation(row):
+        return None
+    parts: list[str] = []
+    for column in ("system", "history", "messages", "prompt", "context", "answer", "instances"):
+        left = [row.values.get(column)]
+        while left:
+            one = left.pop(0)
+            if isinstance(one, list):
+                left = [*one, *left]
+            elif isinstance(one, dict):
+                left = [*(one[name] for name in (*_SAYS, "input", "output") if name in one), *left]
+            elif one is not None:
+                parts.append(str(one))
+    return "\n".join(parts)
+
+
 def _fault(row: Row, what: str, hint: str) -> DataError:
     return DataError(what, where=row.place, hint=hint)
 

