@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TextStreamer
 
 from tunesmith.data.batches import Ragged
 from tunesmith.kernels.padding_free import with_padding
@@ -16,6 +16,19 @@ from tunesmith.recipe_values import Generation
 
 SEED = 0
 """Of what is drawn: the same prompts in the same batch get the same texts."""
+
+
+class Spoken(TextStreamer):  # type: ignore[misc]
+    """Tells what is written behind one prompt, word by word."""
+
+    def __init__(self, processor: Any, say: Callable[[str], None]) -> None:
+        super().__init__(processor, skip_prompt=True, skip_special_tokens=True)
+        self._say = say
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """What is certain by now."""
+        if text:
+            self._say(text)
 
 
 def write(

@@ -167,6 +167,12 @@ class Task(Plugin):
         """The text that the model writes for each example."""
         raise AssertionError(f"{self.name} writes no texts")
 
+    def streamed(self, model: nn.Module, batch: Batch, say: Callable[[str], None]) -> str:
+        """The text for the one example of a batch, told piece by piece where it can be."""
+        (text,) = self.written(model, batch)
+        say(text)
+        return text
+
     @abstractmethod
     def loss(
         self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float = 0.0

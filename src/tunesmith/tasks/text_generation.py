@@ -35,7 +35,7 @@ from tunesmith.metrics.texts import TextScores
 from tunesmith.models.heads import logits_at
 from tunesmith.models.load import length_limit
 from tunesmith.models.snippets import general_path, general_text
-from tunesmith.models.writing import write
+from tunesmith.models.writing import Spoken, write
 from tunesmith.recipe import Data
 from tunesmith.recipe_values import Generation, Local
 from tunesmith.tasks import Metrics, Task
@@ -287,6 +287,15 @@ class TextGeneration(Task):
 
         Of a prompt that leaves no room in the model its end is read.
         """
+        return self._written(model, batch)
+
+    def streamed(self, model: nn.Module, batch: Batch, say: Callable[[str], None]) -> str:
+        """Word by word, unless several beginnings are followed at once."""
+        if self.generate is not None and self.generate.num_beams > 1:
+            return super().streamed(model, batch, say)
+        return self._written(model, batch, streamer=Spoken(self._processor, say))[0]
+
+    def _written(self, model: nn.Module, batch: Batch, **more: Any) -> list[str]:
         how, limit = self.generate or Generation.model_validate({}), length_limit(model, self._processor)
         most = max(1, limit - min(how.max_new_tokens, limit // 4))
         rows = batch.ragged("input_ids")
@@ -301,7 +310,7 @@ class TextGeneration(Task):
             lengths = torch.tensor([0, *(len(prompts[number]) for number in given)], device=ids.device)
             asked = Ragged(torch.cat([prompts[number] for number in given]), lengths.cumsum(0))
             pad = self._processor.pad_token_id
-            found = write(model, asked, how, pad=pad, stop=self._stops(), limit=limit)
+            found = write(model, asked, how, pad=pad, stop=self._stops(), limit=limit, **more)
             for number, text in zip(given, self._processor.batch_decode(found, skip_special_tokens=True), strict=True):
                 texts[number] = text if self.form == "text" else text.strip()
         return texts
