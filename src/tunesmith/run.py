@@ -220,10 +220,9 @@ def _score_before(prepared: Prepared, progress: Progress, folder: Path, talk: Ta
     assert metric is not None, "_resolve fills it in"
     held_out = [name for name in ("validation", *task.others()) if name in prepared.encoded]
     with talk.during(f"scoring {' and '.join(held_out)} before anything but a head has learned"):
-        progress.before = {
-            name: evaluate.scores(model, task, prepared.encoded[name], prepared.machine, write=True)
-            for name in held_out
-        }
+        scored = {name: evaluate.scored(model, task, prepared.encoded[name], prepared.machine) for name in held_out}
+    progress.before = {name: scores for name, (scores, _) in scored.items()}
+    progress.said_before = record.first_said(scored["validation"][1]) if "validation" in scored else {}
     head = f"its new head alone has learned, for {progress.step} steps" if progress.step else "nothing has learned"
     for name, scores in progress.before.items():
         numbers = {score: value for score, value in scores.items() if isinstance(value, float)}
@@ -388,6 +387,7 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
     tuned = predict.load(folder, device=device, offline=True, allow_pickle=pickled)
     metrics: dict[str, Any] = {} if progress.before is None else {"before": progress.before}
     said: list[dict[str, Any]] = []
+    samples: list[dict[str, str]] = []
     for name in held_out:
         split = prepared.encoded[name]
         with talk.during(f"scoring what was saved on {name}"):
@@ -395,13 +395,14 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
                 metrics[name], said = evaluate.scores_and_answers(tuned.model, tuned.task, split, tuned.machine)
             else:
                 metrics[name] = evaluate.scores(tuned.model, tuned.task, split, tuned.machine)
+            samples = record.samples(prepared, progress, said) if name == "validation" else samples
         guess = evaluate.baseline(prepared.task, prepared.encoded["train"], split)
         metrics["baseline"] = {"split": name, **guess}
     result = record.result(prepared, progress, folder, metrics)
     if parallel.rank() == 0:
         if "test" in prepared.examples.splits and prepared.task.rows_are_examples and any(said):
             record.write_predictions(prepared, said, folder)
-        record.write_run(folder, prepared, progress, {"outcome": "done", **result})
+        record.write_run(folder, prepared, progress, {"outcome": "done", **result, "samples": samples})
         card.write(folder)
         report.write(folder)
     parallel.barrier()

@@ -68,7 +68,7 @@ def blocks(
 def packed(
     rows: Iterable[Row], role: str, processor: Any, max_length: int, first: Sequence[int], last: Sequence[int]
 ) -> Iterator[Row]:
-    """Rows with `input_ids`, `max_length` of them but in the last block, and `windows`: how many are of one document.
+    """Rows with `input_ids`, `max_length` (or one less) but in the last, and `windows`: how many each document has.
 
     Documents begin with `first` and end with `last`. What goes on in the next block begins there with the token before
     it, so that each token but a document's first stands once behind another. Special tokens that a text spells are

@@ -9,6 +9,7 @@ place, and it is refused. An answer goes up to the token that ends it, which is 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -142,6 +143,13 @@ class Chats:
         said = self._marked(messages)
         (ids,) = self.tokens([self._fill(said, asked=True)])
         return {"input_ids": ids, "prompt": len(ids)}
+
+    def offered(self, messages: Sequence[Message], choices: Sequence[str]) -> dict[str, Any]:
+        """The fields of answers to choose from: the tokens of all of them in a row, and how many each has."""
+        prompt = len(self.asked(messages)["input_ids"]) if choices else 0
+        rows = [("", [*messages, {"role": "assistant", "content": choice}]) for choice in choices]
+        found = [fields["input_ids"][prompt:] for fields in self.answered(rows, sys.maxsize)]
+        return {"options": [token for one in found for token in one], "option_lengths": [len(one) for one in found]}
 
     def answered(self, chats: Sequence[tuple[str, list[Message]]], max_length: int) -> list[dict[str, Any]]:
         """The fields of (place, conversation): `input_ids`, the places in them of what is `learned`, how much of the

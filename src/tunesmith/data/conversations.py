@@ -24,10 +24,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation", "dialog", "dialogue", "对话"),
     "prompt": ("prompt", "instruction", "question", "query", "problem", "指令", "问题", "input"),
     "context": ("context", "input", "passage", "输入"),
-    "answer": ("answer", "completion", "output", "response", "solution", "target", "回答", "答案", "输出"),
+    "answer": ("answer", "answerkey", "completion", "output", "response", "solution", "target", "回答", "答案", "输出"),
     "system": ("system", "system_prompt"),
     "history": ("history",),
     "instances": ("instances",),
+    "choices": ("choices", "options", "选项"),
 }
 """Role of a column -> the names it usually has."""
 
@@ -166,6 +167,8 @@ def _columns(row: Row, answered: bool) -> list[Message]:
     values = dict(row.values)
     if "instances" in values:
         values |= _instance(row, values["instances"])
+    if "choices" in values and "answer" in values:
+        values["answer"] = _chosen(row, choices_of(row), values["answer"])
     messages: list[Message] = []
     for index, pair in enumerate(_pairs(row)):
         messages += [_message(row, f"history[{index}]", role, text) for role, text in zip(_TURN, pair, strict=True)]
@@ -187,6 +190,28 @@ def _columns(row: Row, answered: bool) -> list[Message]:
 
 
 _TURN = ("user", "assistant")
+
+
+def choices_of(row: Row) -> list[str]:
+    """The answers that a row offers, of which one is right; none where any text may be."""
+    given = row.values.get("choices", [])
+    if not isinstance(given, list) or not all(isinstance(one, str) and one.strip() for one in given) or len(given) == 1:
+        raise _fault(row, f"choices: {shorten(given)} are no texts to choose from", "give a list of two or more")
+    return [one.strip() for one in given]
+
+
+def _chosen(row: Row, choices: list[str], answer: Any) -> str:
+    """The right choice, which is given as itself, by its number (from 0) or by its letter."""
+    if isinstance(answer, str) and answer.strip() in choices:
+        return answer.strip()
+    place = answer
+    if isinstance(answer, str):
+        word = answer.strip().upper()
+        place = int(word) if word.isdecimal() else ord(word) - ord("A") if len(word) == 1 else None
+    if isinstance(place, int) and not isinstance(place, bool) and 0 <= place < len(choices):
+        return choices[place]
+    hint = f"give it as one of them, as 0 to {len(choices) - 1}, or as A to {chr(ord('A') + len(choices) - 1)}"
+    raise _fault(row, f"answer: {shorten(answer)} is none of the choices {shorten(choices)}", hint)
 
 
 def _pairs(row: Row) -> list[Any]:

@@ -173,6 +173,10 @@ class Task(Plugin):
         say(text)
         return text
 
+    def told(self, row: Row) -> tuple[str, str]:
+        """What a row asks, and what was meant as an answer, for a person to read."""
+        raise AssertionError(f"{self.name} writes no texts")
+
     @abstractmethod
     def loss(
         self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float = 0.0

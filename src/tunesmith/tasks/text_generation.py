@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -23,7 +23,7 @@ from tunesmith.data.batches import Batch, Ragged
 from tunesmith.data.blocks import packed
 from tunesmith.data.chat_faults import chat_faults, text_faults
 from tunesmith.data.chats import ALL_CUT, SOME_CUT, Chats, TrainOn, first_token, own_template
-from tunesmith.data.conversations import COLUMNS, Message, conversation, is_conversation
+from tunesmith.data.conversations import COLUMNS, Message, choices_of, conversation, is_conversation
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
@@ -35,7 +35,7 @@ from tunesmith.metrics.texts import TextScores
 from tunesmith.models.heads import logits_at
 from tunesmith.models.load import length_limit
 from tunesmith.models.snippets import general_path, general_text
-from tunesmith.models.writing import Spoken, write
+from tunesmith.models.writing import Spoken, likeliest, write
 from tunesmith.recipe import Data
 from tunesmith.recipe_values import Generation, Local
 from tunesmith.tasks import Metrics, Task
@@ -163,7 +163,8 @@ class TextGeneration(Task):
         if self.form == "text":
             return Row(row.place, {"text": row.values["text"]})
         asked = row if is_conversation(row) else Row(row.place, {"prompt": row.values["text"]})
-        return Row(row.place, {"asked": conversation(asked, system=self.system, answered=False)})
+        messages = conversation(asked, system=self.system, answered=False)
+        return Row(row.place, {"asked": messages, "choices": choices_of(row)})
 
     def pieces(self, rows: Iterable[Row], processor: Any, data: Data) -> Iterator[Row]:
         """Conversations as they are; raw text in blocks of `max_length` tokens."""
@@ -192,13 +193,18 @@ class TextGeneration(Task):
             return [self._continued(row) for row in rows]
         chats = self._conversations()
         if "asked" in rows[0].values:
-            return [chats.asked(row.values["asked"]) for row in rows]  # type: ignore[arg-type]
+            return [self._asked(row) for row in rows]
         read = [(row.place, conversation(row, system=self.system)) for row in rows]
         fields = chats.answered(read, data.max_length)
         return [
-            one | {"reference": as_bytes(messages[-1]["content"])}
-            for one, (_, messages) in zip(fields, read, strict=True)
+            one | {"reference": as_bytes(said[-1]["content"])} | chats.offered(said[:-1], choices_of(row))
+            for one, row, (_, said) in zip(fields, rows, read, strict=True)
         ]
+
+    def _asked(self, row: Row) -> dict[str, Any]:
+        messages: Any = row.values["asked"]
+        choices: Any = row.values["choices"]
+        return self._conversations().asked(messages) | self._conversations().offered(messages, choices)
 
     def _continued(self, row: Row) -> dict[str, Any]:
         """A text that is to be gone on with."""
@@ -291,9 +297,14 @@ class TextGeneration(Task):
 
     def streamed(self, model: nn.Module, batch: Batch, say: Callable[[str], None]) -> str:
         """Word by word, unless several beginnings are followed at once."""
-        if self.generate is not None and self.generate.num_beams > 1:
+        if self._offers(batch)[0] or (self.generate is not None and self.generate.num_beams > 1):
             return super().streamed(model, batch, say)
         return self._written(model, batch, streamer=Spoken(self._processor, say))[0]
+
+    def told(self, row: Row) -> tuple[str, str]:
+        """The last question and the last answer."""
+        messages = conversation(row)
+        return messages[-2]["content"], messages[-1]["content"]
 
     def _written(self, model: nn.Module, batch: Batch, **more: Any) -> list[str]:
         how, limit = self.generate or Generation.model_validate({}), length_limit(model, self._processor)
@@ -304,8 +315,13 @@ class TextGeneration(Task):
             ids[max(start, start + length - most) : start + length]
             for start, length in zip(starts, batch.scalar("prompt").tolist(), strict=True)
         ]
-        given = [number for number, prompt in enumerate(prompts) if len(prompt)]
         texts = [""] * len(prompts)
+        offers = self._offers(batch)
+        for number, (prompt, options) in enumerate(zip(prompts, offers, strict=True)):
+            if options and len(prompt):
+                chosen = options[likeliest(model, prompt, options, self._processor.pad_token_id)]
+                texts[number] = self._processor.decode(chosen, skip_special_tokens=True).strip()
+        given = [number for number, prompt in enumerate(prompts) if len(prompt) and not offers[number]]
         if given:
             lengths = torch.tensor([0, *(len(prompts[number]) for number in given)], device=ids.device)
             asked = Ragged(torch.cat([prompts[number] for number in given]), lengths.cumsum(0))
@@ -314,6 +330,17 @@ class TextGeneration(Task):
             for number, text in zip(given, self._processor.batch_decode(found, skip_special_tokens=True), strict=True):
                 texts[number] = text if self.form == "text" else text.strip()
         return texts
+
+    def _offers(self, batch: Batch) -> list[list[Tensor]]:
+        """Of each example the answers that there are to choose from, as tokens."""
+        if "options" not in batch:
+            return [[] for _ in range(batch.size)]
+        lengths, counts = (
+            batch.ragged("option_lengths").values.tolist(),
+            batch.ragged("option_lengths").lengths.tolist(),
+        )
+        every = iter(batch.ragged("options").values.split(lengths))
+        return [list(islice(every, count)) for count in counts]
 
     def _stops(self) -> set[int]:
         """What ends an answer, or a text."""

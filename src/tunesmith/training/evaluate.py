@@ -94,11 +94,11 @@ def _drawn(task: Task, encoded: Encoded, rows: NDArray[np.int64]) -> Batch:
 
 def scores(model: nn.Module, task: Task, encoded: Encoded, machine: Machine, *, write: bool = False) -> dict[str, Any]:
     """The task's scores; with `write` those of texts too, where the task has the model write some."""
-    return _scores_and_texts(model, task, encoded, machine, write)[0]
+    return scored(model, task, encoded, machine, write=write)[0]
 
 
-def _scores_and_texts(
-    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, write: bool
+def scored(
+    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, *, write: bool = True
 ) -> tuple[dict[str, Any], dict[int, str]]:
     """The scores, and row -> the text that was written for it."""
     metrics, said = task.metrics(), dict[int, str]()
@@ -168,7 +168,7 @@ def scores_and_answers(
     """Both; no answer for rows for which nothing is written."""
     given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]
     if task.text_scores:
-        found, said = _scores_and_texts(model, task, encoded, machine, write=True)
+        found, said = scored(model, task, encoded, machine)
         return found, [{WRITTEN: said[row]} if row in said else {} for row in range(len(encoded))]
     metrics = task.metrics()
     for indices, output, batch in outputs(model, task, encoded, machine):

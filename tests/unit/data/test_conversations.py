@@ -57,6 +57,9 @@ LAYOUTS: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
     ),
     "中文": ({"问题": "是吗？", "回答": "是的。"}, [_said("user", "是吗？"), _said("assistant", "是的。")]),
     "a text beside": ({"instruction": "Is it?", "output": "It is.", "text": "### Is it?"}, [USER, ASSISTANT]),
+    "choices by number": ({"question": "Is it?", "choices": ["No.", "It is."], "answer": 1}, [USER, ASSISTANT]),
+    "choices by letter": ({"question": "Is it?", "choices": ["No.", "It is."], "answerKey": "B"}, [USER, ASSISTANT]),
+    "choices by words": ({"question": "Is it?", "choices": ["No.", "It is."], "answer": "It is."}, [USER, ASSISTANT]),
     "numbers": ({"question": "Is it?", "answer": 42}, [USER, _said("assistant", "42")]),
     "texts in parts": (
         {"messages": [_said("user", [{"type": "text", "text": "Is "}, {"type": "text", "text": "it?"}]), ASSISTANT]},
@@ -97,7 +100,7 @@ def _table(path: Path, **options: Any) -> Table:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_in_every_format(layout: str, write: Callable[..., None], tmp_path: Path) -> None:
     given, wanted = LAYOUTS[layout]
-    if write is _csv and (given.keys() & {"history", "instances"} or isinstance(given.get("prompt"), list)):
+    if write is _csv and (given.keys() & {"history", "instances", "choices"} or isinstance(given.get("prompt"), list)):
         pytest.skip("lists are no cells there")
     if write is _parquet and layout == "texts in parts":
         pytest.skip("a column of Parquet is of one kind")
@@ -158,6 +161,15 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "blank question": (_chat(_said("user", ""), ASSISTANT), r"messages\[0\]\.content: what user says is empty"),
     "no question": ({"instruction": " ", "output": "x"}, r"no question: the column for prompt is empty or not there"),
     "two instances": ({"instruction": "x", "instances": [{"output": "a"}] * 2}, r"instances: 2, not one; give each"),
+    "a choice too far": (
+        {"question": "x", "choices": ["a", "b"], "answer": 2},
+        r"answer: '2' is none .*0 to 1, or as A",
+    ),
+    "no such choice": (
+        {"question": "x", "choices": ["a", "b"], "answer": "see"},
+        r"answer: 'see' is none of the choices",
+    ),
+    "one choice": ({"question": "x", "choices": ["a"], "answer": 0}, r"choices: .* are no texts to choose from"),
     "history of no pairs": ({"instruction": "x", "output": "y", "history": ["a"]}, r"history: .* is no list of pairs"),
 }
 

@@ -216,6 +216,15 @@ def test_a_run_on_chats(trained: tuple[Path, dict[str, Any]]) -> None:
     assert len(rows) == 3 and all(set(row["prediction"]) == {"generated_text"} for row in rows)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "pipeline_tag: text-generation" in card and "general before" in card
+    samples = json.loads((folder / "run.json").read_text())["samples"]
+    assert len(samples) == 3 and all(set(one) == {"row", "asked", "meant", "before", "after"} for one in samples)
+    assert "## Answers before and after" in card and f"| {samples[0]['asked']} | {samples[0]['meant']} |" in card
+    places = [one["row"] for one in samples]
+    model = tunesmith.load(folder)
+    assert [one["after"] for one in samples] == [
+        one["generated_text"] for one in model.predict([one["asked"] for one in samples])
+    ]
+    assert len(set(places)) == 3
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
@@ -337,3 +346,31 @@ def test_what_was_forgotten_is_said_to_be_unknown_without_the_general_text(home:
     snippets.general_path().write_text("some text")
     assert task.fetch(print, offline=True) == [] and task.others() == {"general": str(home / "general.txt")}
     assert TextGeneration(general="none").others() == {}  # type: ignore[call-arg]
+
+
+def test_of_several_choices_the_likeliest_is_answered(tmp_path: Path) -> None:
+    questions = [
+        {"prompt": f"say {n % 3}", "choices": ["one", "two or three", "no"], "answer": n % 3} for n in range(9)
+    ]
+    plain = {"prompt": "say", "answer": "two"}
+    rows = [Row(f"x:{n}", values) for n, values in enumerate([*questions, plain])]
+    task, encoded = _encoded(rows, TextGeneration(generate={"max_new_tokens": 4}), tmp_path / "rows")  # type: ignore[call-arg, arg-type]
+    model, processor = _model(), tokenizer(template=CHATML)
+    with torch.no_grad():
+        found = task.written(model, _batch(encoded))
+    for number, row in enumerate(rows[:9]):
+        scores = []
+        for choice in ("one", "two or three", "no"):
+            asked = [{"role": "user", "content": row.values["prompt"]}]
+            prompt = processor.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+            ids = torch.tensor([[*prompt, *processor(choice, add_special_tokens=False)["input_ids"], 4]])
+            with torch.no_grad():
+                said = model(input_ids=ids).logits[0].log_softmax(-1)
+            scores.append(float(said[torch.arange(len(prompt) - 1, ids.shape[1] - 1), ids[0, len(prompt) :]].sum()))
+        assert found[number] == ("one", "two or three", "no")[int(np.argmax(scores))]
+    right = [text == ("one", "two or three", "no")[n % 3] for n, text in enumerate(found[:9])]
+    scores_ = evaluate.scores(model, task, encoded, CPU, write=True)
+    assert scores_["exact_match"] == pytest.approx((sum(right) + (found[9] == "two")) / 10)
+    asked_ = [task.asked(row) for row in rows]
+    again = encode(asked_, lambda part: task.encode(part, processor, Data(max_length=64)), tmp_path / "asked")  # type: ignore[call-arg]
+    assert [one["generated_text"] for one in evaluate.answers(model, task, again, CPU)] == found

@@ -34,7 +34,8 @@ SPLIT_NAMES = {
 _TEXTS = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".conll", ".bio", ".iob", ".iob2", ".bioes")
 SUFFIXES = (".parquet", *_TEXTS, *(f"{suffix}.gz" for suffix in _TEXTS))
 
-TAGGED, TOLD = frozenset({"tokens", "label"}), frozenset({"messages", "prompt", "answer", "history", "instances"})
+TAGGED = frozenset({"tokens", "label"})
+TOLD = frozenset({"messages", "prompt", "answer", "history", "instances", "choices"})
 """Roles that hold lists: of words and their tags, of messages and what they are made of."""
 
 
