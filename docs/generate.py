@@ -13,7 +13,7 @@ from typing import Any
 
 from tunesmith import registry
 from tunesmith.recipe import ALIASES, Data, Gain, Recipe, Train
-from tunesmith.recipe_values import Augmentation
+from tunesmith.recipe_values import Augmentation, Generation
 
 PAGE = Path(__file__).with_name("recipe.md")
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -87,6 +87,7 @@ def page() -> str:
                 "",
                 *table(plugin),
             ]
+    lines += ["## generate: of a task that writes", "", *table(Generation)]
     lines += ["## Names of others that are understood", "", "| theirs | ours |", "|---|---|"]
     lines += [f"| `{theirs}` | `{ours}` |" for theirs, (ours, _) in ALIASES.items()]
     lines += ["| `per_device_train_batch_size` x `gradient_accumulation_steps` x processes | `train.batch_size` |"]

@@ -306,6 +306,10 @@ def predict(
     rows = [Row(f"input {number}", {main_role: text}) for number, text in enumerate(inputs or [], start=1)]
     if file is not None:
         rows += read_inputs(file, tuned.task, tuned.data.columns)
+    if len(rows) == 1 and tuned.task.text_scores and not as_json and output is None:
+        tuned.stream(rows[0].values, lambda text: print(text, end="", flush=True))
+        print()
+        return
     answers = tuned.predict_rows(rows)
     lines = _answer_lines(rows, answers, as_json or output is not None)
     if output is not None:
@@ -316,6 +320,44 @@ def predict(
         return
     for line in lines:
         print(line)
+
+
+@app.command(epilog="Example: tunesmith chat runs/alpaca-lora")
+@verb
+def chat(
+    run: Run,
+    system: Annotated[str | None, typer.Option(help="What the conversation begins with; default: the run's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer at most.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token; above, drawn.", min=0)] = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    offline: Offline = False,
+) -> None:
+    """Talk with a run of text-generation, line by line; /new begins anew, end of input (ctrl-D) ends it."""
+    from tunesmith.deploy import chat as conversation
+    from tunesmith.deploy.predict import load
+    from tunesmith.recipe_values import Generation
+
+    how = Generation.model_validate({"max_new_tokens": max_new_tokens, "temperature": temperature})
+    tuned = load(run, device=device, offline=offline, allow_pickle=allow_pickle)
+    out = sys.stderr if as_json else sys.stdout
+    prompt = "" if quiet or not sys.stdin.isatty() else "> "
+    messages = conversation.chat(
+        tuned, _typed(prompt), lambda text: print(text, end="", flush=True, file=out), how, system
+    )
+    if as_json:
+        emit({"run": str(run), "messages": messages})
+
+
+def _typed(prompt: str) -> Iterator[str]:
+    """Lines from standard input, asked for where a person types them."""
+    while True:
+        try:
+            yield input(prompt)
+        except EOFError:
+            return
 
 
 def _answer_lines(rows: list[Row], answers: list[dict[str, Any]], as_json: bool) -> Iterator[str]:

@@ -157,7 +157,7 @@ def show(
 
 
 def _print_row(console: Any, row: Any) -> None:
-    """One row in colour; without colour `<target>` behind a token tells what carries loss."""
+    """One row in colour; without colour `<target>` behind a token tells what carries loss, or `[token]` its own."""
     from rich.text import Text
 
     console.print(row.place, style="bold")
@@ -167,8 +167,9 @@ def _print_row(console: Any, row: Any) -> None:
         line = Text("  ")
         for token in window:
             style = "bold green" if token.target is not None else "dim" if token.special else ""
-            line.append(CONTROL.sub("?", token.text), style=style)
-            if token.target is not None:
+            itself = token.target == token.text
+            line.append(CONTROL.sub("?", f"[{token.text}]" if itself else token.text), style=style)
+            if token.target is not None and not itself:
                 line.append(f"<{token.target}>", style="green")
             line.append(" ")
         console.print(line.append(f"({len(window)} tokens{', the rest is cut off' if row.cut else ''})", style="dim"))

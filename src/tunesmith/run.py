@@ -220,13 +220,13 @@ def _score_before(prepared: Prepared, progress: Progress, folder: Path, talk: Ta
     assert metric is not None, "_resolve fills it in"
     held_out = [name for name in ("validation", *task.others()) if name in prepared.encoded]
     with talk.during(f"scoring {' and '.join(held_out)} before anything but a head has learned"):
-        progress.before = {
-            name: evaluate.scores(model, task, prepared.encoded[name], prepared.machine, write=task.rows_written)
-            for name in held_out
-        }
+        scored = {name: evaluate.scored(model, task, prepared.encoded[name], prepared.machine) for name in held_out}
+    progress.before = {name: scores for name, (scores, _) in scored.items()}
+    progress.said_before = record.first_said(scored["validation"][1]) if "validation" in scored else {}
     head = f"its new head alone has learned, for {progress.step} steps" if progress.step else "nothing has learned"
     for name, scores in progress.before.items():
-        line = {f"before/{name}/{score}": _plain(value) for score, value in scores.items()}
+        numbers = {score: value for score, value in scores.items() if isinstance(value, float)}
+        line = {f"before/{name}/{score}": _plain(value) for score, value in numbers.items()}
         _log(folder, {"step": progress.step, **line})
         talk.say(f"{name} before ({head}): {scores_line(scores, metric)}")
 
@@ -305,7 +305,7 @@ def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], fo
     if "validation" in prepared.encoded:
         with talk.during("scoring validation"):
             split, task = prepared.encoded["validation"], prepared.task
-            write = task.rows_written if metric in task.text_scores else 0
+            write = metric in task.text_scores
             scores = evaluate.scores(prepared.model, task, split, prepared.machine, write=write)
         score = evaluate.pick(scores, metric)
         sign = -1 if metric in LOW_IS_GOOD else 1
@@ -387,6 +387,7 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
     tuned = predict.load(folder, device=device, offline=True, allow_pickle=pickled)
     metrics: dict[str, Any] = {} if progress.before is None else {"before": progress.before}
     said: list[dict[str, Any]] = []
+    samples: list[dict[str, str]] = []
     for name in held_out:
         split = prepared.encoded[name]
         with talk.during(f"scoring what was saved on {name}"):
@@ -394,13 +395,14 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
                 metrics[name], said = evaluate.scores_and_answers(tuned.model, tuned.task, split, tuned.machine)
             else:
                 metrics[name] = evaluate.scores(tuned.model, tuned.task, split, tuned.machine)
+            samples = record.samples(prepared, progress, said) if name == "validation" else samples
         guess = evaluate.baseline(prepared.task, prepared.encoded["train"], split)
         metrics["baseline"] = {"split": name, **guess}
     result = record.result(prepared, progress, folder, metrics)
     if parallel.rank() == 0:
         if "test" in prepared.examples.splits and prepared.task.rows_are_examples and any(said):
             record.write_predictions(prepared, said, folder)
-        record.write_run(folder, prepared, progress, {"outcome": "done", **result})
+        record.write_run(folder, prepared, progress, {"outcome": "done", **result, "samples": samples})
         card.write(folder)
         report.write(folder)
     parallel.barrier()

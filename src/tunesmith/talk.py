@@ -135,7 +135,9 @@ def scores_line(scores: dict[str, Any], first: str) -> str:
 
 
 def answer_line(answer: dict[str, Any], asked: object) -> str:
-    """What was answered, how sure that is, and the beginning of what was asked."""
+    """What was answered, how sure that is, and the beginning of what was asked; of a text the text alone."""
+    if "generated_text" in answer:
+        return str(answer["generated_text"])
     if "entities" in answer:
         found = (f"{one['text']} ({one['label']} {one['score']:.3f})" for one in answer["entities"])
         said = ", ".join(found) or "no entity"

@@ -103,7 +103,26 @@ def _tagged(number: int) -> dict[str, object]:
     return {"tokens": [*before, *marked, *after], "label": ["O"] * len(before) + tags + ["O"] * len(after)}
 
 
-MADE_UP = {"fill-mask": _document, "text-classification": _review, "token-classification": _tagged}
+def _asked(number: int) -> dict[str, object]:
+    """What was good or bad, as a conversation of one or two turns whose answers repeat a word of the question."""
+    words = (_BAD, _GOOD)[number % 2]
+    turns = [
+        (f"was the {_WORDS[1 + k]} {words[(number + k) % 5]}", f"it was {words[(number + k) % 5]}") for k in range(2)
+    ]
+    messages = [
+        {"role": role, "content": text}
+        for turn in turns[: 1 + number % 3 // 2]
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return {"messages": messages}
+
+
+MADE_UP = {
+    "fill-mask": _document,
+    "text-classification": _review,
+    "text-generation": _asked,
+    "token-classification": _tagged,
+}
 """Task -> the n-th of its made-up rows: of unequal length, and to be learned in a few steps."""
 
 
@@ -133,7 +152,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = {"unk": "[UNK]", "pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    names = {"unk": "[UNK]", "pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]", "eos": "[SEP]"}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=64,

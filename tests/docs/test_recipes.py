@@ -60,6 +60,7 @@ DATA: dict[str, tuple[list[str], Any]] = {
     "contracts": ([], lambda number: f"{MADE_UP['fill-mask'](number)['text']}\n"),
     "clauses.jsonl": ([], _clauses),
     "medquad.jsonl": ([], _questions),
+    "chats.jsonl": ([], lambda number: json.dumps(MADE_UP["text-generation"](number))),
     **{
         f"{folder}/{name}": ([], _sentence)
         for folder, names in {

@@ -1,4 +1,4 @@
-"""The first ten losses of each recipe, shrunk: a tiny random BERT, made-up rows, fp32, no dropout.
+"""The first ten losses of each recipe, shrunk: a tiny random model, made-up rows, fp32, no dropout.
 
     python tests/golden/golden.py        # rewrites tests/golden/losses.json, ten seconds
 
@@ -21,7 +21,8 @@ from tunesmith.testing import tiny_model, tiny_tokenizer
 
 FILE = Path(__file__).with_name("losses.json")
 TESTS = Path(__file__).parents[1]
-RECIPES = [path for path in sorted((TESTS.parent / "recipes").glob("*.yaml")) if recipes.load_stages(path) is None]
+FOLDERS = (TESTS.parent / "recipes", TESTS / "golden")
+RECIPES = [path for folder in FOLDERS for path in sorted(folder.glob("*.yaml")) if recipes.load_stages(path) is None]
 """A stage is a run as any other."""
 
 TRAIN = "epochs=null max_steps=10 batch_size=4 learning_rate=1e-3 head_learning_rate=1e-3 precision=fp32 device=cpu"
@@ -34,10 +35,12 @@ def losses(recipe: Path, work: Path) -> list[float]:
     for name, (head, row) in runpy.run_path(str(TESTS / "docs" / "test_recipes.py"))["DATA"].items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("\n".join([*head, *(row(number) for number in range(48))]) + "\n", encoding="utf-8")
-    tiny_model("bert", "AutoModelForMaskedLM").save_pretrained("tiny-bert")
-    tiny_tokenizer().save_pretrained("tiny-bert")
     given = recipes.load(recipe)
-    shrunk = [*SHRUNK, "model=tiny-bert", f"data.max_length={min(given.data.max_length or 16, 16)}"]
+    writes = given.task.model_class == "AutoModelForCausalLM"  # type: ignore[attr-defined]
+    base = tiny_model("llama", "AutoModelForCausalLM") if writes else tiny_model("bert", "AutoModelForMaskedLM")
+    base.save_pretrained("tiny")
+    tiny_tokenizer().save_pretrained("tiny")
+    shrunk = [*SHRUNK, "model=tiny", f"data.max_length={min(given.data.max_length or 16, 16)}"]
     shrunk += ["technique.dropout=0.0"] if "dropout" in given.dump()["technique"] else []
     result = run.train(recipe, *shrunk, talk=Talk(level=-1))
     lines = [json.loads(line) for line in Path(result["run"], "metrics.jsonl").read_text().splitlines()]

@@ -69,6 +69,7 @@ def test_the_verbs_are_those_of_the_interface() -> None:
         "train",
         "evaluate",
         "predict",
+        "chat",
         "merge",
         "data",
         "techniques",

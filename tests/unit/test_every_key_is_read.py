@@ -27,6 +27,7 @@ BLOCKS = "technique={name: freeze, last_n_blocks: 2}"
 WORDS = ("task=fill-mask", "technique=full", "data.train=documents.csv")
 PROMPT, PREFIX = "technique={name: prompt, num_virtual_tokens: 3}", "technique={name: prefix, num_virtual_tokens: 3}"
 ENTITIES = ("task=token-classification", "data.train=entities.jsonl")
+CHATS = ("task=text-generation", "technique=full", "model=decoder", "data.train=chats.jsonl")
 LOHA = "technique={name: peft, type: LOHA}"
 EACH_STEP = ("train.evaluate_every=1", "train.save_every=1")
 DIVERGES = ("train.learning_rate=1e30", "train.warmup_ratio=0", BLOCKS, "train.max_steps=4")
@@ -81,6 +82,12 @@ KEYS: dict[str, Change] = {
     "task.fill-mask.segmenter": ((*WORDS,), "task.segmenter=jieba", "error"),
     "task.fill-mask.head_warmup": ((*WORDS, "model=headless"), "task.head_warmup=0.5", "weights"),
     "task.fill-mask.general": ((*WORDS,), "task.general=turned.csv", "rows"),
+    "task.text-generation.form": (CHATS, "task.form=text", "error"),
+    "task.text-generation.train_on": (CHATS, "task.train_on=all", "losses"),
+    "task.text-generation.chat_template": (CHATS, "task.chat_template=alpaca", "losses"),
+    "task.text-generation.system": (CHATS, "task.system=great", "losses"),
+    "task.text-generation.general": (CHATS, "task.general=turned.csv", "rows"),
+    "task.text-generation.generate": (CHATS, "task.generate={max_new_tokens: 2}", "said"),
     "task.token-classification.tags": (ENTITIES, "task.tags=[B-PRAISE, I-PRAISE, B-BLAME, I-BLAME, O]", "classes"),
     "task.token-classification.scheme": (ENTITIES, "task.scheme=BIOES", "error"),
     "task.token-classification.sub_words": (ENTITIES, "task.sub_words=all", "losses"),
@@ -131,13 +138,15 @@ def test_each_key_has_a_change() -> None:
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two models and three files of reviews."""
+    """A folder with models and files of data."""
     folder = tmp_path_factory.mktemp("room")
     for seed, name in enumerate(("model", "other")):
         tiny_model("bert", "AutoModelForMaskedLM", seed=seed).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     tiny_model("bert", "AutoModel").save_pretrained(folder / "headless")
     tiny_tokenizer().save_pretrained(folder / "headless")
+    tiny_model("llama", "AutoModelForCausalLM").save_pretrained(folder / "decoder")
+    tiny_tokenizer().save_pretrained(folder / "decoder")
     rows = [MADE_UP["text-classification"](number) for number in range(24)]
     turned = [" ".join(reversed(str(row["text"]).split())) for row in rows]
     files = {
@@ -153,6 +162,8 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for row in tagged:  # a word that is two to the tokenizer
         row["tokens"] = [f"{word}!" for word in typing.cast(list[str], row["tokens"])]
     (folder / "entities.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged), encoding="utf-8")
+    chats = "".join(json.dumps(MADE_UP["text-generation"](number)) + "\n" for number in range(24))
+    (folder / "chats.jsonl").write_text(chats, encoding="utf-8")
     return folder
 
 

@@ -80,7 +80,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def script(metric: str, *values: float) -> None:
         coming: Iterator[float] = iter(values)
         own = evaluate.scores
-        monkeypatch.setattr(evaluate, "scores", lambda *args: own(*args) | {metric: next(coming)})
+        monkeypatch.setattr(evaluate, "scores", lambda *args, **how: own(*args, **how) | {metric: next(coming)})
 
     return script
 

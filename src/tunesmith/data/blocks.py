@@ -1,12 +1,13 @@
 """Documents as one stream of tokens, cut into blocks of equal length: no padding, no token dropped.
 
-Where one document ends and the next begins stands the model's separator; each block is dressed as a text of its own.
+Where one document ends and the next begins stands the model's separator; each block is dressed as a text of its own
+(`blocks`), or keeps its documents apart, each a window of its own (`packed`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,38 @@ def blocks(
         rest = len(ids) - len(ids) % room
         ids, kinds = ids[rest:], kinds[rest:]
     yield from block(ids, kinds)
+
+
+def packed(
+    rows: Iterable[Row], role: str, processor: Any, max_length: int, first: Sequence[int], last: Sequence[int]
+) -> Iterator[Row]:
+    """Rows with `input_ids`, `max_length` (or one less) but in the last, and `windows`: how many each document has.
+
+    Documents begin with `first` and end with `last`. What goes on in the next block begins there with the token before
+    it, so that each token but a document's first stands once behind another. Special tokens that a text spells are
+    words like others.
+    """
+    ids, windows, place = list[int](), list[int](), ""
+    for row, own in _whole_documents(rows, role, processor):
+        left = [*first, *own, *last]
+        while len(left) > 1:
+            place = place if ids else row.place
+            part = left[: max_length - len(ids)]
+            ids += part
+            windows.append(len(part))
+            left = left[len(part) - 1 :]
+            if len(ids) > max_length - 2:  # one token more would have nothing behind it
+                yield Row(place, {"input_ids": ids, "windows": windows})
+                ids, windows = [], []
+    if ids:
+        yield Row(place, {"input_ids": ids, "windows": windows})
+
+
+def _whole_documents(rows: Iterable[Row], role: str, processor: Any) -> Iterator[tuple[Row, list[int]]]:
+    for part in _some_at_once(rows, role):
+        texts = [str(row.values[role]) for row in part]
+        coded = processor(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        yield from zip(part, coded, strict=True)
 
 
 def _special(processor: Any) -> tuple[list[int], list[int], list[int]]:

@@ -56,6 +56,10 @@ class Encoded:
         """All values of a field, flat."""
         return self._values[name]
 
+    def offsets(self, name: str) -> Array:
+        """Where the examples begin in a ragged field, and where it ends."""  # (examples + 1,)
+        return self._offsets[name]
+
     def take(self, indices: Sequence[int] | Array) -> dict[str, tuple[Array, Array | None]]:
         """The examples at `indices`: field -> (flat values, offsets starting at 0; None where not ragged)."""
         taken: dict[str, tuple[Array, Array | None]] = {}

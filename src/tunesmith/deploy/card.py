@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tunesmith.techniques import OWN_TYPE
 from tunesmith.training.files import atomic_write
 
 PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
@@ -23,6 +25,9 @@ PIPELINES = {
 
 EXAMPLES = {"AutoModelForMaskedLM": "... [MASK] ..."}
 """What a model of this class is asked, where it is no text alone."""
+
+CELL_CHARS = 400
+"""Of a text that was written, as the card shows it."""
 
 LICENSES = frozenset(
     "agpl-3.0 apache-2.0 bsd-2-clause bsd-3-clause bsl-1.0 cc-by-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cc-by-sa-4.0 cc0-1.0 "
@@ -43,6 +48,7 @@ def write(folder: Path) -> None:
         f"`{recipe.model}` adapted to {recipe.task.name} by `{recipe.technique.name}` with tunesmith.\n",
         "## Scores\n",
         _scores(run["metrics"]),
+        *_samples(run.get("samples") or []),
         "## Load it\n",
         "With tunesmith:\n",
         f"```python\nimport tunesmith\n\nmodel = tunesmith.load({_quoted(folder)})\n"
@@ -110,6 +116,22 @@ def _scores(metrics: dict[str, Any]) -> str:
         lines.append(f"| {name} | {cells} | {guess[name]:.4f} |" if name in guess else f"| {name} | {cells} | |")
     lines += ["", *(f"- {name}: {MEANINGS[name]}" for name in names if name in MEANINGS)]
     return "\n".join(lines) + "\n"
+
+
+def _samples(samples: list[dict[str, str]]) -> Iterator[str]:
+    """What was written before and after, side by side."""
+    if samples:
+        yield "## Answers before and after\n"
+        names = ("asked", "meant", "before", "after")
+        lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        lines += [f"| {' | '.join(_cell(sample[name]) for name in names)} |" for sample in samples]
+        yield "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """A text in a cell of a table: cut, without what Markdown or HTML would read."""
+    cut = text if len(text) <= CELL_CHARS else f"{text[: CELL_CHARS - 1]}…"
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", cut).replace("\r", "").replace("\n", "<br>")
 
 
 def _without_us(folder: Path, auto: str, base: dict[str, Any], adapter: bool) -> str:

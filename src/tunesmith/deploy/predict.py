@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from tunesmith.data.batches import collate
 from tunesmith.data.encoded import encode
 from tunesmith.data.formats import Row, read_lines, read_table
 from tunesmith.errors import CheckpointError, DataError, RecipeError, UserError, shorten
@@ -60,7 +62,20 @@ class Tuned:
             >>> tunesmith.load("runs/reviews").predict(["A lovely film."])  # doctest: +SKIP
             [{'label': 'positive', 'score': 0.98, 'probabilities': {...}}]
         """
-        inputs = [inputs] if isinstance(inputs, str | Mapping) else inputs
+        return self.predict_rows(self._rows([inputs] if isinstance(inputs, str | Mapping) else inputs))
+
+    def stream(self, given: str | Mapping[str, object], say: Callable[[str], None]) -> str:
+        """The text that a model writes for one input, told to `say` piece by piece."""
+        (row,) = map(self.task.asked, self._rows([given]))
+        with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
+            encoded = encode(
+                [row], lambda part: self.task.encode(part, self.processor, self.data), Path(folder) / "row"
+            )
+            batch = collate(encoded, np.zeros(1, dtype=np.int64)).to(self.machine.device)
+            with torch.inference_mode():
+                return self.task.streamed(self.model, batch, say)
+
+    def _rows(self, inputs: Iterable[str | Mapping[str, object]]) -> list[Row]:
         main = next(iter(self.task.columns))
         rows = []
         for number, given in enumerate(inputs, start=1):
@@ -70,17 +85,17 @@ class Tuned:
             if not isinstance(values.get(main), str) and (main in self.task.required or main in values or not others):
                 raise UserError(f"input {number} has no {main}", hint=f"give a text, or a mapping with '{main}'")
             rows.append(Row(f"input {number}", values))
-        return self.predict_rows(rows)
+        return rows
 
     def predict_rows(self, rows: Iterable[Row]) -> list[dict[str, Any]]:
         """One answer for each row, in their order."""
-        unlabelled = [Row(row.place, {k: v for k, v in row.values.items() if k != "label"}) for row in rows]
+        asked = [self.task.asked(row) for row in rows]
         with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
             encoded = encode(
-                unlabelled, lambda chunk: self.task.encode(chunk, self.processor, self.data), Path(folder) / "rows"
+                asked, lambda chunk: self.task.encode(chunk, self.processor, self.data), Path(folder) / "rows"
             )
             answers = evaluate.answers(self.model, self.task, encoded, self.machine)
-        return [self.task.completed(answer, row) for answer, row in zip(answers, unlabelled, strict=True)]
+        return [self.task.completed(answer, row) for answer, row in zip(answers, asked, strict=True)]
 
 
 def load(

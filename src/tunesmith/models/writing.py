@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TextStreamer
 
 from tunesmith.data.batches import Ragged
 from tunesmith.kernels.padding_free import with_padding
+from tunesmith.models.heads import logits_at
 from tunesmith.models.load import quiet
 from tunesmith.recipe_values import Generation
 
 SEED = 0
 """Of what is drawn: the same prompts in the same batch get the same texts."""
+
+
+class Spoken(TextStreamer):  # type: ignore[misc]
+    """Tells what is written behind one prompt, word by word."""
+
+    def __init__(self, processor: Any, say: Callable[[str], None]) -> None:
+        super().__init__(processor, skip_prompt=True, skip_special_tokens=True)
+        self._say = say
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """What is certain by now."""
+        if text:
+            self._say(text)
 
 
 def write(
@@ -45,6 +59,21 @@ def write(
         torch.manual_seed(SEED)
         written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
     return [_up_to(row, stop) for row in written[:, 0 if reader else ids.shape[1] :].tolist()]
+
+
+def likeliest(model: Any, prompt: Tensor, options: Sequence[Tensor], pad: int) -> int:
+    """Which of some answers has the highest probability behind a prompt, with what ends it."""
+    lengths = torch.tensor([len(option) for option in options], device=prompt.device)
+    text = torch.repeat_interleave(torch.arange(len(options), device=prompt.device), lengths)
+    within = torch.cat([torch.arange(len(option), device=prompt.device) for option in options])
+    rows = Ragged(
+        torch.cat([part for option in options for part in (prompt, option)]),
+        torch.cat([lengths.new_zeros(1), (lengths + len(prompt)).cumsum(0)]),
+    )
+    inputs = {"input_ids": rows.padded(pad), "attention_mask": rows.mask()}
+    said = logits_at(model, inputs, text, len(prompt) - 1 + within).log_softmax(-1)
+    each = said.gather(1, torch.cat(list(options))[:, None])[:, 0]
+    return int(each.new_zeros(len(options)).index_add(0, text, each).argmax())
 
 
 def _rectangle(rows: Ragged, fill: int, *, left: bool) -> tuple[Tensor, Tensor]:

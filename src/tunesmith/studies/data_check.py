@@ -118,6 +118,7 @@ class _Check:
         self.data, named, self.are_splits = find_files(recipe.data, recipe.task)
         first = next(iter(named.values()))
         self.task, misfit = guessed_task(recipe.task, first, self.data) if guess else (recipe.task, None)
+        self.fitted: Task | None = None
         self.files = list(self._opened(named))
         if misfit is not None and self.files:
             self.notes.append(f"taken as rows without a task ({misfit.what}); task=NAME says which")
@@ -195,8 +196,9 @@ class _Check:
         try:
             target = self.task.target(row)
         except DataError as error:
-            fault = Fault("bad-label", "a label cannot be read", row.place, error.what, error.hint, self.row_level)
-            self.findings.add([fault])
+            labelled = "label" in self.task.columns
+            kind, what = ("bad-label", "a label cannot be read") if labelled else ("bad-row", "nothing can be learned")
+            self.findings.add([Fault(kind, what, row.place, error.what, error.hint, self.row_level)])
             return None
         if "label" in self.task.columns and isinstance(target, str | tuple):
             file.classes.update([target] if isinstance(target, str) else target)
@@ -245,6 +247,7 @@ class _Check:
         read = self._tried(task, files | drawn)
         if read is None:
             return
+        self.fitted = read.task
         if drawn:
             self._tried(task, files)
         for name, split in read.splits.items():
@@ -310,8 +313,20 @@ class _Check:
                     sample.append(row)
                 number += 1
             if tokens and sample:
-                self.findings.add(token_faults(file, sample, *tokens))
+                self._look_at_tokens(file, sample, *tokens)
         return found
+
+    def _look_at_tokens(self, file: File, rows: list[Row], processor: Any, limit: int) -> None:
+        """Count the tokens of some rows, as the task makes them."""
+        task, data = self.fitted or self.task, self.data.model_copy(update={"max_length": limit})
+        try:
+            looked = task.for_processor(processor).token_faults(rows, processor, data) if task else None
+        except UserError as error:
+            self.findings.add([Fault("refused", "a run stops here", str(file.path), error.what, error.hint, "error")])
+            return
+        ids, more = looked if looked is not None else (None, [])
+        self.findings.add(more)
+        self.findings.add(token_faults(file, rows, processor, limit, ids))
 
     def _tokenizer(self) -> tuple[Any, int] | None:
         """The model's tokenizer, and how many tokens are read; None where no model is named or to be had."""

@@ -94,9 +94,13 @@ def unknown_labels(file: File, known: set[str], rows: Iterator[tuple[str, Any]],
             yield Fault("unknown-label", what, place, ", ".join(sorted(unknown)), fix, level)
 
 
-def token_faults(file: File, rows: Sequence[Row], processor: Any, limit: int) -> Iterator[Fault]:
-    """Texts longer than what is read, and too many unknown tokens; the file's lengths are then in tokens."""
-    ids = [processor(*texts(row), verbose=False)["input_ids"] for row in rows]
+def token_faults(
+    file: File, rows: Sequence[Row], processor: Any, limit: int, ids: list[list[int]] | None = None
+) -> Iterator[Fault]:
+    """Texts longer than what is read, and too many unknown tokens; the file's lengths are then in tokens (`ids`, where
+    they are not those of the text alone).
+    """
+    ids = ids or [processor(*texts(row), verbose=False)["input_ids"] for row in rows]
     counts = np.array([len(one) for one in ids])
     unknown = getattr(processor, "unk_token_id", None)
     num_unknown = [one.count(unknown) for one in ids] if unknown is not None else [0]
@@ -108,7 +112,7 @@ def token_faults(file: File, rows: Sequence[Row], processor: Any, limit: int) ->
             what = f"a text of {file.name} is longer than the {limit} tokens that are read"
             yield Fault("too-long", what, row.place, f"{count} tokens: {text(row)}", fix)
     if share > UNKNOWN:
-        worst = rows[int(np.argmax(np.array(num_unknown) / counts))]
+        worst = rows[int(np.argmax(np.array(num_unknown) / np.maximum(counts, 1)))]
         what = f"{share:.0%} of the tokens of {file.name} are unknown to this model"
         yield Fault("unknown-tokens", what, worst.place, text(worst), "another model may fit the language")
 

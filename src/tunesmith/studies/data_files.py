@@ -11,6 +11,7 @@ from typing import Any
 
 from tunesmith import recipe as recipes
 from tunesmith import registry
+from tunesmith.data.conversations import said
 from tunesmith.data.formats import SUFFIXES, Row, find_splits, is_folder, read_raw
 from tunesmith.data.formats.raw import BadRow, RawRow, Rows
 from tunesmith.data.formats.recognise import format_of
@@ -80,7 +81,7 @@ def find_files(data: Data, task: Task) -> tuple[Data, dict[str, Path], bool]:
     if data.train is None:
         raise RecipeError("data.train: missing", hint="name a file, a folder or a recipe")
     named = {"train": Path(data.train)}
-    if is_folder(data.train) and not (named := find_splits(data.train)) and examples.reads_plain_text(task):
+    if is_folder(data.train) and not (named := find_splits(data.train)) and task.reads_plain_text:
         named = {"train": Path(data.train)}  # of texts
     elif is_folder(data.train) and not named:
         files = [path for path in sorted(Path(data.train).iterdir()) if path.name.lower().endswith(SUFFIXES)]
@@ -108,7 +109,8 @@ def fits(task: Task, path: Path, data: Data) -> DataError | None:
 
 
 def guessed_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataError | None]:
-    """A task that the file has all for, the given one or token-classification; else why not the given one.
+    """A task that the file has all for: the given one, text-generation of conversations, token-classification; else why
+    not the given one.
 
     Words with tags, one a line, are a table of texts and classes too: what looks so is taken for sentences first.
     """
@@ -117,10 +119,23 @@ def guessed_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataE
     tagged = registry.get("task", "token-classification")()
     assert isinstance(tagged, Task)
     misfit = fits(task, path, data)
+    if misfit is not None and _holds_conversations(path, data):
+        return registry.get("task", "text-generation")(), None  # type: ignore[return-value]
     first_tagged = misfit is not None or format_of(path, tagged=True) == "conll"
     if first_tagged and fits(tagged, path, data) is None:
         return tagged, None
     return (task, None) if misfit is None else (None, misfit)
+
+
+def _holds_conversations(path: Path, data: Data) -> bool:
+    """Whether a file has columns for messages, or for questions and answers."""
+    chats = registry.get("task", "text-generation")()
+    assert isinstance(chats, Task)
+    try:
+        found = examples.open_split(path, chats, data).table.columns.keys()
+    except DataError:
+        return False
+    return "messages" in found or {"prompt", "answer"} <= found or {"prompt", "instances"} <= found
 
 
 def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
@@ -176,6 +191,8 @@ def texts(row: Row) -> list[str]:
     found = [str(value) for role, value in row.values.items() if role.startswith("text")]
     if isinstance(words := row.values.get("tokens"), list):
         found = [" ".join(map(str, words))]
+    if (all_ := said(row)) is not None:
+        found = [all_]
     return found
 
 

@@ -156,6 +156,10 @@ def _shown(row: Row, fields: dict[str, Any], task: Task, processor: Any) -> Show
 def _targets_of_tokens(fields: dict[str, Any], task: Task, processor: Any) -> list[str | None] | None:
     """What is to be said at each token, None where nothing is; None where the task has one target for all of them."""
     ids = fields["input_ids"]
+    if "learned" in fields:  # some positions: what is to be said is the token itself
+        learned = set(fields["learned"])
+        names = processor.convert_ids_to_tokens(ids)
+        return [name if place in learned else None for place, name in enumerate(names)]
     if "masked" in fields:  # some positions, and what stood there
         hidden = dict(zip(fields["masked"], processor.convert_ids_to_tokens(fields["label"]), strict=True))
         return [hidden.get(place) for place in range(len(ids))]

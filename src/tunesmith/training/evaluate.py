@@ -25,6 +25,9 @@ T = TypeVar("T")
 Asked = Iterator[tuple[NDArray[np.int64], T, Batch]]
 """(indices, what the model gave, batch)."""
 
+WRITTEN = "generated_text"
+"""What a text is called among answers, as in transformers' pipelines."""
+
 LIMITS = {"cpu": Limits(64, 4096, 64), "cuda": Limits(512, 65536, 4096)}
 
 
@@ -89,21 +92,21 @@ def _drawn(task: Task, encoded: Encoded, rows: NDArray[np.int64]) -> Batch:
     return task.draw(collate(encoded, rows), rows)
 
 
-def scores(model: nn.Module, task: Task, encoded: Encoded, machine: Machine, *, write: int = 0) -> dict[str, Any]:
-    """The task's scores; those of texts for at most `write` rows, for which the model writes."""
-    return _scores_and_texts(model, task, encoded, machine, write)[0]
+def scores(model: nn.Module, task: Task, encoded: Encoded, machine: Machine, *, write: bool = False) -> dict[str, Any]:
+    """The task's scores; with `write` those of texts too, where the task has the model write some."""
+    return scored(model, task, encoded, machine, write=write)[0]
 
 
-def _scores_and_texts(
-    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, write: int
+def scored(
+    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, *, write: bool = True
 ) -> tuple[dict[str, Any], dict[int, str]]:
     """The scores, and row -> the text that was written for it."""
     metrics, said = task.metrics(), dict[int, str]()
     for _, output, batch in outputs(model, task, encoded, machine):
         metrics.update(output, batch)
-    if write:
+    if write and (count := task.rows_written(encoded)):
         assert isinstance(metrics, TextMetrics), "what writes is scored by its texts"
-        for indices, written, batch in texts(model, task, encoded, machine, spread(len(encoded), write)):
+        for indices, written, batch in texts(model, task, encoded, machine, spread(len(encoded), count)):
             metrics.update_texts(written, batch)
             said |= zip(indices.tolist(), written, strict=True)
     return metrics.compute(), said
@@ -152,7 +155,7 @@ def answers(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) ->
     given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]
     if task.text_scores:
         for indices, written, _ in texts(model, task, encoded, machine):
-            _place(given, indices, [{"text": text} for text in written])
+            _place(given, indices, [{WRITTEN: text} for text in written])
         return given
     for indices, output, batch in outputs(model, task, encoded, machine):
         _place(given, indices, task.answers(output, batch))
@@ -165,8 +168,8 @@ def scores_and_answers(
     """Both; no answer for rows for which nothing is written."""
     given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]
     if task.text_scores:
-        found, said = _scores_and_texts(model, task, encoded, machine, task.rows_written)
-        return found, [{"text": said[row]} if row in said else {} for row in range(len(encoded))]
+        found, said = scored(model, task, encoded, machine)
+        return found, [{WRITTEN: said[row]} if row in said else {} for row in range(len(encoded))]
     metrics = task.metrics()
     for indices, output, batch in outputs(model, task, encoded, machine):
         metrics.update(output, batch)

@@ -91,14 +91,9 @@ def open_split(path: str | Path, task: Task, data: Data, *, grouped: bool = Fals
         columns=columns,
         on_bad_row=data.on_bad_row,
         limit=data.limit,
-        plain_text=reads_plain_text(task),
+        plain_text=task.reads_plain_text,
     )
     return Split(table)
-
-
-def reads_plain_text(task: Task) -> bool:
-    """Whether text and nothing beside it is what the task learns from."""
-    return task.required == {next(iter(task.columns))}
 
 
 def read(task: Task, data: Data, seed: int) -> Examples:
@@ -107,7 +102,7 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     Raises:
         DataError: a file or row that cannot be learned from.
     """
-    data = _named_files(data, plain=reads_plain_text(task))
+    data = _named_files(data, plain=task.reads_plain_text)
     assert data.train is not None, "_named_files refuses that"
     found = {"train": open_split(data.train, task, data, grouped=True)}
     for name, value in (("validation", data.validation), ("test", data.test)):
@@ -197,7 +192,7 @@ def _usable(split: Split, task: Task, data: Data) -> _Part:
     """A row whose target cannot be read stops the run, or is left out and counted."""
     targets: list[Any] = []
     digests, groups = array("Q"), array("Q")
-    kept, unusable = array("q"), 0
+    kept, unusable, kind = array("q"), 0, "label" if "label" in task.columns else "row"
     main, only_numbers = next(iter(task.columns)), True
     for index, row in enumerate(split.rows()):
         try:
@@ -213,7 +208,7 @@ def _usable(split: Split, task: Task, data: Data) -> _Part:
         if "group" in row.values:
             groups.append(splits.group_digest(row))
         only_numbers = only_numbers and is_number(str(row.values.get(main)))
-    skipped = split.table.skipped + Counter({"unusable label": unusable} if unusable else {})
+    skipped = split.table.skipped + Counter({f"unusable {kind}": unusable} if unusable else {})
     if not targets:
         raise DataError(f"no row can be used, left out are {_reasons(skipped)}", where=str(split.table.path))
     split = replace(split, indices=np.frombuffer(kept, dtype=np.int64)) if unusable else split

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram, WordPiece
 from transformers import PreTrainedTokenizerFast
 
-from tunesmith.data.blocks import blocks
+from tunesmith.data.blocks import blocks, packed
 from tunesmith.data.formats import Row
 from tunesmith.data.masks import Tokens, choose, hide
 from tunesmith.testing import MADE_UP, tiny_tokenizer
@@ -178,3 +178,28 @@ def test_jieba_is_a_module_that_cuts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setitem(sys.modules, "jieba", SimpleNamespace(cut=lambda text: ["今天", "天气"]))
     rows = FillMask(segmenter="jieba").pieces(_rows("今天天气"), _bert_zh(), Data(max_length=16))
     assert [row.values["words"] for row in rows] == [[-1, 0, 0, 1, 1, -1]]
+
+
+@pytest.mark.parametrize("length", (4, 5, 7, 32, 1000))
+def test_packed_documents_keep_apart_and_each_token_is_learned_once(length: int) -> None:
+    texts = [str(MADE_UP["fill-mask"](number)["text"]) for number in range(20)]
+    found = [dict(row.values) for row in packed(_rows(*texts), "text", TOKENIZER, length, [2], [3])]
+    pairs, firsts = [], []
+    for block in found:
+        assert sum(block["windows"]) == len(block["input_ids"]) <= length and min(block["windows"]) > 1
+        start = 0
+        for size in block["windows"]:
+            window = block["input_ids"][start : start + size]
+            firsts.append(window[0])
+            pairs += zip(window[:-1], window[1:], strict=True)
+            start += size
+    documents = [[2, *TOKENIZER(text, add_special_tokens=False)["input_ids"], 3] for text in texts]
+    assert pairs == [pair for one in documents for pair in zip(one[:-1], one[1:], strict=True)]
+    assert firsts.count(2) == len(texts)
+    assert all(len(block["input_ids"]) >= length - 1 for block in found[:-1])
+
+
+def test_a_packed_block_has_the_place_of_the_document_it_begins_in_and_special_tokens_are_words() -> None:
+    found = list(packed(_rows("the film was great", "not so bad", "the [MASK] plot"), "text", TOKENIZER, 7, [], [3]))
+    assert [row.place for row in found] == ["made-up:1", "made-up:2", "made-up:3"]
+    assert TOKENIZER.mask_token_id not in [token for row in found for token in row.values["input_ids"]]  # type: ignore[attr-defined]

@@ -152,10 +152,10 @@ def test_rows_without_a_task_are_looked_at_as_they_stand(
     sentences: list[str], checked: Checked, tmp_path: Path
 ) -> None:
     rows = [
-        {"instruction": text, "input": "", "output": other}
+        {"headline": text, "aside": "", "story": other}
         for text, other in zip(sentences, sentences[500:540], strict=False)
     ]
-    path = tmp_path / "alpaca.jsonl.gz"
+    path = tmp_path / "news.jsonl.gz"
     path.write_bytes(gzip.compress("".join(f"{json.dumps(row)}\n" for row in [*rows, rows[3]]).encode()))
     code, report = checked(path)
     assert code == 0 and report["task"] is None

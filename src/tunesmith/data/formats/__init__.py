@@ -34,6 +34,10 @@ SPLIT_NAMES = {
 _TEXTS = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".conll", ".bio", ".iob", ".iob2", ".bioes")
 SUFFIXES = (".parquet", *_TEXTS, *(f"{suffix}.gz" for suffix in _TEXTS))
 
+TAGGED = frozenset({"tokens", "label"})
+TOLD = frozenset({"messages", "prompt", "answer", "history", "instances", "choices"})
+"""Roles that hold lists: of words and their tags, of messages and what they are made of."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -62,8 +66,8 @@ class Table:
     note: str | None
     raw_rows: Rows = field(repr=False)
     limit: int | None = None
-    tagged: bool = False
-    """Whether labels may be lists of tags or of spans."""
+    judged_by_task: frozenset[str] = frozenset()
+    """Roles whose values may be lists that only the task can judge: of tags, of spans, of messages."""
     skipped: Counter[str] = field(default_factory=Counter)
     state: tuple[int, int] = field(init=False, repr=False)
 
@@ -119,7 +123,7 @@ class Table:
                     what = f"{_shown(column)}: {'empty' if column in raw.values else 'not there'}"
                     return BadRow(raw.line, what, "fill it in or remove the row", f"empty {role}", raw.file)
                 continue
-            judged_by_task = self.tagged and role in ("tokens", "label") and isinstance(value, list)
+            judged_by_task = role in self.judged_by_task and isinstance(value, list)
             if not judged_by_task and (fault := _fault(role, value)) is not None:
                 what, hint, reason = fault
                 return BadRow(raw.line, f"{_shown(column)}: {what}", hint, reason, raw.file)
@@ -197,13 +201,14 @@ def read_table(
         raise _nothing_in(path, opened)
     if kind == "conll":
         chosen, note = conll.find_columns(path, len(opened.names), roles, columns or {})
-        return Table(path, kind, chosen, required, on_bad_row, note, opened.rows, limit, tagged=True)
+        return Table(path, kind, chosen, required, on_bad_row, note, opened.rows, limit, TAGGED)
     chosen, note, headed = find_columns(path, opened, roles, required, columns or {})
     raw_rows = opened.rows if headed else opened.by_number
     assert raw_rows is not None, "only where the first line may be data is there no header"
     if kind != "text" and not any(True for _ in islice(raw_rows(), 1)):
         raise DataError("there is a header but no row below it", where=str(path), hint="add rows")
-    return Table(path, kind, chosen, required, on_bad_row, note, raw_rows, limit, tagged="tokens" in roles)
+    lists = TAGGED if "tokens" in roles else TOLD if "messages" in roles else frozenset()
+    return Table(path, kind, chosen, required, on_bad_row, note, raw_rows, limit, lists)
 
 
 def read_raw(path: str | Path, header: bool | None = None) -> tuple[Sequence[str | int], Rows]:

@@ -44,7 +44,7 @@ def find_columns(
         raise DataError(f"the column {shorten(twice)} is there twice", where=where, hint="rename one of them")
     found: Columns = {role: _named(column, names, where) for role, column in chosen.items()}
     found |= _by_usual_name(where, names, {role: roles[role] for role in roles if role not in found}, found)
-    if not required <= found.keys():
+    if not found or not required <= found.keys():
         raise _missing(where, opened, roles, required - found.keys(), taken=found)
     note = f"{where}: taken for the names of the columns, not for a row: {_listed(names)}"
     return found, note if numbers and opened.sample and not plain_names(names, roles) else None, True
@@ -53,7 +53,7 @@ def find_columns(
 def _without_header(
     where: str, opened: Opened, roles: Roles, required: frozenset[str], numbers: dict[str, int]
 ) -> tuple[Columns, str | None, bool]:
-    if required <= numbers.keys():
+    if numbers and required <= numbers.keys():
         return dict(numbers), None, False
     below = next((row for row in opened.sample[1:20] if required <= plain_names(row, roles).keys()), None)
     if below is not None:
@@ -76,14 +76,16 @@ def has_header(opened: Opened) -> bool:
 
 
 def _and(some: Collection[str], roles: Roles) -> str:
-    return " and ".join(role for role in roles if role in some)
+    """What is missing: some roles, or where none is required any of them."""
+    return " and ".join(role for role in roles if role in some) or " or ".join(roles)
 
 
 def _missing(where: str, opened: Opened, roles: Roles, missing: Collection[str], *, taken: Columns | None) -> DataError:
     """What to say when a role has no column: where it may be. `taken` is None where there is no header."""
     named, shown = taken is not None, _listed(opened.names)
     free = [name for name in opened.names if name not in (taken or {}).values()]
-    near = {role: _near(role, roles, free) for role in roles if role in missing}
+    near = {role: _near(role, roles, free) for role in roles if role in missing or not missing}
+    near = near if missing else {role: name for role, name in near.items() if name} or {"ROLE": None}
     what = f"no column for {_and(missing, roles)} among: {shown}"
     way_out = " ".join(f"data.columns.{role}={'NAME' if named else 'NUMBER'}" for role in near)
     if any(name.strip().lower() in CHATS for name in opened.names):
