@@ -218,8 +218,6 @@ def _from_hub_gguf(spec: str, match: re.Match[str], offline: bool, on_fetch: Say
     if not offline:
         on_fetch(f"looking up {match['name']} on the Hub")
     file = _snapshot(spec, match["name"], match["revision"], [match["file"]], offline) / match["file"]
-    if not file.is_file() and offline:
-        raise ResourceError("model: not on this machine", where=spec, hint="run once without --offline")
     if not file.is_file():
         raise RecipeError("model: no such file in that repository", where=spec, hint="hf:org/name/FILE.gguf")
     return _from_gguf(spec, file, on_fetch)

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, TextStreamer
 from tunesmith.data.batches import Ragged
 from tunesmith.kernels.padding_free import with_padding
 from tunesmith.models.heads import logits_at
-from tunesmith.models.load import quiet
+from tunesmith.models.quiet import quiet
 from tunesmith.recipe_values import Generation
 
 SEED = 0

@@ -277,5 +277,6 @@ def test_every_score_that_is_shown_is_explained() -> None:
     several = _label_scores(torch.randn(20, 3, generator=drawn), torch.rand(20, 3, generator=drawn) > 0.5)
     every = [_scores(torch.randn(20, 2, generator=drawn), [0, 1] * 10), several, _number_scores([1, 2, 3], [1, 3, 2])]
     others = {"perplexity", "f1", "precision", "recall"}  # of hidden words, of entities
+    others |= {"exact_match", "rouge_l", "chrf", "bleu"}  # of texts
     found = {name for scores in every for name, value in scores.items() if isinstance(value, float)}
     assert found | others == MEANINGS.keys()

@@ -323,9 +323,7 @@ def test_a_gguf_file_on_the_hub_comes_alone(hub: StubHub, askers: dict[str, Aske
     assert (told["code"], told["said"]) == (2, ["looking up org/packed on the Hub"])
     assert told["error"].startswith("hf:org/packed/q/tiny.gguf@v1: model: not a GGUF file: it begins with 'no magic';")
     assert not [path for path in hub.paths if "large" in path]
-    assert askers["offline"]("hf:org/packed/q/large.gguf@v1")["error"].endswith(
-        "this machine; run once without --offline"
-    )
+    assert "run once without --offline" in askers["offline"]("hf:org/packed/q/large.gguf@v1")["error"]
     assert askers["offline"]("hf:org/packed/q/tiny.gguf@v1")["error"].startswith(
         "hf:org/packed/q/tiny.gguf@v1: model: n"
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch, Limits, collate
+from tunesmith.data.encoded import Encoded
 from tunesmith.errors import ResourceError
 from tunesmith.metrics.classification import ClassScores
 from tunesmith.tasks.text_classification import TextClassification
@@ -147,8 +148,7 @@ class Repeats(TextClassification):
 
     text_scores = frozenset({"long"})
 
-    @property
-    def rows_written(self) -> int:
+    def rows_written(self, encoded: Encoded) -> int:
         return 7
 
     def written(self, model: nn.Module, batch: Batch) -> list[str]:
@@ -173,16 +173,18 @@ def test_a_task_that_writes_is_scored_by_texts_where_asked(tmp_path: Path, monke
     trial = case("full", {"name": "text-classification"}, "bert", tmp_path)
     task = Repeats(**trial.task.model_dump())
     plain = evaluate.scores(trial.model, trial.task, trial.encoded, CPU)
-    assert evaluate.scores(trial.model, task, trial.encoded, CPU) == plain, "nothing is written unless asked"
+    assert evaluate.scores(trial.model, task, trial.encoded, CPU, write=False) == plain, "nothing is written unless asked"
     lengths = trial.encoded.lengths.tolist()
     rows = [round(39 * n / 6) for n in range(7)]
     monkeypatch.setattr(evaluate, "CHUNK_EXAMPLES", 3)
-    found = evaluate.scores(trial.model, task, trial.encoded, CPU, write=7)
+    found = evaluate.scores(trial.model, task, trial.encoded, CPU)
     assert (found["long"], found["rows"]) == (sum(lengths[row] for row in rows), 7)
     scores, given = evaluate.scores_and_answers(trial.model, task, trial.encoded, CPU)
     assert scores == found
-    assert given == [{"text": str(lengths[row])} if row in rows else {} for row in range(40)]
-    assert evaluate.answers(trial.model, task, trial.encoded, CPU) == [{"text": str(length)} for length in lengths]
+    assert given == [{"generated_text": str(lengths[row])} if row in rows else {} for row in range(40)]
+    assert evaluate.answers(trial.model, task, trial.encoded, CPU) == [
+        {"generated_text": str(length)} for length in lengths
+    ]
 
 
 def test_rows_are_spread_evenly() -> None:
