@@ -173,11 +173,11 @@ def test_a_task_that_writes_is_scored_by_texts_where_asked(tmp_path: Path, monke
     trial = case("full", {"name": "text-classification"}, "bert", tmp_path)
     task = Repeats(**trial.task.model_dump())
     plain = evaluate.scores(trial.model, trial.task, trial.encoded, CPU)
-    assert evaluate.scores(trial.model, task, trial.encoded, CPU, write=False) == plain, "nothing is written unless asked"
+    assert evaluate.scores(trial.model, task, trial.encoded, CPU) == plain, "nothing is written unless asked"
     lengths = trial.encoded.lengths.tolist()
     rows = [round(39 * n / 6) for n in range(7)]
     monkeypatch.setattr(evaluate, "CHUNK_EXAMPLES", 3)
-    found = evaluate.scores(trial.model, task, trial.encoded, CPU)
+    found, _ = evaluate.scored(trial.model, task, trial.encoded, CPU)
     assert (found["long"], found["rows"]) == (sum(lengths[row] for row in rows), 7)
     scores, given = evaluate.scores_and_answers(trial.model, task, trial.encoded, CPU)
     assert scores == found
