@@ -87,7 +87,7 @@ class FillMask(Task):
         """The model's own."""
         return {}
 
-    def for_processor(self, processor: Any) -> Self:
+    def for_processor(self, processor: Any, config: Any = None) -> Self:
         """With the mask and the spelling of tokens.
 
         Raises:
