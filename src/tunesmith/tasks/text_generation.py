@@ -121,7 +121,7 @@ class TextGeneration(Task):
         """The model's own."""
         return {}
 
-    def for_processor(self, processor: Any) -> Self:
+    def for_processor(self, processor: Any, config: Any = None) -> Self:
         """With tokenizer and template; the tokenizer is saved with the template that was used.
 
         Raises:
