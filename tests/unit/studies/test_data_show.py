@@ -120,3 +120,14 @@ def test_tags_stand_at_first_sub_words_and_go_along(command: Any, tiny_bert: Pat
     assert code == 0 and "[CLS] the<O> great<B-FILM> film<I-FILM> was<O> very<O> dull<O> [SEP]" in out
     code, out, _ = command(*words, "--augmented", "data.augment=[{name: word-dropout, probability: 0.6}]")
     assert code == 0 and out.count("great<B-FILM> film<I-FILM>") == 4 and out.count("very<O>") < 4
+
+
+def test_both_sides_of_a_pair_are_shown_and_the_target_is_learned(tiny_marian: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.en").write_text("the film was great\nthe plot\n")
+    (tmp_path / "train.de").write_text("a great film\na bad plot\n")
+    words = ("task={name: translation, target_lang: de}", "technique=full")
+    first, _ = show(str(tmp_path / "train"), words, model=str(tiny_marian))
+    source, target = first.windows
+    assert [token.text for token in source] == ["[CLS]", "the", "film", "was", "great", "[SEP]"]
+    assert [token.target for token in source] == [None] * 6
+    assert [token.target for token in target] == ["[CLS]", "a", "great", "film", "[SEP]"]
