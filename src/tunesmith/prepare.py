@@ -21,6 +21,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.kernels.dropout import use_fast_dropout
 from tunesmith.kernels.embedding import use_kept_gradients
 from tunesmith.kernels.padding_free import use_padding_free_blocks
+from tunesmith.kernels.vocabulary import use_chunked_loss
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.models.anatomy import Anatomy
@@ -176,6 +177,7 @@ def _fold_adapter(model: str, offline: bool, allow_pickle: bool, talk: Talk) -> 
 
 def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
     """The same mathematics faster, where it is known how; whether the blocks went padding-free."""
+    use_chunked_loss(model)
     if found.device.type != "cpu":
         return False
     use_fast_dropout(model)

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
@@ -27,8 +26,9 @@ from tunesmith.data.formats import Row
 from tunesmith.data.masks import Tokens, hide
 from tunesmith.data.texts import unknown_notes
 from tunesmith.errors import DataError, RecipeError
+from tunesmith.kernels.logits import logits_at
+from tunesmith.kernels.vocabulary import token_loss
 from tunesmith.metrics.language import TokenScores
-from tunesmith.models.heads import logits_at
 from tunesmith.recipe import Data
 from tunesmith.recipe_values import Local
 from tunesmith.tasks import Metrics, Task
@@ -173,19 +173,14 @@ class FillMask(Task):
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits in fp32 at the masks, of all texts in a row."""  # (masks, vocabulary)
-        rows, masked = batch.ragged("input_ids"), batch.ragged("masked")
-        config: Any = model.config
-        inputs = {"input_ids": rows.padded(config.pad_token_id or 0), "attention_mask": rows.mask()}
-        text = torch.repeat_interleave(torch.arange(batch.size, device=masked.values.device), masked.lengths)
-        return logits_at(model, inputs, text, masked.values)
+        return logits_at(model, *_asked_of(model, batch))
 
     def loss(
         self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float = 0.0
     ) -> Tensor:
         """This batch's share of the mean over the step's tokens."""
-        logits, labels = self.forward(model, batch), batch.ragged("label").values
-        total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-        return total / normalizers["tokens"]
+        labels = batch.ragged("label").values
+        return token_loss(model, *_asked_of(model, batch), labels, label_smoothing) / normalizers["tokens"]
 
     def metrics(self) -> Metrics:
         """Loss, perplexity, accuracy."""
@@ -227,3 +222,11 @@ def _segmenter(name: str) -> Segment:
         raise RecipeError(what, hint=hint) from None
     cut: Callable[[str], Iterable[str]] = jieba.cut
     return cut
+
+
+def _asked_of(model: Any, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """What the model reads, and text and place of each mask."""
+    rows, masked = batch.ragged("input_ids"), batch.ragged("masked")
+    inputs = {"input_ids": rows.padded(model.config.pad_token_id or 0), "attention_mask": rows.mask()}
+    text = torch.repeat_interleave(torch.arange(batch.size, device=masked.values.device), masked.lengths)
+    return inputs, text, masked.values

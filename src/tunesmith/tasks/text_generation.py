@@ -15,7 +15,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import AfterValidator, Field, PrivateAttr
 from torch import Tensor, nn
 
@@ -30,9 +29,10 @@ from tunesmith.data.formats import Row
 from tunesmith.data.templates import PLAIN, template_text
 from tunesmith.data.texts import as_bytes, model_inputs, unknown_notes
 from tunesmith.errors import DataError, RecipeError, ResourceError
+from tunesmith.kernels.logits import logits_at
+from tunesmith.kernels.vocabulary import token_loss
 from tunesmith.metrics.language import SurpriseScores
 from tunesmith.metrics.texts import TextScores
-from tunesmith.models.heads import logits_at
 from tunesmith.models.load import length_limit
 from tunesmith.models.snippets import general_path, general_text
 from tunesmith.models.writing import Spoken, likeliest, write
@@ -262,24 +262,15 @@ class TextGeneration(Task):
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-probabilities of each learned token, and of the one that was likeliest in its place."""  # (learned, 2)
-        logits, labels = self._logits(model, batch), _labels(batch)
+        logits, labels = logits_at(model, *_asked_of(model, batch)), _labels(batch)
         found = torch.stack([logits.gather(1, labels[:, None])[:, 0], logits.amax(1)], 1)
         return found - logits.logsumexp(1, keepdim=True)
-
-    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What the model expects in the places of the learned tokens: said at the token before."""
-        config: Any = model.config
-        window, place = _before(batch)
-        inputs = model_inputs(batch, config.pad_token_id or 0)
-        return logits_at(model, inputs, window, place)
 
     def loss(
         self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float = 0.0
     ) -> Tensor:
         """This batch's share of the mean over the step's learned tokens."""
-        total = F.cross_entropy(
-            self._logits(model, batch), _labels(batch), reduction="sum", label_smoothing=label_smoothing
-        )
+        total = token_loss(model, *_asked_of(model, batch), _labels(batch), label_smoothing)
         return total / normalizers["tokens"].clamp_min(1)  # of answers that are all cut away nothing is learned
 
     def rows_written(self, encoded: Encoded) -> int:
@@ -394,6 +385,11 @@ def _places(batch: Batch) -> Tensor:
 
 def _labels(batch: Batch) -> Tensor:
     return batch.ragged("input_ids").values[_places(batch)]
+
+
+def _asked_of(model: Any, batch: Batch) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """What the model reads, and window and place of the tokens at which it expects the learned ones."""
+    return model_inputs(batch, model.config.pad_token_id or 0) | {"use_cache": False}, *_before(batch)
 
 
 def _before(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tunesmith import testing
+from tunesmith.kernels import vocabulary
+from tunesmith.kernels.logits import logits_at
+from tunesmith.kernels.vocabulary import Vocabulary, token_loss, use_chunked_loss
+from tunesmith.testing import FAMILIES, tiny_model
+
+CAUSAL, MASKED, BOTH = "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"
+FURTHER = {
+    "gemma2": FAMILIES["gemma"] | {"final_logit_softcapping": 2.0},
+    "granite": FAMILIES["llama"] | {"logits_scaling": 8.0},
+    "cohere": FAMILIES["llama"] | {"logit_scale": 0.0625},
+    "marian": FAMILIES["bart"],
+}
+MODELS = [(family, CAUSAL) for family in ("gpt2", "llama", "qwen2", "gemma", "phi", "gemma2", "granite", "cohere")]
+MODELS += [(family, MASKED) for family in ("bert", "roberta", "distilbert", "albert", "electra", "modernbert")]
+MODELS += [(family, BOTH) for family in ("t5", "bart", "marian")]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "WORTH_IT", 1)
+    for name, keys in FURTHER.items():
+        monkeypatch.setitem(testing.FAMILIES, name, keys)
+
+
+def _asked(model: Any) -> tuple[Any, ...]:
+    ids = torch.tensor([[4, 9, 5, 7], [8, 6, 0, 0]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    return inputs, torch.tensor([0, 0, 1]), torch.tensor([1, 3, 0]), torch.tensor([11, 3, 60])
+
+
+def _loss_and_gradients(model: nn.Module, label_smoothing: float) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = token_loss(model, *_asked(model), label_smoothing)
+    (loss / 3).backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("family", "model_class"), MODELS)
+def test_the_loss_of_tokens_is_that_of_their_logits(family: str, model_class: str) -> None:
+    plain: Any = tiny_model(family, model_class)
+    if family == "marian":
+        plain.final_logits_bias.normal_()
+    ours = copy.deepcopy(plain)
+    assert use_chunked_loss(ours)
+    for label_smoothing in (0.0, 0.1):
+        loss, gradients = _loss_and_gradients(ours, label_smoothing)
+        expected, plain_gradients = _loss_and_gradients(plain, label_smoothing)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+        assert gradients.keys() == plain_gradients.keys()
+        for name, gradient in plain_gradients.items():
+            assert torch.dist(gradients[name], gradient) <= 1e-5 * gradient.norm() + 1e-6, name
+    *asked, _ = _asked(ours)
+    assert torch.equal(logits_at(ours, *asked), logits_at(plain, *asked))
+
+
+@pytest.mark.parametrize("bent", [torch.square, lambda logits: 30 * torch.tanh(logits / 30)])
+def test_what_no_scale_and_no_cap_of_the_config_explains_keeps_its_logits(bent: Any) -> None:
+    model: Any = tiny_model("llama", CAUSAL)
+    model.register_forward_hook(lambda _, args, output: output | {"logits": bent(output.logits)})
+    assert not use_chunked_loss(model) and type(model.lm_head) is nn.Linear
+
+
+def test_an_output_map_with_something_hooked_to_it_keeps_its_logits() -> None:
+    model: Any = tiny_model("llama", CAUSAL)
+    model.lm_head.register_forward_hook(lambda _, args, output: output.square())
+    assert not use_chunked_loss(model)
+
+
+def test_an_output_map_that_is_adapted_or_small_or_absent_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not use_chunked_loss(tiny_model("bert", "AutoModelForSequenceClassification"))
+    model: Any = tiny_model("llama", CAUSAL)
+    monkeypatch.setattr(vocabulary, "WORTH_IT", 2**20)
+    assert not use_chunked_loss(model)
+    monkeypatch.setattr(vocabulary, "WORTH_IT", 1)
+    model.lm_head.__class__ = type("Adapted", (nn.Linear,), {})
+    assert not use_chunked_loss(model)
+
+
+def test_a_frozen_weight_is_cast_once_and_one_that_changes_again() -> None:
+    model: Any = tiny_model("llama", CAUSAL)
+    assert use_chunked_loss(model)
+    output = model.lm_head
+    assert isinstance(output, Vocabulary)
+    model.requires_grad_(False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(input_ids=torch.tensor([[3, 4]]))
+        (first,) = {output.cast[1].data_ptr()}  # type: ignore[index]
+        before = model(input_ids=torch.tensor([[3, 4]])).logits
+        assert output.cast[1].data_ptr() == first  # type: ignore[index]
+        output.weight.mul_(2)
+        torch.testing.assert_close(
+            output(torch.ones(1, 32)), torch.ones(1, 32).bfloat16() @ output.weight.bfloat16().t()
+        )
+    assert before.dtype == torch.bfloat16
