@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
 from tunesmith.data.batches import Ragged
+from tunesmith.kernels.logits import logits_at
 from tunesmith.kernels.padding_free import with_padding
-from tunesmith.models.heads import logits_at
 from tunesmith.models.quiet import quiet
 from tunesmith.recipe_values import Generation
 
