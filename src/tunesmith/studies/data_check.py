@@ -336,7 +336,7 @@ class _Check:
             return None
         try:
             source = sources.resolve(self.model, offline=self.offline)
-            processor = models.load_processor(source, task.model_class)
+            processor = models.load_processor(source, task.model_class, task.added_tokens)
             shape = models.load_shape(source, task.model_class, processor)
             return processor, max_length(self.data.max_length, shape, processor, technique)
         except UserError as error:
