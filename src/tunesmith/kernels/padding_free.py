@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from tunesmith.data.batches import Limits, cut
-from tunesmith.kernels.dropout import keep_scale
+from tunesmith.kernels.attention import HIDDEN, plain_attention
+from tunesmith.kernels.attention import attention as fast_attention
 from tunesmith.kernels.prefix import prefixed, takes_attention
 
 __all__ = ["Layout", "use_padding_free_blocks", "with_padding"]
@@ -37,23 +37,24 @@ GROUPS = Limits(2**20, 2**40, 16384)
 
 
 class Layout:
-    """Where the valid tokens of a padded batch are, and what may see what. Rows are padded on the right."""
+    """Where the valid tokens of a padded batch are, and what may see what. Rows are padded on the right.
+
+    Between the blocks short texts come first, so that texts of like length lie side by side.
+    """
 
     def __init__(self, mask: Tensor | None, batch_size: int, tokens: int, may_see: Callable[..., Any]) -> None:
         lengths = np.full(batch_size, tokens) if mask is None else mask.sum(1).cpu().numpy()
-        self.batch_size, self.tokens, self.may_see = batch_size, tokens, may_see
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        self.spare = -int(starts[-1]) % ROUND_TOKENS
-        if batch_size > 1 and starts[-1] + self.spare == tokens:
+        self.batch_size, self.tokens = batch_size, tokens
+        valid = int(lengths.sum())
+        self.spare = -valid % ROUND_TOKENS
+        if batch_size > 1 and valid + self.spare == tokens:
             self.spare += ROUND_TOKENS  # what is flat already must not look like one row of a batch
-        self.total = int(starts[-1]) + self.spare
-        self.places = _places(lengths, tokens)
+        self.total = valid + self.spare
         order = np.argsort(lengths, kind="stable")
-        sorted_already = bool((np.diff(order) == 1).all())
-        self.groups = [
-            Group(lengths[order[a:b]], starts[order[a:b]], self.may_see, whole=sorted_already)
-            for a, b in cut(lengths[order] ** 2, GROUPS)
-        ]
+        lengths = lengths[order]
+        self.places = torch.from_numpy(np.concatenate([_row(*one, tokens) for one in zip(order, lengths, strict=True)]))
+        self.groups = [Group(lengths[a:b], may_see) for a, b in cut(lengths**2, GROUPS)]
+        self.sizes = [*(group.tokens for group in self.groups), self.spare]
 
     def flat(self, x: Tensor) -> Tensor:
         """(batch or 1, tokens, ...) -> (1, total, ...): the valid tokens, and copies of one of them to round up."""
@@ -70,47 +71,55 @@ class Layout:
 class Group:
     """Sequences that attend in one call, padded to the longest of them."""
 
-    def __init__(self, lengths: Any, starts: Any, may_see: Callable[..., Any], *, whole: bool) -> None:
+    def __init__(self, lengths: Any, may_see: Callable[..., Any]) -> None:
         self.rows, self.longest = len(lengths), int(lengths[-1]) + -int(lengths[-1]) % ROUND_LENGTH
-        self.even = int(lengths[0]) == self.longest
-        self.tokens = slice(int(starts[0]), int(starts[0]) + int(lengths.sum())) if whole else None
-        self.indices = torch.from_numpy(
-            np.concatenate([s + np.arange(n) for s, n in zip(starts, lengths, strict=True)])
-        )
-        self.places = _places(lengths, self.longest)
+        self.tokens = int(lengths.sum())
+        self.even = self.tokens == self.rows * self.longest
+        rows = (_row(row, length, self.longest) for row, length in enumerate(lengths))
+        self.places = torch.from_numpy(np.concatenate(list(rows)))
         self.lengths, self.may_see = torch.from_numpy(lengths), may_see
         self.causal = may_see is causal_mask_function
         """Whether nothing sees what comes later, so that no valid token sees padding."""
+        self.masks: dict[Any, Tensor | None] = {}
 
-    @cached_property
-    def mask(self) -> Tensor | None:
-        """Which query may see which key; None where each sees all.  # (rows or 1, 1, longest, longest)"""
+    def may_be_seen(self) -> Tensor | None:
+        """Which query may see which key; None where each sees all.  # (rows or 1, longest, longest)"""
         positions = torch.arange(self.longest)
         mask = None
         if self.may_see is not bidirectional_mask_function:
             seen = self.may_see(torch.tensor(0), torch.tensor(0), positions[:, None], positions[None, :])
-            mask = torch.as_tensor(seen).expand(self.longest, self.longest)[None, None]
-        if not self.even:
-            valid = (positions < self.lengths[:, None])[:, None, None, :]
+            mask = torch.as_tensor(seen).expand(self.longest, self.longest)[None]
+        if not self.even and not self.causal:
+            valid = (positions < self.lengths[:, None])[:, None, :]
             mask = valid if mask is None else mask & valid
         return mask
 
+    def mask(self, dtype: torch.dtype, prefix: int) -> Tensor | None:
+        """What is added to scores of keys of which the first `prefix` may be seen by all."""
+        if (dtype, prefix) not in self.masks:
+            seen = self.may_be_seen()
+            if seen is not None:
+                hidden = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, HIDDEN)
+                seen = F.pad(hidden, (prefix, 0)).expand(-1, self.longest, -1)
+            self.masks[dtype, prefix] = seen
+        return self.masks[dtype, prefix]
+
     def gather(self, x: Tensor) -> Tensor:
-        """(total, heads, width) -> (rows, heads, longest, width)."""
-        own = x[self.tokens] if self.tokens is not None else Take.apply(x, self.indices, 0)  # type: ignore[no-untyped-call]
+        """(the group's valid tokens, heads, width) -> (rows, heads, longest, width)."""
         if not self.even:
-            own = Put.apply(own, self.places, self.rows * self.longest)  # type: ignore[no-untyped-call]
-        return own.unflatten(0, (self.rows, self.longest)).transpose(1, 2)  # type: ignore[no-any-return]
+            x = Put.apply(x, self.places, self.rows * self.longest)  # type: ignore[no-untyped-call]
+        own: Tensor = x.unflatten(0, (self.rows, self.longest)).transpose(1, 2)
+        return own
 
     def release(self, x: Tensor) -> Tensor:
-        """(rows, heads, longest, width) -> (the group's valid tokens, heads, width)."""
-        own = x.transpose(1, 2).flatten(0, 1)
-        return own if self.even else Take.apply(own, self.places, 0)  # type: ignore[no-any-return, no-untyped-call]
+        """The inverse."""
+        x = x.transpose(1, 2).flatten(0, 1)
+        return x if self.even else Take.apply(x, self.places, 0)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _places(lengths: Any, tokens: int) -> Tensor:
-    """Indices of the valid tokens in the flattened rectangle."""
-    return torch.from_numpy(np.flatnonzero(np.arange(tokens) < lengths[:, None]))
+def _row(row: int, length: int, width: int) -> Any:
+    """Indices of a row's valid tokens in a flattened rectangle."""
+    return row * width + np.arange(length)
 
 
 class Take(torch.autograd.Function):
@@ -180,44 +189,35 @@ def attention(
     """
     if wanted := [name for name in ("position_bias", "s_aux") if others.get(name) is not None]:
         raise ValueError(f"attention without padding has no {wanted[0]}")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, heads, width)
-    dropout = dropout if module.training else 0.0
-    parts = [_attend(module, group, q, k, v, dropout, scaling, softcap) for group in attention_mask.groups]
-    if attention_mask.groups[0].tokens is None:
-        back = torch.cat([group.indices for group in attention_mask.groups])
-        return Put.apply(torch.cat(parts), back, attention_mask.total)[None], None  # type: ignore[no-untyped-call]
-    return torch.cat([*parts, parts[0].new_zeros(attention_mask.spare, *parts[0].shape[1:])])[None], None
+    sizes, dropout = attention_mask.sizes, dropout if module.training else 0.0
+    if torch.is_autocast_enabled("cpu"):  # rotated in fp32, it may be
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    split = [x[0].transpose(0, 1).split(sizes) for x in (query, key, value)]  # each (tokens, heads, width)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    parts = [
+        _attend(module, group, [x[number] for x in split], dropout, scaling, softcap)
+        for number, group in enumerate(attention_mask.groups)
+    ]
+    return torch.cat([*parts, parts[0].new_zeros(sizes[-1], *parts[0].shape[1:])])[None], None
 
 
 def _attend(
-    module: nn.Module,
-    group: Group,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
+    module: nn.Module, group: Group, states: list[Tensor], dropout: float, scaling: float, softcap: float | None
 ) -> Tensor:
-    q, k, v = group.gather(q), group.gather(k), group.gather(v)
+    q, k, v = (group.gather(x) for x in states)
     k, v, length = prefixed(module, k, v)
-    if k.shape[1] != q.shape[1]:  # grouped queries
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    plain = dropout == 0.0 and softcap is None
-    if plain and group.causal and not length:
-        return group.release(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
-    mask = F.pad(group.mask, (length, 0), value=True) if length and group.mask is not None else group.mask
-    if plain:
-        return group.release(F.scaled_dot_product_attention(q, k, v, mask, scale=scaling))
-    scores = (q * (scaling if scaling is not None else q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
+    mask = group.mask(q.dtype, length)
     if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, -1, dtype=scores.dtype)
-    if dropout:
-        weights = weights * keep_scale(weights, dropout)
-    return group.release(weights @ v)
+        answers = plain_attention(q, k, v, mask, scaling, dropout=dropout, softcap=softcap)
+    elif q.dtype == torch.float32 and not dropout:
+        if k.shape[1] != q.shape[1]:  # grouped queries
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        plain = mask is None or (group.causal and not length)
+        mask = None if plain or mask is None else mask[:, None]
+        answers = F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain and group.causal, scale=scaling)
+    else:
+        answers = fast_attention(q, k, v, mask, scaling, causal=group.causal, dropout=dropout)
+    return group.release(answers)
 
 
 AttentionInterface.register(NAME, attention)
