@@ -89,13 +89,13 @@ class Task(Plugin):
             DataError: there is nothing to learn from these rows.
         """
 
-    @abstractmethod
     def strata(self, targets: Sequence[Any]) -> list[int] | None:
         """The class of each target for a stratified split; None where there are no classes."""
+        return None
 
-    @abstractmethod
     def head_config(self) -> dict[str, Any]:
-        """What the model's config must say for this task (num_labels, id2label ...)."""
+        """What the model's config must say for this task (num_labels, id2label ...), where the base does not."""
+        return {}
 
     def for_processor(self, processor: Any) -> Self:
         """The task as it works with this tokenizer, where it needs one beyond `encode`."""

@@ -79,14 +79,6 @@ class FillMask(Task):
             _segmenter(self.segmenter)
         return self, data
 
-    def strata(self, targets: Sequence[Any]) -> list[int] | None:
-        """There are no classes."""
-        return None
-
-    def head_config(self) -> dict[str, Any]:
-        """The model's own."""
-        return {}
-
     def for_processor(self, processor: Any) -> Self:
         """With the mask and the spelling of tokens.
 

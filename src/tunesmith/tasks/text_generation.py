@@ -113,14 +113,6 @@ class TextGeneration(Task):
             TextScores(SCORES)
         return self.model_copy(update={"form": form}), data
 
-    def strata(self, targets: Sequence[Any]) -> list[int] | None:
-        """There are no classes."""
-        return None
-
-    def head_config(self) -> dict[str, Any]:
-        """The model's own."""
-        return {}
-
     def for_processor(self, processor: Any) -> Self:
         """With tokenizer and template; the tokenizer is saved with the template that was used.
 

@@ -92,9 +92,6 @@ class TokenClassification(Task):
         fitted = self.model_copy(update={"scheme": scheme, "tags": tags})
         return fitted, data.model_copy(update={"class_weights": weights})
 
-    def strata(self, targets: Sequence[tuple[str, ...]]) -> None:
-        """A sentence has no class."""
-
     def head_config(self) -> dict[str, Any]:
         """Head size and names of the tags."""
         return {
