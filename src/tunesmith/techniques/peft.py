@@ -9,6 +9,7 @@ PEFT's; so must it be for methods whose modules share a state (VeRA, VB-LoRA), w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -53,7 +54,9 @@ class Peft(Technique):
             if any(f".{path}".endswith(f".{name}") for path in whole):
                 raise RecipeError(f"{name} learns whole anyway", where="technique.config.target_modules")
         try:
-            library.inject_adapter_in_model(config, model)
+            with warnings.catch_warnings():  # of norms, which PEFT calls unsupported where it tunes nothing else
+                warnings.filterwarnings("ignore", message="Unsupported layer type")
+                library.inject_adapter_in_model(config, model)
         except (ValueError, TypeError, NotImplementedError) as error:
             what = f"PEFT refuses this {anatomy.family} model ({' '.join(str(error).split())})"
             raise RecipeError(what, where="technique", hint="see PEFT's documentation of this method") from error
@@ -71,7 +74,8 @@ class Peft(Technique):
             )
         keys = dict(self.config)
         if "target_modules" in tuned[kind].__dataclass_fields__ and "target_modules" not in keys:
-            keys["target_modules"] = list(anatomy.targets(["query", "value"]))
+            norms = list(anatomy.roles.get("norm", ())) if kind == "LN_TUNING" else []
+            keys["target_modules"] = norms or list(anatomy.targets(["query", "value"]))
         try:
             return tuned[kind](**{"task_type": peft_task_type(model)} | keys)
         except (TypeError, ValueError) as error:

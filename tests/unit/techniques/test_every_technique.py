@@ -34,6 +34,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "prefix": ("prefix", {"num_virtual_tokens": 4}),
     "prefix network": ("prefix", {"num_virtual_tokens": 4, "reparameterize": 16}),
     "peft": ("peft", {"type": "LOHA"}),
+    "peft norms": ("peft", {"type": "LN_TUNING"}),
 }
 ADAPTERS = [kind for kind in KINDS if kind not in ("full", "freeze", "bitfit")]
 FAMILIES = ("bert", "gpt2", "t5")
@@ -176,3 +177,11 @@ def test_a_decoder_generates_with_a_cache_as_without(kind: str, family: str) -> 
             with torch.no_grad():
                 text = torch.cat([text, model(input_ids=text, use_cache=False).logits[:, -1:].argmax(-1)], 1)
         assert row.tolist() == text[0, len(tokens) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tuning_of_norms_tunes_norms(family: str) -> None:
+    model = adapted("peft norms", family, shake=False)
+    parts = anatomy(tiny_model(family, CLASSIFIER))
+    learned = {name for name, one in model.named_parameters() if one.requires_grad} - parts.learns_always
+    assert learned and all(any(path in name for path in parts.roles["norm"]) for name in learned)
