@@ -42,6 +42,9 @@ def chat(
             continue
         messages.append({"role": "user", "content": line.strip()})
         answer = told.stream({"messages": messages}, say)
-        say("\n")
-        messages.append({"role": "assistant", "content": answer or "..."})
+        say("\n" if answer else "(no answer)\n")
+        if answer:
+            messages.append({"role": "assistant", "content": answer})
+        else:
+            messages.pop()  # as if it had not been asked: a model cannot go on from a question without an answer
     return messages

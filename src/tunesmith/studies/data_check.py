@@ -23,11 +23,10 @@ from tunesmith.data.formats import Row
 from tunesmith.data.formats.raw import BadRow, RawRow
 from tunesmith.errors import DataError, RecipeError, UserError, did_you_mean, shorten
 from tunesmith.models import load as models
-from tunesmith.models import sources
 from tunesmith.prepare import max_length
 from tunesmith.recipe import Recipe
 from tunesmith.studies.data_faults import Fields, class_faults, private_faults, spread, token_faults, unknown_labels
-from tunesmith.studies.data_files import File, asked, find_files, guessed_task, open_file, shown, text
+from tunesmith.studies.data_files import File, asked, find_files, guessed_task, open_file, shown, source_of, text
 from tunesmith.tasks import Task
 from tunesmith.techniques import Technique
 from tunesmith.training import examples
@@ -335,7 +334,7 @@ class _Check:
         if self.model is None:
             return None
         try:
-            source = sources.resolve(self.model, offline=self.offline)
+            source = source_of(self.model, offline=self.offline)
             processor = models.load_processor(source, task.model_class)
             shape = models.load_shape(source, task.model_class, processor)
             return processor, max_length(self.data.max_length, shape, processor, technique)

@@ -16,6 +16,7 @@ from tunesmith.data.formats import SUFFIXES, Row, find_splits, is_folder, read_r
 from tunesmith.data.formats.raw import BadRow, RawRow, Rows
 from tunesmith.data.formats.recognise import format_of
 from tunesmith.errors import DataError, RecipeError
+from tunesmith.models import sources
 from tunesmith.recipe import Data, Recipe
 from tunesmith.tasks import Task
 from tunesmith.training import examples
@@ -70,6 +71,14 @@ def asked(target: str | None, overrides: Sequence[str], model: str | None) -> tu
     recipe = recipes.load(None, overrides, given)
     guess = not any(word.startswith(("task=", "task.")) for word in overrides)
     return recipe, guess, model or (recipe.model if recipe.model != "none" else None)
+
+
+def source_of(spec: str, *, offline: bool) -> sources.Source:
+    """Where tokenizer and shape of a model are: of a run that left an adapter in its `base/`."""
+    base = Path(spec).expanduser() / "base"
+    if (base / "config.json").exists():
+        return sources.Source(spec, "run", base)
+    return sources.resolve(spec, offline=offline)
 
 
 def find_files(data: Data, task: Task) -> tuple[Data, dict[str, Path], bool]:

@@ -11,22 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 from jinja2 import Environment
+from tokenizers.decoders import ByteLevel
 
 from tunesmith.data.augment import Augmenter
 from tunesmith.data.batches import Batch, Ragged
 from tunesmith.data.formats import Row
 from tunesmith.errors import CONTROL, RecipeError
 from tunesmith.models import load as models
-from tunesmith.models import sources
 from tunesmith.prepare import max_length
 from tunesmith.recipe import Data
-from tunesmith.studies.data_files import asked, find_files, guessed_task
+from tunesmith.studies.data_files import asked, find_files, guessed_task, source_of
 from tunesmith.tasks import Task
 from tunesmith.techniques import Technique
 from tunesmith.training import examples
 
 IGNORED = -100
 EPOCHS = 3
+MAX_BYTES = 4
+"""Of a character in UTF-8."""
+
 _PAGE = Path(__file__).with_name("data_show.html.jinja")
 
 
@@ -83,7 +86,7 @@ def show(
         raise RecipeError(
             f"there is no {split} split", where="--split", hint=f"there is {', '.join(sorted(read.splits))}"
         )
-    source = sources.resolve(spec, offline=offline)
+    source = source_of(spec, offline=offline)
     processor = models.load_processor(source, read.task.model_class)
     shape = models.load_shape(source, read.task.model_class, processor)
     longest = max_length(read.data.max_length, shape, processor, recipe.technique)
@@ -141,9 +144,7 @@ def _shown(row: Row, fields: dict[str, Any], task: Task, processor: Any) -> Show
     targets = _targets_of_tokens(fields, task, processor)
     tokens = [
         Token(text, code in special, target)
-        for text, code, target in zip(
-            processor.convert_ids_to_tokens(ids), ids, targets or [None] * len(ids), strict=True
-        )
+        for text, code, target in zip(spelled(ids, processor), ids, targets or [None] * len(ids), strict=True)
     ]
     windows, start = [], 0
     for length in fields.get("windows") or [len(ids)]:
@@ -153,15 +154,35 @@ def _shown(row: Row, fields: dict[str, Any], task: Task, processor: Any) -> Show
     return Shown(row.place, whole, bool(fields.get("cut")), windows)
 
 
+def spelled(ids: Sequence[int], processor: Any) -> list[str]:
+    """Tokens as a person reads them: where a tokenizer spells bytes, a character that several tokens make stands at
+    the last of them, and `…` at the others.
+    """
+    names: list[str] = processor.convert_ids_to_tokens(list(ids))
+    if all(name.isascii() for name in names) or not isinstance(
+        getattr(getattr(processor, "backend_tokenizer", None), "decoder", None), ByteLevel
+    ):
+        return names
+    found, waiting = list[str](), list[str]()
+    for name in names:
+        waiting.append(name)
+        text = processor.convert_tokens_to_string(waiting)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(waiting) < MAX_BYTES:
+            found.append("…")
+            continue
+        found.append(text if not text.isascii() and text.strip() == text else name)
+        waiting = []
+    return found
+
+
 def _targets_of_tokens(fields: dict[str, Any], task: Task, processor: Any) -> list[str | None] | None:
     """What is to be said at each token, None where nothing is; None where the task has one target for all of them."""
     ids = fields["input_ids"]
     if "learned" in fields:  # some positions: what is to be said is the token itself
         learned = set(fields["learned"])
-        names = processor.convert_ids_to_tokens(ids)
-        return [name if place in learned else None for place, name in enumerate(names)]
+        return [text if place in learned else None for place, text in enumerate(spelled(ids, processor))]
     if "masked" in fields:  # some positions, and what stood there
-        hidden = dict(zip(fields["masked"], processor.convert_ids_to_tokens(fields["label"]), strict=True))
+        hidden = dict(zip(fields["masked"], spelled(fields["label"], processor), strict=True))
         return [hidden.get(place) for place in range(len(ids))]
     if "first" in fields and "tags" in fields:  # the places of words, and the tag of each
         names = task.head_config()["id2label"]

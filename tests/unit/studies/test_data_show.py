@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from tunesmith.data.formats import Row
 from tunesmith.recipe import Data
@@ -120,3 +125,29 @@ def test_tags_stand_at_first_sub_words_and_go_along(command: Any, tiny_bert: Pat
     assert code == 0 and "[CLS] the<O> great<B-FILM> film<I-FILM> was<O> very<O> dull<O> [SEP]" in out
     code, out, _ = command(*words, "--augmented", "data.augment=[{name: word-dropout, probability: 0.6}]")
     assert code == 0 and out.count("great<B-FILM> film<I-FILM>") == 4 and out.count("very<O>") < 4
+
+
+def test_a_character_of_several_tokens_stands_at_the_last_of_them() -> None:
+    vocabulary = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}
+    backend = Tokenizer(BPE(vocabulary, []))
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    processor = PreTrainedTokenizerFast(tokenizer_object=backend)
+    ids = processor("ab 我é", add_special_tokens=False)["input_ids"]
+    assert data_show.spelled(ids, processor) == ["a", "b", "Ġ", "…", "…", "我", "…", "é"]
+    assert data_show.spelled(ids[3:5], processor) == ["…", "…"], "a character that is cut in two"
+    plain = tiny_tokenizer()
+    assert data_show.spelled(plain("the film")["input_ids"], plain) == ["[CLS]", "the", "film", "[SEP]"]
+
+
+def test_a_run_that_left_an_adapter_has_a_tokenizer(
+    command: Any, tiny_bert: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    run = str(tmp_path / "lora")
+    words = ("technique=lora", "train.max_steps=1", f"output={run}", "--offline", "-q")
+    given = ("task=text-classification", f"model={tiny_bert}", f"data.train={reviews_csv}")
+    code, _, err = command("train", *given, *words)
+    assert code == 0, err
+    found = [command("data", "show", str(reviews_csv), "--model", model) for model in (run, str(tiny_bert))]
+    assert found[0] == found[1] and found[0][0] == 0
+    code, out, _ = command("data", "check", str(reviews_csv), "--model", run, "--json")
+    assert code == 0 and json.loads(out)["splits"]["train"]["lengths"]["unit"] == "tokens"
