@@ -154,7 +154,10 @@ def test_a7_08_damaged_utf_16_is_refused(refuse: Refuse) -> None:
 
 
 NOT_UTF_8 = "byte 0xe9 is not UTF-8 in 'the caf? was great"
-SAVE_IT = "; save the file as UTF-8 (if it is Latin-1: iconv -f latin1 -t utf-8), or data.on_bad_row=skip"
+SAVE_IT = (
+    "; save the file as UTF-8 (if it is from Windows: iconv -f cp1252 -t utf-8, if it is Chinese: iconv -f gb18030"
+    " -t utf-8), or data.on_bad_row=skip"
+)
 
 
 @each_format

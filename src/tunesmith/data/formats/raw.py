@@ -17,6 +17,8 @@ from tunesmith.errors import DataError, shorten
 
 MAX_CHARS = 16 * 2**20
 """Of one line, and of one field."""
+ENCODINGS = "from Windows: iconv -f cp1252 -t utf-8, if it is Chinese: iconv -f gb18030 -t utf-8"
+"""What a file that is not UTF-8 mostly is; cp1252 has the quotation marks that Latin-1 lacks."""
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 
 
@@ -102,5 +104,5 @@ def unreadable(text: str, line: int) -> BadRow | None:
         near = text[max(0, found.start() - 20) : found.start() + 20].strip()
         byte = ord(found[0]) - 0xDC00
         what = f"byte 0x{byte:02x} is not UTF-8 in {shorten(near.encode(errors='replace').decode())}"
-        return BadRow(line, what, "save the file as UTF-8 (if it is Latin-1: iconv -f latin1 -t utf-8)", "not UTF-8")
+        return BadRow(line, what, f"save the file as UTF-8 (if it is {ENCODINGS})", "not UTF-8")
     return None
