@@ -23,8 +23,8 @@ from tunesmith.data.texts import MAX_CHARS_PER_TOKEN
 from tunesmith.errors import DataError, RecipeError, shorten
 
 TrainOn = Literal["answers", "last_answer", "all"]
-NOT_CUT, SOME_CUT, ALL_CUT = 0, 1, 2
-"""What of an example's answers lies beyond the tokens that are read."""
+NOT_CUT, SOME_CUT, ALL_CUT, NOT_WRITTEN = 0, 1, 2, 3
+"""What of an example's answers lies beyond the tokens that are read; or the template refuses it."""
 
 _PROBE = (
     {"role": "user", "content": "Is it so?"},
@@ -151,35 +151,43 @@ class Chats:
         found = [fields["input_ids"][prompt:] for fields in self.answered(rows, sys.maxsize)]
         return {"options": [token for one in found for token in one], "option_lengths": [len(one) for one in found]}
 
-    def answered(self, chats: Sequence[tuple[str, list[Message]]], max_length: int) -> list[dict[str, Any]]:
+    def answered(
+        self, chats: Sequence[tuple[str, list[Message]]], max_length: int, *, skip: bool = False
+    ) -> list[dict[str, Any]]:
         """The fields of (place, conversation): `input_ids`, the places in them of what is `learned`, how much of the
         answers is `cut` away, the length of the `prompt` of the last one (0: not all there), and whether special tokens
-        were `said`.
+        were `said`. With `skip` nothing is learned of a conversation that would raise.
 
         Raises:
             DataError: the template refuses a conversation, or writes it so that it cannot be split.
         """
         marked = [self._marked(_bounded(messages, max_length)) for _, messages in chats]
-        splits = [self._split_row(place, said) for (place, _), said in zip(chats, marked, strict=True)]
+        splits = [self._split_row(place, said, skip) for (place, _), said in zip(chats, marked, strict=True)]
         texts = [part for split in splits for part in (split.text, *(split.text[:start] for start in split.starts))]
         tokens = iter(self.tokens(texts))
         found = []
         for (_, messages), said, split in zip(chats, marked, splits, strict=True):
             whole, prompts = next(tokens), [next(tokens) for _ in split.starts]
+            starts = [len(prompt) for prompt in prompts]
             if any(whole[: len(prompt)] != prompt for prompt in prompts):
                 whole, starts = self._piece_by_piece(split)
+            if not starts:  # refused
+                ids, starts = [self.processor.pad_token_id], [max_length]
+                fields = {"input_ids": ids, "learned": [], "cut": NOT_WRITTEN}
             else:
-                starts = [len(prompt) for prompt in prompts]
-            fields = self._fields(whole, starts, max_length)
+                fields = self._fields(whole, starts, max_length)
             fields["prompt"] = starts[-1] if len(said) == len(messages) and starts[-1] < max_length else 0
             fields["cut"] = max(fields["cut"], int(len(said) < len(messages)))
             found.append(fields | {"said": int(any(_MARK.search(message["content"]) for message in said))})
         return found
 
-    def _split_row(self, place: str, messages: Sequence[Message]) -> Split:
+    def _split_row(self, place: str, messages: Sequence[Message], skip: bool) -> Split:
+        """With `skip` nothing of a conversation that is refused."""
         try:
             return self._split(messages)
         except (Refused, TemplateError) as error:
+            if skip:
+                return Split("", [], [])
             what = f"the chat template cannot write this conversation: {error.args[0]}"
             raise DataError(what, where=place, hint="remove the row, or task.chat_template=NAME") from error
 

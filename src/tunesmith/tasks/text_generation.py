@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tunesmith.data.batches import Batch, Ragged
 from tunesmith.data.blocks import packed
 from tunesmith.data.chat_faults import chat_faults, text_faults
-from tunesmith.data.chats import ALL_CUT, SOME_CUT, Chats, TrainOn, first_token, own_template
+from tunesmith.data.chats import ALL_CUT, NOT_WRITTEN, SOME_CUT, Chats, TrainOn, first_token, own_template
 from tunesmith.data.conversations import COLUMNS, Message, choices_of, conversation, is_conversation
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.findings import Fault
@@ -187,7 +187,7 @@ class TextGeneration(Task):
         if "asked" in rows[0].values:
             return [self._asked(row) for row in rows]
         read = [(row.place, conversation(row, system=self.system)) for row in rows]
-        fields = chats.answered(read, data.max_length)
+        fields = chats.answered(read, data.max_length, skip=data.on_bad_row == "skip")
         return [
             one | {"reference": as_bytes(said[-1]["content"])} | chats.offered(said[:-1], choices_of(row))
             for one, row, (_, said) in zip(fields, rows, read, strict=True)
@@ -216,9 +216,12 @@ class TextGeneration(Task):
             return notes
         cut, size = encoded.column("cut"), len(encoded)
         whole, part = int((cut == ALL_CUT).sum()), int((cut == SOME_CUT).sum())
-        if whole == size:
+        refused = int((cut == NOT_WRITTEN).sum())
+        if whole + refused == size:
             what = "no answer is left: every one lies beyond data.max_length"
             raise DataError(what, where=str(encoded.folder.name), hint="raise data.max_length")
+        if refused:
+            notes.append(f"{refused} of {size} conversations are refused by the chat template, and teach nothing")
         if whole:
             notes.append(
                 f"{whole} of {size} conversations have no answer within data.max_length: nothing is learned there"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from chatting import CHATML, CHATS, tokenizer
 
-from tunesmith.data.chats import ALL_CUT, NOT_CUT, SOME_CUT, Chats, TrainOn, first_token
+from tunesmith.data.chats import ALL_CUT, NOT_CUT, NOT_WRITTEN, SOME_CUT, Chats, TrainOn, first_token
 from tunesmith.data.templates import TEMPLATES, template_text
 from tunesmith.errors import DataError, RecipeError
 
@@ -212,6 +212,10 @@ def test_a_conversation_that_the_template_refuses_is_named() -> None:
         DataError, match=r"chats:3: the chat template cannot write this conversation: at most two turns"
     ):
         chats.answered(PLACED, 4096)
+    found = chats.answered(PLACED, 4096, skip=True)
+    assert [n for n, fields in enumerate(found) if fields["cut"] == NOT_WRITTEN] == [3, 6, 8, 10, 17]
+    assert all(fields["learned"] == [] and fields["prompt"] == 0 for fields in found if fields["cut"] == NOT_WRITTEN)
+    assert found[0] == chats.answered(PLACED[:1], 4096)[0]
 
 
 def test_a_template_without_a_place_for_the_system_message_is_refused_if_there_is_one() -> None:

@@ -26,6 +26,7 @@ from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.models import snippets
 from tunesmith.models.anatomy import anatomy
 from tunesmith.recipe import Data, load
+from tunesmith.studies import stages
 from tunesmith.talk import Talk
 from tunesmith.tasks.text_generation import TextGeneration
 from tunesmith.testing import tiny_model
@@ -374,3 +375,18 @@ def test_of_several_choices_the_likeliest_is_answered(tmp_path: Path) -> None:
     asked_ = [task.asked(row) for row in rows]
     again = encode(asked_, lambda part: task.encode(part, processor, Data(max_length=64)), tmp_path / "asked")  # type: ignore[call-arg]
     assert [one["generated_text"] for one in evaluate.answers(model, task, again, CPU)] == found
+
+
+def test_stages_first_the_language_of_a_field_then_its_answers(base: Path, chats: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"{n} one two three" for n in range(30)), encoding="utf-8")
+    task = {"name": "text-generation", "general": "none"}
+    given = {
+        "model": str(base), "technique": "lora", "output": str(tmp_path / "out"), "task": task,
+        "train": {"max_steps": 3, "batch_size": 8, "precision": "fp32", "device": "cpu"},
+        "stages": [{"data": {"train": str(texts)}}, {"data": {"train": str(chats)}}],
+    }  # fmt: skip
+    stages.train(given, talk=QUIET)
+    forms = [load(tmp_path / "out" / f"{n}-text-generation" / "recipe.yaml").task.form for n in (1, 2)]  # type: ignore[attr-defined]
+    assert forms == ["text", "chat"]
+    assert tunesmith.load(tmp_path / "out" / "2-text-generation").predict("say 1")
