@@ -171,11 +171,11 @@ class Chats:
             starts = [len(prompt) for prompt in prompts]
             if any(whole[: len(prompt)] != prompt for prompt in prompts):
                 whole, starts = self._piece_by_piece(split)
-            if not starts:  # refused
-                ids, starts = [self.processor.pad_token_id], [max_length]
-                fields = {"input_ids": ids, "learned": [], "cut": NOT_WRITTEN}
-            else:
+            fields: dict[str, Any] = {"input_ids": [self.processor.pad_token_id], "learned": [], "cut": NOT_WRITTEN}
+            if starts:
                 fields = self._fields(whole, starts, max_length)
+            else:  # refused
+                starts = [max_length]
             fields["prompt"] = starts[-1] if len(said) == len(messages) and starts[-1] < max_length else 0
             fields["cut"] = max(fields["cut"], int(len(said) < len(messages)))
             found.append(fields | {"said": int(any(_MARK.search(message["content"]) for message in said))})

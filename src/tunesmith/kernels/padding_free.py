@@ -25,7 +25,7 @@ from tunesmith.data.batches import Limits, cut
 from tunesmith.kernels.dropout import keep_scale
 from tunesmith.kernels.prefix import prefixed, takes_attention
 
-__all__ = ["Layout", "use_padding_free_blocks", "with_padding"]
+__all__ = ["Layout", "computes_without_padding", "use_padding_free_blocks", "with_padding"]
 
 NAME = "tunesmith_padding_free"
 ROUND_TOKENS, ROUND_LENGTH = 32, 8
@@ -250,10 +250,15 @@ def use_padding_free_blocks(model: Any, blocks: Sequence[nn.Module]) -> bool:
     return same
 
 
+def computes_without_padding(model: Any) -> bool:
+    """Whether rows of unequal length cost no more than their tokens."""
+    return bool(model.config._attn_implementation == NAME)
+
+
 @contextmanager
 def with_padding(model: Any) -> Iterator[None]:
     """For a while a model attends as it came, as writing token by token with a cache needs."""
-    padding_free = model.config._attn_implementation == NAME
+    padding_free = computes_without_padding(model)
     if padding_free:
         model.set_attn_implementation(model.attention_with_padding)
     try:

@@ -18,7 +18,7 @@ import torch
 from pydantic import AfterValidator, Field, PrivateAttr
 from torch import Tensor, nn
 
-from tunesmith.data.batches import Batch, Ragged
+from tunesmith.data.batches import Batch, Limits, Ragged, cut
 from tunesmith.data.blocks import packed
 from tunesmith.data.chat_faults import chat_faults, text_faults
 from tunesmith.data.chats import ALL_CUT, NOT_WRITTEN, SOME_CUT, Chats, TrainOn, first_token, own_template
@@ -30,6 +30,7 @@ from tunesmith.data.templates import PLAIN, template_text
 from tunesmith.data.texts import as_bytes, model_inputs, unknown_notes
 from tunesmith.errors import DataError, RecipeError, ResourceError
 from tunesmith.kernels.logits import logits_at
+from tunesmith.kernels.padding_free import computes_without_padding
 from tunesmith.kernels.vocabulary import token_loss
 from tunesmith.metrics.language import SurpriseScores
 from tunesmith.metrics.texts import TextScores
@@ -39,6 +40,9 @@ from tunesmith.models.writing import Spoken, likeliest, write
 from tunesmith.recipe import Data
 from tunesmith.recipe_values import Generation, Local
 from tunesmith.tasks import Metrics, Task
+
+GROUPS = Limits(2**20, 2**40, 512)
+"""What one more pass over some windows costs, in padded tokens."""
 
 SCORES = ("exact_match", "rouge_l", "chrf")
 
@@ -257,15 +261,20 @@ class TextGeneration(Task):
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-probabilities of each learned token, and of the one that was likeliest in its place."""  # (learned, 2)
-        logits, labels = logits_at(model, *_asked_of(model, batch)), _labels(batch)
-        found = torch.stack([logits.gather(1, labels[:, None])[:, 0], logits.amax(1)], 1)
-        return found - logits.logsumexp(1, keepdim=True)
+        labels = _labels(batch)
+        found = torch.empty(len(labels), 2, device=labels.device)
+        for which, asked in _asked_of(model, batch):
+            logits = logits_at(model, *asked)
+            said = torch.stack([logits.gather(1, labels[which, None])[:, 0], logits.amax(1)], 1)
+            found[which] = said - logits.logsumexp(1, keepdim=True)
+        return found
 
     def loss(
         self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float = 0.0
     ) -> Tensor:
         """This batch's share of the mean over the step's learned tokens."""
-        total = token_loss(model, *_asked_of(model, batch), _labels(batch), label_smoothing)
+        labels, parts = _labels(batch), _asked_of(model, batch)
+        total = torch.stack([token_loss(model, *asked, labels[which], label_smoothing) for which, asked in parts]).sum()
         return total / normalizers["tokens"].clamp_min(1)  # of answers that are all cut away nothing is learned
 
     def rows_written(self, encoded: Encoded) -> int:
@@ -382,9 +391,29 @@ def _labels(batch: Batch) -> Tensor:
     return batch.ragged("input_ids").values[_places(batch)]
 
 
-def _asked_of(model: Any, batch: Batch) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """What the model reads, and window and place of the tokens at which it expects the learned ones."""
-    return model_inputs(batch, model.config.pad_token_id or 0) | {"use_cache": False}, *_before(batch)
+def _asked_of(model: Any, batch: Batch) -> list[tuple[Tensor, tuple[dict[str, Any], Tensor, Tensor]]]:
+    """Which of the learned tokens, and for them what the model reads, and the row and place at which it expects each.
+
+    The windows of a batch are read in groups of like length where padding costs: short documents and long ones.
+    """
+    window, place = _before(batch)
+    pad, more = model.config.pad_token_id or 0, {"use_cache": False}
+    everything = torch.arange(len(window), device=window.device)
+    if "windows" not in batch or computes_without_padding(model):
+        return [(everything, (model_inputs(batch, pad) | more, window, place))]
+    lengths = batch.ragged("windows").values
+    order = lengths.argsort(stable=True)
+    rank = order.argsort()[window]
+    every = batch.ragged("input_ids").values.split(lengths.tolist())
+    parts = []
+    for first, last in cut(lengths[order].cpu().numpy(), GROUPS):
+        which = everything[(rank >= first) & (rank < last)]
+        own = order[first:last]
+        ends = torch.cat([own.new_zeros(1), lengths[own].cumsum(0)])
+        rows = Ragged(torch.cat([every[number] for number in own.tolist()]), ends)
+        inputs = {"input_ids": rows.padded(pad), "attention_mask": rows.mask(), **more}
+        parts.append((which, (inputs, rank[which] - first, place[which])))
+    return parts
 
 
 def _before(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tunesmith
 from tunesmith import run
-from tunesmith.data.batches import Batch, collate
+from tunesmith.data.batches import Batch, Limits, collate
 from tunesmith.data.encoded import encode
 from tunesmith.data.formats import Row
 from tunesmith.errors import DataError, RecipeError
@@ -28,6 +28,7 @@ from tunesmith.models.anatomy import anatomy
 from tunesmith.recipe import Data, load
 from tunesmith.studies import stages
 from tunesmith.talk import Talk
+from tunesmith.tasks import text_generation
 from tunesmith.tasks.text_generation import TextGeneration
 from tunesmith.testing import tiny_model
 from tunesmith.training import evaluate
@@ -167,6 +168,19 @@ def test_nothing_attends_across_documents_of_a_block(tmp_path: Path) -> None:
     own = tokenizer()(DOCUMENTS[0], add_special_tokens=False)["input_ids"]
     other = tokenizer()("six nine four", add_special_tokens=False)["input_ids"]
     torch.testing.assert_close(answers[0][len(own) :], answers[1][len(other) :], atol=1e-6, rtol=1e-6)
+
+
+def test_documents_of_unlike_length_are_read_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Row(f"x:{n}", {"text": " ".join(["one", "four", "x"] * (1 + 9 * (n % 4)))}) for n in range(12)]
+    task, encoded = _encoded(rows, TextGeneration(), tmp_path / "encoded", 128)
+    model, batch = _model(), _batch(encoded)
+    whole, together = task.forward(model, batch), _loss(task, model, batch)
+    monkeypatch.setattr(text_generation, "GROUPS", Limits(2**20, 2**40, 0))
+    read: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, given: read.append(given["input_ids"].numel()), with_kwargs=True)
+    torch.testing.assert_close(task.forward(model, batch), whole, atol=1e-5, rtol=1e-5)
+    assert len(read) > 2 and sum(read) == len(batch.ragged("input_ids").values), "no padding is left"
+    torch.testing.assert_close(_loss(task, model, batch), together, atol=1e-5, rtol=1e-5)
 
 
 def test_a_batch_without_anything_to_learn_has_no_loss_and_no_nan(tmp_path: Path) -> None:
