@@ -22,8 +22,8 @@ from tunesmith.kernels.dropout import use_fast_dropout
 from tunesmith.kernels.embedding import use_kept_gradients
 from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.kernels.vocabulary import use_chunked_loss
+from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
-from tunesmith.models import sources
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Recipe
 from tunesmith.talk import Talk
@@ -92,6 +92,7 @@ class Prepared:
         hashes: dict[str, Any] = {
             "data_sha256": self.examples.fingerprints(),
             "base_sha256": models.base_hash(self.source),
+            "processor_sha256": models.processor_hash(self.processor),
         }
         if self.recipe.data.augment:
             hashes["synonyms_sha256"] = augment.fingerprints(self.recipe.data.augment)
@@ -114,7 +115,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     _fold_adapter(recipe.model, offline, allow_pickle, talk)
     with parallel.first_alone():  # it fetches and converts, the others find what it left
         source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
-    processor = models.load_processor(source, read.task.model_class)
+    processor = models.load_processor(source, read.task.model_class, read.task.added_tokens)
     read = replace(read, task=read.task.for_processor(processor))
     model, anatomy = models.load_model(
         source,
@@ -122,6 +123,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
         config=read.task.head_config(),
         seed=recipe.train.seed,
         pad_token_id=processor.pad_token_id,
+        added=added_tokens.ids(processor, read.task.added_tokens),
     )
     before = {name for name, _ in model.named_buffers()}
     torch.manual_seed(recipe.train.seed)

@@ -30,6 +30,7 @@ from tunesmith.data.encoded import Encoded, encode
 from tunesmith.data.formats import Row
 from tunesmith.deploy import artefact
 from tunesmith.errors import RecipeError
+from tunesmith.models import added_tokens
 from tunesmith.models import load as models
 from tunesmith.models.anatomy import LINEAR, Anatomy, anatomy
 from tunesmith.recipe import Recipe
@@ -248,10 +249,12 @@ def case(
     fitted, read = recipe.task.fit([recipe.task.target(one) for one in rows], recipe.data, "made-up")
     models.config_class(family, fitted.model_class)
     processor = tiny_tokenizer()
+    added_tokens.add(processor, fitted.added_tokens)
     fitted = fitted.for_processor(processor)
     pieces = fitted.pieces(rows, processor, read)
     encoded = encode(pieces, lambda part: fitted.encode(part, processor, read), folder / "encoded")
     base = tiny_model(family, fitted.model_class, **fitted.head_config(), **(config or {}))
+    added_tokens.extend(base, added_tokens.ids(processor, fitted.added_tokens))
     head = frozenset(name for name in _head_parameters(base))
     map_ = anatomy(base, new=head)
     model = copy.deepcopy(base)

@@ -18,13 +18,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tunesmith.deploy import origin
+from tunesmith.models import added_tokens
 from tunesmith.models import load as models
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.models.quiet import quiet
 from tunesmith.models.sources import Source
 from tunesmith.recipe import Recipe
 from tunesmith.tasks import Task
-from tunesmith.techniques import PEFT_PREFIX, Technique
+from tunesmith.techniques import OWN_TYPE, PEFT_PREFIX, Technique
+
+PEFT_ROWS = ".token_adapter.trainable_tokens_delta"
+"""How PEFT ends the name of rows that learn."""
 
 
 def learned(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
@@ -51,13 +56,34 @@ def write_adapter(
     config = technique.adapter_config(model, anatomy)
     kept = technique.adapter_tensors(model)
     kept |= _rest_of_modules(model, config.get("modules_to_save") or (), kept)
+    config, kept = _with_added_tokens(model, config, kept)
     tensors = {name: value.float().cpu().contiguous() for name, value in kept.items()}
     config |= {"base_model_name_or_path": source.name_for_adapter, "revision": source.revision}
     with _complete(folder / "adapter") as adapter:
         save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
         (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        origin = {"base_sha256": models.base_hash(source), "processor_sha256": models.processor_hash(processor)}
-        (adapter / "tunesmith.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        belongs_to = origin.fingerprint(source, folder / "base")
+        (adapter / origin.FILE).write_text(json.dumps(belongs_to, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_added_tokens(
+    model: nn.Module, config: dict[str, Any], kept: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Rows of added tokens under PEFT's names, which of its methods LoRA alone has a place for (and no bias in it)."""
+    mine = [name for name in kept if name.endswith(f".{added_tokens.ROWS}")]
+    if not mine or config["peft_type"].startswith(OWN_TYPE):
+        return config, kept
+    if config["peft_type"] != "LORA" or added_tokens.has_bias(model):
+        return config | {"peft_type": OWN_TYPE + config["peft_type"]}, kept
+    paths = [name.removeprefix(PEFT_PREFIX).rpartition(".")[0] for name in mine]
+    ids = {path: list(model.get_submodule(path).added_ids) for path in paths}  # type: ignore[arg-type]
+    renamed = {name.replace(f".{added_tokens.ROWS}", PEFT_ROWS) if name in mine else name: kept[name] for name in kept}
+    return config | {"trainable_token_indices": ids}, renamed
+
+
+def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an adapter holds, rows of added tokens under our names again."""
+    return {name.replace(PEFT_ROWS, f".{added_tokens.ROWS}"): value for name, value in tensors.items()}
 
 
 def _rest_of_modules(model: nn.Module, modules: Collection[str], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -81,10 +107,12 @@ def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, st
         config=task.head_config(),
         seed=recipe.train.seed,
         pad_token_id=processor.pad_token_id,
+        added=added_tokens.ids(processor, task.added_tokens),
     )
     technique.apply(model, anatomy, processor)
     put(model, state)
     technique.merge(model)
+    added_tokens.fold(model)
     save(folder / "model", model, processor, models.unused_parts(source, model, anatomy.unused))
 
 

@@ -13,7 +13,7 @@ from tunesmith.recipe import Recipe, to_yaml
 from tunesmith.recipe import load as load_recipe
 from tunesmith.tasks import Task
 from tunesmith.techniques import OWN_TYPE
-from tunesmith.training.files import atomic_write
+from tunesmith.training.files import atomic_write, read_json
 
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -168,10 +168,17 @@ def _loading_lines(folder: Path, auto: str, base: dict[str, Any], adapter: bool)
         f"{imports}\n"
         f"base = {where}\n"
         f"config = AutoConfig.from_pretrained({_quoted(folder / 'base')})\n"
-        f"model = {auto}.from_pretrained(base, config=config{revision})\n"
+        f"model = {auto}.from_pretrained(base, config=config{revision})\n{_room_for_tokens(folder)}"
         f"model = PeftModel.from_pretrained(model, {_quoted(folder / 'adapter')})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({_quoted(folder / 'base')})\n"
     )
+
+
+def _room_for_tokens(folder: Path) -> str:
+    """The line that gives the base rows for tokens which the run has added."""
+    config, base = (read_json(folder / name) for name in ("adapter/adapter_config.json", "base/config.json"))
+    last = max((max(ids) for ids in (config.get("trainable_token_indices") or {}).values()), default=0)
+    return f"model.resize_token_embeddings({last + 1}, mean_resizing=False)\n" if last >= base["vocab_size"] else ""
 
 
 def _quoted(text: object) -> str:

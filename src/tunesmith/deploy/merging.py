@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from tunesmith import recipe as recipes
 from tunesmith.deploy import artefact, predict
 from tunesmith.errors import RecipeError, UserError
+from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
-from tunesmith.models import sources
 from tunesmith.techniques import Technique
 from tunesmith.training import files
 from tunesmith.training.run_lock import RunLock, claim, clear
@@ -139,6 +139,7 @@ def _merged(folder: Path, offline: bool, allow_pickle: bool = False) -> tuple[pr
             technique.merge(tuned.model)
         except RecipeError as error:
             raise RecipeError(str(error), where=str(folder)) from error
+    added_tokens.fold(tuned.model)
     return tuned, source
 
 
@@ -147,19 +148,26 @@ def _check_alike(folders: Sequence[Path], parts: Sequence[tuple[predict.Tuned, s
     for folder, (tuned, source) in zip(folders[1:], others, strict=True):
         if models.base_hash(source) != models.base_hash(base):
             raise UserError(f"{source.spec} is another base than {base.spec}", where=str(folder))
-        if (tuned.task.name, tuned.task.head_config()) != (first.task.name, first.task.head_config()):
-            hint = "merge runs of the same task with the same classes"
-            raise UserError(f"its task or classes are not those of {folders[0]}", where=str(folder), hint=hint)
+        if _made_for(tuned) != _made_for(first):
+            hint = "merge runs of the same task with the same classes and tokens"
+            raise UserError(f"its task, classes or tokens are not those of {folders[0]}", where=str(folder), hint=hint)
+
+
+def _made_for(tuned: predict.Tuned) -> tuple[str, dict[str, Any], list[str]]:
+    return tuned.task.name, tuned.task.head_config(), list(tuned.task.added_tokens)
 
 
 def _base(first: predict.Tuned, source: sources.Source) -> tuple[nn.Module, Any]:
-    return models.load_model(
+    model, anatomy = models.load_model(
         source,
         model_class=first.task.model_class,
         config=first.task.head_config(),
         seed=first.recipe.train.seed,
         pad_token_id=first.processor.pad_token_id,
+        added=added_tokens.ids(first.processor, first.task.added_tokens),
     )
+    added_tokens.fold(model)
+    return model, anatomy
 
 
 def _write(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +18,10 @@ from torch import nn
 from tunesmith.data.batches import collate
 from tunesmith.data.encoded import encode
 from tunesmith.data.formats import Row, read_lines, read_table
+from tunesmith.deploy import artefact, origin
 from tunesmith.errors import CheckpointError, DataError, RecipeError, UserError, shorten
+from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
-from tunesmith.models import sources
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Data, Recipe
 from tunesmith.recipe import load as load_recipe
@@ -131,7 +131,9 @@ def load(
 def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device: torch.device) -> Tuned:
     assert isinstance(recipe.task, Task)
     if adapter is not None:
-        _check_base(source, adapter)
+        with _reading(adapter / origin.FILE) as file:
+            known = origin.read(file)
+        origin.check(known, source, adapter.parent / "base", adapter)
     processor = models.load_processor(source if adapter is None else replace(source, folder=adapter.parent / "base"))
     recipe = recipe.model_copy(update={"task": recipe.task.for_processor(processor)})
     assert isinstance(recipe.task, Task)
@@ -141,12 +143,13 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
         config=recipe.task.head_config(),
         seed=recipe.train.seed,
         pad_token_id=processor.pad_token_id,
+        added=added_tokens.ids(processor, recipe.task.added_tokens if adapter else ()),
     )
     if adapter is not None:
         assert isinstance(recipe.technique, Technique)
         recipe.technique.apply(model, anatomy, processor)
         with _reading(adapter / "adapter_model.safetensors") as file:
-            tensors = load_file(file)
+            tensors = artefact.own_names(load_file(file))
         recipe.technique.load_adapter(model, tensors)
     model.to(device).eval()
     return Tuned(model, processor, anatomy, recipe, Machine(device, None))
@@ -160,19 +163,9 @@ def base_of(tuned: Tuned, source: sources.Source) -> tuple[nn.Module, Anatomy]:
         config=tuned.task.head_config(),
         seed=tuned.recipe.train.seed,
         pad_token_id=tuned.processor.pad_token_id,
+        added=added_tokens.ids(tuned.processor, tuned.task.added_tokens),
     )
     return model.to(tuned.machine.device), anatomy
-
-
-def _check_base(source: sources.Source, adapter: Path) -> None:
-    with _reading(adapter / "tunesmith.json") as file:
-        known = json.loads(file.read_text(encoding="utf-8"))
-    if (found := models.base_hash(source)) != known["base_sha256"]:
-        raise CheckpointError(
-            f"the adapter belongs to other weights of {source.spec} ({known['base_sha256'][:12]}, not {found[:12]})",
-            where=str(adapter),
-            hint="give the base it was trained on",
-        )
 
 
 @contextmanager

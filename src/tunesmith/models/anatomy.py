@@ -18,6 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError, did_you_mean, shorten
+from tunesmith.models import added_tokens
 from tunesmith.models.namings import NAMINGS, Naming
 
 __all__ = ["LINEAR", "Anatomy", "anatomy"]
@@ -47,6 +48,9 @@ class Anatomy:
     new: frozenset[str]
     """Parameters that the checkpoint did not hold: initialised at load."""
 
+    added: frozenset[str]
+    """Parameters that are rows of tokens which the recipe has added."""
+
     unused: frozenset[str]
     """Tensors of the checkpoint that the model has no place for: another task's head."""
 
@@ -65,7 +69,8 @@ class Anatomy:
     @property
     def learns_always(self) -> frozenset[str]:
         """The parameters that every technique must train: those of the head, and those that nothing has trained yet."""
-        return frozenset(name for name in self.parameters if name in self.new or _within(name, self.head))
+        nothing_has = self.new | self.added
+        return frozenset(name for name in self.parameters if name in nothing_has or _within(name, self.head))
 
     def depth_of(self, name: str) -> int:
         """How far up a parameter stands: 0 embeddings, 1..n the blocks, n + 1 what comes after them.
@@ -141,6 +146,7 @@ def anatomy(model: nn.Module, *, new: frozenset[str] = frozenset(), unused: froz
         blocks=blocks,
         head=_head(model, prefix),
         new=new,
+        added=frozenset(name for name, _ in model.named_parameters() if name.rpartition(".")[2] == added_tokens.ROWS),
         unused=unused,
         roles=roles,
         linears=tuple(path for path, module in model.named_modules() if type(module) in LINEAR),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tunesmith.data.encoded import known_sha256
 from tunesmith.errors import RecipeError, shorten
-from tunesmith.models import gguf
+from tunesmith.models import added_tokens, gguf
 from tunesmith.models.anatomy import Anatomy, anatomy
 from tunesmith.models.quiet import quiet
 from tunesmith.models.sources import Source, safe_config
@@ -26,11 +26,11 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 UNBOUNDED = 10**9
 
 
-def load_processor(source: Source, model_class: str | None = None) -> Any:
-    """The tokenizer; one without a padding token pads with its end-of-text token.
+def load_processor(source: Source, model_class: str | None = None, add_tokens: Sequence[str] = ()) -> Any:
+    """The tokenizer, with tokens added; one without a padding token pads with its end-of-text token.
 
     Raises:
-        RecipeError: the source has none, or its kind of model is not for this task.
+        RecipeError: the source has none, its kind of model is not for this task, or a token cannot be added.
     """
     if model_class is not None:
         config_class(str(safe_config(source)[0]["model_type"]), model_class, source.spec)
@@ -38,6 +38,7 @@ def load_processor(source: Source, model_class: str | None = None) -> Any:
         processor = transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     if processor.pad_token_id is None:
         processor.pad_token = processor.eos_token or processor.unk_token
+    added_tokens.add(processor, add_tokens)
     return processor
 
 
@@ -49,8 +50,11 @@ def load_model(
     seed: int,
     pad_token_id: int | None = None,
     dtype: torch.dtype | None = None,
+    added: range = range(0),
 ) -> tuple[nn.Module, Anatomy]:
     """The model of an Auto class in its stored number format, its new parts drawn from `seed`, and its map.
+
+    `added`: ids of tokens that the recipe adds (`added_tokens.ids`).
 
     Raises:
         RecipeError: this kind of model cannot do the task.
@@ -73,6 +77,7 @@ def load_model(
     mismatched = {entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]}
     own = {name for name, _ in model.named_parameters()}
     new = frozenset((set(info["missing_keys"]) | mismatched) & own)
+    added_tokens.extend(model, added)
     return model, anatomy(model, new=new, unused=frozenset(info["unexpected_keys"]))
 
 
@@ -181,20 +186,35 @@ def check_vocabulary(model: nn.Module, processor: Any, spec: str) -> None:
     Raises:
         RecipeError: it can.
     """
-    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    rows = added_tokens.rows(model)
     if len(processor) > rows:
         what = f"model: its tokenizer has {len(processor):,} tokens, its embedding {rows:,}"
         raise RecipeError(what, where=spec, hint="the tokenizer belongs to another model")
 
 
-def base_hash(source: Source) -> str:
-    """One sha256 over the weights, to tell whether two bases are the same; of a GGUF file over that file."""
+def weight_hashes(source: Source) -> dict[str, str]:
+    """File name -> sha256 of what holds the weights: of a converted GGUF file that file, whatever it is called."""
     given = gguf.origin(source.folder).get("sha256")
-    parts = [("gguf", given)] if given else [(path.name, known_sha256(path)) for path in source.weights()]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return {"gguf": given} if given else {path.name: known_sha256(path) for path in source.weights()}
+
+
+def base_hash(source: Source) -> str:
+    """One sha256 over the weights, to tell whether two bases are the same."""
+    return hashlib.sha256(json.dumps(list(weight_hashes(source).items())).encode()).hexdigest()
 
 
 def processor_hash(processor: Any) -> str:
+    """A sha256 over what the tokenizer and its chat template do to a text."""
+    return hashlib.sha256(f"{tokenizer_hash(processor)}{template_hash(processor)}".encode()).hexdigest()
+
+
+def template_hash(processor: Any) -> str | None:
+    """A sha256 over the chat template; None where there is none."""
+    text = processor.chat_template
+    return None if text is None else hashlib.sha256(str(text).encode()).hexdigest()
+
+
+def tokenizer_hash(processor: Any) -> str:
     """A sha256 over what the tokenizer does to a text."""
     if processor.is_fast:
         kept = json.loads(processor.backend_tokenizer.to_str())
@@ -203,7 +223,7 @@ def processor_hash(processor: Any) -> str:
     else:
         text = json.dumps(processor.get_vocab(), sort_keys=True)
     special = json.dumps(processor.special_tokens_map, sort_keys=True, default=str)
-    return hashlib.sha256(f"{text}{special}{processor.chat_template}".encode()).hexdigest()
+    return hashlib.sha256(f"{text}{special}".encode()).hexdigest()
 
 
 @contextmanager

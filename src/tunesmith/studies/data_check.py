@@ -335,7 +335,7 @@ class _Check:
             return None
         try:
             source = source_of(self.model, offline=self.offline)
-            processor = models.load_processor(source, task.model_class)
+            processor = models.load_processor(source, task.model_class, task.added_tokens)
             shape = models.load_shape(source, task.model_class, processor)
             return processor, max_length(self.data.max_length, shape, processor, technique)
         except UserError as error:

@@ -87,7 +87,7 @@ def show(
             f"there is no {split} split", where="--split", hint=f"there is {', '.join(sorted(read.splits))}"
         )
     source = source_of(spec, offline=offline)
-    processor = models.load_processor(source, read.task.model_class)
+    processor = models.load_processor(source, read.task.model_class, read.task.added_tokens)
     shape = models.load_shape(source, read.task.model_class, processor)
     longest = max_length(read.data.max_length, shape, processor, recipe.technique)
     task, data = read.task.for_processor(processor), read.data.model_copy(update={"max_length": longest})

@@ -73,6 +73,11 @@ class Task(Plugin):
         """Whether text and nothing beside it can be learned from: files that are no table, and folders of them."""
         return self.required == {next(iter(self.columns))}
 
+    @property
+    def added_tokens(self) -> Sequence[str]:
+        """The tokens that the recipe adds to the model's vocabulary."""
+        return ()
+
     @abstractmethod
     def target(self, row: Row) -> Any:
         """The row's target, hashable, as `fit` wants it.

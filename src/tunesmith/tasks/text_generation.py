@@ -63,6 +63,7 @@ class TextGeneration(Task):
     generate: Generation | None = Field(
         None, description="how answers are written to be scored as texts, e.g. {max_new_tokens: 64}; null: no scores"
     )
+    add_tokens: list[str] = Field([], description="words or marks that are to be one token each; their rows learn")
     _processor: Any = PrivateAttr(None)
     _chats: Chats | None = PrivateAttr(None)
     _said: list[str] = PrivateAttr(default_factory=list)
@@ -76,6 +77,11 @@ class TextGeneration(Task):
     required: ClassVar[frozenset[str]] = frozenset()
     base_has_head: ClassVar[bool] = True
     text_scores: ClassVar[frozenset[str]] = frozenset(SCORES)
+
+    @property
+    def added_tokens(self) -> Sequence[str]:
+        """Those of `add_tokens`."""
+        return self.add_tokens
 
     @property
     def rows_are_examples(self) -> bool:

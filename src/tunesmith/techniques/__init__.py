@@ -148,13 +148,13 @@ def rate_by_depth(decay: float, name: str, anatomy: Anatomy) -> float:
 
 
 def saved_whole(anatomy: Anatomy) -> list[str]:
-    """The modules that learn whole: PEFT's `modules_to_save`.
+    """The modules that learn whole: PEFT's `modules_to_save`; rows of added tokens have a place of their own.
 
     Raises:
         RecipeError: what learns is a parameter that no small module holds, so PEFT's format has no place for it.
     """
     modules = dict.fromkeys(anatomy.head)
-    for name in sorted(anatomy.learns_always):
+    for name in sorted(anatomy.learns_always - anatomy.added):
         owner = name.rpartition(".")[0]
         if not owner or any(f"{block}.".startswith(f"{owner}.") for block in anatomy.blocks):
             raise RecipeError(

@@ -69,9 +69,11 @@ def test_an_adapter_and_what_its_base_must_be_dressed_in(finish: Any, tiny_bert:
     assert about["base_model_name_or_path"] == str(tiny_bert)
     assert about["modules_to_save"] == ["classifier", "bert.pooler.dense"]
     source = sources.resolve(str(tiny_bert))
+    tokenizer = {"tokenizer": models.tokenizer_hash(models.load_processor(source)), "chat template": None}
     assert json.loads((adapter / "tunesmith.json").read_text()) == {
         "base_sha256": models.base_hash(source),
-        "processor_sha256": models.processor_hash(models.load_processor(source)),
+        "base": {"weights": {"model.safetensors": source.sha256()["model.safetensors"]}, **tokenizer},
+        "dress": tokenizer,
     }
 
 

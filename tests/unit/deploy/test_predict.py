@@ -118,12 +118,17 @@ def _forget_the_origin(run: Path) -> None:
     (run / "adapter" / "tunesmith.json").unlink()
 
 
+def _an_old_origin(run: Path) -> None:
+    (run / "adapter" / "tunesmith.json").write_text('{"base_sha256": "0"}')
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut short": (
         _cut_short,
         "adapter_model.safetensors: cannot be read .*; `tunesmith train --resume .*` writes it anew",
     ),
     "a tensor lost": (_lose_a_tensor, "the adapter lacks 1 of the"),
+    "origin of old": (_an_old_origin, "tunesmith.json: cannot be read .it does not say what .*; .*anew"),
     "origin lost": (_forget_the_origin, "tunesmith.json: cannot be read .No such file or directory.; "),
 }
 
@@ -148,9 +153,44 @@ def test_an_adapter_on_other_weights_is_refused(finish: Any, tiny_bert: Path, tm
     weights = load_file(base / "model.safetensors")
     save_file({name: value + 0.01 for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        CheckpointError, match="the adapter belongs to other weights of .*; give the base it was trained on"
+        CheckpointError,
+        match=r"belongs to other weights of .*: the model.safetensors differs \(sha256 .*, was .*\); give the base",
     ):
         tunesmith.load(tmp_path / "run")
+
+
+def _other_words(folder: Path) -> None:
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"great"', '"grand"'))
+
+
+def _another_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+
+OTHER: dict[str, tuple[Callable[[Path], None], str]] = {
+    "tokenizer": (_other_words, r"the tokenizer differs \(sha256 \w{12}, was \w{12}\)"),
+    "template": (_another_template, r"the chat template differs \(sha256 \w{12}, was none\)"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), OTHER.values(), ids=OTHER)
+def test_an_adapter_over_another_tokenizer_or_template_is_refused(
+    change: Callable[[Path], None], said: str, finish: Any, command: Any, tiny_bert: Path, tmp_path: Path
+) -> None:
+    base, run = shutil.copytree(tiny_bert, tmp_path / "base"), tmp_path / "run"
+    finish("technique=lora", model=str(base))
+    moved = shutil.copytree(base, tmp_path / "moved")
+    assert tunesmith.load(run, base=moved)
+    change(moved)
+    with pytest.raises(CheckpointError, match=f"moved is not as it was in training: {said}; give the base it was"):
+        tunesmith.load(run, base=moved)
+    change(run / "base")
+    with pytest.raises(
+        CheckpointError, match=f"run/base: what the base is dressed in is not as the run left it: {said}"
+    ):
+        tunesmith.load(run)
+    assert command("predict", str(run), "a film")[0] == 6
 
 
 def test_what_is_no_finished_run_is_refused(recipe_of: Any, tmp_path: Path) -> None:

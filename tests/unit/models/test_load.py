@@ -237,5 +237,10 @@ def test_hashes_tell_models_and_tokenizers_apart(tiny_bert: Path, model: Path) -
     tokenizer, other = tiny_tokenizer(), tiny_tokenizer()
     tokenizer("one text", truncation=True, max_length=4, padding=True)  # settings of a call are no part of it
     assert load.processor_hash(tokenizer) == load.processor_hash(other)
+    other.chat_template = "{{ messages }}"
+    assert load.tokenizer_hash(tokenizer) == load.tokenizer_hash(other) and load.template_hash(tokenizer) is None
+    assert load.processor_hash(tokenizer) != load.processor_hash(other) and load.template_hash(other) is not None
+    other.chat_template = None
     other.add_tokens(["more"])
+    assert load.tokenizer_hash(tokenizer) != load.tokenizer_hash(other)
     assert load.processor_hash(tokenizer) != load.processor_hash(other)
