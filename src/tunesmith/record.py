@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ResourceError, redact
+from tunesmith.kernels.packed import numbers_in
 from tunesmith.models.sources import Source
 from tunesmith.prepare import Prepared
 from tunesmith.training import evaluate, files, loop, machine, parallel
@@ -76,7 +77,7 @@ def result(prepared: Prepared, progress: Progress, folder: Path, metrics: dict[s
         "examples_per_second": round(progress.examples / seconds, 2),
         "tokens_per_second": round(progress.tokens / seconds, 2),
         "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        "total_parameters": sum(parameter.numel() for parameter in parameters),
+        "total_parameters": numbers_in(prepared.model),
         "peak_memory_bytes": prepared.machine.peak_memory_bytes(),
         "metrics": metrics,
     }

@@ -23,6 +23,7 @@ from tunesmith import record
 from tunesmith.deploy import artefact, card, predict
 from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, ResourceError, UserError
 from tunesmith.insight import report
+from tunesmith.kernels.packed import numbers_in
 from tunesmith.prepare import Prepared, prepare
 from tunesmith.recipe import Recipe, Train
 from tunesmith.record import Progress
@@ -146,7 +147,7 @@ def _engine(prepared: Prepared, talk: Talk) -> loop.Engine:
 def _introduce(prepared: Prepared, folder: Path, talk: Talk) -> None:
     recipe = prepared.recipe
     learns = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in prepared.model.parameters())
+    total = numbers_in(prepared.model)
     counts = sorted(prepared.examples.rows.items(), reverse=True)
     rows = "  ".join(f"{name} {count:,}" for name, count in counts) + " rows"
     if not prepared.task.rows_are_examples:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from tunesmith.metrics import MEANINGS, side_by_side
 from tunesmith.recipe import Recipe, to_yaml
 from tunesmith.recipe import load as load_recipe
@@ -164,6 +166,11 @@ def _loading_lines(folder: Path, auto: str, base: dict[str, Any], adapter: bool)
         imports = f"import subprocess\nimport sys\n\n{imports}"
         words = ", ".join(_quoted(word) for word in ("-m", "tunesmith", "models", "path", base["spec"]))
         where = f"subprocess.check_output([sys.executable, {words}], text=True).strip()"
+    kept = read_json(folder / "adapter" / "tunesmith.json").get("quantization") or {}
+    if kept:
+        imports = imports.replace("AutoTokenizer, ", "AutoTokenizer, BitsAndBytesConfig, ")
+        fields = ", ".join(f"{name}={value!r}" for name, value in kept.items())
+        revision += f", quantization_config=BitsAndBytesConfig({fields})"
     return (
         f"{imports}\n"
         f"base = {where}\n"
@@ -176,9 +183,10 @@ def _loading_lines(folder: Path, auto: str, base: dict[str, Any], adapter: bool)
 
 def _room_for_tokens(folder: Path) -> str:
     """The line that gives the base rows for tokens which the run has added."""
-    config, base = (read_json(folder / name) for name in ("adapter/adapter_config.json", "base/config.json"))
-    last = max((max(ids) for ids in (config.get("trainable_token_indices") or {}).values()), default=0)
-    return f"model.resize_token_embeddings({last + 1}, mean_resizing=False)\n" if last >= base["vocab_size"] else ""
+    rows = read_json(folder / "adapter" / "adapter_config.json").get("trainable_token_indices") or {}
+    size = max((max(ids) + 1 for ids in rows.values()), default=0)
+    has = AutoConfig.from_pretrained(folder / "base").get_text_config().vocab_size if size else 0
+    return f"model.resize_token_embeddings({size}, mean_resizing=False)\n" if size > has else ""
 
 
 def _quoted(text: object) -> str:

@@ -130,7 +130,7 @@ def fold(run: Path, *, offline: bool = False, allow_pickle: bool = False) -> Non
 
 def _merged(folder: Path, offline: bool, allow_pickle: bool = False) -> tuple[predict.Tuned, sources.Source]:
     """A run's model with everything folded in, on the CPU, and where its base is from."""
-    tuned = predict.load(folder, device="cpu", offline=offline, allow_pickle=allow_pickle)
+    tuned = predict.load(folder, device="cpu", offline=offline, allow_pickle=allow_pickle, to_merge=True)
     technique = tuned.recipe.technique
     assert isinstance(technique, Technique)
     source = sources.resolve(tuned.recipe.model, offline=offline, allow_pickle=allow_pickle)

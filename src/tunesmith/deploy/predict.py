@@ -105,10 +105,12 @@ def load(
     device: str = "auto",
     offline: bool = False,
     allow_pickle: bool = False,
+    to_merge: bool = False,
 ) -> Tuned:
     """The model of a finished run; `allow_pickle` reads `.bin` weights of the base of an adapter (weights_only).
 
-    `base` says where the base of an adapter is now, if it has moved.
+    `base` says where the base of an adapter is now, if it has moved; `to_merge` asks for its weights as they are
+    stored, where the run has learned over others (in 4 or 8 bits).
 
     Raises:
         RecipeError: there is no finished run in that folder.
@@ -118,6 +120,9 @@ def load(
     if not (folder / "recipe.yaml").exists():
         raise RecipeError("no run in this folder", where=str(folder), hint="`tunesmith train` makes one")
     recipe = load_recipe(folder / "recipe.yaml")
+    if to_merge:
+        assert isinstance(recipe.technique, Technique)
+        recipe = recipe.model_copy(update={"technique": recipe.technique.over_original()})
     if (folder / "adapter" / "adapter_config.json").exists():
         source = sources.resolve(str(base or recipe.model), offline=offline, allow_pickle=allow_pickle)
         return _ready(recipe, source, folder / "adapter", found.device)

@@ -4,7 +4,7 @@ With a magnitude m the rows of W' are brought to the length m: W'' = m * W' / |W
 the gradient (DoRA, Liu 2024, arXiv 2402.09353, section 4.3). This is the formula written plainly; what is faster is
 held to it.
 
-Shapes: x (..., in), W (out, in) or transposed (in, out), A (r, in), B (out, r), b and m (out,).
+Shapes: x (..., in), W (out, in), transposed (in, out), or packed in a few bits, A (r, in), B (out, r), b and m (out,).
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.kernels.packed import Packed
+
 __all__ = ["adapted_weight", "lora_linear"]
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -32,7 +34,11 @@ def lora_linear(
 
     `dropout` falls on the way into A alone. Works in fp32, under autocast, and with W and x in bf16 without it.
     """
-    base = F.linear(x, weight.t() if transposed else weight, bias if magnitude is None else None)
+    beside = bias if magnitude is None else None
+    if isinstance(weight, Packed):
+        base = weight.product(x, beside)
+    else:
+        base = F.linear(x, weight.t() if transposed else weight, beside)
     inside = x if torch.is_autocast_enabled(x.device.type) else x.to(A.dtype)
     low = F.linear(F.linear(F.dropout(inside, dropout), A), B)
     if magnitude is None:
@@ -44,19 +50,23 @@ def lora_linear(
 
 @torch.no_grad()
 def adapted_weight(
-    weight: Tensor, A: Tensor, B: Tensor, scaling: float, *, transposed: bool, magnitude: Tensor | None = None
+    weight: Tensor | Packed, A: Tensor, B: Tensor, scaling: float, *, transposed: bool, magnitude: Tensor | None = None
 ) -> Tensor:
-    """W' (or W'' with a magnitude) in fp32, laid out as `weight` is."""
-    with torch.autocast(weight.device.type, enabled=False):
+    """W' (or W'' with a magnitude) in fp32, laid out as `weight` is, or was before it was packed."""
+    with torch.autocast(A.device.type, enabled=False):
         change = scaling * (B.float() @ A.float())
-        adapted = weight.float() + (change.t() if transposed else change)
+        if isinstance(weight, Packed):
+            plain = weight.decoded().t() if transposed else weight.decoded()
+        else:
+            plain = weight.float()
+        adapted = plain + (change.t() if transposed else change)
         if magnitude is not None:
             scale = magnitude.float() / _row_lengths(weight, A, B, scaling, transposed)
             adapted = adapted * (scale if transposed else scale[:, None])
     return adapted
 
 
-def _row_lengths(weight: Tensor, A: Tensor, B: Tensor, scaling: float, transposed: bool) -> Tensor:
+def _row_lengths(weight: Tensor | Packed, A: Tensor, B: Tensor, scaling: float, transposed: bool) -> Tensor:
     """|W'| of each output, never zero.  # (out,)"""
     adapted = adapted_weight(weight, A, B, scaling, transposed=transposed)
     lengths: Tensor = torch.linalg.vector_norm(adapted, dim=0 if transposed else 1)

@@ -25,14 +25,12 @@ ROWS = "added"
 
 
 def add(processor: Any, tokens: Sequence[str]) -> None:
-    """Let the tokenizer read each of these as one token, unless it does so already, as in a run's `base/`.
+    """Let the tokenizer read each of these as one token.
 
     Raises:
         RecipeError: one of them is no word, or a token of the model's own.
     """
-    if len(ids(processor, tokens)) == len(tokens):
-        return
-    known, where = processor.get_vocab(), "task.add_tokens"
+    known, where = processor.get_vocab() if tokens else {}, "task.add_tokens"
     for number, token in enumerate(tokens):
         if not token or token != token.strip() or token in tokens[:number]:
             what = (
@@ -41,7 +39,8 @@ def add(processor: Any, tokens: Sequence[str]) -> None:
             raise RecipeError(f"{where}: {what}", hint="give each once, without blanks before and behind it")
         if token in known:
             raise RecipeError(f"{where}: {shorten(token)} is a token of this model already", hint="leave it out")
-    processor.add_tokens(list(tokens))
+    if tokens:
+        processor.add_tokens(list(tokens))
 
 
 def ids(processor: Any, tokens: Sequence[str]) -> range:

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection
 from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,14 @@ class Technique(Plugin):
 
     cannot_merge: ClassVar[str] = ""
     """Why what was learned cannot be folded into plain modules; empty where it can."""
+
+    def over_original(self) -> Self:
+        """The technique as it is merged: over the stored weights, where it has kept others in memory."""
+        return self
+
+    def quantization(self, anatomy: Anatomy) -> dict[str, Any]:
+        """The fields of transformers' `BitsAndBytesConfig` that load the base as it is kept, if not as stored."""
+        return {}
 
     @property
     def virtual_tokens(self) -> int:

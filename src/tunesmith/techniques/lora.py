@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import CheckpointError, RecipeError, shorten
 from tunesmith.kernels.lora import adapted_weight, lora_linear
+from tunesmith.kernels.packed import Bits, Packed, PackedLinear
 from tunesmith.models.anatomy import LINEAR, Anatomy
 from tunesmith.techniques import (
     PEFT_PREFIX,
@@ -73,7 +74,8 @@ class LoraLinear(nn.Module):
     ) -> None:
         super().__init__()
         assert isinstance(linear, LINEAR), type(linear)
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight: Tensor | Packed = linear.weight
+        self.bias = linear.bias
         self.transposed = isinstance(linear, Conv1D)
         self.out_features, self.in_features = linear.weight.shape[:: -1 if self.transposed else 1]
         self.r, self.scaling, self.dropout = r, scaling, dropout
@@ -91,12 +93,20 @@ class LoraLinear(nn.Module):
 
     def _start_from_principal_part(self) -> None:
         """A0 and B0, so that s B0 A0 is W's best approximation of rank r; in fp32, hence before any cast of W."""
+        assert not isinstance(self.weight, Packed)
         weight = self.weight.detach().float()
         U, S, Vh = torch.linalg.svd(weight.t() if self.transposed else weight, full_matrices=False)
         root = (S[: self.r] / self.scaling).sqrt()
         self.pissa_A, self.pissa_B = root[:, None] * Vh[: self.r], U[:, : self.r] * root
         self.lora_A.weight.data.copy_(self.pissa_A)
         self.lora_B.weight.data.copy_(self.pissa_B)
+
+    def pack(self, bits: Bits) -> None:
+        """Keep the weight in a few bits from here on."""
+        assert not isinstance(self.weight, Packed)
+        weight = self.weight.detach()
+        del self.weight
+        self.weight = Packed(weight.t() if self.transposed else weight, bits)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the ordinary LoRA that this is: of rank r, or 2r with PiSSA."""
@@ -155,6 +165,7 @@ class Lora(Technique):
     dora: bool = Field(False, description="learn the length of each row of the weight as well")
     init: Literal["default", "pissa"] = Field("default", description="pissa: start from the weight's principal part")
     lora_plus_ratio: float = Field(1.0, ge=1, description="B learns this many times faster than A")
+    bits: Bits | None = Field(None, description="keep the base's blocks in 4 (QLoRA) or 8 bits (extra `quantize`)")
 
     @model_validator(mode="before")
     @classmethod
@@ -168,6 +179,15 @@ class Lora(Technique):
         if keys.get("alpha") is None and isinstance(r := keys.get("r", 8), int):
             keys["alpha"] = RSLORA_ALPHA if keys.get("rslora") else 2.0 * r
         return keys
+
+    @property
+    def starts_as_base(self) -> bool:  # type: ignore[override]
+        """A base in a few bits answers nearly as before."""
+        return self.bits is None
+
+    def over_original(self) -> Self:
+        """Over the weights as they are stored, not in `bits`."""
+        return self.model_copy(update={"bits": None})
 
     @property
     def scaling(self) -> float:
@@ -197,12 +217,42 @@ class Lora(Technique):
             )
             model.set_submodule(path, adapted)
             learning |= {f"{path}.{name}" for name, _ in adapted.named_parameters() if name.startswith("lora_")}
+        if self.bits is not None:
+            self._pack(model, anatomy, self.bits)
         learn_only(model, learning)
+
+    def quantization(self, anatomy: Anatomy) -> dict[str, Any]:
+        """Of `bits`; all linear maps but those of the blocks stay as they are stored."""
+        if self.bits is None:
+            return {}
+        kinds = {4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}}
+        packed = self._packed(anatomy)
+        whole = [path for path in anatomy.linears if path not in packed]
+        return kinds.get(self.bits, {"load_in_8bit": True}) | {"llm_int8_skip_modules": whole}
+
+    def _packed(self, anatomy: Anatomy) -> set[str]:
+        """The linear maps of the blocks, and those adapted beside them."""
+        return {*anatomy.targets("all-linear"), *anatomy.targets(self.target_modules)}
+
+    def _pack(self, model: nn.Module, anatomy: Anatomy, bits: Bits) -> None:
+        for path in self._packed(anatomy):
+            module: Any = model.get_submodule(path)
+            if isinstance(module, LoraLinear):
+                module.pack(bits)
+            else:
+                model.set_submodule(
+                    path, PackedLinear(module.weight, module.bias, bits, transposed=isinstance(module, Conv1D))
+                )
 
     def merge(self, model: nn.Module) -> None:
         """Add s B A to each weight and put plain modules back."""
         for path, adapted in list(_adapted(model)):
             model.set_submodule(path, adapted.merged())
+        for path, module in list(model.named_modules()):
+            if isinstance(module, PackedLinear):
+                weight = module.weight.decoded(module.weight.dtype)
+                weight = weight.t().contiguous() if module.transposed else weight
+                model.set_submodule(path, plain_linear(weight, module.bias, transposed=module.transposed))
 
     def learning_rate(self, anatomy: Anatomy) -> float:
         """`LEARNING_RATE`, falling with the width and with the number of projections adapted in a block."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.data.batches import Limits
 from tunesmith.errors import RecipeError, ResourceError
@@ -126,7 +126,7 @@ def store_frozen(model: nn.Module, dtype: torch.dtype | None) -> None:
     """
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in filter(Tensor.is_floating_point, model.parameters()):  # others are codes
             if parameter.requires_grad or parameter.ndim < 2 or dtype is None:
                 parameter.data = parameter.data.float()
             elif id(parameter) not in looked_up:

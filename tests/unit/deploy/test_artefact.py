@@ -74,6 +74,7 @@ def test_an_adapter_and_what_its_base_must_be_dressed_in(finish: Any, tiny_bert:
         "base_sha256": models.base_hash(source),
         "base": {"weights": {"model.safetensors": source.sha256()["model.safetensors"]}, **tokenizer},
         "dress": tokenizer,
+        "quantization": {},
     }
 
 
