@@ -60,11 +60,12 @@ class Packed(nn.Module):
             return self.codes.to(dtype).mul_(self.rows[:, None] / 127)
         library = _library()
         scales = library.QuantState(self.scales_of_scales, blocksize=256, code=self.table, dtype=torch.float32)
+        flat = torch.Size([self.shape.numel()])  # by rows, its CPU kernel takes wrong scales where 64 parts no row
         state = library.QuantState(
-            self.scales, self.shape, blocksize=64, quant_type="nf4", dtype=dtype, offset=self.mean, state2=scales
+            self.scales, flat, blocksize=64, quant_type="nf4", dtype=dtype, offset=self.mean, state2=scales
         )
         found: Tensor = library.dequantize_4bit(self.codes, state)
-        return found
+        return found.view(self.shape)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(..., in) -> (..., out)."""

@@ -36,6 +36,13 @@ def test_it_is_nearly_the_weight_in_a_few_bits(bits: Bits, weight: torch.Tensor)
     assert list(kept.state_dict()) == ["codes"], "what is made anew from the weight is not saved"
 
 
+@pytest.mark.parametrize("shape", ((64, 32), (96, 80), (312, 1200), (7, 33)))
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_of_any_length(bits: Bits, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert (Packed(weight, bits).decoded() - weight).norm() < ROUNDING[bits] * weight.norm()
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("biased", (False, True))
@@ -69,7 +76,12 @@ def test_nothing_of_a_weight_s_size_is_kept_for_backward(weight: torch.Tensor) -
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("transposed", (False, True))
 def test_a_linear_map_of_it(bits: Bits, transposed: bool, weight: torch.Tensor) -> None:
-    linear = PackedLinear(weight.t() if transposed else weight, torch.ones(96), bits, transposed=transposed)
+    linear = PackedLinear(
+        weight.t() if transposed else weight,
+        torch.nn.Parameter(torch.ones(96), requires_grad=False),
+        bits,
+        transposed=transposed,
+    )
     x = torch.randn(3, 64)
     assert torch.allclose(linear(x), x @ linear.weight.decoded().t() + 1, atol=1e-5)
     assert torch.equal(copy.deepcopy(linear)(x), linear(x))
