@@ -68,6 +68,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     return {
         f"dev_{main}": scores["validation"][main],
         "dev_f1_macro": scores["validation"]["f1_macro"],
+        "dev_loss": scores["validation"]["loss"],
         f"test_{main}": test.get(main),
         "test_f1_macro": test.get("f1_macro"),
         "learning_rate": used.learning_rate,

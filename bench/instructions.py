@@ -1,0 +1,206 @@
+"""Instruction tuning beside TRL's SFTTrainer: one run of one arm, scored by the same few lines of plain PyTorch.
+
+    python bench/instructions.py ours --model FOLDER --source DATA/alpaca_en --seed 0 --test
+    python bench/instructions.py peer --model FOLDER --source DATA/alpaca_en --seed 0 --test --learning-rate 5e-4
+    python bench/instructions.py mask --model FOLDER --source DATA/alpaca_en
+
+600 rows of alpaca for one epoch in batches of 8, LoRA of rank 16 on all linear maps, at most 512 tokens, bf16; 100
+other rows are for the choice of a rate, 200 for the test. Both arms read the same conversations through the model's own
+template. The loss is the mean over all tokens of the answers, their ends included, in fp32, each conversation alone.
+`mask` compares what ours learns with what TRL's `assistant_only_loss` does. TRL is needed for `peer` and `mask` alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import random
+import resource
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+
+ROWS = {"train": 600, "validation": 100, "test": 200}
+MAX_LENGTH = 512
+TURN = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+MARKED = (
+    "{% if message['role'] == 'assistant' %}{{'<|im_start|>assistant\n'}}{% generation %}"
+    "{{message['content'] + '<|im_end|>'}}{% endgeneration %}{{'\n'}}{% else %}" + TURN + "{% endif %}"
+)
+"""SmolLM2's turn, and the same with the marks that TRL asks for around what is learned."""
+
+
+def splits(source: Path) -> dict[str, list[dict[str, Any]]]:
+    """Conversations of one question and one answer, drawn once."""
+    rows = [row for file in sorted(source.glob("*.json")) for row in json.loads(file.read_text(encoding="utf-8"))]
+    rows = [row for row in rows if row["instruction"].strip() and row["output"].strip()]
+    random.Random(0).shuffle(rows)
+    drawn, begin = {}, 0
+    for split, count in ROWS.items():
+        drawn[split] = [_conversation(row) for row in rows[begin : begin + count]]
+        begin += count
+    return drawn
+
+
+def _conversation(row: dict[str, str]) -> dict[str, Any]:
+    asked = "\n\n".join(part.strip() for part in (row["instruction"], row["input"]) if part.strip())
+    answer = row["output"].strip()
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+
+
+@torch.no_grad()
+def answer_loss(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
+    """Nats a token of the answers."""
+    total, count = 0.0, 0
+    for row in rows:
+        messages = row["messages"]
+        asked = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        prompt, answer = (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (asked, messages[-1]["content"] + "<|im_end|>")
+        )
+        ids = torch.tensor([(prompt + answer)[:MAX_LENGTH]])
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+        total += F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
+        count += len(logits)
+    return total / count
+
+
+def train_ours(given: argparse.Namespace, rows: dict[str, list[dict[str, Any]]], output: Path) -> dict[str, Any]:
+    """By tunesmith at its defaults, but for what is fixed for both."""
+    import tunesmith
+
+    for split in ("train", "validation"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows[split])
+        (output / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    rate = {} if given.learning_rate is None else {"learning_rate": given.learning_rate}
+    data = {split: str(output / f"{split}.jsonl") for split in ("train", "validation")}
+    result = tunesmith.train(
+        task={"name": "text-generation", "general": "none"},
+        model=given.model,
+        data={**data, "max_length": MAX_LENGTH},
+        technique={"name": "lora", "r": 16, "target_modules": "all-linear"},
+        train={"epochs": 1, "batch_size": 8, "seed": given.seed, "device": given.device, "precision": "bf16", **rate},
+        output=str(output / "run"),
+        offline=True,
+    )
+    (output / "run" / "adapter").rename(output / "adapter")
+    return {key: result[key] for key in ("seconds", "trainable_parameters")}
+
+
+def train_peer(given: argparse.Namespace, rows: dict[str, list[dict[str, Any]]], output: Path) -> dict[str, Any]:
+    """By TRL at its best practice: prompt and answer apart, batches of like length, fused AdamW, no checkpointing."""
+    import datasets
+    import trl
+
+    parts = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows["train"]]
+    arguments = trl.SFTConfig(
+        output_dir=str(output / "trl"),
+        num_train_epochs=1,
+        per_device_train_batch_size=8,
+        learning_rate=given.learning_rate,
+        weight_decay=0.01,
+        warmup_steps=0.06,  # below 1 it is a share of all steps
+        lr_scheduler_type="linear",
+        optim="adamw_torch_fused",
+        bf16=True,
+        gradient_checkpointing=False,
+        max_length=MAX_LENGTH,
+        train_sampling_strategy="group_by_length",
+        seed=given.seed,
+        use_cpu=given.device == "cpu" or not torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
+    adapter = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = trl.SFTTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(parts),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    begin = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - begin
+    trainer.model.save_pretrained(output / "adapter")
+    learned = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    return {"seconds": round(seconds, 2), "trainable_parameters": learned}
+
+
+def compare_masks(given: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ids and learned tokens of ours beside those of TRL with a marked template; chats of several turns are joined."""
+    import datasets
+    import trl
+
+    from tunesmith.data.chats import Chats
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
+    chats = [row["messages"] for row in rows]
+    chats += [one + two for one, two in zip(chats[::2], chats[1::2], strict=True)]
+    ours = Chats.of(tokenizer, None, "answers", None).answered([("", chat) for chat in chats], MAX_LENGTH)
+    tokenizer.chat_template = tokenizer.chat_template.replace(TURN, MARKED)
+    assert "generation" in tokenizer.chat_template, "this model's template is another"
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl.SFTTrainer(
+            model=transformers.AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32),
+            args=trl.SFTConfig(
+                folder, assistant_only_loss=True, max_length=MAX_LENGTH, use_cpu=True, bf16=False, report_to="none"
+            ),
+            train_dataset=datasets.Dataset.from_list([{"messages": chat} for chat in chats]),
+            processing_class=tokenizer,
+        )
+    tokens = different = 0
+    for mine, row in zip(ours, trainer.train_dataset, strict=True):
+        labels = trainer.data_collator([row])["labels"][0].tolist()
+        theirs = {place: token for place, token in enumerate(labels) if token >= 0}
+        own = {place: mine["input_ids"][place] for place in mine["learned"]}
+        tokens += len(theirs)
+        different += len(theirs.items() ^ own.items())
+    return {"chats": len(chats), "learned_tokens": tokens, "different": different}
+
+
+def main() -> None:
+    """Print one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arm", choices=("ours", "peer", "mask"))
+    parser.add_argument("--model", required=True, help="folder of SmolLM2")
+    parser.add_argument("--source", type=Path, required=True, help="folder of alpaca's JSON files")
+    parser.add_argument("--learning-rate", type=float, default=None, help="default of ours: tunesmith's own")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--test", action="store_true", help="score the test split too")
+    given = parser.parse_args()
+    rows = splits(given.source)
+    if given.arm == "mask":
+        print(json.dumps(compare_masks(given, rows["test"])))
+        return
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        result = {"ours": train_ours, "peer": train_peer}[given.arm](given, rows, Path(folder))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
+        model = peft.PeftModel.from_pretrained(model, Path(folder, "adapter")).eval()
+        for split in ("validation", "test")[: 2 if given.test else 1]:
+            result[f"{split}_loss"] = answer_loss(model, tokenizer, rows[split])
+    libraries = ["torch", "transformers", "peft", "trl" if given.arm == "peer" else "tunesmith"]
+    said = {"arm": given.arm, "seed": given.seed, "learning_rate": given.learning_rate, "peak_memory_bytes": peak}
+    versions = {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+    print(json.dumps({**said, **result, "versions": versions, "threads": torch.get_num_threads()}))
+
+
+if __name__ == "__main__":
+    main()

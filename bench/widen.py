@@ -1,0 +1,74 @@
+"""A wider BERT that computes what a given one does: for rates of learning by width where no wide model is at hand.
+
+    python bench/widen.py --model FOLDER --width 2048 --blocks 2 --output build/minilm-2048
+
+Every unit is there several times, and what leaves a unit is divided by that number (Net2WiderNet, Chen 2015, arXiv
+1511.05641); noise of a fifth of each weight lets the copies part. The heads of attention become more, not larger, so
+`width` is a multiple of their size. With the width that the model has it keeps all but the first `blocks`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+NOISE = 0.2
+
+
+def copies(weight: Tensor, shape: torch.Size, *, divide: bool) -> Tensor:
+    """A weight (out, in) or a vector in a larger shape, units in turn; `divide`: the second axis is summed over."""
+    if weight.ndim == 1:
+        return weight[torch.arange(shape[0]) % len(weight)]
+    rows, columns = (torch.arange(size) % old for size, old in zip(shape, weight.shape, strict=True))
+    wide = weight[rows][:, columns]
+    if divide and shape[1] != weight.shape[1]:
+        wide = wide / torch.bincount(columns)[columns] * (1 + NOISE * torch.randn(shape))
+    return wide
+
+
+def widen(model: nn.Module, config: transformers.BertConfig, width: int, blocks: int) -> nn.Module:
+    """The first blocks of a `BertModel` at a width."""
+    values = config.to_dict()
+    size = config.hidden_size // config.num_attention_heads
+    values |= {"hidden_size": width, "num_hidden_layers": blocks, "num_attention_heads": width // size}
+    values["intermediate_size"] = width * config.intermediate_size // config.hidden_size
+    wide = transformers.BertModel(transformers.BertConfig(**values))
+    narrow = model.state_dict()
+    for name, value in wide.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(copies(narrow[name], value.shape, divide="embeddings" not in name))
+    return wide
+
+
+def main() -> None:
+    """Write the wide model and the tokenizer."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a BERT")
+    parser.add_argument("--width", type=int, required=True)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    model = transformers.BertModel.from_pretrained(given.model)
+    wide = widen(model, model.config, given.width, given.blocks)
+    wide.save_pretrained(given.output)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        if (source := Path(given.model, name)).exists():
+            shutil.copy(source, given.output / name)
+    words = transformers.AutoTokenizer.from_pretrained(given.output)(["a film of great charm"], return_tensors="pt")
+    narrow = widen(model, model.config, model.config.hidden_size, given.blocks)
+    with torch.no_grad():
+        before, after = (one.eval()(**words).last_hidden_state[0, 0] for one in (narrow, wide))
+    near = torch.cosine_similarity(before, after[: len(before)], dim=0)
+    print(
+        f"{sum(p.numel() for p in wide.parameters()):,} parameters; the first vector's cosine to the narrow one: {near:.4f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
