@@ -13,6 +13,9 @@ from tunesmith.techniques import Technique, learn_only, rate_by_width
 LEARNING_RATE = 5e-3
 """The best of three on validation (sst2, one epoch, one seed) with a model 384 wide: docs/techniques/bitfit.md."""
 
+HEAD_FACTOR = 4.0
+"""How much faster a new head learns; measured with 24 classes and few examples of each, in the card."""
+
 
 class Bitfit(Technique):
     """Only biases learn, those of the norms as well: y = W x + b with W fixed (Ben Zaken 2022, arXiv 2106.10199).
@@ -36,3 +39,7 @@ class Bitfit(Technique):
     def learning_rate(self, anatomy: Anatomy) -> float:
         """`LEARNING_RATE`, falling with the width."""
         return rate_by_width(LEARNING_RATE, anatomy)
+
+    def head_learning_rate(self, learning_rate: float) -> float:
+        """`HEAD_FACTOR` times as fast."""
+        return HEAD_FACTOR * learning_rate
