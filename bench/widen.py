@@ -65,9 +65,8 @@ def main() -> None:
     with torch.no_grad():
         before, after = (one.eval()(**words).last_hidden_state[0, 0] for one in (narrow, wide))
     near = torch.cosine_similarity(before, after[: len(before)], dim=0)
-    print(
-        f"{sum(p.numel() for p in wide.parameters()):,} parameters; the first vector's cosine to the narrow one: {near:.4f}"
-    )
+    size = sum(p.numel() for p in wide.parameters())
+    print(f"{size:,} parameters; the cosine of the first vector to the narrow one: {near:.4f}")
 
 
 if __name__ == "__main__":

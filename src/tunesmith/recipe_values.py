@@ -22,6 +22,11 @@ def local_path(path: str) -> str:
 
 Local = Annotated[str, AfterValidator(local_path)]
 
+General = Annotated[
+    Literal["default", "none"] | Local,
+    Field(description="other text, scored before and after, to see what was forgotten: a file or folder, or none"),
+]
+
 
 class Augmentation(Keys):
     """One way to change the texts of train, anew in each epoch."""

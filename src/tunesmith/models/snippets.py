@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
+from tunesmith.errors import ResourceError
 from tunesmith.models import archives, package_index
 from tunesmith.models.sources import cache_home, told_offline
 
@@ -58,6 +59,24 @@ def general_text(*, offline: bool, say: Callable[[str], None]) -> Path:
         writing.write_text("\n\n".join(chosen) + "\n", encoding="utf-8")
         writing.replace(path)
     return path
+
+
+def fetch_general(spec: str, say: Callable[[str], None], *, offline: bool) -> list[str]:
+    """Fetch the general text if `task.general` asks for it; a note where that cannot be."""
+    if spec != "default":
+        return []
+    try:
+        general_text(offline=offline, say=say)
+    except ResourceError as error:
+        return [f"what was forgotten is not scored, for want of the general text ({error})"]
+    return []
+
+
+def general_files(spec: str) -> dict[str, str]:
+    """What `task.general` names, as a split to be scored; nothing where it names none or that is not here."""
+    if spec == "default":
+        return {"general": str(general_path())} if general_path().exists() else {}
+    return {} if spec == "none" else {"general": spec}
 
 
 def _some(texts: list[str], count: int) -> list[str]:

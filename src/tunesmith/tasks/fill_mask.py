@@ -29,8 +29,9 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.kernels.logits import logits_at
 from tunesmith.kernels.vocabulary import token_loss
 from tunesmith.metrics.language import TokenScores
+from tunesmith.models.snippets import fetch_general, general_files
 from tunesmith.recipe import Data
-from tunesmith.recipe_values import Local
+from tunesmith.recipe_values import General
 from tunesmith.tasks import Metrics, Task
 
 MASK = "[MASK]"
@@ -48,9 +49,7 @@ class FillMask(Task):
         None, description="divides Chinese into words (extra `chinese`); null: each character is one"
     )
     head_warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which a new head learns alone")
-    general: Local | None = Field(
-        None, description="other text, scored before and after, to see what was forgotten: a file or folder"
-    )
+    general: General = "default"
     _tokens: Tokens | None = PrivateAttr(None)
 
     model_class: ClassVar[str] = "AutoModelForMaskedLM"
@@ -98,9 +97,13 @@ class FillMask(Task):
         assert self._tokens is not None, "for_processor comes first"
         return self._tokens
 
+    def fetch(self, say: Callable[[str], None], *, offline: bool) -> list[str]:
+        """The general text, unless there is one or none is wanted."""
+        return fetch_general(self.general, say, offline=offline)
+
     def others(self) -> dict[str, str]:
         """The general text."""
-        return {} if self.general is None else {"general": self.general}
+        return general_files(self.general)
 
     def head_alone(self) -> float:
         """`head_warmup`."""

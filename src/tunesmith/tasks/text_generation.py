@@ -28,17 +28,17 @@ from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
 from tunesmith.data.templates import PLAIN, template_text
 from tunesmith.data.texts import as_bytes, model_inputs, unknown_notes
-from tunesmith.errors import DataError, RecipeError, ResourceError
+from tunesmith.errors import DataError, RecipeError
 from tunesmith.kernels.logits import logits_at
 from tunesmith.kernels.padding_free import computes_without_padding
 from tunesmith.kernels.vocabulary import token_loss
 from tunesmith.metrics.language import SurpriseScores
 from tunesmith.metrics.texts import TextScores
 from tunesmith.models.load import length_limit
-from tunesmith.models.snippets import general_path, general_text
+from tunesmith.models.snippets import fetch_general, general_files
 from tunesmith.models.writing import Spoken, likeliest, write
 from tunesmith.recipe import Data
-from tunesmith.recipe_values import Generation, Local
+from tunesmith.recipe_values import General, Generation
 from tunesmith.tasks import Metrics, Task
 
 GROUPS = Limits(2**20, 2**40, 512)
@@ -56,10 +56,7 @@ class TextGeneration(Task):
         None, description="plain, chatml, alpaca ..., or a Jinja file; default: the model's own, else plain"
     )
     system: str | None = Field(None, min_length=1, description="system message of conversations that have none")
-    general: Literal["default", "none"] | Local = Field(
-        "default",
-        description="other text, scored before and after, to see what was forgotten: a file or folder, or none",
-    )
+    general: General = "default"
     generate: Generation | None = Field(
         None, description="how answers are written to be scored as texts, e.g. {max_new_tokens: 64}; null: no scores"
     )
@@ -146,19 +143,11 @@ class TextGeneration(Task):
 
     def fetch(self, say: Callable[[str], None], *, offline: bool) -> list[str]:
         """The general text, unless there is one or none is wanted."""
-        if self.general != "default":
-            return []
-        try:
-            general_text(offline=offline, say=say)
-        except ResourceError as error:
-            return [f"what was forgotten is not scored, for want of the general text ({error})"]
-        return []
+        return fetch_general(self.general, say, offline=offline)
 
     def others(self) -> dict[str, str]:
         """The general text."""
-        if self.general == "default":
-            return {"general": str(general_path())} if general_path().exists() else {}
-        return {} if self.general == "none" else {"general": self.general}
+        return general_files(self.general)
 
     def asked(self, row: Row) -> Row:
         """A conversation up to its last question; a text alone is one, but where raw text was learned from."""
