@@ -1,0 +1,96 @@
+"""The data of the recipes that write texts, drawn once with seed 0 from public sets.
+
+    python bench/texts.py --source DATA --output .
+
+    questions.jsonl        500 of medquad's questions with answers of at most 600 characters: question, answer, focus
+    dialogues.jsonl        200 diseases, two to four such questions in a row about each: messages
+    instructions.jsonl     500 rows of alpaca and all of self-instruct's seed tasks, each in its own layout
+    instructions-zh.jsonl  300 rows of alpaca in Chinese and 300 of huatuo (medicine): instruction, input, output
+    contracts/             16 of CUAD's contracts of at most 40 kB, some 90,000 tokens
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Rows = list[dict[str, Any]]
+LONGEST_ANSWER = 600
+
+
+def questions(source: Path) -> Rows:
+    """Medquad's with short answers."""
+    with gzip.open(source / "medquad" / "medquad_qa.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = map(json.loads, file)
+        kept = [row for row in rows if row["question"].strip() and 0 < len(row["answer"].strip()) <= LONGEST_ANSWER]
+    return [{key: row[key] for key in ("question", "answer", "focus")} for row in kept]
+
+
+def dialogues(rows: Rows) -> Rows:
+    """Two to four questions about one disease, as one conversation."""
+    about = defaultdict(list)
+    for row in rows:
+        about[row["focus"]].append(row)
+    return [
+        {
+            "messages": [
+                {"role": role, "content": row[column]}
+                for row in group[:4]
+                for role, column in (("user", "question"), ("assistant", "answer"))
+            ]
+        }
+        for group in about.values()
+        if len(group) > 1
+    ]
+
+
+def read(*paths: Path) -> Rows:
+    """Rows of JSON and of JSON lines."""
+    rows: Rows = []
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        rows += json.loads(text) if text.startswith("[") else map(json.loads, text.splitlines())
+    return rows
+
+
+def some(rows: Rows, number: int) -> Rows:
+    """Drawn with seed 0."""
+    return random.Random(0).sample(rows, number)
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def main() -> None:
+    """Write all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="folder of medquad/, alpaca_en/ ...")
+    parser.add_argument("--output", type=Path, default=Path())
+    given = parser.parse_args()
+    source, output = given.source, given.output
+    output.mkdir(parents=True, exist_ok=True)
+    medical = questions(source)
+    write(output / "questions.jsonl", some(medical, 500))
+    write(output / "dialogues.jsonl", some(dialogues(medical), 200))
+    english = read(*sorted((source / "alpaca_en").glob("*.json")))
+    seeds = read(source / "self_instruct" / "seed_tasks.jsonl")
+    write(output / "instructions.jsonl", [*some(english, 500), *seeds])
+    chinese = (read(source / "alpaca_zh" / "alpaca_zh_0_3252.json"), read(source / "huatuo_zh" / "llama_data.json"))
+    write(output / "instructions-zh.jsonl", [row for rows in chinese for row in some(rows, 300)])
+    contracts = sorted(path for path in (source / "cuad" / "contracts").glob("*.txt") if path.stat().st_size <= 40_000)
+    (output / "contracts").mkdir(exist_ok=True)
+    for path in random.Random(0).sample(contracts, 16):
+        shutil.copy(path, output / "contracts" / path.name)
+
+
+if __name__ == "__main__":
+    main()
