@@ -116,7 +116,8 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     with parallel.first_alone():  # it fetches and converts, the others find what it left
         source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
     processor = models.load_processor(source, read.task.model_class, read.task.added_tokens)
-    read = replace(read, task=read.task.for_processor(processor))
+    config = models.load_config(source, read.task.model_class, processor)
+    read = replace(read, task=read.task.for_processor(processor, config))
     model, anatomy = models.load_model(
         source,
         model_class=read.task.model_class,

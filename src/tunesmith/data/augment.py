@@ -16,6 +16,7 @@ import numpy as np
 
 from tunesmith.data.encoded import file_sha256
 from tunesmith.data.formats import Row
+from tunesmith.data.formats.columns import ANSWERS, is_text
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe_values import Augmentation
 
@@ -197,7 +198,9 @@ class Augmenter:
         if "tokens" in row.values:
             return self._tagged(row, epoch, index)
         values = {
-            role: self._text(value, epoch, index) if role.startswith("text") and isinstance(value, str) else value
+            role: self._text(value, epoch, index)
+            if is_text(role) and role not in ANSWERS and isinstance(value, str)
+            else value
             for role, value in row.values.items()
         }
         return Row(row.place, values)

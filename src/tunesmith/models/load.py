@@ -98,15 +98,24 @@ def unused_parts(source: Source, model: Any, unused: Collection[str]) -> dict[st
     return found
 
 
-def load_shape(source: Source, model_class: str, processor: Any) -> nn.Module:
-    """The model without weights: its modules and their sizes, for who asks what it can read.
+def load_config(source: Source, model_class: str, processor: Any) -> Any:
+    """The config that the model will have.
 
     Raises:
         RecipeError: this kind of model cannot do the task.
     """
     kept, _ = safe_config(source)
     made_of = config_class(str(kept["model_type"]), model_class, source.spec)
-    settings = _config(source, kept, made_of, {}, processor.pad_token_id)
+    return _config(source, kept, made_of, {}, processor.pad_token_id)
+
+
+def load_shape(source: Source, model_class: str, processor: Any) -> nn.Module:
+    """The model without weights: its modules and their sizes, for who asks what it can read.
+
+    Raises:
+        RecipeError: this kind of model cannot do the task.
+    """
+    settings = load_config(source, model_class, processor)
     with quiet(), torch.device("meta"), _reading(source, "config.json"):
         model: nn.Module = getattr(transformers, model_class).from_config(settings)
     return model

@@ -13,6 +13,7 @@ from tunesmith import recipe as recipes
 from tunesmith import registry
 from tunesmith.data.conversations import said
 from tunesmith.data.formats import SUFFIXES, Row, find_splits, is_folder, read_raw
+from tunesmith.data.formats.columns import ANSWERS, is_text
 from tunesmith.data.formats.raw import BadRow, RawRow, Rows
 from tunesmith.data.formats.recognise import format_of
 from tunesmith.errors import DataError, RecipeError
@@ -89,8 +90,8 @@ def find_files(data: Data, task: Task) -> tuple[Data, dict[str, Path], bool]:
     """
     if data.train is None:
         raise RecipeError("data.train: missing", hint="name a file, a folder or a recipe")
-    named = {"train": Path(data.train)}
-    if is_folder(data.train) and not (named := find_splits(data.train)) and task.reads_plain_text:
+    named, pairs = {"train": Path(data.train)}, "target" in task.columns
+    if is_folder(data.train) and not (named := find_splits(data.train, pairs=pairs)) and task.reads_plain_text:
         named = {"train": Path(data.train)}  # of texts
     elif is_folder(data.train) and not named:
         files = [path for path in sorted(Path(data.train).iterdir()) if path.name.lower().endswith(SUFFIXES)]
@@ -157,9 +158,9 @@ def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
         return _open_whole(name, path, data)
     table = examples.open_split(path, task, data).table
     names: Sequence[Column] = list(table.columns.values())
-    if table.format not in ("text", "conll"):
+    if table.format not in ("text", "conll", "parallel"):
         names, _ = read_raw(path, header=all(isinstance(column, str) for column in names))
-    return File(name, path, names, table.raw_rows, table.judge, dict(table.columns), data.limit, table.note)
+    return File(name, table.shown, names, table.raw_rows, table.judge, dict(table.columns), data.limit, table.note)
 
 
 def _open_whole(name: str, path: Path, data: Data) -> File:
@@ -197,7 +198,7 @@ def _whole(path: Path, raw: RawRow | BadRow, words: frozenset[Column]) -> Row | 
 
 def texts(row: Row) -> list[str]:
     """What a row says beside its target, as a model reads it."""
-    found = [str(value) for role, value in row.values.items() if role.startswith("text")]
+    found = [str(value) for role, value in row.values.items() if is_text(role) and role not in ANSWERS]
     if isinstance(words := row.values.get("tokens"), list):
         found = [" ".join(map(str, words))]
     if (all_ := said(row)) is not None:

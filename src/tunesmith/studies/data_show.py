@@ -90,7 +90,7 @@ def show(
     processor = models.load_processor(source, read.task.model_class, read.task.added_tokens)
     shape = models.load_shape(source, read.task.model_class, processor)
     longest = max_length(read.data.max_length, shape, processor, recipe.technique)
-    task, data = read.task.for_processor(processor), read.data.model_copy(update={"max_length": longest})
+    task, data = read.task.for_processor(processor, shape.config), read.data.model_copy(update={"max_length": longest})
     first = 0 if row is None else row - 1
     pieces = task.pieces(read.splits[split].rows(), processor, data)
     numbered = list(islice(enumerate(pieces), first, first + (rows if row is None else 1)))
