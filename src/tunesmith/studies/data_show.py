@@ -150,6 +150,10 @@ def _shown(row: Row, fields: dict[str, Any], task: Task, processor: Any) -> Show
     for length in fields.get("windows") or [len(ids)]:
         windows.append(tokens[start : start + length])
         start += length
+    if "target" in task.columns and "label" in fields:  # an encoder reads the one, a decoder writes the other
+        said = zip(processor.convert_ids_to_tokens(fields["label"]), fields["label"], strict=True)
+        windows.append([Token(text, code in special, text) for text, code in said])
+        return Shown(row.place, None, bool(fields["cut"] or fields["cut_target"]), windows)
     whole = None if targets is not None or "label" not in row.values else _said(task.target(row))
     return Shown(row.place, whole, bool(fields.get("cut")), windows)
 

@@ -25,16 +25,23 @@ from tunesmith.data.encoded import Encoded
 from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
 from tunesmith.data.pairs import pair_faults
-from tunesmith.data.texts import cut_texts, unknown_notes
+from tunesmith.data.texts import as_bytes, cut_texts, unknown_notes
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.kernels.logits import logits_at
-from tunesmith.metrics.language import TokenScores
+from tunesmith.metrics.language import WrittenScores
+from tunesmith.metrics.texts import TextScores
 from tunesmith.models.directions import Direction, direction
+from tunesmith.models.load import UNBOUNDED
+from tunesmith.models.writing import write
 from tunesmith.recipe import Data
+from tunesmith.recipe_values import Generation
 from tunesmith.tasks import Metrics, Task
 
 IGNORED = -100
 """What a decoder shifts into padding."""
+
+BLEU_TOKENS = {"zh": "zh", "ja": "char", "th": "char", "km": "char", "my": "char"}
+"""Language -> how sacrebleu divides it into words; others by their blanks and marks (13a)."""
 
 
 class Translation(Task):
@@ -45,7 +52,11 @@ class Translation(Task):
     )
     target_lang: str | None = Field(None, min_length=2, description="language that is written, likewise")
     prefix: str | None = Field(None, description="put before each source; null: what the model was made with")
-    num_beams: int = Field(4, ge=1, description="how many translations are followed at once when writing; 1: greedy")
+    num_beams: int = Field(4, ge=1, description="how many beginnings are followed at once in writing; 1: greedy")
+    max_new_tokens: int = Field(128, ge=1, description="tokens of a translation at most")
+    scored_rows: int = Field(
+        2000, ge=1, description="rows of a split for which translations are written to be scored, evenly spread"
+    )
 
     model_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -59,6 +70,7 @@ class Translation(Task):
     }  # fmt: skip
     required: ClassVar[frozenset[str]] = frozenset({"source", "target"})
     base_has_head: ClassVar[bool] = True
+    text_scores: ClassVar[frozenset[str]] = frozenset({"bleu", "chrf"})
     _processor: Any = PrivateAttr(None)
     _direction: Direction | None = PrivateAttr(None)
     _config: Any = PrivateAttr(None)
@@ -145,7 +157,7 @@ class Translation(Task):
             )
             same = int(str(row.values["source"]).strip() == text)
             one |= {"label": ids, "length": one["length"] + len(ids), "cut_target": int(cut), "same": same}
-            one["reference"] = list(text.encode())
+            one["reference"] = as_bytes(text)
         return fields
 
     def notes(self, encoded: Encoded, processor: Any) -> list[str]:
@@ -193,9 +205,31 @@ class Translation(Task):
         total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
         return total / normalizers["tokens"]
 
+    @property
+    def rows_written(self) -> int:
+        """`scored_rows`."""
+        return self.scored_rows
+
+    def written(self, model: nn.Module, batch: Batch) -> list[str]:
+        """The translations, by beam search."""
+        told, config = self._told, self._config
+        begin = {"forced_bos_token_id": told.first, "decoder_start_token_id": told.start}
+        ids = write(
+            model,
+            batch.ragged("input_ids"),
+            Generation.model_validate({"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams}),
+            pad=config.pad_token_id,
+            stop=(config.eos_token_id,),
+            limit=getattr(config, "max_position_embeddings", None) or UNBOUNDED,
+            **{name: token for name, token in begin.items() if token is not None},
+        )
+        return [text.strip() for text in self._processor.batch_decode(ids, skip_special_tokens=True)]
+
     def metrics(self) -> Metrics:
-        """Loss, perplexity, accuracy."""
-        return TokenScores()
+        """Loss, perplexity, accuracy of the next token; BLEU and chrF of what is written."""
+        known = languages.language(self.target_lang or "")
+        tokenize = BLEU_TOKENS.get(known.two if known else "", "13a")
+        return WrittenScores(TextScores(["bleu", "chrf"], tokenize=tokenize))
 
     def metric(self) -> str:
         """The loss."""
@@ -208,8 +242,12 @@ class Translation(Task):
         return (counts / counts.sum()).log()
 
     def answers(self, outputs: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """None: a translation is written, not read off one pass."""
+        """Nothing: a translation is written, not read off one pass."""
         return [{} for _ in range(batch.size)]
+
+    def completed(self, answer: dict[str, Any], row: Row) -> dict[str, Any]:
+        """The text by its name."""
+        return {"translation": answer["text"]}
 
 
 def _shifted(model: Any, labels: Tensor) -> Tensor:
