@@ -102,9 +102,15 @@ def name_of(code: str) -> str:
 
 
 def spellings(code: str) -> tuple[str, ...]:
-    """Every way in which a column of that language may be called."""
+    """The code and all others that mean the same."""
     known = language(code)
     return tuple(dict.fromkeys((code, *(known.codes if known else ()))))
+
+
+def column_names(code: str) -> tuple[str, ...]:
+    """What a column of that language may be called, in plain spelling."""
+    plain = (name.lower().replace("-", "_").replace(" ", "_") for name in spellings(code))
+    return tuple(dict.fromkeys(plain))
 
 
 def script_of_language(code: str) -> str | None:

@@ -78,10 +78,8 @@ class Translation(Task):
     def usual_names(self) -> dict[str, tuple[str, ...]]:
         """A column may be named after its language."""
         given = {"source": self.source_lang, "target": self.target_lang}
-        return {
-            role: (*(languages.spellings(code) if (code := given[role]) else ()), *names)
-            for role, names in self.columns.items()
-        }
+        spoken = {role: languages.column_names(code) for role, code in given.items() if code is not None}
+        return {role: (*spoken.get(role, ()), *names) for role, names in self.columns.items()}
 
     def named(self, columns: Mapping[str, str | int]) -> Self:
         """With the languages that columns are named after."""

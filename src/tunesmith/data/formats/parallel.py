@@ -42,7 +42,7 @@ def _pairs(paths: Sequence[Path]) -> dict[str, dict[str, Path]]:
     found: dict[str, dict[str, Path]] = {}
     for path in paths:
         if (side := language_of(path)) and path.is_file():
-            found.setdefault(path.name.partition(f".{side}")[0], {})[side] = path
+            found.setdefault(path.name.rpartition(f".{side}")[0], {})[side] = path
     return {stem: sides for stem, sides in found.items() if len(sides) > 1}
 
 
@@ -66,8 +66,8 @@ def open_rows(sides: Mapping[str, Path]) -> Opened:
 
 def _rows(sides: Mapping[str, Path]) -> Iterator[RawRow | BadRow]:
     with ExitStack() as stack:
-        files = [lines(stack.enter_context(open_text(path))) for path in sides.values()]
-        for number, row in enumerate(zip_longest(*files), start=1):
+        files = [stack.enter_context(open_text(path)) for path in sides.values()]
+        for number, row in enumerate(zip_longest(*map(lines, files)), start=1):
             texts = dict(zip(sides.values(), row, strict=True))
             if None in row:
                 raise _unequal(texts, number)
