@@ -141,6 +141,9 @@ MADE_UP = {
 }
 """Task -> the n-th of its made-up rows: of unequal length, and to be learned in a few steps."""
 
+KEYS: dict[str, dict[str, object]] = {"translation": {"source_lang": "en", "target_lang": "de"}}
+"""Task -> what a recipe must say of it that made-up rows do not."""
+
 
 def tiny_model(family: str, model_class: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
     """A random model of some 50,000 parameters, in eval mode, the same for the same seed; touches no random state.
@@ -256,6 +259,7 @@ def case(
     keys = {"train": "made-up.csv", "max_length": 32, **(data or {})}
     train = {"learning_rate": 5e-3, "warmup_ratio": 0.0, **train}
     train.setdefault("head_learning_rate", train["learning_rate"])
+    task = {"name": task, **KEYS.get(task, {})} if isinstance(task, str) else task
     given = {"task": task, "model": "tiny", "technique": technique, "data": keys, "train": train}
     recipe = recipes.load(None, (), given)
     values = row or MADE_UP[recipe.task.name]
@@ -263,9 +267,10 @@ def case(
     assert isinstance(recipe.task, Task)
     fitted, read = recipe.task.fit([recipe.task.target(one) for one in rows], recipe.data, "made-up")
     models.config_class(family, fitted.model_class)
+    kind = models.auto_class(family, fitted.model_class)
     processor = tiny_tokenizer()
     added_tokens.add(processor, fitted.added_tokens)
-    base = tiny_model(family, fitted.model_class, **fitted.head_config(), **(config or {}))
+    base = tiny_model(family, kind, **fitted.head_config(), **(config or {}))
     added_tokens.extend(base, added_tokens.ids(processor, fitted.added_tokens))
     fitted = fitted.for_processor(processor, base.config)
     pieces = fitted.pieces(rows, processor, read)

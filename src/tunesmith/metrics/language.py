@@ -66,19 +66,3 @@ class TokenScores:
     def compute(self) -> dict[str, Any]:
         """The scores so far."""
         return _of_tokens(self._loss, self._right, self._tokens)
-
-
-class WrittenScores(TokenScores):
-    """The same, and scores of written texts against the field `reference`."""
-
-    def __init__(self, texts: TextScores) -> None:
-        super().__init__()
-        self._texts = texts
-
-    def update_texts(self, texts: list[str], batch: Batch) -> None:
-        """Take in the texts that were written for a batch."""
-        self._texts.update(texts, from_bytes(batch.ragged("reference")))
-
-    def compute(self) -> dict[str, Any]:
-        """The scores so far."""
-        return super().compute() | self._texts.compute()

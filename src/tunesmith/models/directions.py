@@ -7,6 +7,7 @@
 | mBART-50, M2M-100, NLLB | its language's code, by the tokenizer | its language's code, forced when writing |
 | mBART | its language's code at the end | its language's code, in the place of the start |
 | BART | | `<s>`, forced when writing |
+| a decoder | `Translate from English to German: ...` | |
 
 Codes are found in the vocabulary and set on the tokenizer; where they stand is read off what the tokenizer makes of a
 target. Raffel 2020 (arXiv 1910.10683), Junczys-Dowmunt 2018 (1804.00344), Tang 2020 (2008.00401), Fan 2020
@@ -24,6 +25,9 @@ from tunesmith.errors import RecipeError, shorten
 
 PREFIXES = {"t5": "translate {source} to {target}: "}
 """A config's `model_type` -> what it was taught to expect before a source."""
+
+ASKED = "Translate from {source} to {target}: "
+"""How a decoder is asked."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ def direction(processor: Any, config: Any, source: str | None, target: str | Non
         processor.tgt_lang = _code(processor, target, "target_lang")
     if prefix is None:
         prefix = _prefix(processor, config, source, target)
+    if not config.is_encoder_decoder:
+        return Direction(prefix, None, None)
     made = processor(text_target="a")["input_ids"]
     special = set(processor.all_special_ids)
     first = int(made[0]) if made[0] in special and len(made) > 1 else None
@@ -83,12 +89,14 @@ def _prefix(processor: Any, config: Any, source: str | None, target: str | None)
             what = f"task.target_lang: {shorten(target)} is none of the {len(known)} that this model writes"
             raise RecipeError(what, hint=f"known: {', '.join(sorted(known)[:20])}")
         return f"{known[code]} "
-    pattern = PREFIXES.get(config.model_type, "")
+    pattern = PREFIXES.get(config.model_type, "") if config.is_encoder_decoder else ASKED
     if not pattern:
         return ""
     for key, language in (("source_lang", source), ("target_lang", target)):
         if language is None:
-            what = f"task.{key}: missing, and a {config.model_type} is told in words what to translate"
+            what = (
+                f"task.{key}: missing, and a model of the kind {config.model_type} is told in words what to translate"
+            )
             raise RecipeError(what, hint=f"task.{key}=en, for example, or task.prefix='' for none")
     assert source is not None and target is not None, "refused above"
     return pattern.format(source=languages.name_of(source), target=languages.name_of(target))

@@ -1,22 +1,21 @@
-"""Translation: a text in one language becomes one in another, by an encoder-decoder.
+"""Translation: a text in one language becomes one in another, by an encoder-decoder or by a decoder that is asked to.
 
     loss = mean over the target's tokens, the end among them, of the cross-entropy      (Vaswani 2017, arXiv 1706.03762)
 
-The decoder reads the target shifted by one, as its family shifts it, and the vocabulary's map is computed at the
-target's tokens alone. How a model is told the languages is in `models/directions.py`. A translation is found by beam
-search.
+An encoder-decoder reads the source and writes the target; how its family is told the languages is in
+`models/directions.py`. A decoder is asked, `Translate from English to German: ...`, and answers: a conversation of
+text-generation, which does the rest. Translations are found by beam search.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from pydantic import Field, PrivateAttr
+from pydantic import AfterValidator, Field, PrivateAttr
 from torch import Tensor, nn
 
 from tunesmith.data import languages
@@ -25,10 +24,12 @@ from tunesmith.data.encoded import Encoded
 from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
 from tunesmith.data.pairs import pair_faults
+from tunesmith.data.templates import template_text
 from tunesmith.data.texts import as_bytes, cut_texts, unknown_notes
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.kernels.logits import logits_at
-from tunesmith.metrics.language import WrittenScores
+from tunesmith.kernels.logits import IGNORED, logits_at, shifted
+from tunesmith.kernels.vocabulary import token_loss
+from tunesmith.metrics.language import SurpriseScores
 from tunesmith.metrics.texts import TextScores
 from tunesmith.models.directions import Direction, direction
 from tunesmith.models.load import UNBOUNDED
@@ -36,10 +37,9 @@ from tunesmith.models.writing import write
 from tunesmith.recipe import Data
 from tunesmith.recipe_values import Generation
 from tunesmith.tasks import Metrics, Task
+from tunesmith.tasks.text_generation import TextGeneration
 
-IGNORED = -100
-"""What a decoder shifts into padding."""
-
+SCORES = ("bleu", "chrf")
 BLEU_TOKENS = {"zh": "zh", "ja": "char", "th": "char", "km": "char", "my": "char"}
 """Language -> how sacrebleu divides it into words; others by their blanks and marks (13a)."""
 
@@ -57,8 +57,17 @@ class Translation(Task):
     scored_rows: int = Field(
         2000, ge=1, description="rows of a split for which translations are written to be scored, evenly spread"
     )
+    chat_template: Annotated[str, AfterValidator(template_text)] | None = Field(
+        None, description="of a decoder: plain, chatml ..., or a Jinja file; default: the model's own, else plain"
+    )
+    _told: Direction | None = PrivateAttr(None)
+    _processor: Any = PrivateAttr(None)
+    _config: Any = PrivateAttr(None)
+    _chat: TextGeneration | None = PrivateAttr(None)
+    """What a decoder translates by."""
 
     model_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
+    example_model: ClassVar[str] = "Helsinki-NLP/opus-mt-en-de"
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "source": (
             "source", "src", "source_text", "source_sentence", "original", "input", "text", "原文", "源文",
@@ -70,10 +79,7 @@ class Translation(Task):
     }  # fmt: skip
     required: ClassVar[frozenset[str]] = frozenset({"source", "target"})
     base_has_head: ClassVar[bool] = True
-    text_scores: ClassVar[frozenset[str]] = frozenset({"bleu", "chrf"})
-    _processor: Any = PrivateAttr(None)
-    _direction: Direction | None = PrivateAttr(None)
-    _config: Any = PrivateAttr(None)
+    text_scores: ClassVar[frozenset[str]] = frozenset(SCORES)
 
     def usual_names(self) -> dict[str, tuple[str, ...]]:
         """A column may be named after its language."""
@@ -95,25 +101,17 @@ class Translation(Task):
         """Nothing is read off the pairs, but most of them must be translations, in the direction that was said."""
         if data.class_weights is not None:
             raise RecipeError("data.class_weights: translation has no classes", hint="leave the key out")
+        TextScores(SCORES)  # whose library may be missing
         same = sum(copied for _, _, copied in targets)
         if same > len(targets) / 2:
             what = f"the target of {same:,} of {len(targets):,} rows is the source itself"
             raise DataError(what, where=where, hint="data.columns.target=NAME if it is another column")
-        wanted = tuple(languages.script_of_language(code or "") for code in (self.source_lang, self.target_lang))
-        scripts = Counter((source, target) for source, target, _ in targets)
-        if None not in wanted and wanted[0] != wanted[1] and scripts[wanted[::-1]] > len(targets) / 2:  # type: ignore[index]
-            what = (
-                f"most sources are not in {self.source_lang} but in {self.target_lang}, and targets the other way round"
-            )
+        wanted = tuple(languages.script_of_language(code or "") for code in (self.target_lang, self.source_lang))
+        scripts = Counter[Any]((source, target) for source, target, _ in targets)
+        if None not in wanted and wanted[0] != wanted[1] and scripts[wanted] > len(targets) / 2:
+            what = f"most sources are in the script of {self.target_lang}, and targets in that of {self.source_lang}"
             raise DataError(what, where=where, hint="exchange data.columns.source and target, or the task's languages")
         return self, data
-
-    def strata(self, targets: Sequence[Any]) -> None:
-        """There are no classes."""
-
-    def head_config(self) -> dict[str, Any]:
-        """The model's own."""
-        return {}
 
     def for_processor(self, processor: Any, config: Any = None) -> Self:
         """With the way in which this model is told the languages.
@@ -122,52 +120,66 @@ class Translation(Task):
             RecipeError: it has to be told a language that is not given, or that it does not know.
         """
         ready = self.model_copy()
-        ready._direction = direction(processor, config, self.source_lang, self.target_lang, self.prefix)
+        ready._told = direction(processor, config, self.source_lang, self.target_lang, self.prefix)
         ready._processor, ready._config = processor, config
+        if not config.is_encoder_decoder:
+            how = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams}
+            keys = {"form": "chat", "chat_template": self.chat_template, "general": "none", "generate": how}
+            ready._chat = TextGeneration.model_validate(keys).for_processor(processor, config)
         return ready
 
     @property
-    def _told(self) -> Direction:
-        assert self._direction is not None, "for_processor comes first"
-        return self._direction
+    def _direction(self) -> Direction:
+        assert self._told is not None, "for_processor comes first"
+        return self._told
 
     def encode(self, rows: Sequence[Row], processor: Any, data: Data) -> list[dict[str, Any]]:
         """Tokens of the source (`input_ids`) and, where there is a target, of it (`label`), whether either was cut, how
-        long both are (`length`), and the target as it is written (`reference`, UTF-8 bytes).
+        long both are (`length`), and the target as it is written (`reference`, UTF-8 bytes). Of a decoder the fields of
+        a conversation.
 
         Raises:
             DataError: of a text nothing is left as tokens.
         """
         assert data.max_length is not None, "the run resolves max_length"
-        sources = [self._told.prefix + str(row.values["source"]).strip() for row in rows]
-        places = [row.place for row in rows]
-        coded = cut_texts(sources, processor, data.max_length, "source", places)
-        fields: list[dict[str, Any]] = [{"input_ids": ids, "cut": int(cut), "length": len(ids)} for ids, cut in coded]
-        if not all("target" in row.values for row in rows):
-            return fields
-        targets = [str(row.values["target"]).strip() for row in rows]
-        written = cut_texts(targets, processor, data.max_length, "target", places, written=True)
-        for one, row, text, (ids, cut) in zip(fields, rows, targets, written, strict=True):
-            ids = (
-                ids
-                if self._config.eos_token_id in ids[-2:]
-                else [*ids[: data.max_length - 1], self._config.eos_token_id]
-            )
+        sources = [self._direction.prefix + str(row.values["source"]).strip() for row in rows]
+        targets = [str(row.values["target"]).strip() for row in rows if "target" in row.values]
+        if self._chat is not None:
+            fields = self._chat.encode(_conversations(rows, sources, targets), processor, data)
+        else:
+            fields = self._pairs(rows, sources, targets, data.max_length)
+        for one, row, text in zip(fields, rows, targets, strict=False):
             same = int(str(row.values["source"]).strip() == text)
-            one |= {"label": ids, "length": one["length"] + len(ids), "cut_target": int(cut), "same": same}
-            one["reference"] = as_bytes(text)
+            one |= {"same": same, "reference": as_bytes(text)}
+        return fields
+
+    def _pairs(
+        self, rows: Sequence[Row], sources: list[str], targets: list[str], max_length: int
+    ) -> list[dict[str, Any]]:
+        places = [row.place for row in rows]
+        coded = cut_texts(sources, self._processor, max_length, "source", places)
+        fields: list[dict[str, Any]] = [{"input_ids": ids, "cut": int(cut), "length": len(ids)} for ids, cut in coded]
+        if targets:
+            end = self._config.eos_token_id
+            for one, (ids, cut) in zip(
+                fields, cut_texts(targets, self._processor, max_length, "target", places, written=True), strict=True
+            ):
+                ids = ids if end in ids[-2:] else [*ids[: max_length - 1], end]
+                one |= {"label": ids, "length": one["length"] + len(ids), "cut_target": int(cut)}
         return fields
 
     def notes(self, encoded: Encoded, processor: Any) -> list[str]:
         """Texts cut, targets that are their sources, and unknown tokens above 5 %."""
-        counts = {name: int(encoded.column(name).sum()) for name in ("cut", "cut_target", "same")}
         said = {
             "cut": "sources are longer than is read and were cut (raise data.max_length)",
             "cut_target": "targets are longer than is written and were cut (raise data.max_length)",
             "same": "targets are their sources word for word (`data check` names them)",
         }
-        notes = [f"{count} of {len(encoded)} {said[name]}" for name, count in counts.items() if count]
-        return notes + unknown_notes(encoded, processor)
+        if self._chat is not None:
+            del said["cut"]  # of a conversation it says what of the answer is lost
+        counts = {name: int(encoded.column(name).sum()) for name in said.keys() & encoded.fields.keys()}
+        notes = [f"{counts[name]} of {len(encoded)} {what}" for name, what in said.items() if counts.get(name)]
+        return notes + (self._chat.notes(encoded, processor) if self._chat else unknown_notes(encoded, processor))
 
     def faults(self, rows: Iterable[Row]) -> Iterator[Fault]:
         """Pairs that are no translations."""
@@ -175,43 +187,51 @@ class Translation(Task):
 
     def num_outputs(self, batch: Batch) -> int:
         """One for each token of the targets."""
-        return len(batch.ragged("label").values)
+        return self._chat.num_outputs(batch) if self._chat is not None else len(batch.ragged("label").values)
 
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
         """The number of tokens of the targets."""
         return {"tokens": torch.tensor(float(self.num_outputs(batch)))}
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits in fp32 at the targets' tokens, all targets in a row."""  # (tokens, vocabulary)
-        labels = batch.ragged("label")
-        inputs = self._inputs(batch) | {
-            "decoder_input_ids": _shifted(model, labels.padded(IGNORED)),
+        """Log-probabilities of each token of the targets, and of the one that was likeliest there."""  # (tokens, 2)
+        if self._chat is not None:
+            return self._chat.forward(model, batch)
+        logits, labels = logits_at(model, *self._asked(model, batch)), batch.ragged("label").values
+        found = torch.stack([logits.gather(1, labels[:, None])[:, 0], logits.amax(1)], 1)
+        return found - logits.logsumexp(1, keepdim=True)
+
+    def _asked(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """What the model reads, and the row and place of each token of the targets."""
+        rows, labels = batch.ragged("input_ids"), batch.ragged("label")
+        inputs = {
+            "input_ids": rows.padded(self._config.pad_token_id or 0),
+            "attention_mask": rows.mask(),
+            "decoder_input_ids": shifted(model, labels.padded(IGNORED)),
             "use_cache": False,
         }
         row, place = labels.mask().nonzero(as_tuple=True)
-        return logits_at(model, inputs, row, place)
-
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
-        rows = batch.ragged("input_ids")
-        return {"input_ids": rows.padded(self._config.pad_token_id or 0), "attention_mask": rows.mask()}
+        return inputs, row, place
 
     def loss(
         self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float = 0.0
     ) -> Tensor:
         """This batch's share of the mean over the step's tokens."""
-        logits, labels = self.forward(model, batch), batch.ragged("label").values
-        total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-        return total / normalizers["tokens"]
+        if self._chat is not None:
+            return self._chat.loss(model, batch, normalizers, label_smoothing)
+        labels = batch.ragged("label").values
+        return token_loss(model, *self._asked(model, batch), labels, label_smoothing) / normalizers["tokens"]
 
-    @property
-    def rows_written(self) -> int:
-        """`scored_rows`."""
-        return self.scored_rows
+    def rows_written(self, encoded: Encoded) -> int:
+        """At most `scored_rows`."""
+        return min(self.scored_rows, len(encoded))
 
     def written(self, model: nn.Module, batch: Batch) -> list[str]:
         """The translations, by beam search."""
-        told, config = self._told, self._config
-        begin = {"forced_bos_token_id": told.first, "decoder_start_token_id": told.start}
+        if self._chat is not None:
+            return self._chat.written(model, batch)
+        config = self._config
+        begin = {"forced_bos_token_id": self._direction.first, "decoder_start_token_id": self._direction.start}
         ids = write(
             model,
             batch.ragged("input_ids"),
@@ -223,11 +243,14 @@ class Translation(Task):
         )
         return [text.strip() for text in self._processor.batch_decode(ids, skip_special_tokens=True)]
 
+    def told(self, row: Row) -> tuple[str, str]:
+        """Source and target."""
+        return str(row.values["source"]), str(row.values["target"])
+
     def metrics(self) -> Metrics:
         """Loss, perplexity, accuracy of the next token; BLEU and chrF of what is written."""
         known = languages.language(self.target_lang or "")
-        tokenize = BLEU_TOKENS.get(known.two if known else "", "13a")
-        return WrittenScores(TextScores(["bleu", "chrf"], tokenize=tokenize))
+        return SurpriseScores(TextScores(SCORES, tokenize=BLEU_TOKENS.get(known.two if known else "", "13a")))
 
     def metric(self) -> str:
         """The loss."""
@@ -235,24 +258,31 @@ class Translation(Task):
 
     def prior(self, encoded: Encoded) -> Tensor:
         """Log frequency of each token in the training targets."""  # (vocabulary,)
-        ids = torch.from_numpy(np.asarray(encoded.column("label"), dtype=np.int64))
-        counts = torch.bincount(ids, minlength=self._config.vocab_size).float() + 1.0  # of a token never seen too
-        return (counts / counts.sum()).log()
+        if self._chat is not None:
+            return self._chat.prior(encoded)
+        frequency = torch.from_numpy(np.bincount(encoded.column("label"), minlength=self._config.vocab_size)) + 1.0
+        return (frequency / frequency.sum()).log().float()
+
+    def guess(self, prior: Tensor, batch: Batch) -> Tensor:
+        """That log frequency of each token of the targets, and of the most frequent."""  # (tokens, 2)
+        if self._chat is not None:
+            return self._chat.guess(prior, batch)
+        found = prior[batch.ragged("label").values]
+        return torch.stack([found, prior.max().expand_as(found)], 1)
 
     def answers(self, outputs: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """Nothing: a translation is written, not read off one pass."""
-        return [{} for _ in range(batch.size)]
+        """None: they are written."""
+        raise AssertionError("answers are written")
 
     def completed(self, answer: dict[str, Any], row: Row) -> dict[str, Any]:
         """The text by its name."""
-        return {"translation": answer["text"]}
+        return {"translation": answer["generated_text"]}
 
 
-def _shifted(model: Any, labels: Tensor) -> Tensor:
-    """What a decoder reads to write the labels, as its family shifts them."""  # (batch, tokens)
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        made: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
-        return made
-    start = labels.new_full((len(labels), 1), model.config.decoder_start_token_id)  # M2M-100, NLLB, Blenderbot
-    moved = torch.cat([start, labels[:, :-1]], 1)
-    return moved.masked_fill(moved == IGNORED, model.config.pad_token_id)
+def _conversations(rows: Sequence[Row], sources: list[str], targets: list[str]) -> list[Row]:
+    """Rows as a decoder is asked, and answers where there are targets."""
+    asked = [{"role": "user", "content": source} for source in sources]
+    if not targets:
+        return [Row(row.place, {"asked": [one], "choices": []}) for row, one in zip(rows, asked, strict=True)]
+    said = [{"role": "assistant", "content": target} for target in targets]
+    return [Row(row.place, {"messages": [*pair]}) for row, *pair in zip(rows, asked, said, strict=True)]

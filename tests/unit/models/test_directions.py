@@ -39,7 +39,9 @@ def test_t5_is_told_in_words() -> None:
         == direction(tiny_tokenizer(), config, "en", "de", "").prefix
     )
     assert direction(tiny_tokenizer(), config, None, None, "say: ").prefix == "say: "
-    with pytest.raises(RecipeError, match=r"task\.target_lang: missing, and a t5 is told in words what to translate"):
+    with pytest.raises(
+        RecipeError, match=r"task\.target_lang: missing, and a model of the kind t5 is told in words what to translate"
+    ):
         direction(tiny_tokenizer(), config, "en", None, None)
 
 
