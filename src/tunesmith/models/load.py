@@ -145,6 +145,9 @@ def config_class(kind: str, model_class: str, where: str = "") -> Any:
     if found not in getattr(transformers, model_class)._model_mapping:
         what = f"model: a {kind} model has no {model_class.removeprefix('AutoModelFor')}"
         raise RecipeError(what, where=where, hint="choose another model or task")
+    if model_class == "AutoModelForCausalLM" and getattr(found(), "is_encoder_decoder", False):
+        what = f"model: a {kind} model writes one text from another, and does not write on from what stands before it"
+        raise RecipeError(what, where=where, hint="task=translation, or choose a decoder")
     if model_class == "AutoModelForCausalLM" and found in transformers.AutoModelForMaskedLM._model_mapping:
         what = f"model: a {kind} model sees a word from both sides, and does not write on from what stands before it"
         raise RecipeError(what, where=where, hint="choose a decoder, such as GPT-2, LLaMA, Qwen or Gemma")
