@@ -207,14 +207,6 @@ def test_positions_that_are_computed_never_learn(tmp_path: Path) -> None:
     assert fixed == {f"model.{stack}.embed_positions.weight" for stack in ("encoder", "decoder")}
 
 
-@pytest.fixture(scope="module")
-def marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("marian")
-    tiny_model("marian", "AutoModelForSeq2SeqLM").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
     rows = [MADE_UP["translation"](number) for number in range(60)]
@@ -223,10 +215,10 @@ def pairs(tmp_path: Path) -> Path:
     return tmp_path / "train"
 
 
-def _recipe(marian: Path, pairs: Path, output: Path, *words: str, **values: Any) -> Any:
+def _recipe(tiny_marian: Path, pairs: Path, output: Path, *words: str, **values: Any) -> Any:
     given: dict[str, Any] = {
         "task": {"name": "translation", "source_lang": "en", "max_new_tokens": 12},
-        "model": str(marian),
+        "model": str(tiny_marian),
         "data": {"train": str(pairs), "validation": 0.2, "test": 0.2, "max_length": 16},
         "technique": "full",
         "train": {"max_steps": 12, "batch_size": 8, "learning_rate": 3e-3, "precision": "fp32", "device": "cpu"},
@@ -236,8 +228,8 @@ def _recipe(marian: Path, pairs: Path, output: Path, *words: str, **values: Any)
 
 
 @pytest.mark.parametrize("technique", ["full", "lora", "prompt"])
-def test_a_run_from_files_to_answers(technique: str, marian: Path, pairs: Path, tmp_path: Path) -> None:
-    result = run.train(_recipe(marian, pairs, tmp_path / "run", f"technique={technique}"), talk=QUIET)
+def test_a_run_from_files_to_answers(technique: str, tiny_marian: Path, pairs: Path, tmp_path: Path) -> None:
+    result = run.train(_recipe(tiny_marian, pairs, tmp_path / "run", f"technique={technique}"), talk=QUIET)
     scores = result["metrics"]
     assert {"loss", "bleu", "chrf", "bleu_signature"} <= scores["test"].keys() and "bleu" in scores["before"][
         "validation"
@@ -259,8 +251,8 @@ def test_a_run_from_files_to_answers(technique: str, marian: Path, pairs: Path, 
     )
 
 
-def test_transformers_alone_writes_the_same(marian: Path, pairs: Path, tmp_path: Path) -> None:
-    run.train(_recipe(marian, pairs, tmp_path / "run"), talk=QUIET)
+def test_transformers_alone_writes_the_same(tiny_marian: Path, pairs: Path, tmp_path: Path) -> None:
+    run.train(_recipe(tiny_marian, pairs, tmp_path / "run"), talk=QUIET)
     ours = tunesmith.load(tmp_path / "run").predict("the film was great")[0]["translation"]
     folder = tmp_path / "run" / "model"
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -269,17 +261,19 @@ def test_transformers_alone_writes_the_same(marian: Path, pairs: Path, tmp_path:
     assert tokenizer.decode(made[0][1:], skip_special_tokens=True).strip() == ours
 
 
-def test_the_best_epoch_may_be_chosen_by_bleu(marian: Path, pairs: Path, tmp_path: Path) -> None:
+def test_the_best_epoch_may_be_chosen_by_bleu(tiny_marian: Path, pairs: Path, tmp_path: Path) -> None:
     words = ("train.metric=bleu", "train.evaluate_every=6")
-    result = run.train(_recipe(marian, pairs, tmp_path / "run", *words), talk=QUIET)
+    result = run.train(_recipe(tiny_marian, pairs, tmp_path / "run", *words), talk=QUIET)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     found = {line["step"]: line["validation/bleu"] for line in lines if "validation/bleu" in line}
     assert found.keys() == {6, 12} and result["best_step"] in found
 
 
-def test_keys_that_mean_nothing_here_are_refused(marian: Path, pairs: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_keys_that_mean_nothing_here_are_refused(
+    tiny_marian: Path, pairs: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     with pytest.raises(RecipeError, match=r"data\.class_weights: translation has no classes"):
-        run.train(_recipe(marian, pairs, tmp_path / "run", "data.class_weights=balanced"), talk=QUIET)
+        run.train(_recipe(tiny_marian, pairs, tmp_path / "run", "data.class_weights=balanced"), talk=QUIET)
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
     with pytest.raises(RecipeError, match=r"bleu: sacrebleu, .*pip install 'tunesmith\[text\]'"):
-        run.train(_recipe(marian, pairs, tmp_path / "run"), talk=QUIET)
+        run.train(_recipe(tiny_marian, pairs, tmp_path / "run"), talk=QUIET)

@@ -47,7 +47,7 @@ def find_columns(
         raise DataError(f"the column {shorten(twice)} is there twice", where=where, hint="rename one of them")
     found: Columns = {role: _named(column, names, where) for role, column in chosen.items()}
     found |= _by_usual_name(where, names, {role: roles[role] for role in roles if role not in found}, found)
-    found |= _other_language(names, required - found.keys(), found)
+    found |= _other_language(names, {role: roles[role] for role in required - found.keys()}, found)
     if not found or not required <= found.keys():
         raise _missing(where, opened, roles, required - found.keys(), taken=found)
     note = f"{where}: taken for the names of the columns, not for a row: {_listed(names)}"
@@ -155,10 +155,11 @@ def _languages(names: list[str]) -> list[str]:
     return [name for name in names if languages.language(name) is not None]
 
 
-def _other_language(names: list[str], missing: Collection[str], taken: Columns) -> Columns:
-    """Of a translation one side is known: the other, if one language is left."""
+def _other_language(names: list[str], missing: Roles, taken: Columns) -> Columns:
+    """Of a translation one side is known: the other, if one language is left and none was asked for."""
     spoken = _languages([name for name in names if name not in taken.values()])
-    return {role: spoken[0] for role in missing} if taken and len(missing) == 1 == len(spoken) else {}
+    asked = any(_languages(list(usual)) for usual in missing.values())
+    return {role: spoken[0] for role in missing} if taken and not asked and len(missing) == 1 == len(spoken) else {}
 
 
 def _named(column: str | int, names: list[str], where: str) -> str:
