@@ -40,6 +40,8 @@ class File:
     columns: dict[str, Column]
     limit: int | None
     note: str | None = None
+    named: Path | None = None
+    """As a recipe names it, where `path` shows more: both files of a pair."""
     rows: int = 0
     bad_rows: int = 0
     classes: Counter[str] = field(default_factory=Counter)
@@ -160,7 +162,9 @@ def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
     names: Sequence[Column] = list(table.columns.values())
     if table.format not in ("text", "conll", "parallel"):
         names, _ = read_raw(path, header=all(isinstance(column, str) for column in names))
-    return File(name, table.shown, names, table.raw_rows, table.judge, dict(table.columns), data.limit, table.note)
+    return File(
+        name, table.shown, names, table.raw_rows, table.judge, dict(table.columns), data.limit, table.note, path
+    )
 
 
 def _open_whole(name: str, path: Path, data: Data) -> File:

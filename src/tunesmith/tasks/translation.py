@@ -142,8 +142,7 @@ class Translation(Task):
             DataError: of a text nothing is left as tokens.
         """
         assert data.max_length is not None, "the run resolves max_length"
-        sources = [self._direction.prefix + str(row.values["source"]).strip() for row in rows]
-        targets = [str(row.values["target"]).strip() for row in rows if "target" in row.values]
+        sources, targets = self._texts(rows)
         if self._chat is not None:
             fields = self._chat.encode(_conversations(rows, sources, targets), processor, data)
         else:
@@ -152,6 +151,11 @@ class Translation(Task):
             same = int(str(row.values["source"]).strip() == text)
             one |= {"same": same, "reference": as_bytes(text)}
         return fields
+
+    def _texts(self, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+        """Sources with what stands before each, and targets where there are any."""
+        sources = [self._direction.prefix + str(row.values["source"]).strip() for row in rows]
+        return sources, [str(row.values["target"]).strip() for row in rows if "target" in row.values]
 
     def _pairs(
         self, rows: Sequence[Row], sources: list[str], targets: list[str], max_length: int
@@ -184,6 +188,23 @@ class Translation(Task):
     def faults(self, rows: Iterable[Row]) -> Iterator[Fault]:
         """Pairs that are no translations."""
         return pair_faults(rows)
+
+    def token_faults(
+        self, rows: Sequence[Row], processor: Any, data: Data
+    ) -> tuple[list[list[int]], list[Fault]] | None:
+        """Of the sources, and what of targets is cut off; of a decoder those of conversations."""
+        sources, targets = self._texts(rows)
+        if self._chat is not None:
+            return self._chat.token_faults(_conversations(rows, sources, targets), processor, data)
+        assert data.max_length is not None, "the check knows it"
+        what, fix = f"a target is longer than the {data.max_length} tokens that are written", "raise data.max_length"
+        written = processor(text_target=targets, verbose=False)["input_ids"]
+        faults = [
+            Fault("target-cut", what, row.place, f"{len(ids)} tokens: {text}", fix)
+            for row, text, ids in zip(rows, targets, written, strict=True)
+            if len(ids) > data.max_length
+        ]
+        return [list(ids) for ids in processor(sources, verbose=False)["input_ids"]], faults
 
     def num_outputs(self, batch: Batch) -> int:
         """One for each token of the targets."""

@@ -157,7 +157,7 @@ def test_both_sides_of_a_pair_are_shown_and_the_target_is_learned(tiny_marian: P
     (tmp_path / "train.en").write_text("the film was great\nthe plot\n")
     (tmp_path / "train.de").write_text("a great film\na bad plot\n")
     words = ("task={name: translation, target_lang: de}", "technique=full")
-    first, _ = show(str(tmp_path / "train"), words, model=str(tiny_marian))
+    first, _ = data_show.show(str(tmp_path / "train"), words, model=str(tiny_marian))
     source, target = first.windows
     assert [token.text for token in source] == ["[CLS]", "the", "film", "was", "great", "[SEP]"]
     assert [token.target for token in source] == [None] * 6

@@ -137,5 +137,12 @@ def test_the_same_source_with_two_targets_is_no_conflict(tmp_path: Path) -> None
     assert "label-conflict" not in kinds and "duplicate" in kinds
 
 
-def test_a_made_up_row_is_a_pair() -> None:
-    assert MADE_UP["translation"](3).keys() == {"source", "target"}
+def test_sound_pairs_have_no_finding_and_targets_beyond_the_limit_one(tiny_marian: Path, tmp_path: Path) -> None:
+    rows = [MADE_UP["translation"](n) for n in range(40)]
+    pairs = [(f"{row['source']} {n}", str(row["target"])) for n, row in enumerate(rows)]
+    pairs[4] = (pairs[4][0], "a bad plot " * 9)
+    words = ("task=translation", *LANGUAGES, "data.max_length=16", "technique=full")
+    found = check(str(tmp_path / _parallel(tmp_path, pairs)), words, model=str(tiny_marian))
+    kinds = {one["kind"]: one for one in found["findings"]}
+    assert found["errors"] == 0 and kinds["target-cut"]["faults"][0]["line"] == 5
+    assert found["splits"]["train"]["lengths"]["unit"] == "tokens"
