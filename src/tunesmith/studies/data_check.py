@@ -114,7 +114,7 @@ class _Check:
         assert isinstance(recipe.task, Task)
         self.recipe, self.model, self.group, self.offline = recipe, model, group or recipe.data.group, offline
         self.findings, self.notes, self.seen = Findings(), list[str](), _Seen()
-        self.data, named, self.are_splits = find_files(recipe.data, recipe.task)
+        self.data, named, self.are_splits = find_files(recipe.data, recipe.task, guess=guess)
         first = next(iter(named.values()))
         self.task, misfit = guessed_task(recipe.task, first, self.data) if guess else (recipe.task, None)
         self.fitted: Task | None = None

@@ -79,7 +79,7 @@ def show(
     if spec is None:
         raise RecipeError("a model is needed: its tokenizer says what it sees", hint="--model NAME, or name a recipe")
     assert isinstance(recipe.task, Task) and isinstance(recipe.technique, Technique)
-    data, named, _ = find_files(recipe.data, recipe.task)
+    data, named, _ = find_files(recipe.data, recipe.task, guess=guess)
     wanted = guessed_task(recipe.task, next(iter(named.values())), data)[0] if guess else None
     read = examples.read(wanted or recipe.task, data, recipe.train.seed)
     if split not in read.splits:

@@ -144,5 +144,6 @@ def test_sound_pairs_have_no_finding_and_targets_beyond_the_limit_one(tiny_maria
     words = ("task=translation", *LANGUAGES, "data.max_length=16", "technique=full")
     found = check(str(tmp_path / _parallel(tmp_path, pairs)), words, model=str(tiny_marian))
     kinds = {one["kind"]: one for one in found["findings"]}
+    assert check(str(tmp_path))["task"] == "translation", "a folder with such a pair needs no word"
     assert found["errors"] == 0 and kinds["target-cut"]["faults"][0]["line"] == 5
     assert found["splits"]["train"]["lengths"]["unit"] == "tokens"
