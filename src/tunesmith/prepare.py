@@ -17,6 +17,8 @@ from tunesmith.data import augment
 from tunesmith.data.batches import Batches
 from tunesmith.data.encoded import Encoded
 from tunesmith.deploy import merging
+from tunesmith.deploy.back_translation import fingerprints as translators
+from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import RecipeError
 from tunesmith.kernels.dropout import use_fast_dropout
 from tunesmith.kernels.embedding import use_kept_gradients
@@ -96,6 +98,7 @@ class Prepared:
         }
         if self.recipe.data.augment:
             hashes["synonyms_sha256"] = augment.fingerprints(self.recipe.data.augment)
+            hashes |= {"translators_sha256": found} if (found := translators(self.recipe.data.augment)) else {}
         return tree | hashes | {"world_size": parallel.world_size()}
 
 
@@ -139,7 +142,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     model.to(found.device)
     read = replace(read, data=read.data.model_copy(update={"max_length": longest}))
     encoded = _encode(read, processor, talk)
-    changed = _augmented(read, processor, recipe.train.seed) if read.data.augment else None
+    changed = _augmented(read, processor, recipe, offline, talk) if read.data.augment else None
     _check_metric(recipe.train.metric, read.task, encoded)
     resolved = _resolve(recipe, read, technique, anatomy, found)
     return Prepared(
@@ -205,8 +208,13 @@ def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, En
     return encoded
 
 
-def _augmented(read: examples.Examples, processor: Any, seed: int) -> Augmented:
-    return Augmented(read, processor, seed, sources.cache_home() / "encoded")
+def _augmented(read: examples.Examples, processor: Any, recipe: Recipe, offline: bool, talk: Talk) -> Augmented:
+    cache, steps = sources.cache_home(), read.data.augment or []
+    with parallel.first_alone():  # it translates, the others read what it wrote
+        texts, device = augment.texts_of(read.splits["train"].rows()), recipe.train.device
+        kept = cache / "translated-back"
+        otherwise = translated_back(texts, steps, kept, device=device, offline=offline, say=talk.say)
+    return Augmented(read, processor, recipe.train.seed, cache / "encoded", otherwise)
 
 
 def max_length(asked: int | None, model: nn.Module, processor: Any, technique: Technique) -> int:

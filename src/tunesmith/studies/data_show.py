@@ -13,9 +13,10 @@ import torch
 from jinja2 import Environment
 from tokenizers.decoders import ByteLevel
 
-from tunesmith.data.augment import Augmenter
+from tunesmith.data.augment import Augmenter, texts_of
 from tunesmith.data.batches import Batch, Ragged
 from tunesmith.data.formats import Row
+from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import CONTROL, RecipeError
 from tunesmith.models import load as models
 from tunesmith.prepare import max_length
@@ -102,7 +103,10 @@ def show(
     if not data.augment or split != "train":
         what = "only train is changed" if data.augment else "data.augment is not given"
         raise RecipeError(f"--augmented: {what}", hint="data.augment='[{name: word-dropout, probability: 0.1}]'")
-    augmenter = Augmenter.of(data.augment, seed)
+    texts = texts_of(one for _, one in numbered)
+    kept = sources.cache_home() / "translated-back"
+    otherwise = translated_back(texts, data.augment, kept, offline=offline, say=lambda _: None)
+    augmenter = Augmenter.of(data.augment, seed, otherwise)
     changed = []
     for index, one in numbered:
         changed.append((index, one))

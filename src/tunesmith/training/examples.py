@@ -9,7 +9,7 @@ import tempfile
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -311,7 +311,9 @@ def encode_split(split: Split, task: Task, data: Data, processor: Any, processor
 class Augmented:
     """The training split as it is in an epoch: changed and encoded anew into a folder of its own, one at a time."""
 
-    def __init__(self, read: Examples, processor: Any, seed: int, cache: Path) -> None:
+    def __init__(
+        self, read: Examples, processor: Any, seed: int, cache: Path, otherwise: Mapping[str, str] | None = None
+    ) -> None:
         self._split, self._task, self._data = read.splits["train"], read.task, read.data
         columns, tagged = self._split.table.columns, "tokens" in read.task.columns
         changeable = "tokens" in columns if tagged else any(is_text(role) for role in columns.keys() - ANSWERS)
@@ -321,7 +323,7 @@ class Augmented:
             )
             raise RecipeError(what, hint="leave the key out")
         self._processor, self._cache = processor, cache
-        self._augmenter = Augmenter.of(read.data.augment or (), seed)
+        self._augmenter = Augmenter.of(read.data.augment or (), seed, otherwise)
         self._now: tuple[int, Encoded] | None = None
 
     def __call__(self, epoch: int) -> Encoded:
