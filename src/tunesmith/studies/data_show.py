@@ -19,6 +19,7 @@ from tunesmith.data.formats import Row
 from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import CONTROL, RecipeError
 from tunesmith.models import load as models
+from tunesmith.models import sources
 from tunesmith.prepare import max_length
 from tunesmith.recipe import Data
 from tunesmith.studies.data_files import asked, find_files, guessed_task, source_of
