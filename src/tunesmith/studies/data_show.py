@@ -146,7 +146,8 @@ def _drawn(index: int, fields: dict[str, Any], task: Task, seed: int) -> dict[st
 def _shown(row: Row, fields: dict[str, Any], task: Task, processor: Any) -> Shown:
     ids = fields["input_ids"]
     special = set(processor.all_special_ids)
-    targets = _targets_of_tokens(fields, task, processor)
+    pair = "target" in task.columns and "label" in fields  # an encoder reads the one, a decoder writes the other
+    targets = None if pair else _targets_of_tokens(fields, task, processor)
     tokens = [
         Token(text, code in special, target)
         for text, code, target in zip(spelled(ids, processor), ids, targets or [None] * len(ids), strict=True)
@@ -155,8 +156,8 @@ def _shown(row: Row, fields: dict[str, Any], task: Task, processor: Any) -> Show
     for length in fields.get("windows") or [len(ids)]:
         windows.append(tokens[start : start + length])
         start += length
-    if "target" in task.columns and "label" in fields:  # an encoder reads the one, a decoder writes the other
-        said = zip(processor.convert_ids_to_tokens(fields["label"]), fields["label"], strict=True)
+    if pair:
+        said = zip(spelled(fields["label"], processor), fields["label"], strict=True)
         windows.append([Token(text, code in special, text) for text, code in said])
         return Shown(row.place, None, bool(fields["cut"] or fields["cut_target"]), windows)
     whole = None if targets is not None or "label" not in row.values else _said(task.target(row))

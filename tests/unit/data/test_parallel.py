@@ -74,6 +74,9 @@ def test_objects_of_translations(tmp_path: Path) -> None:
     plain = [json.dumps({"source": en, "translation": de}) for en, de in ROWS]  # a text under that name is the target
     (tmp_path / "b.jsonl").write_text("\n".join(plain))
     assert _values(_read(tmp_path / "b.jsonl")) == ROWS
+    other = [json.dumps({"translate": {"en": en, "de": de}}) for en, de in ROWS]
+    (tmp_path / "c.jsonl").write_text("\n".join(other))
+    assert _values(_read(tmp_path / "c.jsonl")) == ROWS
 
 
 @pytest.mark.parametrize("names", [("source", "target"), ("en", "de"), ("English", "German"), ("src", "tgt")])

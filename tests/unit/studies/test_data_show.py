@@ -154,10 +154,12 @@ def test_a_run_that_left_an_adapter_has_a_tokenizer(
 
 
 def test_both_sides_of_a_pair_are_shown_and_the_target_is_learned(tiny_marian: Path, tmp_path: Path) -> None:
-    (tmp_path / "train.en").write_text("the film was great\nthe plot\n")
-    (tmp_path / "train.de").write_text("a great film\na bad plot\n")
+    (tmp_path / "train.en").write_text("the film was great\nthe plot was bad\n")
+    (tmp_path / "train.de").write_text("a great film\na very bad plot\n")
     words = ("task={name: translation, target_lang: de}", "technique=full")
-    first, _ = data_show.show(str(tmp_path / "train"), words, model=str(tiny_marian))
+    first, second = data_show.show(str(tmp_path / "train"), words, model=str(tiny_marian))
+    source, target = second.windows
+    assert len(source) == len(target) and [token.target for token in source] == [None] * 6
     source, target = first.windows
     assert [token.text for token in source] == ["[CLS]", "the", "film", "was", "great", "[SEP]"]
     assert [token.target for token in source] == [None] * 6

@@ -84,6 +84,15 @@ def test_a_target_that_is_missing_or_none(command: Command, tmp_path: Path) -> N
         assert _refused(command, tmp_path, name, *LANGUAGES).startswith(said)
 
 
+def test_keys_that_are_not_the_languages_that_were_said(command: Command, tmp_path: Path) -> None:
+    rows: list[object] = [{"translation": {"english_text": en, "german_text": de}} for en, de in PAIRS]
+    said = _refused(command, tmp_path, _jsonl(tmp_path, rows), *LANGUAGES)
+    assert said == (
+        "pairs.jsonl:1: no column for source and target among: english_text, german_text; "
+        "did you mean data.columns.source=english_text data.columns.target=german_text?"
+    )
+
+
 def test_a7_98_targets_that_are_sources(command: Command, tmp_path: Path) -> None:
     most = [(en, en) for en, _ in PAIRS[:20]] + PAIRS[20:]
     said = _refused(command, tmp_path, _parallel(tmp_path, most), *LANGUAGES)

@@ -92,7 +92,7 @@ def _missing(where: str, opened: Opened, roles: Roles, missing: Collection[str],
     near = near if missing else {role: name for role, name in near.items() if name} or {"ROLE": None}
     what = f"no column for {_and(missing, roles)} among: {shown}"
     way_out = " ".join(f"data.columns.{role}={'NAME' if named else 'NUMBER'}" for role in near)
-    if "target" in missing and len(spoken := _languages(free)) > 1:
+    if "target" in missing and not _asked(missing, roles) and len(spoken := _languages(free)) > 1:
         what = f"which of these is translated into which is not said: {_listed(spoken)}"
         way_out = f"task.source_lang={spoken[0]} task.target_lang={spoken[1]}, or the other way round"
     elif any(name.strip().lower() in CHATS for name in opened.names):
@@ -155,11 +155,16 @@ def _languages(names: list[str]) -> list[str]:
     return [name for name in names if languages.language(name) is not None]
 
 
+def _asked(missing: Collection[str], roles: Roles) -> bool:
+    """Whether a language is looked for: its names are then usual ones of a role."""
+    return any(_languages(list(roles[role])) for role in missing)
+
+
 def _other_language(names: list[str], missing: Roles, taken: Columns) -> Columns:
     """Of a translation one side is known: the other, if one language is left and none was asked for."""
     spoken = _languages([name for name in names if name not in taken.values()])
-    asked = any(_languages(list(usual)) for usual in missing.values())
-    return {role: spoken[0] for role in missing} if taken and not asked and len(missing) == 1 == len(spoken) else {}
+    alone = len(missing) == 1 == len(spoken) and not _asked(missing, missing)
+    return {role: spoken[0] for role in missing} if taken and alone else {}
 
 
 def _named(column: str | int, names: list[str], where: str) -> str:

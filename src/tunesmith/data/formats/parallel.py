@@ -87,21 +87,33 @@ def _unequal(texts: Mapping[Path, str | None], number: int) -> DataError:
 
 
 def unpacked(opened: Opened) -> Opened:
-    """Rows whose texts stand in an object under `translation`, as rows with a column for each language."""
-    if NESTED not in opened.names:
+    """Rows whose texts stand in an object, as rows with a column for each language: under `translation`, or where else
+    the first row has an object of texts.
+    """
+    nested = NESTED if NESTED in opened.names else _nested(opened)
+    if nested is None:
         return opened
     languages_: dict[str, None] = {}
     for raw in opened.rows():
-        if isinstance(raw, RawRow) and isinstance(inside := raw.values.get(NESTED), dict):
+        if isinstance(raw, RawRow) and isinstance(inside := raw.values.get(nested), dict):
             languages_ |= dict.fromkeys(inside)
     if not languages_:
         return opened
-    names = [name for name in opened.names if name != NESTED and name not in languages_]
+    names = [name for name in opened.names if name != nested and name not in languages_]
 
     def rows() -> Iterator[RawRow | BadRow]:
         for raw in opened.rows():
-            if isinstance(raw, RawRow) and isinstance(inside := raw.values.get(NESTED), dict):
+            if isinstance(raw, RawRow) and isinstance(inside := raw.values.get(nested), dict):
                 raw = replace(raw, values={**raw.values, **inside})
             yield raw
 
     return Opened([*names, *languages_], rows, line=opened.line)
+
+
+def _nested(opened: Opened) -> str | None:
+    """The column whose first value is an object of several texts."""
+    first = next(opened.rows(), None)
+    for name, value in first.values.items() if isinstance(first, RawRow) else ():
+        if isinstance(value, dict) and len(value) > 1 and all(isinstance(text, str) for text in value.values()):
+            return str(name)
+    return None
