@@ -92,6 +92,15 @@ def test_without_header_the_first_two_columns_of_text(tmp_path: Path) -> None:
     assert _values(table) == ROWS and "read with data.columns.source=1 and data.columns.target=2" in str(table.note)
 
 
+def test_a_short_sentence_above_longer_ones_is_no_name_of_a_column(tmp_path: Path) -> None:
+    rows = [
+        ("Hi.", "嗨。"),
+        *((f"This is sentence number {n} of many", f"这是许多句子中的第{n}句话，它很长") for n in range(9)),
+    ]
+    (tmp_path / "a.tsv").write_text("\n".join("\t".join(row) for row in rows))
+    assert _values(_read(tmp_path / "a.tsv", "en", "zh", columns={"source": 0, "target": 1})) == rows
+
+
 def test_chinese_names_of_columns(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("原文,译文\nhello there,你好\ngood day,日安\n")
     assert _values(_read(tmp_path / "a.csv", None, None)) == [("hello there", "你好"), ("good day", "日安")]

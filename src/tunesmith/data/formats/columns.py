@@ -20,6 +20,7 @@ _USUAL = (
     "conversations",
 )  # fmt: skip
 CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
 ANSWERS = frozenset({"label", "target"})
 """Roles of what a model is to say; all others are what it is given."""
 
@@ -197,6 +198,8 @@ def _looks_like_header(opened: Opened, roles: Roles) -> bool:
             return False  # it recurs below: a value
     if any(_near(role, roles, header) for role in roles):
         return True  # a usual name, misspelt
+    if any(name.strip().endswith(SENTENCE_ENDS) for name in header):
+        return False
     lengths = [sum(len(row[column]) for row in below) / len(below) for column in range(len(header))]
     return len(header[lengths.index(max(lengths))]) < 0.2 * max(lengths) and max(len(name) for name in header) < 30
 
