@@ -44,33 +44,36 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def training_arguments(given: argparse.Namespace, output: str, metric: str) -> TrainingArguments:
-    """The settings that an experienced user of the Trainer would choose."""
-    return TrainingArguments(
-        output_dir=output,
-        num_train_epochs=given.epochs,
-        per_device_train_batch_size=given.batch_size,
-        per_device_eval_batch_size=64,
-        learning_rate=given.learning_rate,
-        weight_decay=0.01,
-        warmup_steps=0.06,  # below 1 it is a share of all steps
-        lr_scheduler_type="linear",
-        optim="adamw_torch_fused",
-        bf16=given.precision == "bf16",
-        train_sampling_strategy="group_by_length",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_only_model=True,
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        metric_for_best_model=metric,
-        label_names=["labels"],
-        seed=given.seed,
-        use_cpu=given.device == "cpu" or not torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-        logging_strategy="no",
-    )
+def training_arguments(
+    given: argparse.Namespace, output: str, metric: str, kind: type[TrainingArguments] = TrainingArguments, **more: Any
+) -> TrainingArguments:
+    """The settings that an experienced user of the Trainer would choose, and `more`."""
+    settings: dict[str, Any] = {
+        "output_dir": output,
+        "num_train_epochs": given.epochs,
+        "per_device_train_batch_size": given.batch_size,
+        "per_device_eval_batch_size": 64,
+        "learning_rate": given.learning_rate,
+        "weight_decay": 0.01,
+        "warmup_steps": 0.06,  # below 1 it is a share of all steps
+        "lr_scheduler_type": "linear",
+        "optim": "adamw_torch_fused",
+        "bf16": given.precision == "bf16",
+        "train_sampling_strategy": "group_by_length",
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_only_model": True,
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": metric,
+        "label_names": ["labels"],
+        "seed": given.seed,
+        "use_cpu": given.device == "cpu" or not torch.cuda.is_available(),
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+    }
+    return kind(**settings | more)
 
 
 def measure(
@@ -140,7 +143,7 @@ def arguments(about: str | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of a pretrained model")
     parser.add_argument("--data", required=True, help="name of a folder under --data-root")
     parser.add_argument("--data-root", default="build/splits", help="what bench/splits.py wrote")
-    parser.add_argument("--technique", choices=TECHNIQUES, required=True)
+    parser.add_argument("--technique", choices=TECHNIQUES, default="full")
     parser.add_argument("--learning-rate", type=float, required=True)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch-size", type=int, default=16)

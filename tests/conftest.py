@@ -39,6 +39,24 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Marian of three and two blocks and the same tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-marian"
+    tiny_model("marian", "AutoModelForSeq2SeqLM").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random LLaMA of three blocks and the same tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_model("llama", "AutoModelForCausalLM").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def reviews_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty short reviews of unequal length, two classes in turn."""
     path = tmp_path_factory.mktemp("data") / "reviews.csv"

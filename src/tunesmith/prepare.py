@@ -17,6 +17,8 @@ from tunesmith.data import augment
 from tunesmith.data.batches import Batches
 from tunesmith.data.encoded import Encoded
 from tunesmith.deploy import merging
+from tunesmith.deploy.back_translation import fingerprints as translators
+from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import RecipeError
 from tunesmith.kernels.dropout import use_fast_dropout
 from tunesmith.kernels.embedding import use_kept_gradients
@@ -96,6 +98,7 @@ class Prepared:
         }
         if self.recipe.data.augment:
             hashes["synonyms_sha256"] = augment.fingerprints(self.recipe.data.augment)
+            hashes |= {"translators_sha256": found} if (found := translators(self.recipe.data.augment)) else {}
         return tree | hashes | {"world_size": parallel.world_size()}
 
 
@@ -116,7 +119,8 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     with parallel.first_alone():  # it fetches and converts, the others find what it left
         source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
     processor = models.load_processor(source, read.task.model_class, read.task.added_tokens)
-    read = replace(read, task=read.task.for_processor(processor))
+    config = models.load_config(source, read.task.model_class, processor)
+    read = replace(read, task=read.task.for_processor(processor, config))
     model, anatomy = models.load_model(
         source,
         model_class=read.task.model_class,
@@ -138,7 +142,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     model.to(found.device)
     read = replace(read, data=read.data.model_copy(update={"max_length": longest}))
     encoded = _encode(read, processor, talk)
-    changed = _augmented(read, processor, recipe.train.seed) if read.data.augment else None
+    changed = _augmented(read, processor, recipe, offline, talk) if read.data.augment else None
     _check_metric(recipe.train.metric, read.task, encoded)
     resolved = _resolve(recipe, read, technique, anatomy, found)
     return Prepared(
@@ -186,6 +190,9 @@ def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
     use_fast_dropout(model)
     if parallel.world_size() == 1:  # others would add to rows that this process has not looked up
         use_kept_gradients(model)
+    settings: Any = model.config
+    if settings.is_encoder_decoder and settings._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # type: ignore[operator]  # a fourth faster over sentences, in its backward pass
     return use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy.blocks])
 
 
@@ -201,8 +208,13 @@ def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, En
     return encoded
 
 
-def _augmented(read: examples.Examples, processor: Any, seed: int) -> Augmented:
-    return Augmented(read, processor, seed, sources.cache_home() / "encoded")
+def _augmented(read: examples.Examples, processor: Any, recipe: Recipe, offline: bool, talk: Talk) -> Augmented:
+    cache, steps = sources.cache_home(), read.data.augment or []
+    with parallel.first_alone():  # it translates, the others read what it wrote
+        texts, device = augment.texts_of(read.splits["train"].rows()), recipe.train.device
+        kept = cache / "translated-back"
+        otherwise = translated_back(texts, steps, kept, device=device, offline=offline, say=talk.say)
+    return Augmented(read, processor, recipe.train.seed, cache / "encoded", otherwise)
 
 
 def max_length(asked: int | None, model: nn.Module, processor: Any, technique: Technique) -> int:

@@ -31,15 +31,24 @@ General = Annotated[
 class Augmentation(Keys):
     """One way to change the texts of train, anew in each epoch."""
 
-    name: Literal["word-dropout", "word-swap", "typos", "synonyms"] = Field(description="what is done to words")
-    probability: float = Field(0.1, gt=0, lt=1, description="of each word")
+    name: Literal["word-dropout", "word-swap", "typos", "synonyms", "back-translation"] = Field(
+        description="what is done to words, or to a whole text"
+    )
+    probability: float = Field(0.1, gt=0, lt=1, description="of each word; of back-translation, of each text")
     file: Local | None = Field(None, description="for synonyms: lines such as `good, fine, nice`")
+    runs: list[Local] | None = Field(
+        None, min_length=2, max_length=2, description="for back-translation: two runs of translation, there and back"
+    )
 
     @model_validator(mode="after")
-    def _list_of_synonyms(self) -> Self:
-        if (self.name == "synonyms") != (self.file is not None):
-            said = "synonyms need a file of them" if self.file is None else f"{self.name} reads no file"
-            raise ValueError(f"{said}; e.g. {{name: synonyms, file: synonyms.txt}}")
+    def _with_what(self) -> Self:
+        for name, key, example in (
+            ("synonyms", "file", "file: synonyms.txt"),
+            ("back-translation", "runs", "runs: [runs/en-de, runs/de-en]"),
+        ):
+            if (self.name == name) != (getattr(self, key) is not None):
+                said = f"{name} needs {key}" if self.name == name else f"{self.name} has no {key}"
+                raise ValueError(f"{said}; e.g. {{name: {name}, {example}}}")
         return self
 
 

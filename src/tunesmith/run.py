@@ -434,6 +434,6 @@ def _conclude(prepared: Prepared, metrics: dict[str, Any], folder: Path, talk: T
             talk.say(f"{name}: {scores_line(metrics[name], metric)}" + (f"  ({was:.4f} before)" if was else ""))
     if metric in (guess := metrics.get("baseline", {})):
         score = f"{metric} {guess[metric]:.4f} on {guess['split']}"
-        known = "labels" if "label" in prepared.task.columns else "text's frequencies"
+        known = "labels" if "label" in prepared.task.columns else "texts' frequencies"
         talk.say(f"a guess that knows only the training {known}: {score}")
     talk.say(f'written to {folder}; ask it: {command("predict", folder)} "..."')

@@ -144,6 +144,8 @@ def answer_line(answer: dict[str, Any], asked: object) -> str:
     elif "masks" in answer:
         masks = (" ".join(f"{one['token']} {one['score']:.3f}" for one in mask) for mask in answer["masks"])
         said = "; ".join(masks)
+    elif "translation" in answer:
+        said = answer["translation"]
     else:
         said = answer.get("label") or ", ".join(answer.get("labels", [])) or f"{answer.get('value', 0):.4g}"
         said += f"  {answer['score']:.3f}" if "score" in answer else ""

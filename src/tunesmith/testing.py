@@ -55,6 +55,13 @@ _SIZES: dict[str, Any] = {
 _SEQ2SEQ = {"eos_token_id": 3, "decoder_start_token_id": 0}
 _BERT = {"intermediate_size": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _LLAMA = {"intermediate_size": 64, "num_key_value_heads": 2, "classifier_dropout": 0.0}
+_DECODER = {
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "dropout": 0.0,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -72,8 +79,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": _LLAMA | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0},
     "phi3": _LLAMA | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0},
     "t5": _SEQ2SEQ | {"d_kv": 8, "d_ff": 64, "dropout_rate": 0.0, "classifier_dropout": 0.0},
-    "bart": _SEQ2SEQ
-    | {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "dropout": 0.0},
+    "bart": _SEQ2SEQ | _DECODER,
+    "marian": _SEQ2SEQ | _DECODER | {"forced_eos_token_id": 3},
 }
 """Family (a config's `model_type`) -> what its tiny config says beside the sizes all share; no dropout."""
 
@@ -118,13 +125,24 @@ def _asked(number: int) -> dict[str, object]:
     return {"messages": messages}
 
 
+def _pair(number: int) -> dict[str, object]:
+    """A review, and the same words from behind, each as the one next to it in the vocabulary."""
+    words = str(_review(number)["text"]).split()
+    known = [*_WORDS, *_GOOD, *_BAD]
+    return {"source": " ".join(words), "target": " ".join(known[known.index(word) - 1] for word in reversed(words))}
+
+
 MADE_UP = {
     "fill-mask": _document,
     "text-classification": _review,
     "text-generation": _asked,
     "token-classification": _tagged,
+    "translation": _pair,
 }
 """Task -> the n-th of its made-up rows: of unequal length, and to be learned in a few steps."""
+
+KEYS: dict[str, dict[str, object]] = {"translation": {"source_lang": "en", "target_lang": "de"}}
+"""Task -> what a recipe must say of it that made-up rows do not."""
 
 
 def tiny_model(family: str, model_class: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
@@ -241,6 +259,7 @@ def case(
     keys = {"train": "made-up.csv", "max_length": 32, **(data or {})}
     train = {"learning_rate": 5e-3, "warmup_ratio": 0.0, **train}
     train.setdefault("head_learning_rate", train["learning_rate"])
+    task = {"name": task, **KEYS.get(task, {})} if isinstance(task, str) else task
     given = {"task": task, "model": "tiny", "technique": technique, "data": keys, "train": train}
     recipe = recipes.load(None, (), given)
     values = row or MADE_UP[recipe.task.name]
@@ -248,13 +267,14 @@ def case(
     assert isinstance(recipe.task, Task)
     fitted, read = recipe.task.fit([recipe.task.target(one) for one in rows], recipe.data, "made-up")
     models.config_class(family, fitted.model_class)
+    kind = models.auto_class(family, fitted.model_class)
     processor = tiny_tokenizer()
     added_tokens.add(processor, fitted.added_tokens)
-    fitted = fitted.for_processor(processor)
+    base = tiny_model(family, kind, **fitted.head_config(), **(config or {}))
+    added_tokens.extend(base, added_tokens.ids(processor, fitted.added_tokens))
+    fitted = fitted.for_processor(processor, base.config)
     pieces = fitted.pieces(rows, processor, read)
     encoded = encode(pieces, lambda part: fitted.encode(part, processor, read), folder / "encoded")
-    base = tiny_model(family, fitted.model_class, **fitted.head_config(), **(config or {}))
-    added_tokens.extend(base, added_tokens.ids(processor, fitted.added_tokens))
     head = frozenset(name for name in _head_parameters(base))
     map_ = anatomy(base, new=head)
     model = copy.deepcopy(base)
@@ -298,7 +318,8 @@ def _check_training(case: Case) -> None:
     frozen = {name: p.detach().clone() for name, p in case.model.named_parameters() if not p.requires_grad}
     names = [name for name, parameter in case.model.named_parameters() if parameter.requires_grad]
     before_training = case.loss(case.model)
-    case.train(case.engine(), 0, 30, total=30)
+    steps = 30 if case.anatomy.learns_always else 120  # without a new head what learns has further to go
+    case.train(case.engine(), 0, steps, total=steps)
     after_training = case.loss(case.model)
     assert after_training < 0.98 * before_training, f"the loss does not fall: {before_training} to {after_training}"
     state = dict(case.model.named_parameters())

@@ -10,6 +10,7 @@ from typing import Any
 
 from tunesmith import registry
 from tunesmith.errors import RecipeError
+from tunesmith.models import load as models
 from tunesmith.testing import FAMILIES, check
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
@@ -45,6 +46,20 @@ def label(technique: str, keys: dict[str, Any]) -> str:
     return " ".join([technique, *(f"{key}={value}" for key, value in keys.items())])
 
 
+def fitting(task: str) -> tuple[list[str], dict[str, list[str]]]:
+    """The families that have a model for a task; and of the others, why not -> which."""
+    fit, others = list[str](), dict[str, list[str]]()
+    model_class = registry.get("task", task).model_class  # type: ignore[attr-defined]
+    for family in FAMILIES:
+        try:
+            models.config_class(family, model_class)
+            fit.append(family)
+        except RecipeError as refusal:
+            why = refusal.what.removeprefix("model: ").replace(f"a {family} model", "such a model")
+            others.setdefault(why, []).append(family)
+    return fit, others
+
+
 def refused() -> set[tuple[str, str, str]]:
     """(task, row, family) of what the committed page says is refused."""
     found, task, families = set(), "", []
@@ -67,11 +82,13 @@ def main() -> None:
     """Try everything, write the page."""
     lines, reasons = [HEAD], []
     for task in registry.names("task"):
-        lines += [f"## {task}\n", f"| technique | {' | '.join(FAMILIES)} |", "|---" * (len(FAMILIES) + 1) + "|"]
+        families, others = fitting(task)
+        lines += [f"## {task}\n", *(f"Not {', '.join(names)}: {why}.\n" for why, names in others.items())]
+        lines += [f"| technique | {' | '.join(families)} |", "|---" * (len(families) + 1) + "|"]
         for technique in registry.names("technique"):
             for keys in variants(technique):
                 cells = []
-                for family in FAMILIES:
+                for family in families:
                     try:
                         check({"name": technique, **keys}, task, family)
                         cells.append("yes")

@@ -25,7 +25,8 @@ def _cases() -> list[Any]:
     for task in registry.names("task"):
         every = 6 if task == "text-classification" else 18
         rows = [(technique, keys) for technique in registry.names("technique") for keys in matrix.variants(technique)]
-        for (row, (technique, keys)), (column, family) in product(enumerate(rows), enumerate(FAMILIES)):
+        families = enumerate(matrix.fitting(task)[0])
+        for (row, (technique, keys)), (column, family) in product(enumerate(rows), families):
             marks = () if (row + column) % every == 0 else (pytest.mark.slow,)
             name = f"{task} {matrix.label(technique, keys)} {family}".replace(" ", "-")
             cases.append(pytest.param(technique, keys, task, family, marks=marks, id=name))
@@ -50,6 +51,11 @@ def test_the_page_has_every_row_and_column() -> None:
         assert f"## {task}\n" in page
         for keys in matrix.variants(technique):
             assert f"| `{matrix.label(technique, keys)}` |" in page
+    for task in registry.names("task"):
+        families, others = matrix.fitting(task)
+        part = page.partition(f"## {task}\n")[2].partition("\n## ")[0]
+        assert f"| technique | {' | '.join(families)} |\n" in part
+        assert all(f"Not {', '.join(names)}: {why}." in part for why, names in others.items())
     assert all(f" {family} " in page for family in FAMILIES)
 
 

@@ -25,6 +25,9 @@ FOLDERS = (TESTS.parent / "recipes", TESTS / "golden")
 RECIPES = [path for folder in FOLDERS for path in sorted(folder.glob("*.yaml")) if recipes.load_stages(path) is None]
 """A stage is a run as any other."""
 
+BASES = {"AutoModelForCausalLM": "llama", "AutoModelForSeq2SeqLM": "marian"}
+"""Auto class of a task -> the kind of tiny model that its recipes are run on; all others on a BERT."""
+
 TRAIN = "epochs=null max_steps=10 batch_size=4 learning_rate=1e-3 head_learning_rate=1e-3 precision=fp32 device=cpu"
 SHRUNK = tuple(f"train.{word}" for word in TRAIN.split())
 
@@ -36,8 +39,8 @@ def losses(recipe: Path, work: Path) -> list[float]:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("\n".join([*head, *(row(number) for number in range(48))]) + "\n", encoding="utf-8")
     given = recipes.load(recipe)
-    writes = given.task.model_class == "AutoModelForCausalLM"  # type: ignore[attr-defined]
-    base = tiny_model("llama", "AutoModelForCausalLM") if writes else tiny_model("bert", "AutoModelForMaskedLM")
+    kind = given.task.model_class  # type: ignore[attr-defined]
+    base = tiny_model(BASES[kind], kind) if kind in BASES else tiny_model("bert", "AutoModelForMaskedLM")
     base.save_pretrained("tiny")
     tiny_tokenizer().save_pretrained("tiny")
     shrunk = [*SHRUNK, "model=tiny", f"data.max_length={min(given.data.max_length or 16, 16)}"]

@@ -31,6 +31,8 @@ CHATS = ("task=text-generation", "technique=full", "model=decoder", "data.train=
 LOHA = "technique={name: peft, type: LOHA}"
 EACH_STEP = ("train.evaluate_every=1", "train.save_every=1")
 DIVERGES = ("train.learning_rate=1e30", "train.warmup_ratio=0", BLOCKS, "train.max_steps=4")
+PAIRS = ("task={name: translation, source_lang: en, target_lang: de}", "technique=full", "model=translator",
+         "data.train=pairs.tsv", "data.max_length=16")  # fmt: skip
 Change = tuple[tuple[str, ...], str, str]
 
 KEYS: dict[str, Change] = {
@@ -92,6 +94,13 @@ KEYS: dict[str, Change] = {
     "task.token-classification.tags": (ENTITIES, "task.tags=[B-PRAISE, I-PRAISE, B-BLAME, I-BLAME, O]", "classes"),
     "task.token-classification.scheme": (ENTITIES, "task.scheme=BIOES", "error"),
     "task.token-classification.sub_words": (ENTITIES, "task.sub_words=all", "losses"),
+    "task.translation.source_lang": (PAIRS, "task.source_lang=fr", "error"),
+    "task.translation.target_lang": (PAIRS, "task.target_lang=fr", "error"),
+    "task.translation.prefix": (PAIRS, "task.prefix='great '", "losses"),
+    "task.translation.num_beams": (PAIRS, "task.num_beams=1", "said"),
+    "task.translation.max_new_tokens": (PAIRS, "task.max_new_tokens=2", "said"),
+    "task.translation.scored_rows": (PAIRS, "task.scored_rows=1", "said"),
+    "task.translation.chat_template": ((*PAIRS, "model=decoder"), "task.chat_template=alpaca", "losses"),
     "technique.full.layer_lr_decay": (("technique=full",), "technique.layer_lr_decay=0.5", "weights"),
     "technique.freeze.last_n_blocks": ((BLOCKS,), "technique.last_n_blocks=1", "parameters"),
     "technique.freeze.head_only": ((BLOCKS,), "technique={name: freeze, head_only: true}", "parameters"),
@@ -148,6 +157,8 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model("bert", "AutoModel").save_pretrained(folder / "headless")
     tiny_tokenizer().save_pretrained(folder / "headless")
     tiny_model("llama", "AutoModelForCausalLM").save_pretrained(folder / "decoder")
+    tiny_model("marian", "AutoModelForSeq2SeqLM").save_pretrained(folder / "translator")
+    tiny_tokenizer().save_pretrained(folder / "translator")
     tiny_tokenizer().save_pretrained(folder / "decoder")
     rows = [MADE_UP["text-classification"](number) for number in range(24)]
     turned = [" ".join(reversed(str(row["text"]).split())) for row in rows]
@@ -164,6 +175,9 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for row in tagged:  # a word that is two to the tokenizer
         row["tokens"] = [f"{word}!" for word in typing.cast(list[str], row["tokens"])]
     (folder / "entities.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged), encoding="utf-8")
+    pairs = [MADE_UP["translation"](number) for number in range(24)]
+    lines = ["en\tde", *(f"{pair['source']}\t{pair['target']}" for pair in pairs)]
+    (folder / "pairs.tsv").write_text("\n".join(lines), encoding="utf-8")
     chats = "".join(json.dumps(MADE_UP["text-generation"](number)) + "\n" for number in range(24))
     (folder / "chats.jsonl").write_text(chats, encoding="utf-8")
     return folder

@@ -1,4 +1,5 @@
-"""Texts changed a little, anew in each epoch: words dropped, swapped, misspelt, or replaced by synonyms.
+"""Texts changed a little, anew in each epoch: words dropped, swapped, misspelt, or replaced by synonyms; or whole texts
+said otherwise (`deploy/back_translation.py`).
 
 "EDA: Easy Data Augmentation Techniques" (Wei and Zou 2019, arXiv 1901.11196). What is done to an example is a function
 of (seed, epoch, index) alone, so that a resumed run and several processes see the same. All changes work on lists of
@@ -8,14 +9,15 @@ words and say from which word each came, so that tags can be carried along; word
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from tunesmith.data.encoded import file_sha256
 from tunesmith.data.formats import Row
+from tunesmith.data.formats.columns import ANSWERS, is_text
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe_values import Augmentation
 
@@ -168,15 +170,21 @@ class Augmenter:
 
     changes: tuple[Callable[[Words, Random], Words], ...]
     seed: int
+    share: float = 0.0
+    """Of the texts that are said otherwise, before anything else."""
+    otherwise: Mapping[str, str] = field(default_factory=dict)
+    """Text -> what is said in its place."""
 
     @classmethod
-    def of(cls, steps: Sequence[Augmentation], seed: int) -> Augmenter:
-        """From `data.augment`.
+    def of(cls, steps: Sequence[Augmentation], seed: int, otherwise: Mapping[str, str] | None = None) -> Augmenter:
+        """From `data.augment`, and the texts as back-translation has them.
 
         Raises:
             DataError: a list of synonyms cannot be read.
         """
-        return cls(tuple(_change(step) for step in steps), seed)
+        share = next((step.probability for step in steps if step.name == "back-translation"), 0.0)
+        words = tuple(_change(step) for step in steps if step.name != "back-translation")
+        return cls(words, seed, share, otherwise or {})
 
     def words(self, words: Words, epoch: int, index: int) -> Words:
         """Some words of the example at `index`, as they are in an epoch."""
@@ -197,12 +205,17 @@ class Augmenter:
         if "tokens" in row.values:
             return self._tagged(row, epoch, index)
         values = {
-            role: self._text(value, epoch, index) if role.startswith("text") and isinstance(value, str) else value
+            role: self._text(value, epoch, index)
+            if is_text(role) and role not in ANSWERS and isinstance(value, str)
+            else value
             for role, value in row.values.items()
         }
         return Row(row.place, values)
 
     def _tagged(self, row: Row, epoch: int, index: int) -> Row:
+        if self.share:
+            what = "data.augment: back-translation says a text otherwise, and tags of words cannot go along"
+            raise RecipeError(what, where=row.place, hint="leave it out")
         tokens, tags = row.values["tokens"], row.values.get("label")
         assert isinstance(tokens, list), "the role holds lists"
         if not isinstance(tags, list) or len(tags) != len(tokens) or not all(isinstance(tag, str) for tag in tags):
@@ -214,6 +227,8 @@ class Augmenter:
         return Row(row.place, values)
 
     def _text(self, text: str, epoch: int, index: int) -> str:
+        if self.share and np.random.default_rng([self.seed, epoch, index, 1]).random() < self.share:
+            text = self.otherwise.get(text, text)
         parts = [(match[1], match[2]) for match in _WORD.finditer(text)]
         before = Words.of([word for word, _ in parts])
         after = self.words(before, epoch, index)
@@ -242,3 +257,11 @@ def _change(step: Augmentation) -> Callable[[Words, Random], Words]:
 def fingerprints(steps: Sequence[Augmentation]) -> list[str]:
     """sha256 of the lists of synonyms."""
     return [file_sha256(Path(step.file)) for step in steps if step.file is not None]
+
+
+def texts_of(rows: Iterable[Row]) -> Iterator[str]:
+    """The texts that may be changed."""
+    for row in rows:
+        for role, value in row.values.items():
+            if is_text(role) and role not in ANSWERS and isinstance(value, str):
+                yield value

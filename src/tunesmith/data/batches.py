@@ -85,8 +85,7 @@ def collate(encoded: Encoded, indices: NDArray[np.int64]) -> Batch:
         flat = torch.from_numpy(np.ascontiguousarray(values))
         flat = flat.long() if not flat.is_floating_point() else flat
         fields[name] = flat if offsets is None else Ragged(flat, torch.from_numpy(offsets))
-    lengths = next((value.lengths for value in fields.values() if isinstance(value, Ragged)), None)
-    return Batch(fields, len(indices), int(lengths.sum()) if lengths is not None else len(indices))
+    return Batch(fields, len(indices), int(encoded.lengths[indices].sum()))
 
 
 @dataclass(frozen=True)

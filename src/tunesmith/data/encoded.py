@@ -46,7 +46,9 @@ class Encoded:
 
     @cached_property
     def lengths(self) -> Array:
-        """Tokens of each example: the lengths of the first ragged field."""  # (examples,)
+        """Tokens of each example: what `length` says, else the lengths of the first ragged field."""  # (examples,)
+        if "length" in self.fields:
+            return np.asarray(self._values["length"], dtype=np.int64)
         for name, ragged in self.fields.items():
             if ragged:
                 return np.diff(self._offsets[name])

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.formats import Row
+from tunesmith.data.formats.columns import ANSWERS
 from tunesmith.errors import DataError
 
 Indices = NDArray[np.int64]
@@ -90,7 +91,7 @@ def _whole_texts(
 
 def digest(row: Row) -> int:
     """64 bits of what a row says beside its label, but for case, white space and the way accents are coded."""
-    texts = [str(value) for role, value in sorted(row.values.items()) if role not in ("label", "group")]
+    texts = [str(value) for role, value in sorted(row.values.items()) if role not in (*ANSWERS, "group")]
     return _digest("\0".join(texts))
 
 
@@ -122,7 +123,7 @@ def refuse_same_file(train: Path, other: Path, name: str) -> None:
     Raises:
         DataError: they are one file.
     """
-    if train.samefile(other):
+    if train == other or (train.exists() and other.exists() and train.samefile(other)):
         raise DataError(
             f"data.{name} is the training file", where=str(other), hint=f"give other rows, or data.{name}=0.1"
         )

@@ -94,6 +94,34 @@ def from_bytes(rows: Ragged) -> list[str]:
     return [values[start:stop].decode() for start, stop in zip(ends[:-1], ends[1:], strict=True)]
 
 
+def cut_texts(
+    texts: Sequence[str], processor: Any, max_length: int, role: str, places: Sequence[str], *, written: bool = False
+) -> list[tuple[list[int], bool]]:
+    """The tokens of each text, and whether it was cut to be `max_length` long; `written`: texts that a decoder writes.
+
+    Raises:
+        DataError: a text is nothing to this tokenizer.
+    """
+    most = max_length * MAX_CHARS_PER_TOKEN
+    shown = [_head(text, most) for text in texts]
+
+    def code(some: list[str], **options: Any) -> list[list[int]]:
+        coded: Any = processor(**{"text_target" if written else "text": some}, verbose=False, **options)
+        return [list(ids) for ids in coded["input_ids"]]
+
+    found, specials = code(shown), set(processor.all_special_ids)
+    long = [number for number, ids in enumerate(found) if len(ids) > max_length]
+    cut = set(long) | {number for number, text in enumerate(texts) if len(text) > most}
+    for number, ids in zip(
+        long, code([shown[n] for n in long], truncation=True, max_length=max_length) if long else (), strict=True
+    ):
+        found[number] = ids
+    for ids, place in zip(found, places, strict=True):
+        if specials.issuperset(ids):
+            raise DataError(f"{role}: nothing is left of it as tokens", where=place, hint="remove the row")
+    return [(ids, number in cut) for number, ids in enumerate(found)]
+
+
 def text_notes(encoded: Encoded, processor: Any, windows: int | None = None) -> list[str]:
     """Texts cut, and unknown tokens above 5 %."""
     notes = []

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from tunesmith.metrics import MEANINGS, side_by_side
+from tunesmith.models.load import auto_class
 from tunesmith.recipe import Recipe, to_yaml
 from tunesmith.recipe import load as load_recipe
 from tunesmith.tasks import Task
@@ -20,6 +21,7 @@ from tunesmith.training.files import atomic_write, read_json
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSeq2SeqLM": "translation",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
 }
@@ -55,7 +57,7 @@ def write(folder: Path) -> None:
         "With tunesmith:\n",
         f"```python\nimport tunesmith\n\nmodel = tunesmith.load({_quoted(folder)})\n"
         f'print(model.predict(["{EXAMPLES.get(recipe.task.model_class, "...")}"]))\n```\n',
-        _without_us(folder, recipe.task.model_class, run["model"], adapter),
+        _without_us(folder, auto_class(run["model"]["family"], recipe.task.model_class), run["model"], adapter),
         "## How it was made\n",
         _made(run),
         "```yaml\n" + to_yaml(recipe.dump()) + "```\n",

@@ -18,6 +18,8 @@ from torch import nn
 from tunesmith.data.batches import collate
 from tunesmith.data.encoded import encode
 from tunesmith.data.formats import Row, read_lines, read_table
+from tunesmith.data.formats.columns import ANSWERS
+from tunesmith.data.formats.parallel import language_of
 from tunesmith.deploy import artefact, origin
 from tunesmith.errors import CheckpointError, DataError, RecipeError, UserError, shorten
 from tunesmith.models import added_tokens, sources
@@ -81,7 +83,7 @@ class Tuned:
         for number, given in enumerate(inputs, start=1):
             values: dict[str, object] = {main: given} if isinstance(given, str) else {}
             values |= given if isinstance(given, Mapping) else {}
-            others = values.keys() & self.task.columns.keys() - {main, "label"}
+            others = values.keys() & self.task.columns.keys() - {main, *ANSWERS}
             if not isinstance(values.get(main), str) and (main in self.task.required or main in values or not others):
                 raise UserError(f"input {number} has no {main}", hint=f"give a text, or a mapping with '{main}'")
             rows.append(Row(f"input {number}", values))
@@ -140,7 +142,9 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
             known = origin.read(file)
         origin.check(known, source, adapter.parent / "base", adapter)
     processor = models.load_processor(source if adapter is None else replace(source, folder=adapter.parent / "base"))
-    recipe = recipe.model_copy(update={"task": recipe.task.for_processor(processor)})
+    task = recipe.task
+    config = models.load_config(source, task.model_class, processor)
+    recipe = recipe.model_copy(update={"task": task.for_processor(processor, config)})
     assert isinstance(recipe.task, Task)
     model, anatomy = models.load_model(
         source,
@@ -185,19 +189,21 @@ def _reading(file: Path) -> Iterator[Path]:
 
 
 def read_inputs(file: Path, task: Task, columns: dict[str, str | int] | None) -> list[Row]:
-    """The rows of a table, or the lines of a plain text: a `.txt` is a table only if it names its columns.
+    """The rows of a table, or the lines of a plain text: a `.txt`, or what is named after a language (`test.en`), is a
+    table only if it names its columns.
 
     Raises:
         DataError: not a file we can read.
     """
-    roles = {role: names for role, names in task.columns.items() if role != "label"}
-    chosen = {role: column for role, column in (columns or {}).items() if role != "label"} or None
+    roles = {role: names for role, names in task.usual_names().items() if role not in ANSWERS}
+    chosen = {role: column for role, column in (columns or {}).items() if role not in ANSWERS} or None
+    plain = file.suffix == ".txt" or language_of(file) is not None
     try:
-        table = read_table(file, roles, required=task.required - {"label"}, columns=chosen)
-        if file.suffix != ".txt" or chosen or any(isinstance(column, str) for column in table.columns.values()):
+        table = read_table(file, roles, required=task.required - ANSWERS, columns=chosen)
+        if not plain or chosen or any(isinstance(column, str) for column in table.columns.values()):
             return list(table)
     except DataError:
-        if file.suffix != ".txt":
+        if not plain:
             raise
     return read_lines(file, next(iter(roles)))
 

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment
 
 from tunesmith.data.formats import Row
+from tunesmith.data.formats.columns import ANSWERS
 from tunesmith.errors import CONTROL
 from tunesmith.metrics import ERRORS, MEANINGS, side_by_side
 from tunesmith.recipe import load as load_recipe
@@ -94,7 +95,7 @@ def _worst(path: Path, task: Task) -> list[dict[str, Any]]:
     for row in rows:
         found = _mistake(row["prediction"], task.target(Row(row["row"], row))) if "label" in row else None
         if found is not None:
-            texts = [_text(row[role])[:CHARS_SHOWN] for role in task.columns if role != "label" and role in row]
+            texts = [_text(row[role])[:CHARS_SHOWN] for role in task.columns if role not in ANSWERS and role in row]
             line = row["row"].rpartition(":")[2]
             wrong.append({"row": line, "texts": texts, "meant": found[0], "said": found[1], "score": found[2]})
     return sorted(wrong, key=lambda row: -row["score"])[:WORST_SHOWN]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+IGNORED = -100
+"""What transformers' families shift into padding."""
 
 
 def logits_at(model: Any, inputs: dict[str, Any], row: Tensor, place: Tensor) -> Tensor:
@@ -19,3 +23,14 @@ def logits_at(model: Any, inputs: dict[str, Any], row: Tensor, place: Tensor) ->
     finally:
         hook.remove()
     return logits
+
+
+def shifted(model: Any, labels: Tensor) -> Tensor:
+    """What the decoder of an encoder-decoder reads to write labels (padded by -100), as its family shifts them."""
+    # (targets, tokens)
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        made: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return made
+    start = labels.new_full((len(labels), 1), model.config.decoder_start_token_id)  # M2M-100, NLLB, Blenderbot
+    moved = torch.cat([start, labels[:, :-1]], 1)
+    return moved.masked_fill(moved == IGNORED, model.config.pad_token_id)

@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from tunesmith.models.sources import Source, safe_config
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 UNBOUNDED = 10**9
+INSTEAD = {"AutoModelForSeq2SeqLM": "AutoModelForCausalLM"}
+"""Auto class -> the one that does the same in another way, for kinds of models that lack the first."""
 
 
 def load_processor(source: Source, model_class: str | None = None, add_tokens: Sequence[str] = ()) -> Any:
@@ -62,7 +64,7 @@ def load_model(
     kept, _ = safe_config(source)
     found = config_class(str(kept["model_type"]), model_class, source.spec)
     settings = _config(source, kept, found, config, pad_token_id)
-    loader = getattr(transformers, model_class)
+    loader = getattr(transformers, auto_class(str(kept["model_type"]), model_class))
     with quiet(), torch.random.fork_rng(devices=[]), _reading(source, "config.json and weights"):
         torch.manual_seed(seed)
         model, info = loader.from_pretrained(
@@ -74,6 +76,9 @@ def load_model(
             output_loading_info=True,
             trust_remote_code=False,
         )
+    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():  # computed, not learned: Marian's sine positions
+        with suppress(AttributeError):
+            model.get_parameter(name).requires_grad_(False)
     mismatched = {entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]}
     own = {name for name, _ in model.named_parameters()}
     new = frozenset((set(info["missing_keys"]) | mismatched) & own)
@@ -98,32 +103,51 @@ def unused_parts(source: Source, model: Any, unused: Collection[str]) -> dict[st
     return found
 
 
-def load_shape(source: Source, model_class: str, processor: Any) -> nn.Module:
-    """The model without weights: its modules and their sizes, for who asks what it can read.
+def load_config(source: Source, model_class: str, processor: Any) -> Any:
+    """The config that the model will have.
 
     Raises:
         RecipeError: this kind of model cannot do the task.
     """
     kept, _ = safe_config(source)
     made_of = config_class(str(kept["model_type"]), model_class, source.spec)
-    settings = _config(source, kept, made_of, {}, processor.pad_token_id)
+    return _config(source, kept, made_of, {}, processor.pad_token_id)
+
+
+def load_shape(source: Source, model_class: str, processor: Any) -> nn.Module:
+    """The model without weights: its modules and their sizes, for who asks what it can read.
+
+    Raises:
+        RecipeError: this kind of model cannot do the task.
+    """
+    settings = load_config(source, model_class, processor)
     with quiet(), torch.device("meta"), _reading(source, "config.json"):
-        model: nn.Module = getattr(transformers, model_class).from_config(settings)
+        loader = getattr(transformers, auto_class(settings.model_type, model_class))
+        model: nn.Module = loader.from_config(settings)
     return model
 
 
+def auto_class(kind: str, model_class: str) -> str:
+    """The Auto class that a kind of model (a config's `model_type`) does a task by."""
+    has_it = transformers.CONFIG_MAPPING[kind] in getattr(transformers, model_class)._model_mapping
+    return model_class if has_it else INSTEAD.get(model_class, model_class)
+
+
 def config_class(kind: str, model_class: str, where: str = "") -> Any:
-    """The config of a kind of model (a config's `model_type`) that has an Auto class.
+    """The config of a kind of model that has an Auto class, or one that does the same.
 
     Raises:
         RecipeError: it has none.
     """
     if kind not in transformers.CONFIG_MAPPING:
         raise RecipeError(f"model: transformers has no '{kind}'", where=where, hint="a newer transformers may have")
-    found = transformers.CONFIG_MAPPING[kind]
+    found, model_class = transformers.CONFIG_MAPPING[kind], auto_class(kind, model_class)
     if found not in getattr(transformers, model_class)._model_mapping:
         what = f"model: a {kind} model has no {model_class.removeprefix('AutoModelFor')}"
         raise RecipeError(what, where=where, hint="choose another model or task")
+    if model_class == "AutoModelForCausalLM" and getattr(found(), "is_encoder_decoder", False):
+        what = f"model: a {kind} model writes one text from another, and does not write on from what stands before it"
+        raise RecipeError(what, where=where, hint="task=translation, or choose a decoder")
     if model_class == "AutoModelForCausalLM" and found in transformers.AutoModelForMaskedLM._model_mapping:
         what = f"model: a {kind} model sees a word from both sides, and does not write on from what stands before it"
         raise RecipeError(what, where=where, hint="choose a decoder, such as GPT-2, LLaMA, Qwen or Gemma")

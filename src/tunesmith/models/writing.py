@@ -37,11 +37,13 @@ def write(
 ) -> list[list[int]]:
     """The tokens that a model writes behind each prompt (an encoder-decoder: for each text), up to the first of `stop`.
 
-    `limit`: how many tokens the model takes, prompt and all; `more` goes to transformers' `generate`.
+    `limit`: how many tokens the model takes, prompt and all (an encoder-decoder: how many it writes); `more` goes to
+    transformers' `generate`.
     """
     reader = bool(model.config.is_encoder_decoder)
     ids, mask = _rectangle(prompts, pad, left=not reader)
-    room = how.max_new_tokens if reader else min(how.max_new_tokens, limit - ids.shape[1])
+    begin = 1 if reader else ids.shape[1]  # a decoder starts from one token, which may be that which ends a text
+    room = min(how.max_new_tokens, limit - begin)
     if room < 1:
         return [[] for _ in range(len(ids))]
     drawn = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
@@ -58,7 +60,7 @@ def write(
     with quiet(), with_padding(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(SEED)
         written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
-    return [_up_to(row, stop) for row in written[:, 0 if reader else ids.shape[1] :].tolist()]
+    return [_up_to(row, stop) for row in written[:, begin:].tolist()]
 
 
 def likeliest(model: Any, prompt: Tensor, options: Sequence[Tensor], pad: int) -> int:

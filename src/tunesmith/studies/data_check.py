@@ -114,7 +114,7 @@ class _Check:
         assert isinstance(recipe.task, Task)
         self.recipe, self.model, self.group, self.offline = recipe, model, group or recipe.data.group, offline
         self.findings, self.notes, self.seen = Findings(), list[str](), _Seen()
-        self.data, named, self.are_splits = find_files(recipe.data, recipe.task)
+        self.data, named, self.are_splits = find_files(recipe.data, recipe.task, guess=guess)
         first = next(iter(named.values()))
         self.task, misfit = guessed_task(recipe.task, first, self.data) if guess else (recipe.task, None)
         self.fitted: Task | None = None
@@ -214,7 +214,8 @@ class _Check:
             fix = "remove it from one of the two"
             yield Fault("leak" if self.are_splits else "duplicate", what, row.place, shown(row), fix, level, see)
         there = self.seen.target[earlier]
-        if target is not None and there not in (self.seen.targets[target], -1):
+        labelled = self.task is not None and "label" in self.task.columns  # a text may have several translations
+        if labelled and target is not None and there not in (self.seen.targets[target], -1):
             labels = f"{_label(target)} here, {_label(list(self.seen.targets)[there])} there: "
             what, fix = "the same text has different labels", "decide on one of them"
             yield Fault("label-conflict", what, row.place, labels + shown(row), fix, see=see)
@@ -240,8 +241,8 @@ class _Check:
     def _rehearse(self, task: Task, parts: splits.Indices, names: list[str]) -> None:
         """Fit the task and draw the splits as a run does; `parts` and `names` then tell the drawn rows apart."""
         train = self.files[0]
-        files = {"train": str(train.path), "on_bad_row": "skip"}
-        files |= {file.name: str(file.path) for file in self.files}
+        files = {"train": str(train.named or train.path), "on_bad_row": "skip"}
+        files |= {file.name: str(file.named or file.path) for file in self.files}
         drawn = {name: None for name in files.keys() & {"validation", "test"}}
         read = self._tried(task, files | drawn)
         if read is None:
@@ -315,11 +316,11 @@ class _Check:
                 self._look_at_tokens(file, sample, *tokens)
         return found
 
-    def _look_at_tokens(self, file: File, rows: list[Row], processor: Any, limit: int) -> None:
+    def _look_at_tokens(self, file: File, rows: list[Row], processor: Any, limit: int, config: Any) -> None:
         """Count the tokens of some rows, as the task makes them."""
         task, data = self.fitted or self.task, self.data.model_copy(update={"max_length": limit})
         try:
-            looked = task.for_processor(processor).token_faults(rows, processor, data) if task else None
+            looked = task.for_processor(processor, config).token_faults(rows, processor, data) if task else None
         except UserError as error:
             self.findings.add([Fault("refused", "a run stops here", str(file.path), error.what, error.hint, "error")])
             return
@@ -327,8 +328,8 @@ class _Check:
         self.findings.add(more)
         self.findings.add(token_faults(file, rows, processor, limit, ids))
 
-    def _tokenizer(self) -> tuple[Any, int] | None:
-        """The model's tokenizer, and how many tokens are read; None where no model is named or to be had."""
+    def _tokenizer(self) -> tuple[Any, int, Any] | None:
+        """The model's tokenizer, how many tokens are read, its config; None where no model is named or to be had."""
         task, technique = self.task or self.recipe.task, self.recipe.technique
         assert isinstance(task, Task) and isinstance(technique, Technique)
         if self.model is None:
@@ -337,7 +338,7 @@ class _Check:
             source = source_of(self.model, offline=self.offline)
             processor = models.load_processor(source, task.model_class, task.added_tokens)
             shape = models.load_shape(source, task.model_class, processor)
-            return processor, max_length(self.data.max_length, shape, processor, technique)
+            return processor, max_length(self.data.max_length, shape, processor, technique), shape.config
         except UserError as error:
             self.notes.append(f"lengths are in words, for want of the model ({error})")
             return None

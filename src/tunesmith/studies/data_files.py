@@ -13,6 +13,8 @@ from tunesmith import recipe as recipes
 from tunesmith import registry
 from tunesmith.data.conversations import said
 from tunesmith.data.formats import SUFFIXES, Row, find_splits, is_folder, read_raw
+from tunesmith.data.formats.columns import ANSWERS, is_text
+from tunesmith.data.formats.parallel import sides_of
 from tunesmith.data.formats.raw import BadRow, RawRow, Rows
 from tunesmith.data.formats.recognise import format_of
 from tunesmith.errors import DataError, RecipeError
@@ -39,6 +41,8 @@ class File:
     columns: dict[str, Column]
     limit: int | None
     note: str | None = None
+    named: Path | None = None
+    """As a recipe names it, where `path` shows more: both files of a pair."""
     rows: int = 0
     bad_rows: int = 0
     classes: Counter[str] = field(default_factory=Counter)
@@ -81,16 +85,17 @@ def source_of(spec: str, *, offline: bool) -> sources.Source:
     return sources.resolve(spec, offline=offline)
 
 
-def find_files(data: Data, task: Task) -> tuple[Data, dict[str, Path], bool]:
+def find_files(data: Data, task: Task, *, guess: bool = False) -> tuple[Data, dict[str, Path], bool]:
     """The data keys with the files filled in; name -> file, train first; and whether these are splits of one whole.
+    With a `guess` at the task, files of two languages are one too.
 
     Raises:
         DataError: there is no such file or folder, or nothing in it that can be read.
     """
     if data.train is None:
         raise RecipeError("data.train: missing", hint="name a file, a folder or a recipe")
-    named = {"train": Path(data.train)}
-    if is_folder(data.train) and not (named := find_splits(data.train)) and task.reads_plain_text:
+    named, pairs = {"train": Path(data.train)}, guess or "target" in task.columns
+    if is_folder(data.train) and not (named := find_splits(data.train, pairs=pairs)) and task.reads_plain_text:
         named = {"train": Path(data.train)}  # of texts
     elif is_folder(data.train) and not named:
         files = [path for path in sorted(Path(data.train).iterdir()) if path.name.lower().endswith(SUFFIXES)]
@@ -118,13 +123,16 @@ def fits(task: Task, path: Path, data: Data) -> DataError | None:
 
 
 def guessed_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataError | None]:
-    """A task that the file has all for: the given one, text-generation of conversations, token-classification; else why
-    not the given one.
+    """A task that the file has all for: the given one, translation of files of two languages, text-generation of
+    conversations, token-classification; else why not the given one.
 
     Words with tags, one a line, are a table of texts and classes too: what looks so is taken for sentences first.
     """
     if data.columns:
         return task, None
+    if not path.exists() and len(sides := list(sides_of(path))) == 2:
+        keys = dict(zip(("source_lang", "target_lang"), sides, strict=True))
+        return registry.get("task", "translation")(**keys), None  # type: ignore[return-value]
     tagged = registry.get("task", "token-classification")()
     assert isinstance(tagged, Task)
     misfit = fits(task, path, data)
@@ -157,9 +165,11 @@ def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
         return _open_whole(name, path, data)
     table = examples.open_split(path, task, data).table
     names: Sequence[Column] = list(table.columns.values())
-    if table.format not in ("text", "conll"):
+    if table.format not in ("text", "conll", "parallel"):
         names, _ = read_raw(path, header=all(isinstance(column, str) for column in names))
-    return File(name, path, names, table.raw_rows, table.judge, dict(table.columns), data.limit, table.note)
+    return File(
+        name, table.shown, names, table.raw_rows, table.judge, dict(table.columns), data.limit, table.note, path
+    )
 
 
 def _open_whole(name: str, path: Path, data: Data) -> File:
@@ -197,7 +207,7 @@ def _whole(path: Path, raw: RawRow | BadRow, words: frozenset[Column]) -> Row | 
 
 def texts(row: Row) -> list[str]:
     """What a row says beside its target, as a model reads it."""
-    found = [str(value) for role, value in row.values.items() if role.startswith("text")]
+    found = [str(value) for role, value in row.values.items() if is_text(role) and role not in ANSWERS]
     if isinstance(words := row.values.get("tokens"), list):
         found = [" ".join(map(str, words))]
     if (all_ := said(row)) is not None:

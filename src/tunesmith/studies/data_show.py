@@ -13,11 +13,13 @@ import torch
 from jinja2 import Environment
 from tokenizers.decoders import ByteLevel
 
-from tunesmith.data.augment import Augmenter
+from tunesmith.data.augment import Augmenter, texts_of
 from tunesmith.data.batches import Batch, Ragged
 from tunesmith.data.formats import Row
+from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import CONTROL, RecipeError
 from tunesmith.models import load as models
+from tunesmith.models import sources
 from tunesmith.prepare import max_length
 from tunesmith.recipe import Data
 from tunesmith.studies.data_files import asked, find_files, guessed_task, source_of
@@ -79,7 +81,7 @@ def show(
     if spec is None:
         raise RecipeError("a model is needed: its tokenizer says what it sees", hint="--model NAME, or name a recipe")
     assert isinstance(recipe.task, Task) and isinstance(recipe.technique, Technique)
-    data, named, _ = find_files(recipe.data, recipe.task)
+    data, named, _ = find_files(recipe.data, recipe.task, guess=guess)
     wanted = guessed_task(recipe.task, next(iter(named.values())), data)[0] if guess else None
     read = examples.read(wanted or recipe.task, data, recipe.train.seed)
     if split not in read.splits:
@@ -90,7 +92,7 @@ def show(
     processor = models.load_processor(source, read.task.model_class, read.task.added_tokens)
     shape = models.load_shape(source, read.task.model_class, processor)
     longest = max_length(read.data.max_length, shape, processor, recipe.technique)
-    task, data = read.task.for_processor(processor), read.data.model_copy(update={"max_length": longest})
+    task, data = read.task.for_processor(processor, shape.config), read.data.model_copy(update={"max_length": longest})
     first = 0 if row is None else row - 1
     pieces = task.pieces(read.splits[split].rows(), processor, data)
     numbered = list(islice(enumerate(pieces), first, first + (rows if row is None else 1)))
@@ -102,7 +104,10 @@ def show(
     if not data.augment or split != "train":
         what = "only train is changed" if data.augment else "data.augment is not given"
         raise RecipeError(f"--augmented: {what}", hint="data.augment='[{name: word-dropout, probability: 0.1}]'")
-    augmenter = Augmenter.of(data.augment, seed)
+    texts = texts_of(one for _, one in numbered)
+    kept = sources.cache_home() / "translated-back"
+    otherwise = translated_back(texts, data.augment, kept, offline=offline, say=lambda _: None)
+    augmenter = Augmenter.of(data.augment, seed, otherwise)
     changed = []
     for index, one in numbered:
         changed.append((index, one))
@@ -141,7 +146,8 @@ def _drawn(index: int, fields: dict[str, Any], task: Task, seed: int) -> dict[st
 def _shown(row: Row, fields: dict[str, Any], task: Task, processor: Any) -> Shown:
     ids = fields["input_ids"]
     special = set(processor.all_special_ids)
-    targets = _targets_of_tokens(fields, task, processor)
+    pair = "target" in task.columns and "label" in fields  # an encoder reads the one, a decoder writes the other
+    targets = None if pair else _targets_of_tokens(fields, task, processor)
     tokens = [
         Token(text, code in special, target)
         for text, code, target in zip(spelled(ids, processor), ids, targets or [None] * len(ids), strict=True)
@@ -150,6 +156,10 @@ def _shown(row: Row, fields: dict[str, Any], task: Task, processor: Any) -> Show
     for length in fields.get("windows") or [len(ids)]:
         windows.append(tokens[start : start + length])
         start += length
+    if pair:
+        said = zip(spelled(fields["label"], processor), fields["label"], strict=True)
+        windows.append([Token(text, code in special, text) for text, code in said])
+        return Shown(row.place, None, bool(fields["cut"] or fields["cut_target"]), windows)
     whole = None if targets is not None or "label" not in row.values else _said(task.target(row))
     return Shown(row.place, whole, bool(fields.get("cut")), windows)
 

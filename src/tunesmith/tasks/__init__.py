@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -14,6 +14,7 @@ from tunesmith.data.batches import Batch
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
+from tunesmith.data.formats.columns import ANSWERS
 from tunesmith.recipe import Data
 from tunesmith.registry import Plugin
 
@@ -78,6 +79,14 @@ class Task(Plugin):
         """The tokens that the recipe adds to the model's vocabulary."""
         return ()
 
+    def usual_names(self) -> dict[str, tuple[str, ...]]:
+        """`columns`, with the names that follow from the task's keys."""
+        return self.columns
+
+    def named(self, columns: Mapping[str, str | int]) -> Self:
+        """The task with what the names of its training data's columns say."""
+        return self
+
     @abstractmethod
     def target(self, row: Row) -> Any:
         """The row's target, hashable, as `fit` wants it.
@@ -102,8 +111,8 @@ class Task(Plugin):
         """What the model's config must say for this task (num_labels, id2label ...), where the base does not."""
         return {}
 
-    def for_processor(self, processor: Any) -> Self:
-        """The task as it works with this tokenizer, where it needs one beyond `encode`."""
+    def for_processor(self, processor: Any, config: Any = None) -> Self:
+        """The task as it works with this tokenizer and a model of this config, where it needs them beyond `encode`."""
         return self
 
     def fetch(self, say: Callable[[str], None], *, offline: bool) -> list[str]:
@@ -112,7 +121,7 @@ class Task(Plugin):
 
     def asked(self, row: Row) -> Row:
         """A row as it is asked: without what it would be answered with."""
-        return Row(row.place, {role: value for role, value in row.values.items() if role != "label"})
+        return Row(row.place, {role: value for role, value in row.values.items() if role not in ANSWERS})
 
     def others(self) -> dict[str, str]:
         """Data that is no split and is scored beside the splits: name -> file or folder."""
@@ -129,7 +138,7 @@ class Task(Plugin):
     @abstractmethod
     def encode(self, rows: Sequence[Row], processor: Any, data: Data) -> list[dict[str, Any]]:
         """Each row as fields: a list of numbers for what varies in length (the first such field is the length that
-        counts), a number for what does not.
+        counts, unless a number is called `length`), a number for what does not.
         """
 
     @abstractmethod

@@ -78,7 +78,7 @@ class FillMask(Task):
             _segmenter(self.segmenter)
         return self, data
 
-    def for_processor(self, processor: Any) -> Self:
+    def for_processor(self, processor: Any, config: Any = None) -> Self:
         """With the mask and the spelling of tokens.
 
         Raises:

@@ -120,7 +120,7 @@ class TextGeneration(Task):
             TextScores(SCORES)
         return self.model_copy(update={"form": form}), data
 
-    def for_processor(self, processor: Any) -> Self:
+    def for_processor(self, processor: Any, config: Any = None) -> Self:
         """With tokenizer and template; the tokenizer is saved with the template that was used.
 
         Raises:

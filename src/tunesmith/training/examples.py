@@ -9,7 +9,7 @@ import tempfile
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tunesmith.data import splits
 from tunesmith.data.augment import Augmenter
 from tunesmith.data.encoded import Encoded, encode, fingerprint
 from tunesmith.data.formats import Row, Table, find_splits, is_folder, read_table
-from tunesmith.data.formats.columns import is_number
+from tunesmith.data.formats.columns import ANSWERS, is_number, is_text
 from tunesmith.errors import DataError, RecipeError, shorten
 from tunesmith.recipe import Data
 from tunesmith.tasks import Task
@@ -81,7 +81,7 @@ class Examples:
 
 def open_split(path: str | Path, task: Task, data: Data, *, grouped: bool = False) -> Split:
     """One file as rows with the task's roles, `grouped` with the group of each."""
-    roles, required, columns = task.columns, task.required, data.columns
+    roles, required, columns = task.usual_names(), task.required, data.columns
     if grouped and data.group is not None:
         roles, required, columns = roles | {"group": ()}, required | {"group"}, {**(columns or {}), "group": data.group}
     table = read_table(
@@ -102,9 +102,10 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     Raises:
         DataError: a file or row that cannot be learned from.
     """
-    data = _named_files(data, plain=task.reads_plain_text)
+    data = _named_files(data, task)
     assert data.train is not None, "_named_files refuses that"
     found = {"train": open_split(data.train, task, data, grouped=True)}
+    task = task.named(found["train"].table.columns)
     for name, value in (("validation", data.validation), ("test", data.test)):
         if isinstance(value, str):
             found[name] = open_split(value, task, data)
@@ -252,13 +253,13 @@ def _alone(train: _Part, strata: splits.Indices, together: splits.Digests, what:
     return [f"{who} a single {what}, which stays in train where no score sees it: {', '.join(names[:3])}"]
 
 
-def _named_files(data: Data, *, plain: bool) -> Data:
+def _named_files(data: Data, task: Task) -> Data:
     if data.train is None:
         raise RecipeError("data.train: missing", hint="data.train=reviews.csv, or a folder with train.csv and test.csv")
     if not is_folder(data.train):
         return data
-    files = find_splits(data.train)
-    if "train" not in files and plain:
+    files = find_splits(data.train, pairs="target" in task.columns)
+    if "train" not in files and task.reads_plain_text:
         return data
     if "train" not in files:
         raise DataError("no train file in this folder", where=data.train, hint="name it train.csv, or give the file")
@@ -310,17 +311,19 @@ def encode_split(split: Split, task: Task, data: Data, processor: Any, processor
 class Augmented:
     """The training split as it is in an epoch: changed and encoded anew into a folder of its own, one at a time."""
 
-    def __init__(self, read: Examples, processor: Any, seed: int, cache: Path) -> None:
+    def __init__(
+        self, read: Examples, processor: Any, seed: int, cache: Path, otherwise: Mapping[str, str] | None = None
+    ) -> None:
         self._split, self._task, self._data = read.splits["train"], read.task, read.data
         columns, tagged = self._split.table.columns, "tokens" in read.task.columns
-        changeable = "tokens" in columns if tagged else any(role.startswith("text") for role in columns)
+        changeable = "tokens" in columns if tagged else any(is_text(role) for role in columns.keys() - ANSWERS)
         if not changeable or not read.task.rows_are_examples:
             what = (
                 f"data.augment: {read.task.name} has no {'tokens with tags' if tagged else 'example of one text'} here"
             )
             raise RecipeError(what, hint="leave the key out")
         self._processor, self._cache = processor, cache
-        self._augmenter = Augmenter.of(read.data.augment or (), seed)
+        self._augmenter = Augmenter.of(read.data.augment or (), seed, otherwise)
         self._now: tuple[int, Encoded] | None = None
 
     def __call__(self, epoch: int) -> Encoded:

@@ -151,3 +151,16 @@ def test_a_run_that_left_an_adapter_has_a_tokenizer(
     assert found[0] == found[1] and found[0][0] == 0
     code, out, _ = command("data", "check", str(reviews_csv), "--model", run, "--json")
     assert code == 0 and json.loads(out)["splits"]["train"]["lengths"]["unit"] == "tokens"
+
+
+def test_both_sides_of_a_pair_are_shown_and_the_target_is_learned(tiny_marian: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.en").write_text("the film was great\nthe plot was bad\n")
+    (tmp_path / "train.de").write_text("a great film\na very bad plot\n")
+    words = ("task={name: translation, target_lang: de}", "technique=full")
+    first, second = data_show.show(str(tmp_path / "train"), words, model=str(tiny_marian))
+    source, target = second.windows
+    assert len(source) == len(target) and [token.target for token in source] == [None] * 6
+    source, target = first.windows
+    assert [token.text for token in source] == ["[CLS]", "the", "film", "was", "great", "[SEP]"]
+    assert [token.target for token in source] == [None] * 6
+    assert [token.target for token in target] == ["[CLS]", "a", "great", "film", "[SEP]"]

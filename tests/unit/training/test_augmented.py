@@ -44,8 +44,9 @@ def test_epochs_differ_runs_do_not_and_a_resume_goes_on_bit_for_bit(recipe_of: A
         ("[{name: word-drop}]", "data.augment: must be 'word-dropout'"),
         ("[{name: typos, probability: 0}]", "data.augment: must be above 0"),
         ("[{name: typos, chance: 0.1}]", "data.augment: unknown key 'chance' in it"),
-        ("[{name: synonyms}]", "synonyms need a file"),
-        ("[{name: typos, file: x.txt}]", "typos reads no file"),
+        ("[{name: synonyms}]", "synonyms needs file; e.g."),
+        ("[{name: back-translation}]", "back-translation needs runs; e.g. {name: back-translation, runs: [runs/en-de"),
+        ("[{name: typos, file: x.txt}]", "typos has no file; e.g."),
         ("typos", "data.augment: must be a list"),
     ),
 )
@@ -56,7 +57,7 @@ def test_what_cannot_be_meant_is_refused(given: str, said: str) -> None:
 
 def test_the_schema_knows_it() -> None:
     keys = schema()["$defs"]["Augmentation"]["properties"]
-    assert keys["name"]["enum"] == ["word-dropout", "word-swap", "typos", "synonyms"]
+    assert keys["name"]["enum"] == ["word-dropout", "word-swap", "typos", "synonyms", "back-translation"]
 
 
 def test_it_is_shown(command: Any, tiny_bert: Path, reviews_csv: Path) -> None:

@@ -7,6 +7,7 @@ naming, by the usual names, or by what is in them where there is no header.
 from __future__ import annotations
 
 import hashlib
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.data.encoded import file_sha256
-from tunesmith.data.formats import conll, delimited, json_array, json_lines, parquet, plain
-from tunesmith.data.formats.columns import find_columns, has_header
+from tunesmith.data.formats import conll, delimited, json_array, json_lines, parallel, parquet, plain
+from tunesmith.data.formats.columns import find_columns, has_header, is_text
 from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
 from tunesmith.data.formats.recognise import Format, format_of, unreachable
 from tunesmith.errors import DataError, shorten
@@ -75,12 +76,20 @@ class Table:
         self.state = _state(self.path)
 
     @cached_property
+    def shown(self) -> Path:
+        """The path as places name it: with both files of a pair."""
+        return (
+            parallel.title(self.path, list(map(str, self.columns.values()))) if self.format == "parallel" else self.path
+        )
+
+    @cached_property
     def sha256(self) -> str:
         """Of the bytes of the file, or of the texts of the folder with their names."""
         self._check_unchanged()
-        if not self.path.is_dir():
+        if self.path.is_file():
             return file_sha256(self.path)
-        known = [f"{path.relative_to(self.path).as_posix()} {file_sha256(path)}" for path in _files(self.path)]
+        beside = self.path if self.path.is_dir() else self.path.parent
+        known = [f"{path.relative_to(beside).as_posix()} {file_sha256(path)}" for path in _files(self.path)]
         return hashlib.sha256("\n".join(known).encode()).hexdigest()
 
     def _check_unchanged(self) -> None:
@@ -99,7 +108,7 @@ class Table:
             if isinstance(row, Row):
                 yield row
             elif self.on_bad_row == "stop":
-                raise _error(self.path, row, skippable=True)
+                raise _error(self.place_of(row), row, skippable=True)
             else:
                 self.skipped[row.reason] += 1
 
@@ -108,7 +117,11 @@ class Table:
         values = raw if isinstance(raw, BadRow) else self._values(raw)
         if isinstance(values, BadRow):
             return values
-        return Row(f"{self.path / raw.file}:{raw.line}", values, self.format == "conll")
+        return Row(self.place_of(raw), values, self.format == "conll")
+
+    def place_of(self, raw: RawRow | BadRow) -> str:
+        """File and line of a row."""
+        return f"{self.shown / raw.file}:{raw.line}"
 
     def _values(self, raw: RawRow) -> dict[str, object] | BadRow:
         values: dict[str, object] = {}
@@ -144,12 +157,15 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 def _files(path: Path) -> list[Path]:
-    return plain.texts_in(path) if path.is_dir() else [path]
+    """The files that a path names: itself, the texts in a folder, or those of its languages."""
+    if path.is_dir():
+        return plain.texts_in(path)
+    return [path] if path.exists() else list(parallel.sides_of(path).values()) or [path]
 
 
-def _error(path: Path, bad: BadRow, *, skippable: bool) -> DataError:
+def _error(place: str, bad: BadRow, *, skippable: bool) -> DataError:
     ways = [bad.hint or "mend it", *(["or data.on_bad_row=skip"] if skippable else [])]
-    return DataError(bad.what, where=f"{path / bad.file}:{bad.line}", hint=", ".join(ways))
+    return DataError(bad.what, where=place, hint=", ".join(ways))
 
 
 def _is_nothing(value: object) -> bool:
@@ -158,7 +174,7 @@ def _is_nothing(value: object) -> bool:
 
 def _fault(role: str, value: object) -> tuple[str, str, str] | None:
     """What is wrong with a value, the way out, and a short reason."""
-    if role.startswith("text") and not isinstance(value, str):
+    if is_text(role) and not isinstance(value, str):
         if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
             turns = f"{len(value)} turn{'s' * (len(value) > 1)}"
             what = f"a conversation of {turns} is not a text: {shorten(value[:3])}"
@@ -193,10 +209,16 @@ def read_table(
         DataError: not a file we can read, or a required column is not in it.
     """
     path = Path(path)
+    if "target" in roles and not path.exists() and (sides := parallel.sides_of(path)):
+        opened = parallel.open_rows(sides)
+        chosen, note, _ = find_columns(path, opened, roles, required, columns or {})
+        opened = parallel.open_rows({side: file for side, file in sides.items() if side in chosen.values()})
+        return Table(path, "parallel", chosen, required, on_bad_row, note, opened.rows, limit)
     kind: Format = "text" if plain_text and is_folder(path) else format_of(path, tagged="tokens" in roles)
     if plain_text and not columns and kind in ("csv", "tsv") and plain.is_plain(path, roles):
         kind = "text"
     opened = plain.open_rows(path, next(iter(roles))) if kind == "text" else _OPENERS[kind](path)
+    opened = parallel.unpacked(opened) if "source" in roles else opened
     if not opened.names:
         raise _nothing_in(path, opened)
     if kind == "conll":
@@ -218,6 +240,8 @@ def read_raw(path: str | Path, header: bool | None = None) -> tuple[Sequence[str
         DataError: not a file we can read.
     """
     path = Path(path)
+    if not path.exists() and (sides := parallel.sides_of(path)):
+        return (opened := parallel.open_rows(sides)).names, opened.rows
     kind = format_of(path, tagged=True)
     opened = _OPENERS[kind](path)
     if not opened.names:
@@ -251,7 +275,7 @@ def read_lines(path: str | Path, role: str) -> list[Row]:
     with open_text(path) as file:
         for number, line in enumerate(lines(file), start=1):
             if (bad := unreadable(line, number)) is not None:
-                raise _error(path, bad, skippable=False)
+                raise _error(f"{path}:{bad.line}", bad, skippable=False)
             if text := line.strip():
                 rows.append(Row(f"{path}:{number}", {role: text}))
     return rows
@@ -261,7 +285,7 @@ def _nothing_in(path: Path, opened: Opened) -> DataError:
     """Why a file has no names of columns: its rows are bad, or it has none."""
     first = next(opened.rows(), None)
     if isinstance(first, BadRow):
-        return _error(path, first, skippable=False)
+        return _error(f"{path}:{first.line}", first, skippable=False)
     return DataError("there is no row in it", where=str(path), hint="is it the right file?")
 
 
@@ -279,8 +303,9 @@ def is_folder(path: str | Path) -> bool:
         raise unreachable(Path(path), error) from None
 
 
-def find_splits(folder: str | Path) -> dict[str, Path]:
-    """The files of a folder that are named train, validation (valid, val, dev, eval) and test.
+def find_splits(folder: str | Path, *, pairs: bool = False) -> dict[str, Path]:
+    """The files of a folder that are named train, validation (valid, val, dev, eval) and test; with `pairs` also files
+    of several languages, under what they share, which may go on behind the split's name (`test_2016_flickr`).
 
     Raises:
         DataError: two files claim to be the same split.
@@ -288,12 +313,15 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     try:
         paths = sorted(Path(folder).iterdir())
+        stems = parallel.stems_in(Path(folder)) if pairs else {}
     except OSError as error:
         raise unreachable(Path(folder), error) from None
-    for path in paths:
-        stem, _, _ = path.name.lower().partition(".")
+    named = {path: path.name.lower().partition(".")[0] for path in paths if path.name.lower().endswith(SUFFIXES)}
+    named = {path: stem for path, stem in named.items() if path.is_file()}
+    named |= {Path(folder, stem): re.split(r"[._-]", stem.lower())[0] for stem in stems}
+    for path, stem in named.items():
         for split, names in SPLIT_NAMES.items():
-            if path.is_file() and path.name.lower().endswith(SUFFIXES) and stem in names:
+            if stem in names:
                 if split in found:
                     raise DataError(
                         f"both {found[split].name} and {path.name} are {split}",

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from tunesmith.data import languages
 from tunesmith.data.formats.raw import Opened
 from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
 
@@ -19,6 +20,9 @@ _USUAL = (
     "conversations",
 )  # fmt: skip
 CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
+ANSWERS = frozenset({"label", "target"})
+"""Roles of what a model is to say; all others are what it is given."""
 
 
 def find_columns(
@@ -44,6 +48,7 @@ def find_columns(
         raise DataError(f"the column {shorten(twice)} is there twice", where=where, hint="rename one of them")
     found: Columns = {role: _named(column, names, where) for role, column in chosen.items()}
     found |= _by_usual_name(where, names, {role: roles[role] for role in roles if role not in found}, found)
+    found |= _other_language(names, {role: roles[role] for role in required - found.keys()}, found)
     if not found or not required <= found.keys():
         raise _missing(where, opened, roles, required - found.keys(), taken=found)
     note = f"{where}: taken for the names of the columns, not for a row: {_listed(names)}"
@@ -62,7 +67,7 @@ def _without_header(
     if (tags := _tags(opened.sample)) is not None:
         what = f"these are words with tags, one a line ({shorten(tags)}), without {_and(required, roles)}"
         raise DataError(what, where=where, hint=f"write {_and(required, roles)} into one row")
-    guessed = _by_content(opened.sample)
+    guessed = _in_order(opened.sample) if "target" in required else _by_content(opened.sample)
     found = (guessed or {}) | numbers
     if not required <= found.keys() or len(set(found.values())) < len(found):
         raise _missing(where, opened, roles, required - numbers.keys(), taken=None)
@@ -88,7 +93,10 @@ def _missing(where: str, opened: Opened, roles: Roles, missing: Collection[str],
     near = near if missing else {role: name for role, name in near.items() if name} or {"ROLE": None}
     what = f"no column for {_and(missing, roles)} among: {shown}"
     way_out = " ".join(f"data.columns.{role}={'NAME' if named else 'NUMBER'}" for role in near)
-    if any(name.strip().lower() in CHATS for name in opened.names):
+    if "target" in missing and not _asked(missing, roles) and len(spoken := _languages(free)) > 1:
+        what = f"which of these is translated into which is not said: {_listed(spoken)}"
+        way_out = f"task.source_lang={spoken[0]} task.target_lang={spoken[1]}, or the other way round"
+    elif any(name.strip().lower() in CHATS for name in opened.names):
         what = f"these are conversations ({shown}), without a column for {_and(missing, roles)}"
         way_out = f"write {_and(missing, roles)} into one row"
     elif opened.sample and len(opened.names) == 1:
@@ -138,6 +146,28 @@ def _by_usual_name(where: str, names: list[str], roles: Roles, taken: Columns) -
     return found
 
 
+def is_text(role: str) -> bool:
+    """Whether a role holds a text that a model is given, or is to write."""
+    return role.startswith("text") or role in ("source", "target")
+
+
+def _languages(names: list[str]) -> list[str]:
+    """The names that are languages."""
+    return [name for name in names if languages.language(name) is not None]
+
+
+def _asked(missing: Collection[str], roles: Roles) -> bool:
+    """Whether a language is looked for: its names are then usual ones of a role."""
+    return any(_languages(list(roles[role])) for role in missing)
+
+
+def _other_language(names: list[str], missing: Roles, taken: Columns) -> Columns:
+    """Of a translation one side is known: the other, if one language is left and none was asked for."""
+    spoken = _languages([name for name in names if name not in taken.values()])
+    alone = len(missing) == 1 == len(spoken) and not _asked(missing, missing)
+    return {role: spoken[0] for role in missing} if taken and alone else {}
+
+
 def _named(column: str | int, names: list[str], where: str) -> str:
     name = names[column] if isinstance(column, int) else column
     if name not in names:
@@ -168,6 +198,8 @@ def _looks_like_header(opened: Opened, roles: Roles) -> bool:
             return False  # it recurs below: a value
     if any(_near(role, roles, header) for role in roles):
         return True  # a usual name, misspelt
+    if any(name.strip().endswith(SENTENCE_ENDS) for name in header):
+        return False
     lengths = [sum(len(row[column]) for row in below) / len(below) for column in range(len(header))]
     return len(header[lengths.index(max(lengths))]) < 0.2 * max(lengths) and max(len(name) for name in header) < 30
 
@@ -188,6 +220,13 @@ def _tags(sample: list[list[str]]) -> str | None:
         if "O" in tags and all(TAG.fullmatch(tag) for tag in tags):
             return ", ".join(tags[:4])
     return None
+
+
+def _in_order(sample: list[list[str]]) -> dict[str, int] | None:
+    """Source and target are the first two columns that hold something else than numbers."""
+    rows = [row for row in sample if len(row) == len(sample[0])]
+    texts = [column for column in range(len(sample[0])) if not all(is_number(row[column]) for row in rows)]
+    return dict(zip(("source", "target"), texts[:2], strict=True)) if len(texts) > 1 else None
 
 
 def _by_content(sample: list[list[str]]) -> dict[str, int] | None:

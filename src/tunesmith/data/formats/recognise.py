@@ -11,7 +11,7 @@ from tunesmith.data.formats.delimited import delimiter_of
 from tunesmith.data.formats.raw import open_text
 from tunesmith.errors import DataError, did_you_mean, shorten
 
-Format = Literal["csv", "tsv", "jsonl", "json", "parquet", "text", "conll"]
+Format = Literal["csv", "tsv", "jsonl", "json", "parquet", "text", "conll", "parallel"]
 FOREIGN = {
     b"PK\x03\x04": ("a zip, Excel or Word file", "unpack it, or save its table as CSV (UTF-8)"),
     b"\xd0\xcf\x11\xe0": ("an old Excel file", "save it as CSV (UTF-8)"),

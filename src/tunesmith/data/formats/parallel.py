@@ -1,0 +1,119 @@
+"""Line-aligned files, one for each language, `train.en` and `train.de` (or .gz): named by what they share, `train`.
+
+A column is a language, and line n of each file is row n. Rows of objects, `{"translation": {"en": ..., "de": ...}}`,
+are read the same way. Files of unequal numbers of lines are refused: which lines belong together cannot be known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+
+from tunesmith.data import languages
+from tunesmith.data.formats.raw import BadRow, Opened, RawRow, lines, open_text, unreadable
+from tunesmith.errors import DataError
+
+NESTED = "translation"
+"""The column that holds an object with a text for each language."""
+
+_NAME = re.compile(rf".+?\.(?P<side>{languages.CODE.pattern}|source|target)(\.txt)?(\.gz)?")
+_NO_LANGUAGE = frozenset("csv tsv txt md gz zip log xml sgm tmx bz xz bio iob py sh tar pdf png jpg".split())
+
+
+def sides_of(prefix: Path) -> dict[str, Path]:
+    """Language -> file, of the files that are called `prefix` and a language; empty where there are less than two."""
+    try:
+        beside = sorted(prefix.parent.iterdir())
+    except OSError:
+        return {}
+    return _pairs(beside).get(prefix.name, {})
+
+
+def stems_in(folder: Path) -> dict[str, dict[str, Path]]:
+    """What the files of each group in a folder share -> language -> file."""
+    return _pairs(sorted(folder.iterdir()))
+
+
+def _pairs(paths: Sequence[Path]) -> dict[str, dict[str, Path]]:
+    found: dict[str, dict[str, Path]] = {}
+    for path in paths:
+        if (side := language_of(path)) and path.is_file():
+            found.setdefault(path.name.rpartition(f".{side}")[0], {})[side] = path
+    return {stem: sides for stem, sides in found.items() if len(sides) > 1}
+
+
+def title(prefix: Path, sides: Sequence[str]) -> Path:
+    """Some of the files as a shell would write them: `train.{en,de}.gz`."""
+    files = sides_of(prefix)
+    ends = {files[side].name.removeprefix(f"{prefix.name}.{side}") for side in sides}
+    return prefix.with_name(f"{prefix.name}.{{{','.join(sides)}}}{ends.pop() if len(ends) == 1 else '*'}")
+
+
+def language_of(path: Path) -> str | None:
+    """The language that a file's name ends with (`test.de.gz`); None where it is no language."""
+    match = _NAME.fullmatch(path.name)
+    return match["side"] if match and match["side"].lower() not in _NO_LANGUAGE else None
+
+
+def open_rows(sides: Mapping[str, Path]) -> Opened:
+    """The languages, and a reader of rows: language -> its line."""
+    return Opened(list(sides), lambda: _rows(sides))
+
+
+def _rows(sides: Mapping[str, Path]) -> Iterator[RawRow | BadRow]:
+    with ExitStack() as stack:
+        files = [stack.enter_context(open_text(path)) for path in sides.values()]
+        for number, row in enumerate(zip_longest(*map(lines, files)), start=1):
+            texts = dict(zip(sides.values(), row, strict=True))
+            if None in row:
+                raise _unequal(texts, number)
+            bad = next(((path, bad) for path, text in texts.items() if (bad := unreadable(text, number))), None)
+            if bad is not None:
+                yield replace(bad[1], what=f"{bad[0].name}: {bad[1].what}")
+            else:
+                yield RawRow(number, {side: text.strip() for side, text in zip(sides, row, strict=True)})
+
+
+def _unequal(texts: Mapping[Path, str | None], number: int) -> DataError:
+    ended = next(path.name for path, text in texts.items() if text is None)
+    goes_on = next(path for path, text in texts.items() if text is not None)
+    what = f"{ended} ends after {number - 1:,} lines, and {goes_on.name} goes on"
+    hint = "line by line one translates the other: find where a line is missing, or fetch the files again"
+    return DataError(what, where=f"{goes_on}:{number}", hint=hint)
+
+
+def unpacked(opened: Opened) -> Opened:
+    """Rows whose texts stand in an object, as rows with a column for each language: under `translation`, or where else
+    the first row has an object of texts.
+    """
+    nested = NESTED if NESTED in opened.names else _nested(opened)
+    if nested is None:
+        return opened
+    languages_: dict[str, None] = {}
+    for raw in opened.rows():
+        if isinstance(raw, RawRow) and isinstance(inside := raw.values.get(nested), dict):
+            languages_ |= dict.fromkeys(inside)
+    if not languages_:
+        return opened
+    names = [name for name in opened.names if name != nested and name not in languages_]
+
+    def rows() -> Iterator[RawRow | BadRow]:
+        for raw in opened.rows():
+            if isinstance(raw, RawRow) and isinstance(inside := raw.values.get(nested), dict):
+                raw = replace(raw, values={**raw.values, **inside})
+            yield raw
+
+    return Opened([*names, *languages_], rows, line=opened.line)
+
+
+def _nested(opened: Opened) -> str | None:
+    """The column whose first value is an object of several texts."""
+    first = next(opened.rows(), None)
+    for name, value in first.values.items() if isinstance(first, RawRow) else ():
+        if isinstance(value, dict) and len(value) > 1 and all(isinstance(text, str) for text in value.values()):
+            return str(name)
+    return None

@@ -1,0 +1,133 @@
+"""Languages: how files, models and people name them, and in which script they are written.
+
+One row a language: its code in ISO 639-1 (M2M-100), in ISO 639-3 (Marian), in mBART-50 and in NLLB, whose code says the
+script too, and its name (T5). `-` where a family does not know it.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+_TABLE = """
+af afr af_ZA afr_Latn Afrikaans       | am amh -     amh_Ethi Amharic      | ar ara ar_AR arb_Arab Arabic
+az aze az_AZ azj_Latn Azerbaijani     | be bel -     bel_Cyrl Belarusian   | bg bul -     bul_Cyrl Bulgarian
+bn ben bn_IN ben_Beng Bengali         | bs bos -     bos_Latn Bosnian      | ca cat -     cat_Latn Catalan
+cs ces cs_CZ ces_Latn Czech           | cy cym -     cym_Latn Welsh        | da dan -     dan_Latn Danish
+de deu de_DE deu_Latn German          | el ell -     ell_Grek Greek        | en eng en_XX eng_Latn English
+eo epo -     epo_Latn Esperanto       | es spa es_XX spa_Latn Spanish      | et est et_EE est_Latn Estonian
+eu eus -     eus_Latn Basque          | fa fas fa_IR pes_Arab Persian      | fi fin fi_FI fin_Latn Finnish
+fr fra fr_XX fra_Latn French          | ga gle -     gle_Latn Irish        | gl glg gl_ES glg_Latn Galician
+gu guj gu_IN guj_Gujr Gujarati        | ha hau -     hau_Latn Hausa        | he heb he_IL heb_Hebr Hebrew
+hi hin hi_IN hin_Deva Hindi           | hr hrv hr_HR hrv_Latn Croatian     | hu hun -     hun_Latn Hungarian
+hy hye -     hye_Armn Armenian        | id ind id_ID ind_Latn Indonesian   | is isl -     isl_Latn Icelandic
+it ita it_IT ita_Latn Italian         | ja jpn ja_XX jpn_Jpan Japanese     | ka kat ka_GE kat_Geor Georgian
+kk kaz kk_KZ kaz_Cyrl Kazakh          | km khm km_KH khm_Khmr Khmer        | ko kor ko_KR kor_Hang Korean
+lt lit lt_LT lit_Latn Lithuanian      | lv lav lv_LV lvs_Latn Latvian      | mk mkd mk_MK mkd_Cyrl Macedonian
+ml mal ml_IN mal_Mlym Malayalam       | mn mon mn_MN khk_Cyrl Mongolian    | mr mar mr_IN mar_Deva Marathi
+ms msa -     zsm_Latn Malay           | mt mlt -     mlt_Latn Maltese      | my mya my_MM mya_Mymr Burmese
+ne nep ne_NP npi_Deva Nepali          | nl nld nl_XX nld_Latn Dutch        | no nor -     nob_Latn Norwegian
+pl pol pl_PL pol_Latn Polish          | ps pus ps_AF pbt_Arab Pashto       | pt por pt_XX por_Latn Portuguese
+ro ron ro_RO ron_Latn Romanian        | ru rus ru_RU rus_Cyrl Russian      | si sin si_LK sin_Sinh Sinhala
+sk slk -     slk_Latn Slovak          | sl slv sl_SI slv_Latn Slovenian    | so som -     som_Latn Somali
+sq sqi -     als_Latn Albanian        | sr srp -     srp_Cyrl Serbian      | sv swe sv_SE swe_Latn Swedish
+sw swa sw_KE swh_Latn Swahili         | ta tam ta_IN tam_Taml Tamil        | te tel te_IN tel_Telu Telugu
+th tha th_TH tha_Thai Thai            | tl tgl tl_XX tgl_Latn Tagalog      | tr tur tr_TR tur_Latn Turkish
+uk ukr uk_UA ukr_Cyrl Ukrainian       | ur urd ur_PK urd_Arab Urdu         | vi vie vi_VN vie_Latn Vietnamese
+xh xho xh_ZA xho_Latn Xhosa           | yo yor -     yor_Latn Yoruba       | zh zho zh_CN zho_Hans Chinese
+zu zul -     zul_Latn Zulu
+"""
+_OTHER_NAMES = {
+    "zh": ("cmn", "chs", "chinese (simplified)", "中文", "汉语"),
+    "en": ("英文", "英语"),
+    "ja": ("日文", "日语"),
+    "no": ("nb", "nob"),
+    "de": ("ger",),
+    "fr": ("fre",),
+}
+_SCRIPTS = {
+    "Latn": "LATIN", "Cyrl": "CYRILLIC", "Hans": "CJK", "Hant": "CJK", "Jpan": "CJK", "Hang": "HANGUL",
+    "Arab": "ARABIC", "Deva": "DEVANAGARI", "Grek": "GREEK", "Hebr": "HEBREW", "Thai": "THAI", "Beng": "BENGALI",
+    "Gujr": "GUJARATI", "Taml": "TAMIL", "Telu": "TELUGU", "Mlym": "MALAYALAM", "Sinh": "SINHALA", "Khmr": "KHMER",
+    "Mymr": "MYANMAR", "Geor": "GEORGIAN", "Armn": "ARMENIAN", "Ethi": "ETHIOPIC",
+}  # fmt: skip
+"""Unicode's word for a script; Japanese is CJK, kana included."""
+
+CODE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z]{2,4})?")
+"""What a code may look like that the table does not know."""
+
+LETTERS_SEEN = 64
+
+
+@dataclass(frozen=True)
+class Language:
+    """One language under the names that it goes by."""
+
+    two: str
+    three: str
+    mbart: str
+    nllb: str
+    name: str
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """All of them, the shortest first."""
+        found = (self.two, self.three, self.mbart, self.nllb, self.name)
+        return (*(code for code in found if code != "-"), *_OTHER_NAMES.get(self.two, ()))
+
+
+LANGUAGES = [Language(*entry.split()) for line in _TABLE.strip().splitlines() for entry in line.split("|")]
+_BY_CODE = {code.lower(): language for language in LANGUAGES for code in language.codes}
+
+
+def language(code: str) -> Language | None:
+    """What a code or name means, whatever region it adds (`en-GB`); None where it is not known."""
+    plain = code.strip().lower().replace("-", "_")
+    return _BY_CODE.get(plain) or _BY_CODE.get(plain.partition("_")[0])
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two codes mean one language."""
+    known = language(one)
+    return one == other or (known is not None and known is language(other))
+
+
+def name_of(code: str) -> str:
+    """Its English name, or the code itself."""
+    known = language(code)
+    return known.name if known else code
+
+
+def spellings(code: str) -> tuple[str, ...]:
+    """The code and all others that mean the same."""
+    known = language(code)
+    return tuple(dict.fromkeys((code, *(known.codes if known else ()))))
+
+
+def column_names(code: str) -> tuple[str, ...]:
+    """What a column of that language may be called, in plain spelling."""
+    plain = (name.lower().replace("-", "_").replace(" ", "_") for name in spellings(code))
+    return tuple(dict.fromkeys(plain))
+
+
+def script_of_language(code: str) -> str | None:
+    """Unicode's word for the script that it is written in; None where it is not known."""
+    tail = code.rpartition("_")[2]
+    known = language(code)
+    return _SCRIPTS.get(tail) or (_SCRIPTS[known.nllb.rpartition("_")[2]] if known else None)
+
+
+def script_of(text: str) -> str:
+    """Unicode's word for the script that most of the first letters of a text are in; empty where there is no letter."""
+    letters = [character for character in text[: 4 * LETTERS_SEEN] if character.isalpha()][:LETTERS_SEEN]
+    scripts = Counter(map(_script, letters))
+    return max(scripts, key=scripts.__getitem__, default="")
+
+
+@lru_cache(maxsize=8192)
+def _script(letter: str) -> str:
+    first = unicodedata.name(letter, "UNKNOWN").split()[0]
+    return "CJK" if first in ("HIRAGANA", "KATAKANA", "BOPOMOFO") else first.partition("-")[0]
