@@ -1,12 +1,12 @@
 """The data of the recipes that write texts, drawn once with seed 0 from public sets.
 
-    python bench/texts.py --source DATA --output .
+python bench/texts.py --source DATA --output .
 
-    questions.jsonl        500 of medquad's questions with answers of at most 600 characters: question, answer, focus
-    dialogues.jsonl        200 diseases, two to four such questions in a row about each: messages
-    instructions.jsonl     500 rows of alpaca and all of self-instruct's seed tasks, each in its own layout
-    instructions-zh.jsonl  300 rows of alpaca in Chinese and 300 of huatuo (medicine): instruction, input, output
-    contracts/             16 of CUAD's contracts of at most 40 kB, some 90,000 tokens
+questions.jsonl        500 of medquad's questions with answers of at most 600 characters: question, answer, focus
+dialogues.jsonl        200 diseases, two to four such questions in a row about each: messages
+instructions.jsonl     500 rows of alpaca and all of self-instruct's seed tasks, each in its own layout
+instructions-zh.jsonl  300 rows of alpaca in Chinese and 300 of huatuo (medicine): instruction, input, output
+contracts/             16 of CUAD's contracts of at most 40 kB, some 90,000 tokens
 """
 
 from __future__ import annotations
