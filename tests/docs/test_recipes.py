@@ -51,6 +51,11 @@ def _sentence(number: int) -> str:
     return "".join(f"{word}\t{tag}\n" for word, tag in words)
 
 
+def _asked(number: int) -> str:
+    row = MADE_UP["translation"](number)
+    return json.dumps({"question": row["source"], "answer": row["target"], "focus": f"{number}"})
+
+
 def _side(role: str) -> Any:
     return lambda number: MADE_UP["translation"](number)[role]
 
@@ -65,6 +70,10 @@ DATA: dict[str, tuple[list[str], Any]] = {
     "clauses.jsonl": ([], _clauses),
     "medquad.jsonl": ([], _questions),
     "tatoeba.tsv": ([], lambda number: "{source}\t{target}".format(**MADE_UP["translation"](number))),
+    "questions.jsonl": ([], _asked),
+    "dialogues.jsonl": ([], lambda number: json.dumps(MADE_UP["text-generation"](number))),
+    "instructions.jsonl": ([], _asked),
+    "instructions-zh.jsonl": ([], _asked),
     "chats.jsonl": ([], lambda number: json.dumps(MADE_UP["text-generation"](number))),
     **{
         f"multi30k_en_de/{stem}.{language}": ([], _side(role))
@@ -94,7 +103,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_there_are_few() -> None:
-    assert 6 <= len(RECIPES) <= 16  # a dozen, until tasks that write texts wanted theirs
+    assert 6 <= len(RECIPES) <= 20  # a dozen, until tasks that write texts wanted theirs
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
