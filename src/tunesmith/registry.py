@@ -6,12 +6,13 @@ dynamic import of the package.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
-import pkgutil
 from functools import cache
-from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -39,15 +40,64 @@ class Plugin(Keys):
         cls.name = _called(cls.__module__)
 
 
+class About(NamedTuple):
+    """What a plug-in is, in its own words, and its recipe keys."""
+
+    name: str
+    what: str
+    keys: list[str]
+
+
 def _called(module: str) -> str:
     return module.rpartition(".")[2].replace("_", "-")
 
 
+def _files(kind: Kind) -> dict[str, Path]:
+    """Name -> file of the plug-ins of this package."""
+    found = Path(__file__).with_name(f"{kind}s").glob("[!_]*.py")
+    return {_called(path.stem): path for path in found}
+
+
+def _points(kind: Kind) -> dict[str, EntryPoint]:
+    """Name -> entry point of the plug-ins of third parties, which come before ours of the same name."""
+    return {point.name: point for point in entry_points(group=f"tunesmith.{kind}s")}
+
+
 def names(kind: Kind) -> list[str]:
     """All known plug-ins of a kind, sorted, without importing them."""
-    package = importlib.import_module(f"tunesmith.{kind}s")
-    own = {_called(module.name) for module in pkgutil.iter_modules(package.__path__)}
-    return sorted(own | {point.name for point in entry_points(group=f"tunesmith.{kind}s")})
+    return sorted(_files(kind).keys() | _points(kind).keys())
+
+
+def about(kind: Kind) -> list[About]:
+    """All plug-ins of a kind, sorted; those of this package are read, not imported, for that takes seconds."""
+    found = [_imported(kind, name) for name in _points(kind)]
+    found += [_read(kind, name, file) for name, file in _files(kind).items() if name not in _points(kind)]
+    return sorted(found)
+
+
+def _read(kind: Kind, name: str, file: Path) -> About:
+    """A plug-in as its file says it."""
+    parts = ast.parse(file.read_text(encoding="utf-8")).body
+    base = kind.capitalize()
+    (plugin,) = (
+        part
+        for part in parts
+        if isinstance(part, ast.ClassDef) and any(isinstance(one, ast.Name) and one.id == base for one in part.bases)
+    )
+    fields = (
+        part.target.id
+        for part in plugin.body
+        if isinstance(part, ast.AnnAssign)
+        and isinstance(part.target, ast.Name)
+        and not ast.unparse(part.annotation).startswith("ClassVar")
+    )
+    keys = [field for field in fields if not field.startswith("_")]
+    return About(name, ast.get_docstring(plugin) or "", keys)
+
+
+def _imported(kind: Kind, name: str) -> About:
+    plugin = get(kind, name)
+    return About(name, inspect.getdoc(plugin) or "", list(plugin.model_fields))
 
 
 @cache
@@ -59,11 +109,10 @@ def get(kind: Kind, name: str) -> type[Plugin]:
     """
     if name not in names(kind):
         raise RecipeError(f"no {kind} is called '{name}'", hint=did_you_mean(name, names(kind)))
-    for point in entry_points(group=f"tunesmith.{kind}s"):
-        if point.name == name:
-            found: type[Plugin] = point.load()
-            found.name = name
-            return found
+    if name in _points(kind):
+        found: type[Plugin] = _points(kind)[name].load()
+        found.name = name
+        return found
     module = importlib.import_module(f"tunesmith.{kind}s.{name.replace('-', '_')}")
     own = [
         value

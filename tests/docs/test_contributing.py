@@ -50,6 +50,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 def test_the_examples_are_found_by_name(installed: None) -> None:
     assert "bias-only" in registry.names("technique")
     assert "text-share" in registry.names("task")
+    assert ("bias-only", "Bias-only fine-tuning.", ["norms"]) in registry.about("technique")
 
 
 def test_the_examples_keep_the_contract(installed: None) -> None:
