@@ -18,6 +18,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from tunesmith import recipe_text, registry
 from tunesmith.errors import RecipeError, UserError, did_you_mean, shorten
+from tunesmith.recipe_names import ALIASES, BATCH, SAME, STEPS
 from tunesmith.recipe_refusals import Leaves, checked, place_of
 from tunesmith.recipe_text import Key, Written, to_yaml
 from tunesmith.recipe_values import Augmentation, Local, local_path
@@ -139,52 +140,6 @@ class Stages:
         return {"stages": parts, "gain": self.gain.model_dump() if self.gain else None, "output": self.output}
 
 
-_SAME: Callable[[Any], Any] = lambda value: value  # noqa: E731
-
-
-def _targets(given: Any) -> Any:
-    """LLaMA-Factory's `all` and `q_proj,v_proj`."""
-    if not isinstance(given, str):
-        return given
-    return "all-linear" if given == "all" else [name.strip() for name in given.split(",")]
-
-
-ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "num_train_epochs": ("train.epochs", _SAME),
-    "num_epochs": ("train.epochs", _SAME),
-    "lr": ("train.learning_rate", _SAME),
-    "lr_scheduler_type": ("train.schedule", lambda name: "constant" if name == "constant_with_warmup" else name),
-    "optim": ("train.optimizer", lambda name: "adamw" if str(name).startswith("adamw") else name),
-    "eval_steps": ("train.evaluate_every", _SAME),
-    "eval_strategy": ("train.evaluate_every", _SAME),
-    "save_steps": ("train.save_every", _SAME),
-    "save_strategy": ("train.save_every", _SAME),
-    "save_total_limit": ("train.keep_checkpoints", _SAME),
-    "metric_for_best_model": ("train.metric", _SAME),
-    "label_smoothing_factor": ("train.label_smoothing", _SAME),
-    "patience": ("train.early_stopping_patience", _SAME),
-    "bf16": ("train.precision", lambda on: "bf16" if on is True else on),
-    "fp16": ("train.precision", lambda on: "fp16" if on is True else on),
-    "model_name_or_path": ("model", _SAME),
-    "base_model": ("model", _SAME),
-    "output_dir": ("output", _SAME),
-    "train_file": ("data.train", _SAME),
-    "validation_file": ("data.validation", _SAME),
-    "test_file": ("data.test", _SAME),
-    "max_seq_length": ("data.max_length", _SAME),
-    "cutoff_len": ("data.max_length", _SAME),
-    "max_samples": ("data.limit", _SAME),
-    "lora_r": ("technique.r", _SAME),
-    "lora_rank": ("technique.r", _SAME),
-    "lora_alpha": ("technique.alpha", _SAME),
-    "lora_dropout": ("technique.dropout", _SAME),
-    "lora_target_modules": ("technique.target_modules", _SAME),
-    "lora_target": ("technique.target_modules", _targets),
-    "use_rslora": ("technique.rslora", _SAME),
-    "use_dora": ("technique.dora", _SAME),
-}
-_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_STEPS = {"eval_strategy": "eval_steps", "save_strategy": "save_steps"}
 _SECTIONS = ("task", "data", "technique", "train")
 
 
@@ -294,7 +249,8 @@ def _written(path: str | Path | None, overrides: Iterable[str], values: Mapping[
     """What was written where, the later before the earlier in force."""
     written = [] if path is None else [recipe_text.read_file(Path(path))]
     written += [recipe_text.read_mapping(values)] if values else []
-    return written + [recipe_text.read_word(word) for word in overrides]
+    words = list(overrides)
+    return [*written, recipe_text.read_words(words)] if words else written
 
 
 def _leaves(written: Iterable[Written]) -> Leaves:
@@ -313,12 +269,12 @@ def _flatten(written: Written) -> Leaves:
     def walk(value: Any, key: Key) -> None:
         if isinstance(value, dict) and (value or not key):
             for part, item in value.items():
-                if item != "steps" or _STEPS.get(part) not in value:  # how many of them stands beside it
+                if item != "steps" or STEPS.get(part) not in value:  # how many of them stands beside it
                     walk(item, (*key, part))
             return
         if key[-1] in ("bf16", "fp16") and value is False:  # its absence says the same
             return
-        if key[-1] in _BATCH and key[:-1] in ((), ("train",)):
+        if key[-1] in BATCH and key[:-1] in ((), ("train",)):
             batch[key[-1]] = (value, where(key))
             return
         own, value = _own_name(key, value)
@@ -342,14 +298,14 @@ def _batch_size(given: dict[str, tuple[Any, str]]) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise RecipeError(f"must be a whole number of at least 1, not {shorten(value)}", where=where)
         size *= value
-    if _BATCH[0] not in given:
-        hint = f"train.batch_size counts the examples of an optimizer step; or give {_BATCH[0]} too"
+    if BATCH[0] not in given:
+        hint = f"train.batch_size counts the examples of an optimizer step; or give {BATCH[0]} too"
         raise RecipeError("says nothing by itself", where=next(iter(given.values()))[1], hint=hint)
     return size
 
 
 def _own_name(key: Key, value: Any) -> tuple[Key, Any]:
-    target, convert = ALIASES.get(key[-1], ("", _SAME))
+    target, convert = ALIASES.get(key[-1], ("", SAME))
     own = tuple(target.split("."))
     if target and key[:-1] in ((), own[:-1]) and key != own:
         return own, convert(value)
@@ -408,7 +364,7 @@ def _build(leaves: Leaves) -> Recipe:
 
 
 def _top_level_names() -> list[str]:
-    return [*Recipe.model_fields, *ALIASES, *_BATCH, *Train.model_fields]
+    return [*Recipe.model_fields, *ALIASES, *BATCH, *Train.model_fields]
 
 
 def _plugin(kind: registry.Kind, values: dict[str, Any], leaves: Leaves) -> Plugin:

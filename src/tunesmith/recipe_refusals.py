@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from tunesmith import registry
 from tunesmith.errors import RecipeError, did_you_mean, shorten
 from tunesmith.recipe_text import Key
-from tunesmith.registry import Keys
+from tunesmith.registry import Keys, Kind, Plugin
 
 K = TypeVar("K", bound=Keys)
 Leaves = dict[Key, tuple[Any, str]]
@@ -61,7 +62,7 @@ def _explain(problems: list[Any], model: type[Keys], key: Key, leaves: Leaves) -
     if first["type"] == "extra_forbidden" and len(first["loc"]) > 1:  # inside a value
         return f"{where}: unknown key {shorten(first['loc'][-1])} in it; remove it"
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {_suggestion(key[-1], model)}"
+        return f"{where}: unknown key; {_suggestion(key, model)}"
     if first["type"] == "value_error":
         return f"{where}: {first['ctx']['error']}"
     wanted = dict.fromkeys(_wanted(problem) for problem in problems)
@@ -71,11 +72,21 @@ def _explain(problems: list[Any], model: type[Keys], key: Key, leaves: Leaves) -
     return f"{where}: must be {' or '.join(wanted)}, not {shorten(shown)}{'; leave the quotes out' if quoted else ''}"
 
 
-def _suggestion(word: str, model: type[Keys]) -> str:
-    """The nearest key; a short one also where the word begins with it: 'r' for 'rank'."""
-    begun = [name for name in model.model_fields if word.startswith(name)]
-    near = did_you_mean(word, model.model_fields)
-    return near if "mean" in near or not begun else did_you_mean(begun[0], begun)
+def _suggestion(key: Key, model: type[Keys]) -> str:
+    """The nearest key, a short one also where the word begins with it: 'r' for 'rank'; else whose key it is."""
+    word, known = key[-1], model.model_fields
+    near = did_you_mean(word, known)
+    if "mean" in near:
+        return near
+    if issubclass(model, Plugin):
+        kind: Kind = "task" if key[0] == "task" else "technique"
+        owners = [one.name for one in registry.about(kind) if word in one.keys]
+        if owners:
+            return f"it is one of {', '.join(owners)}, not of {model.name}: {kind}={owners[0]}, or leave it out"
+        if not known:
+            return f"{model.name} has no keys: leave it out"
+    begun = [name for name in known if word.startswith(name)]
+    return did_you_mean(begun[0], begun) if begun else near
 
 
 def _wanted(problem: Any) -> str:

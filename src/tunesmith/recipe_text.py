@@ -33,17 +33,29 @@ def read_file(path: Path) -> Written:
         RecipeError: cannot be read, or is no YAML that a recipe may be.
     """
     try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise RecipeError("a recipe is at most 1 MiB", where=str(path))
+        if path.stat().st_size > MAX_YAML_BYTES and path.is_file():
+            raise RecipeError("a recipe is at most 1 MiB", where=str(path), hint=_what_else(path))
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         hint = "`tunesmith init TASK` writes a starter recipe" if isinstance(error, FileNotFoundError) else ""
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise RecipeError(f"cannot read the recipe: {reason}", where=str(path), hint=hint) from None
-    tree = _parse(text, str(path))
+        raise RecipeError(f"cannot read the recipe: {reason}", where=str(path), hint=hint or _what_else(path)) from None
+    try:
+        tree = _parse(text, str(path))
+    except RecipeError as error:
+        raise RecipeError(error.what, where=error.where, hint=error.hint or _what_else(path)) from None
     if not isinstance(tree, Mapping) or not tree:
-        raise RecipeError("a recipe is a list of `key: value` lines", where=f"{path}:1")
+        raise RecipeError("a recipe is a list of `key: value` lines", where=f"{path}:1", hint=_what_else(path))
     return _plain(tree), lambda key: f"{path}:{_line(tree, key)}: {'.'.join(key)}"
+
+
+def _what_else(path: Path) -> str:
+    """What was meant, perhaps, where something that is no recipe is given as one."""
+    if path.is_dir():
+        return f"data.train={path} if it holds data, --resume {path} if it is a run"
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return "`tunesmith init TASK` writes a starter recipe"
+    return f"data.train={path} if it is data: recipes are called NAME.yaml"
 
 
 def read_mapping(values: Mapping[str, Any]) -> Written:
@@ -51,17 +63,31 @@ def read_mapping(values: Mapping[str, Any]) -> Written:
     return _plain(values), lambda key: f"recipe: {'.'.join(key)}"
 
 
-def read_word(word: str) -> Written:
-    """`KEY=VALUE`, the key dotted, the value YAML."""
+def read_words(words: Iterable[str]) -> Written:
+    """The `KEY=VALUE` words of a command line, keys dotted, values YAML. Their order is no matter, but that of two for
+    one key the later holds: a section comes before what is in it.
+    """
+    tree: dict[str, Any] = {}
+    for key, value in sorted(map(_read_word, words), key=lambda word: len(word[0])):
+        node = tree
+        for part in key[:-1]:
+            section = node.get(part)
+            if isinstance(section, str):  # the short form of a name
+                section = {"name": section}
+            elif section is not None and not isinstance(section, Mapping):
+                what = f"{part} is {shorten(section)}, which has no keys"
+                raise RecipeError(what, where=f"command line: {'.'.join(key)}", hint="keep one of the two")
+            node[part] = section = section or {}
+            node = section
+        node[key[-1]] = value
+    return _plain(tree), lambda key: f"command line: {'.'.join(key)}"
+
+
+def _read_word(word: str) -> tuple[Key, Any]:
     key, equals, text = word.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"{shorten(word)} is not KEY=VALUE", where="command line", hint="e.g. train.epochs=1")
-    path = tuple(key.strip().split("."))
-    value = _parse(text, f"command line: {key}") if text.strip() else None
-    nested: Any = value
-    for part in reversed(path):
-        nested = {part: nested}
-    return _plain(nested), lambda key: f"command line: {'.'.join(key)}"
+    return tuple(key.strip().split(".")), _parse(text, f"command line: {key}") if text.strip() else None
 
 
 class _Constructor(RoundTripConstructor):
