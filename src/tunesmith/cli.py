@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -36,7 +37,7 @@ from tunesmith.cli_options import (
 from tunesmith.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
-    from tunesmith.data.formats import Row
+    from tunesmith.deploy.inputs import Asked
 
 
 class Verbs(TyperGroup):
@@ -75,6 +76,7 @@ def main() -> NoReturn:
     if "--offline" in sys.argv:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by libraries when they are imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.showwarning = _say_warning
     try:
         sys.exit(app(prog_name="tunesmith", standalone_mode=False) or 0)
     except UserError as error:
@@ -96,6 +98,19 @@ def main() -> NoReturn:
             file=sys.stderr,
         )
         sys.exit(1)
+
+
+def _say_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """What a library warns of, on one line: whose it is, not where in its code."""
+    library = filename.rpartition(f"site-packages{os.sep}")[2].partition(os.sep)[0].removesuffix(".py")
+    print(f"warning: {library}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _say_usage(error: Any) -> None:
@@ -220,17 +235,19 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
+    quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
     """Score a run."""
     from tunesmith.studies import score
     from tunesmith.talk import scores_line
 
+    talk = new_talk(True, quiet)
     result = score.evaluate(
-        run, data=data, split=split, base=base, device=device, offline=offline, allow_pickle=allow_pickle
+        run, data=data, split=split, base=base, device=device, offline=offline, allow_pickle=allow_pickle, talk=talk
     )
     for note in result["notes"]:
-        print(f"warning: {note}", file=sys.stderr)
+        talk.warn(note)
     if as_json:
         emit(result)
         return
@@ -244,7 +261,10 @@ def evaluate(
 @app.command(epilog="Example: tunesmith merge runs/a runs/b --weights 0.7,0.3 --method ties --output runs/merged")
 @verb
 def merge(
-    runs: Annotated[list[Path], typer.Argument(help="Two or more runs over one base, with the same task.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Runs over one base, with the same task and classes; one alone is merged into its base."),
+    ],
     output: Annotated[Path, typer.Option(help="The new run's folder.")],
     weights: Annotated[str | None, typer.Option(help="One for each run, with commas; default: equal shares.")] = None,
     method: Annotated[Literal["linear", "ties", "dare"], typer.Option(help="How changes are summed.")] = "linear",
@@ -254,8 +274,9 @@ def merge(
     as_json: Json = False,
     offline: Offline = False,
 ) -> None:
-    """Sum what several runs have learned into one model."""
+    """Sum what several runs have learned into one plain model, or merge one run's adapter into its base."""
     from tunesmith.deploy import merging
+    from tunesmith.talk import command
 
     try:
         shares = [float(share) for share in weights.split(",")] if weights else None
@@ -267,7 +288,8 @@ def merge(
     if as_json:
         emit(result)
         return
-    print(f"merged {len(runs)} runs into {output}")
+    what = f"{len(runs)} runs" if len(runs) > 1 else f"what {runs[0]} has learned"
+    print(f'merged {what} into {output}; ask it: {command("predict", output)} "..."')
 
 
 @app.command(epilog='Example: tunesmith predict runs/reviews "A lovely film."')
@@ -281,34 +303,38 @@ def predict(
     output: Annotated[Path | None, typer.Option(help="Write JSON lines here.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     allow_pickle: AllowPickle = False,
-    as_json: Json = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object a row on stdout, all talk on stderr.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     offline: Offline = False,
 ) -> None:
-    """Answer texts given on the command line, or every row of a file."""
+    """Answer texts given on the command line, or every row of a file: a line for each."""
     if not inputs and file is None:
         raise RecipeError("nothing to answer", hint='give texts, or --input FILE: tunesmith predict RUN "A text."')
     if output is not None:
         check_new(output)
     from tunesmith.data.formats import Row
-    from tunesmith.deploy.predict import load, read_inputs
+    from tunesmith.deploy.inputs import answer_rows, read_inputs
+    from tunesmith.deploy.predict import load
     from tunesmith.training.files import atomic_write
 
+    talk = new_talk(True, quiet, verbose)
     tuned = load(run, device=device, offline=offline, allow_pickle=allow_pickle)
     main_role = next(iter(tuned.task.columns))
-    rows = [Row(f"input {number}", {main_role: text}) for number, text in enumerate(inputs or [], start=1)]
+    rows: list[Asked] = [Row(f"input {number}", {main_role: text}) for number, text in enumerate(inputs or [], start=1)]
     if file is not None:
         rows += read_inputs(file, tuned.task, tuned.data.columns)
-    if len(rows) == 1 and tuned.task.text_scores and not as_json and output is None:
-        tuned.stream(rows[0].values, lambda text: print(text, end="", flush=True))
+    alone = rows[0] if len(rows) == 1 else None
+    if isinstance(alone, Row) and tuned.task.text_scores and not as_json and output is None:
+        tuned.stream(alone.values, lambda text: print(text, end="", flush=True))
         print()
         return
-    answers = tuned.predict_rows(rows)
+    with talk.progress(len(rows), of="answering", unit="row") as show:
+        answers = answer_rows(tuned, rows, talk.warn, lambda done: show(done, "answering"))
     lines = _answer_lines(rows, answers, as_json or output is not None)
     if output is not None:
         atomic_write(output, "".join(f"{line}\n" for line in lines))
-        new_talk(True, quiet, verbose).say(f"wrote {len(answers)} answers to {output}")
+        talk.say(f"wrote {len(answers)} answers to {output}")
         if as_json:
             emit({"run": str(run), "output": str(output), "answers": len(answers)})
         return
@@ -354,12 +380,13 @@ def _typed(prompt: str) -> Iterator[str]:
             return
 
 
-def _answer_lines(rows: list[Row], answers: list[dict[str, Any]], as_json: bool) -> Iterator[str]:
+def _answer_lines(rows: list[Asked], answers: list[dict[str, Any]], as_json: bool) -> Iterator[str]:
     from tunesmith.talk import answer_line
 
     for row, answer in zip(rows, answers, strict=True):
-        as_line = json.dumps(row.values | answer, ensure_ascii=False) if as_json else ""
-        yield as_line or answer_line(answer, next(iter(row.values.values())))
+        values = {} if isinstance(row, UserError) else row.values
+        as_line = json.dumps(values | answer, ensure_ascii=False) if as_json else ""
+        yield as_line or answer_line(answer, next(iter(values.values()), ""))
 
 
 app.add_typer(cli_about.app)

@@ -15,7 +15,12 @@ app = typer.Typer(help="Look at data before a run does. Example: tunesmith data 
 
 Words = Annotated[
     list[str],
-    typer.Argument(help="A file, a folder or a recipe, then KEY=VALUE.", metavar="PATH|RECIPE.yaml [KEY=VALUE ...]"),
+    typer.Argument(
+        help="A file, a folder, a recipe or a run, then KEY=VALUE.", metavar="PATH|RECIPE.yaml|RUN [KEY=VALUE ...]"
+    ),
+]
+Stage = Annotated[
+    int | None, typer.Option(help="Of a recipe with stages, the number of one; default: the last.", min=1)
 ]
 Model = Annotated[str | None, typer.Option(help="Whose tokens to count; default: the recipe's.")]
 
@@ -35,6 +40,7 @@ def check(
     words: Words,
     group: Annotated[str | None, typer.Option(help="A column whose values belong on one side of a split.")] = None,
     model: Model = None,
+    stage: Stage = None,
     examples: Annotated[int, typer.Option("-n", help="Examples shown of each finding.", min=0)] = 3,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -44,7 +50,7 @@ def check(
     from tunesmith.studies import data_check as study
 
     target, pairs = recipe_and_pairs(words)
-    report = study.check(target, pairs, group=group, model=model, offline=offline)
+    report = study.check(target, pairs, group=group, model=model, stage=stage, offline=offline)
     if as_json:
         emit(report)
     else:
@@ -126,6 +132,7 @@ def convert(
 def show(
     words: Words,
     model: Model = None,
+    stage: Stage = None,
     rows: Annotated[int, typer.Option("-n", help="How many rows.", min=1)] = 5,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
     row: Annotated[int | None, typer.Option(help="One row, counted from 1.", min=1)] = None,
@@ -143,7 +150,7 @@ def show(
     if html is not None:
         check_new(html)
     found = study.show(
-        target, pairs, model=model, split=split, rows=rows, row=row, augmented=augmented, offline=offline
+        target, pairs, model=model, split=split, rows=rows, row=row, augmented=augmented, stage=stage, offline=offline
     )
     talk = new_talk(as_json, quiet)
     if html is not None:

@@ -74,7 +74,7 @@ def read_words(words: Iterable[str]) -> Written:
             section = node.get(part)
             if isinstance(section, str):  # the short form of a name
                 section = {"name": section}
-            elif section is not None and not isinstance(section, Mapping):
+            elif section is not None and not isinstance(section, dict):
                 what = f"{part} is {shorten(section)}, which has no keys"
                 raise RecipeError(what, where=f"command line: {'.'.join(key)}", hint="keep one of the two")
             node[part] = section = section or {}

@@ -39,6 +39,9 @@ class Progress:
     seconds: float = 0.0
     examples: int = 0
     tokens: int = 0
+    loss_sum: float = 0.0
+    """Of the steps since the last evaluation, those of before a resume too."""
+    loss_steps: int = 0
     threads: int = 0
     max_examples: int = 0
     checkpointing: bool = False

@@ -22,7 +22,7 @@ from tunesmith import recipe as recipes
 from tunesmith import record
 from tunesmith.deploy import artefact, card, predict
 from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, ResourceError, UserError
-from tunesmith.insight import report
+from tunesmith.insight import hints, report
 from tunesmith.kernels.packed import numbers_in
 from tunesmith.prepare import Prepared, prepare
 from tunesmith.recipe import Recipe, Train
@@ -249,6 +249,9 @@ def _count(progress: Progress, engine: loop.Engine, step: loop.Step) -> None:
     progress.seconds += step.seconds
     progress.examples += step.examples
     progress.tokens += step.tokens
+    if step.finite:
+        progress.loss_sum += step.loss
+        progress.loss_steps += 1
     progress.max_examples = engine.limits.max_examples
     progress.checkpointing = engine.checkpointing
     progress.fp16_scale, progress.fp16_good_steps = engine.fp16_scale, engine.fp16_good_steps
@@ -305,7 +308,9 @@ def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], fo
     metric = prepared.recipe.train.metric
     assert metric is not None, "_resolve fills it in"
     step = since[-1]
-    words = [f"epoch {step.epoch:.3g}", f"loss {sum(one.loss for one in since) / len(since):.4f}"]
+    loss = progress.loss_sum / progress.loss_steps if progress.loss_steps else math.nan
+    progress.loss_sum, progress.loss_steps = 0.0, 0
+    words = [f"epoch {step.epoch:.3g}", f"loss {loss:.4f}"]
     better = False
     if "validation" in prepared.encoded:
         with talk.during("scoring validation"):
@@ -436,4 +441,6 @@ def _conclude(prepared: Prepared, metrics: dict[str, Any], folder: Path, talk: T
         score = f"{metric} {guess[metric]:.4f} on {guess['split']}"
         known = "labels" if "label" in prepared.task.columns else "texts' frequencies"
         talk.say(f"a guess that knows only the training {known}: {score}")
+    if (hint := hints.longer(folder / "metrics.jsonl", prepared.recipe.train)) is not None:
+        talk.say(hint)
     talk.say(f'written to {folder}; ask it: {command("predict", folder)} "..."')

@@ -66,43 +66,54 @@ class Talk:
 
     @contextmanager
     def during(self, text: str) -> Iterator[None]:
-        """Say what is going on, if it is not over soon."""
-        timer = threading.Timer(PATIENCE_S, self.say, (text,))
-        timer.daemon = True
-        timer.start()
+        """Say what is going on, if it is not over soon, and that it still is."""
+        over = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(text, over), daemon=True)
+        watch.start()
         try:
             yield
         finally:
-            timer.cancel()
+            over.set()
+            watch.join()
+
+    def _watch(self, text: str, over: threading.Event) -> None:
+        began = time.monotonic()
+        if over.wait(PATIENCE_S):
+            return
+        self.say(text)
+        while not over.wait(SILENCE_S):
+            self.say(f"{text}: {_duration(time.monotonic() - began)} so far")
 
     def _print(self, text: str, **style: Any) -> None:
         self._rewrite("")
         self.console.print(text, **style)
 
     @contextmanager
-    def progress(self, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-        """A bar on a terminal, a line now and then in a file. Call with (steps done, text)."""
+    def progress(
+        self, total: int, done: int = 0, *, of: str = "training", unit: str = "step"
+    ) -> Iterator[Callable[[int, str], None]]:
+        """A bar on a terminal, a line now and then in a file. Call with (units done, text)."""
         drawn = self.level >= 0 and not self.console.quiet and not os.environ.get("CI")
         if drawn and self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("steps"),
+                TextColumn(f"{unit}s"),
                 TimeRemainingColumn(),
             )
             with Progress(*columns, console=self.console, transient=True) as bar:
-                task = bar.add_task("training", total=total, completed=done)
+                task = bar.add_task(of, total=total, completed=done)
                 yield lambda completed, text: bar.update(task, completed=completed, description=text)
         elif drawn and hasattr(builtins, "get_ipython"):  # a notebook
             try:
-                yield lambda completed, text: self._step(f"step {completed} of {total}  {text}")
+                yield lambda completed, text: self._step(f"{unit} {completed} of {total}  {text}")
             finally:
                 self._rewrite("")
         else:
-            yield self._now_and_then(total, done)
+            yield self._now_and_then(total, done, unit)
 
-    def _now_and_then(self, total: int, done: int) -> Callable[[int, str], None]:
+    def _now_and_then(self, total: int, done: int, unit: str) -> Callable[[int, str], None]:
         began = said = time.monotonic()
 
         def show(completed: int, text: str) -> None:
@@ -110,7 +121,7 @@ class Talk:
             now = time.monotonic()
             if now - said >= SILENCE_S:
                 left = (now - began) / max(completed - done, 1) * (total - completed)
-                self.say(f"step {completed} of {total}  {text}  {_duration(left)} left")
+                self.say(f"{unit} {completed} of {total}  {text}  {_duration(left)} left")
                 said = now
 
         return show
@@ -136,6 +147,8 @@ def scores_line(scores: dict[str, Any], first: str) -> str:
 
 def answer_line(answer: dict[str, Any], asked: object) -> str:
     """What was answered, how sure that is, and the beginning of what was asked; of a text the text alone."""
+    if "error" in answer:
+        return f"(no answer: {answer['error']})"
     if "generated_text" in answer:
         return str(answer["generated_text"])
     if "entities" in answer:

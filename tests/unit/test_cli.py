@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ def test_nothing_typed_is_answered_by_the_help(command: Command) -> None:
         ("predict runs/none x", "runs/none: no run in this folder; `tunesmith train` makes one"),
         ("evaluate runs/none", "runs/none: no run in this folder; `tunesmith train` makes one"),
         ("models path ./none", "./none: model: no such folder; "),
+        ("models path README.md", "README.md: model: it is a file; give a folder with config.json and model.safet"),
+        ("train README.md", "data.train=README.md if it is data"),
     ),
 )
 def test_what_cannot_be_meant_is_said_on_one_line(line: str, said: str, command: Command) -> None:
@@ -217,7 +220,7 @@ FILES = {
     "labelled.csv": "label,text\n" + "".join(f'positive,"{text}"\n' for text in TEXTS),
     "unlabelled.csv": "text,id\n" + "".join(f'"{text}",{number}\n' for number, text in enumerate(TEXTS)),
     "rows.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in TEXTS),
-    "lines.txt": "\n".join(["", *TEXTS, "", ""]),
+    "lines.txt": "\n".join([*TEXTS, ""]),
     "table.txt": "label\ttext\n" + "".join(f"\t{text}\n" for text in TEXTS),
 }
 
@@ -229,6 +232,41 @@ def test_predict_a_file(name: str, command: Command, finished: Path, tmp_path: P
     answers = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and err == "" and [answer["text"] for answer in answers] == TEXTS
     assert answers == [json.loads(line) for line in command("predict", str(finished), *TEXTS, "--json")[1].splitlines()]
+
+
+GAPS = {
+    "lines.txt": "great\n\n  \nbad\n\n",
+    "rows.csv": 'text,text_pair\ngreat,so\n,so\n"",""\nbad,so\n" ",\n',
+    "rows.jsonl": '{"text": "great"}\n{"text": ""}\n{"text": null, "id": 1}\n{"text": "bad"}\n{"id": 2}\n',
+    "broken.jsonl": '{"text": "great"}\n{"text": \n[1]\n{"text": "bad"}\n{"text": ["a"]}\n',
+}
+
+
+@pytest.mark.parametrize("name", GAPS)
+def test_predict_has_a_line_for_each_row_of_a_file(name: str, command: Command, finished: Path, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text(GAPS[name], encoding="utf-8")
+    code, out, err = command("predict", str(finished), "--input", str(file), "--json")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and len(answers) == 5
+    assert [answer.get("text") for answer in answers if "label" in answer] == ["great", "bad"]
+    assert ["error" in answer for answer in answers] == [False, True, True, False, True]
+    first = 3 if name == "rows.csv" else 2  # a header is no row
+    assert answers[1]["error"].startswith(f"{file}:{first}: ")
+    assert err == f"warning: 3 of 5 rows have no answer, the first at {answers[1]['error']}\n"
+    code, out, _ = command("predict", str(finished), "--input", str(file))
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 5 and lines[1] == f"(no answer: {answers[1]['error']})"
+
+
+def test_predict_says_how_many_texts_were_cut(
+    command: Command, finished: Path, words: list[str], tmp_path: Path
+) -> None:
+    assert command("train", *words, "max_length=4", "-q")[0] == 0
+    run = str(tmp_path / "run")
+    code, _, err = command("predict", run, "bad", "the film was great", "so very dull", "-q")
+    said = "warning: 2 of 3 texts are longer than 4 tokens (the run's data.max_length) and were cut\n"
+    assert (code, err) == (0, said)
 
 
 def test_predict_texts_and_a_file_into_a_file(command: Command, finished: Path, tmp_path: Path) -> None:
@@ -255,6 +293,7 @@ def test_predict_texts_and_a_file_into_a_file(command: Command, finished: Path, 
         (("--input", "empty.txt"), 3, "empty.txt: "),
         (("--input", "other.csv"), 3, "other.csv"),
         ((" ",), 3, "input 1: text: nothing is left of it as tokens; "),
+        (("--input", "gaps.csv"), 3, "gaps.csv:2: text: empty; fill it in or remove the row\n"),
         (("x", "--output", "none/answers.jsonl"), 2, "none: there is no such folder; make it first"),
         (("x", "--device", "gpu"), 2, "no device is called 'gpu'; use auto, cpu, "),
     ),
@@ -271,6 +310,7 @@ def test_predict_refuses(
     monkeypatch.chdir(tmp_path)
     Path("latin.txt").write_bytes(b"caf\xe9\n")
     Path("empty.txt").write_bytes(b"\n")
+    Path("gaps.csv").write_text("text,id\n,1\n,2\n")
     Path("other.csv").write_text("colour,size\nblue,3\nred,4\n")
     left, out, err = command("predict", str(finished), *words)
     assert left == code and out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1
@@ -376,6 +416,20 @@ def test_a_bug_of_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         assert err.splitlines()[-1].startswith("error: a bug in tunesmith, not in what you did (ZeroDivisionError: by ")
 
 
+def test_a_library_warns_on_one_line(
+    monkeypatch: pytest.MonkeyPatch, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def examine() -> dict[str, str]:
+        place = "/somewhere/site-packages/library/module.py"
+        warnings.warn_explicit("that is  old\nand slow", FutureWarning, place, 1)
+        return {"device": "cpu"}
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert command("doctor", "--json") == (0, '{"device": "cpu"}\n', "warning: library: that is old and slow\n")
+
+
 def test_a_fault_of_the_user_has_its_traceback_on_request(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -428,6 +482,9 @@ def test_a_stopped_run_prints_the_command_that_goes_on(
     assert found is not None and not (tmp_path / "run" / "README.md").exists()
     code, out, err = command(*shlex.split(found[1])[1:], "--json")
     assert code == 0 and json.loads(out)["steps"] == 5
+    _, _, whole = command("train", *words, "train.max_steps=5", "--json", "--overwrite")
+    losses = [re.findall(r"^epoch \S+  loss (\S+)", said, re.M) for said in (err, whole)]
+    assert losses[0] == losses[1] and len(losses[0]) == 1, "the loss is that of all steps, not of those since"
 
 
 def test_an_unfinished_run_is_not_asked(command: Command, words: list[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -198,6 +199,19 @@ def test_the_command_line_beats_the_file_and_the_file_the_defaults(read: Any) ->
 def test_another_technique_leaves_no_key_of_the_first_behind(word: str, read: Any) -> None:
     text = f"{HEAD}technique: {{name: lora, r: 4}}\n"
     assert read(text, word).dump()["technique"] == {"name": "full", "layer_lr_decay": 1.0}
+
+
+@pytest.mark.parametrize("words", list(itertools.permutations(("lora_r=4", "technique={0}", "lora_dropout=0.1"))))
+def test_a_key_of_another_technique_is_refused_in_any_order(words: tuple[str, ...], read: Any) -> None:
+    found = read(HEAD, *(word.format("lora") for word in words)).technique
+    assert (found.r, found.dropout) == (4, 0.1)
+    said = _refusal(read, HEAD, *(word.format("full") for word in words))
+    assert "command line: lora_r: unknown key; it is one of lora, not of full: technique=lora, or leave it out" in said
+
+
+def test_a_size_per_device_may_be_two_words(read: Any) -> None:
+    words = ("gradient_accumulation_steps=2", "per_device_train_batch_size=4")
+    assert read(HEAD, *words).train.batch_size == 8 == read(HEAD, *words[::-1]).train.batch_size
 
 
 def test_null_on_the_command_line_takes_a_key_back(read: Any) -> None:

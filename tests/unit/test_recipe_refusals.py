@@ -56,6 +56,11 @@ def test_what_is_no_rate_is_refused(text: str, refuse: Callable[[str], str]) -> 
         ("output: ''\n", "3: output: must be a text, not ''"),
         ("train: {optimzer: sgd}\n", "3: train.optimzer: unknown key; did you mean 'optimizer'?"),
         ("technique: {name: lora, rnk: 4}\n", "3: technique.rnk: unknown key; did you mean 'r'?"),
+        (
+            "technique: {name: bitfit, r: 4}\n",
+            "3: technique.r: unknown key; it is one of lora, not of bitfit: technique=lora",
+        ),
+        ("technique: {name: bitfit, x: 4}\n", "3: technique.x: unknown key; bitfit has no keys: leave it out"),
         ("lr: fast\n", "3: lr: must be a number, not 'fast'"),
         ("train:\n\n  lr: fast\n", "5: train.lr: must be a number, not 'fast'"),
         ("num_train_epochs: no\n", "3: num_train_epochs: must be a number, not 'no'"),

@@ -10,7 +10,7 @@ import pytest
 
 from tunesmith import recipe_text
 from tunesmith.errors import RecipeError
-from tunesmith.recipe_text import read_file, read_mapping, read_word, to_yaml
+from tunesmith.recipe_text import read_file, read_mapping, read_words, to_yaml
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def read(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
     ),
 )
 def test_numbers_are_numbers(text: str, value: float, read: Any) -> None:
-    for values in (read(f"train: {{rate: {text}}}\n"), read_word(f"train.rate={text}")[0]):
+    for values in (read(f"train: {{rate: {text}}}\n"), read_words([f"train.rate={text}"])[0]):
         assert values == {"train": {"rate": value}} and type(values["train"]["rate"]) in (int, float)
 
 
@@ -107,6 +107,45 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             read_file(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    (
+        ("a.csv", "text,label\ngood,1\n", "1: a recipe is a list of `key: value` lines; data.train={}"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b"}\n', "not valid YAML: .*; data.train={}"),
+        ("a.json", '[{"text": "a"}]', "1: a recipe is a list of `key: value` lines; data.train={}"),
+        ("a.parquet", b"PAR1\x15\xff", "cannot read the recipe: not UTF-8; data.train={}"),
+        ("a.tsv", "a\t1\n" * 2**19, "a recipe is at most 1 MiB; data.train={}"),
+        ("folder", None, "cannot read the recipe: Is a directory; data.train={} if it holds data, --resume {} if it"),
+        ("a.yaml", "just words", "1: a recipe is a list of `key: value` lines; `tunesmith init TASK`"),
+    ),
+)
+def test_data_given_as_a_recipe(name: str, text: str | bytes | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(RecipeError, match=said.replace("{}", str(path))):
+        read_file(path)
+
+
+WORDS = ("technique=lora", "technique.r=4", "train.epochs=2", "train={seed: 1}", "stages.2.technique.r=8")
+
+
+@pytest.mark.parametrize("words", (WORDS, WORDS[::-1], WORDS[2:] + WORDS[:2]))
+def test_the_order_of_words_is_no_matter(words: tuple[str, ...]) -> None:
+    tree, where = read_words(words)
+    technique, train = {"name": "lora", "r": 4}, {"epochs": 2, "seed": 1}
+    assert tree == {"technique": technique, "train": train, "stages": {"2": {"technique": {"r": 8}}}}
+    assert where(("technique", "r")) == "command line: technique.r"
+
+
+def test_of_two_words_for_one_key_the_later_holds() -> None:
+    assert read_words(["a.b=1", "a.b=2"])[0] == {"a": {"b": 2}} == read_words(["a={b: 1}", "a={b: 2}"])[0]
+    with pytest.raises(RecipeError, match=r"command line: a.b: a is '3', which has no keys; keep one of the two"):
+        read_words(["a.b=1", "a=3"])
+
+
 def test_a_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(b"\xef\xbb\xbftask: some\r\nmodel: tiny\r\n")
     assert read_file(tmp_path / "recipe.yaml")[0] == {"task": "some", "model": "tiny"}
@@ -115,7 +154,7 @@ def test_a_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
 def test_each_key_has_its_place(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("model: tiny\ntrain:\n  <<: {seed: 3}\n\n  epochs: 2\n", encoding="utf-8")
-    places = [read_file(path)[1], read_mapping({"train": {"epochs": 2}})[1], read_word("train.epochs=2")[1]]
+    places = [read_file(path)[1], read_mapping({"train": {"epochs": 2}})[1], read_words(["train.epochs=2"])[1]]
     key = ("train", "epochs")
     written = [place(key).removesuffix(": train.epochs") for place in places]
     assert written == [f"{path}:5", "recipe", "command line"]

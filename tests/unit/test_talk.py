@@ -73,6 +73,10 @@ def test_in_a_file_there_is_a_line_now_and_then(
         "step 104 of 6000  loss 0.5  36 h 51 min left",
         "step 106 of 6000  loss 0.5  62 h 46 min left",
     ]
+    now = iter((0.0, 40.0))
+    with Talk().progress(100, of="scoring test", unit="example") as show:
+        show(50, "scoring test")
+    assert capsys.readouterr().out == "example 50 of 100  scoring test  40 s left\n"
 
 
 def test_in_a_file_the_line_can_be_unwanted(
@@ -95,6 +99,11 @@ def test_what_takes_long_is_said_once_it_does(
         while not said:
             said = capsys.readouterr().out
     assert said == "reading much\n"
+    monkeypatch.setattr(talk, "SILENCE_S", 0.01)
+    with Talk().during("reading more"):
+        while "so far" not in said:
+            said += capsys.readouterr().out
+    assert "reading more\nreading more: 0 s so far\n" in said
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,9 @@ def write(folder: Path) -> None:
     parts = [
         "---\n" + to_yaml(_head(recipe, run, adapter, adapter and _peft_loads(folder))) + "---\n",
         f"# {folder.resolve().name}\n",
-        f"`{recipe.model}` adapted to {recipe.task.name} by `{recipe.technique.name}` with tunesmith.\n",
+        f"`{recipe.model}` adapted to {recipe.task.name} by `{run['technique']}` with tunesmith.\n",
         "## Scores\n",
-        _scores(run["metrics"]),
+        _scores(run["metrics"]) if "merged" not in run else f"None yet: `tunesmith evaluate {folder}`.\n",
         *_samples(run.get("samples") or []),
         "## Load it\n",
         "With tunesmith:\n",
@@ -59,7 +59,7 @@ def write(folder: Path) -> None:
         f'print(model.predict(["{EXAMPLES.get(recipe.task.model_class, "...")}"]))\n```\n',
         _without_us(folder, auto_class(run["model"]["family"], recipe.task.model_class), run["model"], adapter),
         "## How it was made\n",
-        _made(run),
+        _merged(run["merged"]) if "merged" in run else _made(run),
         "```yaml\n" + to_yaml(recipe.dump()) + "```\n",
     ]
     atomic_write(folder / "README.md", "\n".join(parts))
@@ -73,7 +73,7 @@ def _head(recipe: Recipe, run: dict[str, Any], adapter: bool, peft: bool) -> dic
     if base["kind"] == "hub":
         head |= {"base_model": _hub_name(base["spec"]), "base_model_relation": "adapter" if adapter else "finetune"}
     head |= _license(base["license"] or base["package_license"])
-    head["tags"] = ["tunesmith", recipe.technique.name]
+    head["tags"] = ["tunesmith", run["technique"]]
     split = next((name for name in ("test", "validation") if name in run["metrics"]), None)
     if split is not None:
         scores = run["metrics"][split].items()
@@ -194,6 +194,15 @@ def _room_for_tokens(folder: Path) -> str:
 def _quoted(text: object) -> str:
     """As Python reads it."""
     return json.dumps(str(text), ensure_ascii=False)
+
+
+def _merged(how: dict[str, Any]) -> str:
+    """What a merged model is the sum of."""
+    parts = "".join(f"- {weight:g} x `{run}`\n" for run, weight in zip(how["runs"], how["weights"], strict=True))
+    kept = "" if how["method"] == "linear" else f", {how['density']:.0%} of its entries kept, seed {how['seed']}"
+    return (
+        f"Sum ({how['method']}{kept}) of what these runs have added to the base:\n\n{parts}\nThe recipe of the first:\n"
+    )
 
 
 def _made(run: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith import recipe as recipes
-from tunesmith.deploy import artefact, predict
+from tunesmith.deploy import artefact, card, predict
 from tunesmith.errors import RecipeError, UserError
 from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
@@ -48,6 +48,7 @@ def merge(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a run folder whose `model/` is the merged one; it can be evaluated, asked, and trained on like any other.
+    Of a run alone, what it has learned is merged into its base.
 
     `weights` default to equal shares that add up to 1; `density` is p of the formula.
 
@@ -87,8 +88,9 @@ def merge(
             added = combine(changed[name], shares, method, kept, generator)
         parameter.copy_(start[name] + added)
     how = {"runs": [str(folder) for folder in folders], "weights": shares, "method": method, "density": kept}
-    data = json.loads((folders[0] / "run.json").read_text(encoding="utf-8"))["data"]
-    _write(Path(output), base, first, how | {"seed": seed}, data, overwrite)
+    about = json.loads((folders[0] / "run.json").read_text(encoding="utf-8"))
+    about = {key: about[key] for key in ("model", "data")} | {"merged": how | {"seed": seed}}
+    _write(Path(output), base, first, about, overwrite)
     return {"run": str(output), **how}
 
 
@@ -170,13 +172,12 @@ def _base(first: predict.Tuned, source: sources.Source) -> tuple[nn.Module, Any]
     return model, anatomy
 
 
-def _write(
-    output: Path, model: nn.Module, first: predict.Tuned, how: dict[str, Any], data: dict[str, Any], overwrite: bool
-) -> None:
+def _write(output: Path, model: nn.Module, first: predict.Tuned, about: dict[str, Any], overwrite: bool) -> None:
     with RunLock(output):
         claim(output, resume=False, overwrite=overwrite)
         clear(output)
         artefact.save(output / "model", model, first.processor)
         files.atomic_write(output / "recipe.yaml", recipes.to_yaml(first.recipe.dump() | {"output": str(output)}))
-        about = {"outcome": "done", "merged": how, "data": data}
-        files.atomic_write(output / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        done = {"outcome": "done", "run": str(output), "task": first.task.name, "technique": "merge", "metrics": {}}
+        files.atomic_write(output / "run.json", json.dumps(done | about, indent=1, ensure_ascii=False) + "\n")
+        card.write(output)

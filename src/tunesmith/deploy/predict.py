@@ -17,11 +17,10 @@ from torch import nn
 
 from tunesmith.data.batches import collate
 from tunesmith.data.encoded import encode
-from tunesmith.data.formats import Row, read_lines, read_table
+from tunesmith.data.formats import Row
 from tunesmith.data.formats.columns import ANSWERS
-from tunesmith.data.formats.parallel import language_of
 from tunesmith.deploy import artefact, origin
-from tunesmith.errors import CheckpointError, DataError, RecipeError, UserError, shorten
+from tunesmith.errors import CheckpointError, RecipeError, UserError, shorten
 from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
 from tunesmith.models.anatomy import Anatomy
@@ -43,6 +42,9 @@ class Tuned:
     anatomy: Anatomy
     recipe: Recipe
     machine: Machine
+
+    def __repr__(self) -> str:
+        return f"<{self.task.name} by {self.recipe.technique.name}, run {self.recipe.output}>"
 
     @property
     def task(self) -> Task:
@@ -120,7 +122,8 @@ def load(
     """
     folder, found = Path(run), machine.find(device, named="--device")
     if not (folder / "recipe.yaml").exists():
-        raise RecipeError("no run in this folder", where=str(folder), hint="`tunesmith train` makes one")
+        hint = sources.runs_in(folder) or "`tunesmith train` makes one"
+        raise RecipeError("no run in this folder", where=str(folder), hint=hint)
     recipe = load_recipe(folder / "recipe.yaml")
     if to_merge:
         assert isinstance(recipe.technique, Technique)
@@ -186,26 +189,6 @@ def _reading(file: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or shorten(str(error), 120)[1:-1]
         again = f"`{command('train', '--resume', file.parents[1])}` writes it anew"
         raise CheckpointError(f"cannot be read ({reason})", where=str(file), hint=again) from error
-
-
-def read_inputs(file: Path, task: Task, columns: dict[str, str | int] | None) -> list[Row]:
-    """The rows of a table, or the lines of a plain text: a `.txt`, or what is named after a language (`test.en`), is a
-    table only if it names its columns.
-
-    Raises:
-        DataError: not a file we can read.
-    """
-    roles = {role: names for role, names in task.usual_names().items() if role not in ANSWERS}
-    chosen = {role: column for role, column in (columns or {}).items() if role not in ANSWERS} or None
-    plain = file.suffix == ".txt" or language_of(file) is not None
-    try:
-        table = read_table(file, roles, required=task.required - ANSWERS, columns=chosen)
-        if not plain or chosen or any(isinstance(column, str) for column in table.columns.values()):
-            return list(table)
-    except DataError:
-        if not plain:
-            raise
-    return read_lines(file, next(iter(roles)))
 
 
 def predict(run: str | Path, inputs: Iterable[str | Mapping[str, object]], **options: Any) -> list[dict[str, Any]]:

@@ -24,14 +24,24 @@ class Several:
 
     runs: Mapping[str, Tuned]
 
+    def __repr__(self) -> str:
+        return f"<{len(self.runs)} runs over one base: {', '.join(self.runs)}>"
+
     def predict(
-        self, inputs: str | Mapping[str, object] | Iterable[str | Mapping[str, object]], adapter: str | Sequence[str]
+        self,
+        inputs: str | Mapping[str, object] | Iterable[str | Mapping[str, object]],
+        adapter: str | Sequence[str] | None = None,
     ) -> list[dict[str, Any]]:
-        """One answer for each input, by the one run named, or by one run for each input.
+        """One answer for each input, by the one run named, or by one run for each input; where there is but one run, it
+        need not be named.
 
         Raises:
             UserError: no such run, or not as many runs as inputs.
         """
+        if adapter is None:
+            if len(self.runs) > 1:
+                raise UserError("which run is to answer?", hint=f"name it after the inputs: {', '.join(self.runs)}")
+            (adapter,) = self.runs
         given = [inputs] if isinstance(inputs, str | Mapping) else list(inputs)
         names = [adapter] * len(given) if isinstance(adapter, str) else list(adapter)
         if len(names) != len(given):

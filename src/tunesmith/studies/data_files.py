@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith import recipe as recipes
 from tunesmith import registry
@@ -19,7 +19,8 @@ from tunesmith.data.formats.raw import BadRow, RawRow, Rows
 from tunesmith.data.formats.recognise import format_of
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import sources
-from tunesmith.recipe import Data, Recipe
+from tunesmith.recipe import Data, Recipe, Stages
+from tunesmith.record import STAGES
 from tunesmith.tasks import Task
 from tunesmith.training import examples
 
@@ -62,19 +63,60 @@ class File:
         return about | ({"drawn": self.drawn} if self.drawn else {})
 
 
-def asked(target: str | None, overrides: Sequence[str], model: str | None) -> tuple[Recipe, bool, str | None]:
-    """The recipe that is meant, whether its task is a guess, and the model, if one is named.
+class Asked(NamedTuple):
+    """What is to be looked at: the recipe that is meant, whether its task is a guess, and the model, if one is named;
+    `note` says what else there is.
+    """
+
+    recipe: Recipe
+    guess: bool
+    model: str | None
+    note: str = ""
+
+
+def asked(target: str | None, overrides: Sequence[str], model: str | None, stage: int | None = None) -> Asked:
+    """What is meant by data, a recipe or a run, and words of the command line; of stages the last, or `stage` from 1.
 
     Raises:
-        RecipeError: a recipe that cannot be meant.
+        RecipeError: a recipe that cannot be meant, or no such stage.
     """
+    kept = (Path(target or "") / name for name in (STAGES, "recipe.yaml"))
+    target = next((str(path) for path in kept if target and path.exists()), target)
     if target is None or target.lower().endswith((".yaml", ".yml")):
+        if (stages := recipes.load_stages(target, overrides)) is not None:
+            found = _of_stages(stages, stage)
+            return found if model is None else found._replace(model=model)
+        _refuse_stage(stage)
         recipe = recipes.load(target, overrides)
-        return recipe, False, model or recipe.model
+        return Asked(recipe, False, model or recipe.model)
+    _refuse_stage(stage)
     given = {"task": "text-classification", "model": "none", "data": {"train": target, "validation": None}}
     recipe = recipes.load(None, overrides, given)
     guess = not any(word.startswith(("task=", "task.")) for word in overrides)
-    return recipe, guess, model or (recipe.model if recipe.model != "none" else None)
+    return Asked(recipe, guess, model or (recipe.model if recipe.model != "none" else None))
+
+
+def _refuse_stage(stage: int | None) -> None:
+    if stage is not None:
+        raise RecipeError("--stage: there are no stages here", hint="leave it out")
+
+
+def _of_stages(stages: Stages, stage: int | None) -> Asked:
+    """One of them; its model is the run before it if that is there already, else what that begins with."""
+    count = len(stages.recipes)
+    number = stage or count
+    if number > count:
+        raise RecipeError(f"--stage: there is no stage {number}", hint=f"1 to {count}")
+    chosen = base = number - 1
+    while base and stages.recipes[base].model == stages.recipes[base - 1].output and not _is_there(stages, base):
+        base -= 1
+    recipe = stages.recipes[chosen]
+    note = f"stage {number} of {count}, {recipe.task.name}, is looked at; --stage N names another"
+    return Asked(recipe, False, stages.recipes[base].model, note if count > 1 else "")
+
+
+def _is_there(stages: Stages, number: int) -> bool:
+    return (Path(stages.recipes[number].model) / "run.json").exists()
 
 
 def source_of(spec: str, *, offline: bool) -> sources.Source:

@@ -67,6 +67,7 @@ def show(
     rows: int = 5,
     row: int | None = None,
     augmented: bool = False,
+    stage: int | None = None,
     offline: bool = False,
 ) -> list[Shown]:
     """The first `rows` of a split, or the one numbered `row` (from 1), as they are encoded for a run.
@@ -77,7 +78,7 @@ def show(
         RecipeError: no model is named, or there is no such split or row.
         DataError: the data cannot be read.
     """
-    recipe, guess, spec = asked(target, overrides, model)
+    recipe, guess, spec, _ = asked(target, overrides, model, stage)
     if spec is None:
         raise RecipeError("a model is needed: its tokenizer says what it sees", hint="--model NAME, or name a recipe")
     assert isinstance(recipe.task, Task) and isinstance(recipe.technique, Technique)

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from tunesmith.data.encoded import Encoded
 from tunesmith.deploy import predict
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.studies import probe
+from tunesmith.talk import Talk
 from tunesmith.training import evaluate as evaluation
 from tunesmith.training import examples
 
@@ -25,6 +28,7 @@ def evaluate(
     device: str = "auto",
     offline: bool = False,
     allow_pickle: bool = False,
+    talk: Talk | None = None,
 ) -> dict[str, Any]:
     """The scores of a run on one of its splits, or on another file (`notes`: what was left out of that).
 
@@ -35,34 +39,48 @@ def evaluate(
     Raises:
         DataError: the run has no such split, or the file cannot be read.
     """
+    talk, read = talk or Talk(), f"reading and encoding {data or split}"
     tuned = predict.load(run, device=device, offline=offline, allow_pickle=allow_pickle)
-    chosen, notes = (
-        (_split(tuned, Path(run), split), []) if data is None else examples.read_other(data, tuned.task, tuned.data)
-    )
-    encoded = _encode(tuned, chosen)
+    with talk.during(read):
+        chosen, notes = (
+            (_split(tuned, Path(run), split), []) if data is None else examples.read_other(data, tuned.task, tuned.data)
+        )
+        encoded = _encode(tuned, chosen)
     about = {"run": str(run), "split": str(data or split), "base": base, "examples": len(encoded), "notes": notes}
     try:
-        train = _encode(tuned, _split(tuned, Path(run), "train"))
-        about["baseline"] = evaluation.baseline(tuned.task, train, encoded)
+        with talk.during("reading the training labels"):
+            train = _encode(tuned, _split(tuned, Path(run), "train"))
+            about["baseline"] = evaluation.baseline(tuned.task, train, encoded)
     except DataError as error:  # a run is scored where its training data is gone, but no probe is fitted
         if base:
             raise
         notes.append(f"no guess beside the score, for want of the training labels ({error})")
-    own = evaluation.scores(tuned.model, tuned.task, encoded, tuned.machine, write=True)
+    own = _scores(tuned.model, tuned, encoded, talk, f"scoring {data or split}")
     if base:
         source = sources.resolve(tuned.recipe.model, offline=offline, allow_pickle=allow_pickle)
-        scored = _as_it_came(tuned, source, encoded, notes) if tuned.task.base_has_head else None
+        scored = _as_it_came(tuned, source, encoded, notes, talk) if tuned.task.base_has_head else None
         about |= {"probe": scored is None, "run_metrics": own}
-        return about | {"metrics": scored or probe.scores(tuned, source, train, encoded)}
+        with talk.during("fitting a linear probe on the untouched base"):
+            return about | {"metrics": scored or probe.scores(tuned, source, train, encoded)}
     return about | {"metrics": own}
 
 
-def _as_it_came(tuned: predict.Tuned, source: sources.Source, encoded: Encoded, notes: list[str]) -> dict[str, Any]:
+def _scores(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, talk: Talk, what: str) -> dict[str, Any]:
+    total = len(encoded) + tuned.task.rows_written(encoded)
+    with talk.progress(total, of=what, unit="example") as show:
+        return evaluation.scores(
+            model, tuned.task, encoded, tuned.machine, write=True, show=lambda done: show(done, what)
+        )
+
+
+def _as_it_came(
+    tuned: predict.Tuned, source: sources.Source, encoded: Encoded, notes: list[str], talk: Talk
+) -> dict[str, Any]:
     """The scores of the base at a task that it can do, if its head is in the checkpoint."""
     model, anatomy = predict.base_of(tuned, source)
     if anatomy.new:
         notes.append("the base has no head for this task: what it scores is what a random one does")
-    return evaluation.scores(model, tuned.task, encoded, tuned.machine, write=True)
+    return _scores(model, tuned, encoded, talk, "scoring the untouched base")
 
 
 def _split(tuned: predict.Tuned, run: Path, split: str) -> examples.Split:

@@ -82,7 +82,7 @@ def train(
                 raise
         result = results[-1] | {"stages": results}
         if wanted.gain is not None:
-            result["gain"] = _gain(wanted, wanted.gain.seeds, options)
+            result["gain"] = _gain(wanted, wanted.gain.seeds, results[-1], options)
             _say_gain(result["gain"], talk)
         elif len(results) > 1:
             talk.say("whether the earlier stages helped the last: gain.seeds=3 runs it without them, to compare")
@@ -130,17 +130,23 @@ def _run(recipe: Recipe, override: Collection[str], options: dict[str, Any]) -> 
     return run.train(recipe, resume=folder if begun else None, override=override if begun else (), **options)
 
 
-def _gain(wanted: Stages, seeds: int, options: dict[str, Any]) -> dict[str, Any]:
-    """The last stage's scores with the others before it and without, seed by seed."""
-    last, base = wanted.recipes[-1], wanted.recipes[0].model
+def _gain(wanted: Stages, seeds: int, result: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The last stage's scores with the others before it (`result` is its own) and without, seed by seed."""
+    last, base, talk = wanted.recipes[-1], wanted.recipes[0].model, options["talk"]
     with_, without = [], []
     drawn = list(range(last.train.seed, last.train.seed + seeds))
+    talk.say(f"gain: {last.task.name} by {seeds} seeds, with the earlier stages and without")
     for seed in drawn:
         train = last.train.model_copy(update={"seed": seed})
-        own = last.output if seed == last.train.seed else f"{last.output}-seed-{seed}"
-        bare = f"{wanted.output}/without-seed-{seed}"
-        with_.append(_run(last.model_copy(update={"train": train, "output": own}), (), options))
-        without.append(_run(last.model_copy(update={"train": train, "output": bare, "model": base}), (), options))
+        again = last.model_copy(update={"train": train, "output": f"{last.output}-seed-{seed}"})
+        bare = again.model_copy(update={"output": f"{wanted.output}/without-seed-{seed}", "model": base})
+        if seed == last.train.seed:
+            with_.append(result)
+        else:
+            talk.say(f"gain, seed {seed} with the earlier stages")
+            with_.append(_run(again, (), options))
+        talk.say(f"gain, seed {seed} without")
+        without.append(_run(bare, (), options))
     metric = recipes.load(Path(last.output) / "recipe.yaml").train.metric
     assert metric is not None, "a run resolves it"
     split = "test" if "test" in with_[0]["metrics"] else "validation"

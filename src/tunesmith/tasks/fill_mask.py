@@ -125,12 +125,14 @@ class FillMask(Task):
 
     def _asked(self, row: Row, processor: Any, data: Data) -> dict[str, Any]:
         text = str(row.values["text"]).replace(MASK, processor.mask_token)
-        ids = processor(text, truncation=True, max_length=data.max_length)["input_ids"]
+        coded = processor(text, truncation=True, max_length=data.max_length)
+        ids = coded["input_ids"]
         masked = [place for place, token in enumerate(ids) if token == processor.mask_token_id]
         if not masked:
             beyond = f" within the first {data.max_length} tokens" if processor.mask_token in text else ""
             raise DataError(f"text: no {MASK}{beyond}", where=row.place, hint=f"write {MASK} where a word is missing")
-        return {"input_ids": ids, "masked": masked}
+        cut = any(one.overflowing for one in coded.encodings or ())
+        return {"input_ids": ids, "masked": masked, "cut": int(cut)}
 
     def notes(self, encoded: Encoded, processor: Any) -> list[str]:
         """Unknown tokens above 5 %."""

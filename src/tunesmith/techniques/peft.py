@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, get_type_hints
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from tunesmith.errors import CheckpointError, RecipeError, did_you_mean
+from tunesmith.errors import CheckpointError, RecipeError, did_you_mean, shorten
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.techniques import (
     PEFT_PREFIX,
@@ -29,6 +30,21 @@ from tunesmith.techniques import (
 
 LEARNING_RATE = 2e-3
 """LoRA's, for want of a measurement of each method: tune it."""
+
+REFUSALS = (ValueError, TypeError, AttributeError, LookupError, AssertionError, NotImplementedError)
+"""What PEFT raises where it cannot."""
+
+NOT_ALONE = {
+    "POLY": "each text must name the task that it is of",
+    "XLORA": "it mixes adapters that are trained already",
+}
+"""What asks for more than a model and its data."""
+
+REMARKS = (
+    "Unsupported layer type",  # of norms, where PEFT tunes nothing else
+    "Failed to load the CUDA extension",  # of BOFT, which works without it
+    "Setting boft_n_butterfly_factor to 1",  # where it is 1 anyway
+)
 
 
 class Peft(Technique):
@@ -54,32 +70,58 @@ class Peft(Technique):
             if any(f".{path}".endswith(f".{name}") for path in whole):
                 raise RecipeError(f"{name} learns whole anyway", where="technique.config.target_modules")
         try:
-            with warnings.catch_warnings():  # of norms, which PEFT calls unsupported where it tunes nothing else
-                warnings.filterwarnings("ignore", message="Unsupported layer type")
+            with _without_remarks(config):
                 library.inject_adapter_in_model(config, model)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            what = f"PEFT refuses this {anatomy.family} model ({' '.join(str(error).split())})"
-            raise RecipeError(what, where="technique", hint="see PEFT's documentation of this method") from error
+        except REFUSALS as error:
+            what = f"PEFT's {self.type.upper()} refuses this {anatomy.family} model: {_said(error)}"
+            hint = "change technique.config, or take another type or technique=lora"
+            raise RecipeError(what, where="technique.config" if self.config else "technique.type", hint=hint) from error
         theirs = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         learn_only(model, theirs | anatomy.learns_always)
 
     def _config(self, library: Any, model: nn.Module, anatomy: Anatomy) -> Any:
-        known = {str(kind.value): found for kind, found in library.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-        tuned = {kind: found for kind, found in known.items() if kind in library.mapping.PEFT_TYPE_TO_TUNER_MAPPING}
         kind = self.type.upper()
-        if kind not in tuned or issubclass(tuned[kind], library.PromptLearningConfig):
-            hint = "use technique=prompt or prefix" if kind in known else did_you_mean(kind, sorted(tuned))
-            raise RecipeError(
-                f"PEFT has no {self.type} that adapts a model in place", where="technique.type", hint=hint
-            )
-        keys = dict(self.config)
-        if "target_modules" in tuned[kind].__dataclass_fields__ and "target_modules" not in keys:
+        made_by = self._made_by(library, kind)
+        types = get_type_hints(made_by)
+        keys = {name: self._value(name, value, types, kind) for name, value in self.config.items()}
+        if "target_modules" in types and "target_modules" not in keys:
             norms = list(anatomy.roles.get("norm", ())) if kind == "LN_TUNING" else []
             keys["target_modules"] = norms or list(anatomy.targets(["query", "value"]))
         try:
-            return tuned[kind](**{"task_type": peft_task_type(model)} | keys)
-        except (TypeError, ValueError) as error:
-            raise RecipeError(str(error), where="technique.config", hint=f"it takes PEFT's fields of {kind}") from error
+            return made_by(**{"task_type": peft_task_type(model)} | keys)
+        except REFUSALS as error:
+            hint = f"change technique.config, which takes PEFT's fields of {kind}"
+            raise RecipeError(f"PEFT refuses it: {_said(error)}", where="technique.config", hint=hint) from error
+
+    def _made_by(self, library: Any, kind: str) -> Any:
+        """PEFT's class of configs of that kind, if its modules can be put into a model in place."""
+        classes = {str(kind.value): found for kind, found in library.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        tuners = {str(kind.value): found for kind, found in library.mapping.PEFT_TYPE_TO_TUNER_MAPPING.items()}
+        tuners = {name: tuner for name, tuner in tuners.items() if issubclass(tuner, library.tuners.BaseTuner)}
+        in_place = {name for name, tuner in tuners.items() if not tuner.uses_shared_state} - NOT_ALONE.keys()
+        if kind in in_place:
+            return classes[kind]
+        what, hint = f"PEFT has no {self.type}", did_you_mean(kind, in_place)
+        if kind in classes:
+            shared = "its modules share a state, which PEFT keeps in a wrapper around the model"
+            why = NOT_ALONE.get(kind) or (shared if kind in tuners else "it works on a model's inputs")
+            what = f"PEFT's {self.type} cannot be put into a model in place: {why}"
+            hint = (
+                "another type, such as LOHA, or technique=lora" if kind in tuners else "use technique=prompt or prefix"
+            )
+        raise RecipeError(what, where="technique.type", hint=hint)
+
+    @staticmethod
+    def _value(name: str, value: Any, types: dict[str, Any], kind: str) -> Any:
+        """The value of a field as PEFT's own types have it."""
+        where = f"technique.config.{name}"
+        if name not in types:
+            raise RecipeError(f"PEFT's {kind} has no such field", where=where, hint=did_you_mean(name, types))
+        try:
+            return TypeAdapter(types[name]).validate_python(value)
+        except ValidationError as error:
+            wanted = (one["msg"].removeprefix("Input should be ").partition(",")[0] for one in error.errors())
+            raise RecipeError(f"must be {' or '.join(wanted)}, not {shorten(value)}", where=where) from None
 
     def merge(self, model: nn.Module) -> None:
         """Let PEFT fold what it put in, and take its modules out."""
@@ -122,6 +164,19 @@ class Peft(Technique):
             raise CheckpointError("the adapter does not fit this model", hint="load it over its own base")
         for name, value in beside.items():
             own[name].data.copy_(value)
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+@contextmanager
+def _without_remarks(config: Any) -> Iterator[None]:
+    """Without PEFT's warnings of what changes nothing."""
+    with warnings.catch_warnings():
+        for remark in REMARKS if getattr(config, "boft_n_butterfly_factor", 1) == 1 else REMARKS[:-1]:
+            warnings.filterwarnings("ignore", message=remark)
+        yield
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

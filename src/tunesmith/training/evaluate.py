@@ -25,6 +25,14 @@ T = TypeVar("T")
 Asked = Iterator[tuple[NDArray[np.int64], T, Batch]]
 """(indices, what the model gave, batch)."""
 
+Show = Callable[[int], None]
+"""Is told, batch by batch, how many examples have been asked."""
+
+
+def unseen(done: int) -> None:
+    """For who does not watch."""
+
+
 WRITTEN = "generated_text"
 """What a text is called among answers, as in transformers' pipelines."""
 
@@ -88,25 +96,35 @@ def _ask(
         yield from _ask(ask, task, encoded, machine, half)
 
 
+def _counted(asked: Asked[T], show: Show, done: int = 0) -> Asked[T]:
+    for one in asked:
+        yield one
+        done += len(one[0])
+        show(done)
+
+
 def _drawn(task: Task, encoded: Encoded, rows: NDArray[np.int64]) -> Batch:
     return task.draw(collate(encoded, rows), rows)
 
 
-def scores(model: nn.Module, task: Task, encoded: Encoded, machine: Machine, *, write: bool = False) -> dict[str, Any]:
+def scores(
+    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, *, write: bool = False, show: Show = unseen
+) -> dict[str, Any]:
     """The task's scores; with `write` those of texts too, where the task has the model write some."""
-    return scored(model, task, encoded, machine, write=write)[0]
+    return scored(model, task, encoded, machine, write=write, show=show)[0]
 
 
 def scored(
-    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, *, write: bool = True
+    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, *, write: bool = True, show: Show = unseen
 ) -> tuple[dict[str, Any], dict[int, str]]:
-    """The scores, and row -> the text that was written for it."""
+    """The scores, and row -> the text that was written for it; `show` counts what is read, then what is written."""
     metrics, said = task.metrics(), dict[int, str]()
-    for _, output, batch in outputs(model, task, encoded, machine):
+    for _, output, batch in _counted(outputs(model, task, encoded, machine), show):
         metrics.update(output, batch)
     if write and (count := task.rows_written(encoded)):
         assert isinstance(metrics, TextMetrics), "what writes is scored by its texts"
-        for indices, written, batch in texts(model, task, encoded, machine, spread(len(encoded), count)):
+        writing = texts(model, task, encoded, machine, spread(len(encoded), count))
+        for indices, written, batch in _counted(writing, show, len(encoded)):
             metrics.update_texts(written, batch)
             said |= zip(indices.tolist(), written, strict=True)
     return metrics.compute(), said
@@ -150,14 +168,16 @@ def _chunks(task: Task, encoded: Encoded, width: int) -> Iterator[Batch]:
         start += batch.size
 
 
-def answers(model: nn.Module, task: Task, encoded: Encoded, machine: Machine) -> list[dict[str, Any]]:
+def answers(
+    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, show: Show = unseen
+) -> list[dict[str, Any]]:
     """What the model says to each example, in their order."""
     given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]
     if task.text_scores:
-        for indices, written, _ in texts(model, task, encoded, machine):
+        for indices, written, _ in _counted(texts(model, task, encoded, machine), show):
             _place(given, indices, [{WRITTEN: text} for text in written])
         return given
-    for indices, output, batch in outputs(model, task, encoded, machine):
+    for indices, output, batch in _counted(outputs(model, task, encoded, machine), show):
         _place(given, indices, task.answers(output, batch))
     return given
 

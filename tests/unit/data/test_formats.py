@@ -154,15 +154,18 @@ def test_the_splits_of_a_folder(tmp_path: Path) -> None:
 
 def test_a_plain_text_is_a_row_a_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeffSo warm.\r\n\r\n  Café, é.\n".encode())
-    rows = read_lines(tmp_path / "a.txt", "text")
+    first, blank, last = read_lines(tmp_path / "a.txt", "text")
     place = f"{tmp_path}/a.txt"
-    assert rows == [Row(f"{place}:1", {"text": "So warm."}), Row(f"{place}:3", {"text": "Café, é."})]
+    assert (first, last) == (Row(f"{place}:1", {"text": "So warm."}), Row(f"{place}:3", {"text": "Café, é."}))
+    assert isinstance(blank, DataError) and str(blank) == f"{place}:2: text: empty; fill it in"
+    (tmp_path / "a.txt").write_bytes(b"so\ncaf\xe9\n")
+    _, bad = read_lines(tmp_path / "a.txt", "text")
+    assert str(bad) == f"{place}:2: byte 0xe9 is not UTF-8 in 'caf?'; save the file as UTF-8"
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     (
-        (b"so\ncaf\xe9\n", "a.txt:2: byte 0xe9 is not UTF-8 in 'caf?'; save the file as UTF-8"),
         (b"", "a.txt: the file is empty"),
         (b"%PDF-1.7", "a.txt: this is a PDF"),
         (None, "a.txt: no such file; check the path"),

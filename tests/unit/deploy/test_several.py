@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -64,10 +65,23 @@ def test_what_is_frozen_is_held_once(runs: Path, tiny_bert: Path) -> None:
     assert frozen and all(first[name].data_ptr() == second[name].data_ptr() for name in frozen)
 
 
+def test_it_says_in_a_line_what_it_is(runs: Path, tiny_bert: Path) -> None:
+    several = tunesmith.load(tiny_bert, adapters=[runs / "lora", runs / "ia3"])
+    assert repr(several) == "<2 runs over one base: lora, ia3>"
+    assert repr(several.runs["lora"]) == f"<text-classification by lora, run {runs / 'lora'}>"
+
+
+def test_the_only_run_need_not_be_named(runs: Path, tiny_bert: Path) -> None:
+    several = tunesmith.load(tiny_bert, adapters=[runs / "lora"])
+    assert several.predict(TEXTS) == several.predict(TEXTS, "lora")
+
+
 def test_what_several_refuses(runs: Path, tiny_bert: Path, tmp_path: Path) -> None:
     several = tunesmith.load(tiny_bert, adapters=[runs / "lora"])
     with pytest.raises(UserError, match="did you mean 'lora'"):
         several.predict(TEXTS, "lorra")
+    with pytest.raises(UserError, match="which run is to answer\\?; name it after the inputs: lora, ia3"):
+        tunesmith.load(tiny_bert, adapters=[runs / "lora", runs / "ia3"]).predict(TEXTS)
     with pytest.raises(UserError, match="2 adapters for 4 inputs"):
         several.predict(TEXTS, ["lora", "lora"])
     with pytest.raises(UserError, match="whole model"):
@@ -80,6 +94,11 @@ def test_what_several_refuses(runs: Path, tiny_bert: Path, tmp_path: Path) -> No
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(tunesmith.load(folder).model.named_parameters())
+
+
+def test_one_run_is_merged_into_its_base(runs: Path, tmp_path: Path, command: Command) -> None:
+    code, out, _ = command("merge", str(runs / "lora"), "--output", str(tmp_path / "alone"))
+    assert code == 0 and out.startswith(f"merged what {runs / 'lora'} has learned into {tmp_path / 'alone'}; ")
 
 
 @pytest.mark.parametrize("name", ["lora", "full"])
@@ -132,7 +151,15 @@ def test_what_merging_refuses(runs: Path, tmp_path: Path, command: Command) -> N
 def test_the_verb_writes_a_run(runs: Path, tmp_path: Path, command: Command) -> None:
     merged = tmp_path / "merged"
     words = ("merge", str(runs / "lora"), str(runs / "full"), "--method", "ties", "--output", str(merged))
-    assert command(*words)[0] == 0
+    code, out, _ = command(*words)
+    assert code == 0 and out == f'merged 2 runs into {merged}; ask it: tunesmith predict {merged} "..."\n'
+    card = (merged / "README.md").read_text(encoding="utf-8")
+    assert f"- 0.5 x `{runs / 'lora'}`\n- 0.5 x `{runs / 'full'}`\n" in card and "- merge\n" in card
+    assert "Sum (ties, 20% of its entries kept, seed 0)" in card and f"`tunesmith evaluate {merged}`" in card
+    lines = re.findall(r"```python\n(.*?)```", card, re.S)
+    assert len(lines) == 2
+    for code_of_card in lines:
+        exec(code_of_card, {})
     assert command("evaluate", str(merged), "--split", "validation")[0] == 0
     code, out, _ = command("predict", str(merged), "lovely")
     assert code == 0 and out

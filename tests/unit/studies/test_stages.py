@@ -114,7 +114,28 @@ def test_the_gain_is_paired_and_has_its_noise(written: Path, tmp_path: Path, cap
     assert gain["mean"] == pytest.approx(sum(gains) / 2)
     assert gain["standard_error"] == pytest.approx(abs(gains[0] - gains[1]) / 2)
     assert gain["within_noise"] == (abs(gain["mean"]) <= 2 * gain["standard_error"])
-    assert ("within noise" in capsys.readouterr().out) == gain["within_noise"]
+    said = capsys.readouterr().out
+    assert ("within noise" in said) == gain["within_noise"]
+    headings = [line for line in said.splitlines() if line.startswith("gain")]
+    assert headings[:-1] == [
+        "gain: text-classification by 2 seeds, with the earlier stages and without",
+        "gain, seed 0 without",
+        "gain, seed 1 with the earlier stages",
+        "gain, seed 1 without",
+    ]
+    assert " is finished" not in said
+    stages.train(resume=out)
+    said = capsys.readouterr().out
+    assert sorted(line for line in said.splitlines() if line.endswith(" is finished")) == sorted(
+        f"{out / name} is finished"
+        for name in (
+            "1-fill-mask",
+            "2-text-classification",
+            "2-text-classification-seed-1",
+            "without-seed-0",
+            "without-seed-1",
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,6 +186,41 @@ def test_json_is_one_object(written: Path, command: Callable[..., tuple[int, str
     assert code == 0, err
     result = json.loads(out)
     assert len(result["stages"]) == 2 and result["run"] == result["stages"][1]["run"]
+
+
+def test_data_of_a_stage_is_looked_at(written: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    said = {word: command("data", "show", str(written), "-n", "1", *word) for word in ((), ("--stage", "1"))}
+    assert [code for code, _, _ in said.values()] == [0, 0]
+    assert "target: " in said[()][1] and "[MASK]" in said["--stage", "1"][1]
+    code, out, _ = command("data", "check", str(written), "--stage", "1")
+    assert code == 0 and out.startswith("note: stage 1 of 2, fill-mask, is looked at; --stage N names another")
+    code, out, _ = command("data", "check", str(written), "--json")
+    assert code == 0 and json.loads(out)["task"] == "text-classification"
+    for words, why in (
+        ((str(written), "--stage", "3"), "no stage 3; 1 to 2"),
+        (("a.csv", "--stage", "1"), "no stages"),
+    ):
+        code, _, err = command("data", "check", *words)
+        assert code == 2 and f"--stage: there {'is' if '3' in why else 'are'} {why}" in err
+
+
+def test_a_folder_of_runs_names_them(
+    written: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    stages.train(written, "train.max_steps=1", "stages.2.train.max_steps=1", talk=QUIET)
+    out = tmp_path / "out"
+    runs = f"name one of the runs in it: {out / '1-fill-mask'}, {out / '2-text-classification'}\n"
+    for words in (
+        ("predict", str(out), "x"),
+        ("evaluate", str(out)),
+        ("chat", str(out)),
+        ("models", "path", str(out)),
+        ("data", "show", str(tmp_path / "texts.txt"), "task=fill-mask", "--model", str(out)),
+    ):
+        code, _, err = command(*words)
+        assert code == 2 and err.endswith(runs), words
+    code, shown, _ = command("data", "show", str(out), "-n", "1")
+    assert code == 0 and "target: " in shown, "the folder stands for its recipe"
 
 
 def test_a_signal_names_what_goes_on_with_the_whole(

@@ -112,6 +112,13 @@ class Table:
             else:
                 self.skipped[row.reason] += 1
 
+    def every_row(self) -> Iterator[Row | DataError]:
+        """All rows in their order; of one that cannot be read, why."""
+        self._check_unchanged()
+        for raw in self.raw_rows():
+            row = self.judge(raw)
+            yield row if isinstance(row, Row) else _error(self.place_of(row), row, skippable=False)
+
     def judge(self, raw: RawRow | BadRow) -> Row | BadRow:
         """A row as read under its roles, or what is wrong with it."""
         values = raw if isinstance(raw, BadRow) else self._values(raw)
@@ -263,21 +270,22 @@ _OPENERS: dict[Format, Callable[[Path], Opened]] = {
 }
 
 
-def read_lines(path: str | Path, role: str) -> list[Row]:
-    """A plain text: each line that is not blank is a row with one role.
+def read_lines(path: str | Path, role: str) -> list[Row | DataError]:
+    """A plain text: each line is a row with one role; of a blank one, or one that cannot be read, why it is none.
 
     Raises:
         DataError: not a file we can read.
     """
     path = Path(path)
     format_of(path)
-    rows = []
+    rows: list[Row | DataError] = []
     with open_text(path) as file:
         for number, line in enumerate(lines(file), start=1):
-            if (bad := unreadable(line, number)) is not None:
-                raise _error(f"{path}:{bad.line}", bad, skippable=False)
-            if text := line.strip():
-                rows.append(Row(f"{path}:{number}", {role: text}))
+            text = line.strip()
+            bad = unreadable(line, number) or (
+                None if text else BadRow(number, f"{role}: empty", "fill it in", "empty line")
+            )
+            rows.append(Row(f"{path}:{number}", {role: text}) if bad is None else _error(f"{path}:{bad.line}", bad, skippable=False))
     return rows
 
 

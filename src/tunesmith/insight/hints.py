@@ -1,0 +1,39 @@
+"""What would likely help a run, read off its curves: one that was too short to learn says so itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tunesmith.recipe import Train
+from tunesmith.tasks import LOW_IS_GOOD
+
+FEW_STEPS = 100
+"""More steps than these are no sign of data so small that three epochs are next to nothing."""
+
+HARDLY = 0.05
+"""A loss that falls by less than this share, first quarter of the steps to last, has hardly moved."""
+
+LONGER = 3
+
+
+def longer(metrics: Path, train: Train) -> str | None:
+    """Advice to train longer, from `metrics.jsonl` of a run of few steps whose score still rises, or whose loss has
+    hardly moved.
+    """
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if isinstance(line.get("loss"), float)]
+    scores = [line[f"validation/{train.metric}"] for line in lines if f"validation/{train.metric}" in line]
+    if not 1 < len(losses) < FEW_STEPS:
+        return None
+    quarter = max(1, len(losses) // 4)
+    first, last = sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter
+    best = min if train.metric in LOW_IS_GOOD else max
+    if len(scores) > 1 and best(scores) == scores[-1] and scores.count(scores[-1]) == 1:
+        why = f"validation {train.metric} was best at the last evaluation"
+    elif last > (1 - HARDLY) * first:
+        why = f"the loss has hardly moved ({first:.3f} to {last:.3f})"
+    else:
+        return None
+    more = f"train.epochs={LONGER * train.epochs:g}" if train.epochs else f"train.max_steps={LONGER * len(losses)}"
+    return f"in {len(losses)} steps {why}: training longer may help ({more})"

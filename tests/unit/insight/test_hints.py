@@ -1,0 +1,47 @@
+"""A run that was too short says so; one that was not says nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tunesmith.insight import hints
+from tunesmith.recipe import Train
+
+FALLS = [0.7, 0.6, 0.5, 0.4]
+STAYS = [0.7, 0.69, 0.7, 0.69]
+RISES, FELL, LEVEL = [0.5, 0.6], [0.6, 0.5], [0.6, 0.6]
+EPOCHS, STEPS = {"epochs": 3.0, "metric": "accuracy"}, {"max_steps": 4, "metric": "accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("losses", "scores", "train", "said"),
+    (
+        (FALLS, RISES, EPOCHS, "in 4 steps validation accuracy was best at the last evaluation: training longer may h"),
+        (FALLS, RISES, STEPS, "(train.max_steps=12)"),
+        (
+            STAYS,
+            FELL,
+            EPOCHS,
+            "in 4 steps the loss has hardly moved (0.700 to 0.690): training longer may help (train.ep",
+        ),
+        (STAYS, [], EPOCHS, "(train.epochs=9)"),
+        (FALLS, FELL, EPOCHS, None),
+        (FALLS, LEVEL, EPOCHS, None),
+        (FALLS, FELL, EPOCHS | {"metric": "loss"}, "validation loss was best at the last"),
+        (FALLS, [0.5], EPOCHS, None),
+        (FALLS * 25, RISES, EPOCHS, None),
+        (["nan"] * 4, [], EPOCHS, None),
+        ([], [], EPOCHS, None),
+    ),
+)
+def test_when_more_epochs_are_advised(
+    losses: list[float | str], scores: list[float], train: dict[str, object], said: str | None, tmp_path: Path
+) -> None:
+    lines: list[dict[str, object]] = [{"loss": loss} for loss in losses]
+    lines += [{f"validation/{train['metric']}": score} for score in scores]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = hints.longer(tmp_path / "metrics.jsonl", Train.model_validate(train))
+    assert found is None if said is None else found is not None and said in found
