@@ -160,7 +160,7 @@ def test_a_plain_text_is_a_row_a_line(tmp_path: Path) -> None:
     assert isinstance(blank, DataError) and str(blank) == f"{place}:2: text: empty; fill it in"
     (tmp_path / "a.txt").write_bytes(b"so\ncaf\xe9\n")
     _, bad = read_lines(tmp_path / "a.txt", "text")
-    assert str(bad) == f"{place}:2: byte 0xe9 is not UTF-8 in 'caf?'; save the file as UTF-8"
+    assert str(bad).startswith(f"{place}:2: byte 0xe9 is not UTF-8 in 'caf?'; save the file as UTF-8")
 
 
 @pytest.mark.parametrize(

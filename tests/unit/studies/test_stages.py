@@ -194,8 +194,7 @@ def test_data_of_a_stage_is_looked_at(written: Path, command: Callable[..., tupl
     assert "target: " in said[()][1] and "[MASK]" in said["--stage", "1"][1]
     code, out, _ = command("data", "check", str(written), "--stage", "1")
     assert code == 0 and out.startswith("note: stage 1 of 2, fill-mask, is looked at; --stage N names another")
-    code, out, _ = command("data", "check", str(written), "--json")
-    assert code == 0 and json.loads(out)["task"] == "text-classification"
+    assert json.loads(command("data", "check", str(written), "--json")[1])["task"] == "text-classification"
     for words, why in (
         ((str(written), "--stage", "3"), "no stage 3; 1 to 2"),
         (("a.csv", "--stage", "1"), "no stages"),
