@@ -437,10 +437,12 @@ def _conclude(prepared: Prepared, metrics: dict[str, Any], folder: Path, talk: T
         if name in metrics:
             was = metrics.get("before", {}).get(name, {}).get(metric)
             talk.say(f"{name}: {scores_line(metrics[name], metric)}" + (f"  ({was:.4f} before)" if was else ""))
+    gain = math.inf
     if metric in (guess := metrics.get("baseline", {})):
+        gain = (metrics[guess["split"]][metric] - guess[metric]) * (-1 if metric in LOW_IS_GOOD else 1)
         score = f"{metric} {guess[metric]:.4f} on {guess['split']}"
         known = "labels" if "label" in prepared.task.columns else "texts' frequencies"
         talk.say(f"a guess that knows only the training {known}: {score}")
-    if (hint := hints.longer(folder / "metrics.jsonl", prepared.recipe.train)) is not None:
+    if (hint := hints.longer(folder / "metrics.jsonl", prepared.recipe.train, gain)) is not None:
         talk.say(hint)
     talk.say(f'written to {folder}; ask it: {command("predict", folder)} "..."')

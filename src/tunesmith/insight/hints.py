@@ -17,9 +17,9 @@ HARDLY = 0.05
 LONGER = 3
 
 
-def longer(metrics: Path, train: Train) -> str | None:
-    """Advice to train longer, from `metrics.jsonl` of a run of few steps whose score still rises, or whose loss has
-    hardly moved.
+def longer(metrics: Path, train: Train, gain: float) -> str | None:
+    """Advice to train longer, from `metrics.jsonl` of a run of few steps whose score still rises, whose loss has hardly
+    moved, or which has no `gain` over a guess.
     """
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if isinstance(line.get("loss"), float)]
@@ -33,6 +33,8 @@ def longer(metrics: Path, train: Train) -> str | None:
         why = f"validation {train.metric} was best at the last evaluation"
     elif last > (1 - HARDLY) * first:
         why = f"the loss has hardly moved ({first:.3f} to {last:.3f})"
+    elif gain <= 0:
+        why = f"{train.metric} has come no further than a guess"
     else:
         return None
     more = f"train.epochs={LONGER * train.epochs:g}" if train.epochs else f"train.max_steps={LONGER * len(losses)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,7 @@ EPOCHS, STEPS = {"epochs": 3.0, "metric": "accuracy"}, {"max_steps": 4, "metric"
         ),
         (STAYS, [], EPOCHS, "(train.epochs=9)"),
         (FALLS, FELL, EPOCHS, None),
+        (FALLS, FELL, EPOCHS | {"gain": 0.0}, "accuracy has come no further than a guess: training longer may help"),
         (FALLS, LEVEL, EPOCHS, None),
         (FALLS, FELL, EPOCHS | {"metric": "loss"}, "validation loss was best at the last"),
         (FALLS, [0.5], EPOCHS, None),
@@ -38,10 +40,12 @@ EPOCHS, STEPS = {"epochs": 3.0, "metric": "accuracy"}, {"max_steps": 4, "metric"
     ),
 )
 def test_when_more_epochs_are_advised(
-    losses: list[float | str], scores: list[float], train: dict[str, object], said: str | None, tmp_path: Path
+    losses: list[float | str], scores: list[float], train: dict[str, Any], said: str | None, tmp_path: Path
 ) -> None:
+    train = {"gain": 0.1} | train
+    gain = train.pop("gain")
     lines: list[dict[str, object]] = [{"loss": loss} for loss in losses]
     lines += [{f"validation/{train['metric']}": score} for score in scores]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = hints.longer(tmp_path / "metrics.jsonl", Train.model_validate(train))
+    found = hints.longer(tmp_path / "metrics.jsonl", Train.model_validate(train), gain)
     assert found is None if said is None else found is not None and said in found
