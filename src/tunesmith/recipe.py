@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from tunesmith import recipe_text, registry
 from tunesmith.errors import RecipeError, UserError, did_you_mean, shorten
-from tunesmith.recipe_names import ALIASES, BATCH, SAME, STEPS
+from tunesmith.recipe_names import ALIASES, BATCH, KIN, SAME, STEPS
 from tunesmith.recipe_refusals import Leaves, checked, place_of
 from tunesmith.recipe_text import Key, Written, to_yaml
 from tunesmith.recipe_values import Augmentation, Local, local_path
@@ -374,7 +375,10 @@ def _plugin(kind: registry.Kind, values: dict[str, Any], leaves: Leaves) -> Plug
         plugin = registry.get(kind, str(name))
     except RecipeError as error:
         where = place_of(leaves, (kind, "name")).removesuffix(".name")
-        raise RecipeError(error.what, where=where, hint=error.hint) from None
+        kin = KIN.get(str(name).lower().replace("_", "-")) if kind == "technique" else None
+        raise RecipeError(
+            error.what, where=where, hint=f"technique={shlex.quote(kin)}" if kin else error.hint
+        ) from None
     return checked(plugin, values, (kind,), leaves)
 
 

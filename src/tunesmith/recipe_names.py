@@ -51,3 +51,17 @@ ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 STEPS = {"eval_strategy": "eval_steps", "save_strategy": "save_steps"}
+
+KIN = {
+    "qlora": "{name: lora, bits: 4}",
+    "dora": "{name: lora, dora: true}",
+    "rslora": "{name: lora, rslora: true}",
+    "pissa": "{name: lora, init: pissa}",
+    "lora+": "{name: lora, lora_plus_ratio: 16}",
+    "p-tuning": "prompt",
+    "p-tuning-v2": "prefix",
+    "prompt-tuning": "prompt",
+    "prefix-tuning": "prefix",
+    "linear-probe": "{name: freeze, head_only: true}",
+}
+"""What a technique is called elsewhere -> how it is written here."""

@@ -24,6 +24,7 @@ from tunesmith.deploy import artefact, card, predict
 from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, ResourceError, UserError
 from tunesmith.insight import hints, report
 from tunesmith.kernels.packed import numbers_in
+from tunesmith.models import sources
 from tunesmith.prepare import Prepared, prepare
 from tunesmith.recipe import Recipe, Train
 from tunesmith.record import Progress
@@ -97,7 +98,8 @@ def _recipe(given: Any, overrides: Collection[str], values: Mapping[str, Any], r
     if given is None and resume is not None:
         kept = Path(resume) / "recipe.yaml"
         if not kept.exists() and not (overrides or values):
-            raise CheckpointError("no run to resume in this folder", where=str(resume), hint="leave --resume out")
+            hint = sources.runs_in(Path(resume)) or "leave --resume out"
+            raise CheckpointError("no run to resume in this folder", where=str(resume), hint=hint)
         given = kept if kept.exists() else None  # killed before it wrote its recipe, a run begins again
     if isinstance(given, Mapping):
         return recipes.load(None, overrides, {**given, **values})

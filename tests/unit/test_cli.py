@@ -462,6 +462,8 @@ def test_exit_code_of_a_resume_that_would_be_another_run(command: Command, words
     assert json.loads(command("train", *go_on)[1])["steps"] == 3
     code, out, err = command("train", "--resume", str(tmp_path / "none"))
     assert code == 6 and "no run to resume in this folder" in err
+    code, out, err = command("train", "--resume", str(tmp_path))
+    assert code == 6 and err.endswith(f"name one of the runs in it: {tmp_path / 'run'}\n")
 
 
 def test_a_stopped_run_prints_the_command_that_goes_on(

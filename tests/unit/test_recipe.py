@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ruamel.yaml import YAML
 from tunesmith import registry
 from tunesmith.errors import CheckpointError, DataError, RecipeError, UserError
 from tunesmith.recipe import ALIASES, Recipe, load, load_stages, located, schema, starter, to_yaml
+from tunesmith.recipe_names import KIN
 
 HEAD = "task: text-classification\nmodel: tiny\n"
 
@@ -207,6 +209,13 @@ def test_a_key_of_another_technique_is_refused_in_any_order(words: tuple[str, ..
     assert (found.r, found.dropout) == (4, 0.1)
     said = _refusal(read, HEAD, *(word.format("full") for word in words))
     assert "command line: lora_r: unknown key; it is one of lora, not of full: technique=lora, or leave it out" in said
+
+
+@pytest.mark.parametrize("name", KIN)
+def test_what_a_technique_is_called_elsewhere_is_known(name: str, read: Any) -> None:
+    said = _refusal(read, HEAD, f"technique={name}")
+    assert said == f"command line: technique: no technique is called '{name}'; technique={shlex.quote(KIN[name])}"
+    assert read(HEAD, f"technique={KIN[name]}").technique.name in KIN[name]
 
 
 def test_a_size_per_device_may_be_two_words(read: Any) -> None:

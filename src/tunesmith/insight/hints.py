@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tunesmith.recipe import Train
 from tunesmith.tasks import LOW_IS_GOOD
@@ -22,8 +23,7 @@ def longer(metrics: Path, train: Train, gain: float) -> str | None:
     moved, or which has no `gain` over a guess.
     """
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    losses = [line["loss"] for line in lines if isinstance(line.get("loss"), float)]
-    scores = [line[f"validation/{train.metric}"] for line in lines if f"validation/{train.metric}" in line]
+    losses, scores = _numbers(lines, "loss"), _numbers(lines, f"validation/{train.metric}")
     if not 1 < len(losses) < FEW_STEPS:
         return None
     quarter = max(1, len(losses) // 4)
@@ -39,3 +39,8 @@ def longer(metrics: Path, train: Train, gain: float) -> str | None:
         return None
     more = f"train.epochs={LONGER * train.epochs:g}" if train.epochs else f"train.max_steps={LONGER * len(losses)}"
     return f"in {len(losses)} steps {why}: training longer may help ({more})"
+
+
+def _numbers(lines: list[dict[str, Any]], key: str) -> list[float]:
+    """The values of a key, without those that are none (NaN is written as a word)."""
+    return [line[key] for line in lines if isinstance(line.get(key), float)]

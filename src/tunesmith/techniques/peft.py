@@ -97,7 +97,7 @@ class Peft(Technique):
         """PEFT's class of configs of that kind, if its modules can be put into a model in place."""
         classes = {str(kind.value): found for kind, found in library.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
         tuners = {str(kind.value): found for kind, found in library.mapping.PEFT_TYPE_TO_TUNER_MAPPING.items()}
-        tuners = {name: tuner for name, tuner in tuners.items() if issubclass(tuner, library.tuners.BaseTuner)}
+        tuners = {name: tuner for name, tuner in tuners.items() if hasattr(tuner, "uses_shared_state")}
         in_place = {name for name, tuner in tuners.items() if not tuner.uses_shared_state} - NOT_ALONE.keys()
         if kind in in_place:
             return classes[kind]

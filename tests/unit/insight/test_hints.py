@@ -36,11 +36,12 @@ EPOCHS, STEPS = {"epochs": 3.0, "metric": "accuracy"}, {"max_steps": 4, "metric"
         (FALLS, [0.5], EPOCHS, None),
         (FALLS * 25, RISES, EPOCHS, None),
         (["nan"] * 4, [], EPOCHS, None),
+        (FALLS, [0.5, "nan", 0.6], EPOCHS, "was best at the last"),
         ([], [], EPOCHS, None),
     ),
 )
 def test_when_more_epochs_are_advised(
-    losses: list[float | str], scores: list[float], train: dict[str, Any], said: str | None, tmp_path: Path
+    losses: list[float | str], scores: list[float | str], train: dict[str, Any], said: str | None, tmp_path: Path
 ) -> None:
     train = {"gain": 0.1} | train
     gain = train.pop("gain")
