@@ -36,6 +36,8 @@ REFUSALS = (ValueError, TypeError, AttributeError, LookupError, AssertionError, 
 
 NOT_ALONE = {
     "POLY": "each text must name the task that it is of",
+    "SHADOW": "it needs a second model beside it",
+    "TRAINABLE_TOKENS": "it teaches rows of the embeddings, not modules",
     "XLORA": "it mixes adapters that are trained already",
 }
 """What asks for more than a model and its data."""
@@ -120,8 +122,8 @@ class Peft(Technique):
         try:
             return TypeAdapter(types[name]).validate_python(value)
         except ValidationError as error:
-            wanted = (one["msg"].removeprefix("Input should be ").partition(",")[0] for one in error.errors())
-            raise RecipeError(f"must be {' or '.join(wanted)}, not {shorten(value)}", where=where) from None
+            wanted = {one["msg"].removeprefix("Input should be ").partition(",")[0] for one in error.errors()}
+            raise RecipeError(f"must be {' or '.join(sorted(wanted))}, not {shorten(value)}", where=where) from None
 
     def merge(self, model: nn.Module) -> None:
         """Let PEFT fold what it put in, and take its modules out."""

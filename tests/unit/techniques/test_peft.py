@@ -39,7 +39,7 @@ def _apply(family: str = "bert", **keys: Any) -> Technique:
         ({"config": {"alhpa": 1}}, "technique.config.alhpa: PEFT's LOHA has no such field; did you mean 'alpha'?"),
         ({"config": {"r": "abc"}}, "technique.config.r: must be a valid integer, not 'abc'"),
         ({"config": {"r": 4.5}}, "technique.config.r: must be a valid integer, not '4.5'"),
-        ({"config": {"target_modules": 5}}, "target_modules: must be a valid string or a valid list, not '5'"),
+        ({"config": {"target_modules": 5}}, "target_modules: must be a valid list or a valid string, not '5'"),
         ({"config": {"r": 0}}, "technique.config: PEFT's LOHA refuses this bert model: `r` should be a positive"),
         (
             {"config": {"target_modules": ["nothing"]}},
