@@ -325,7 +325,7 @@ def predict(
     if file is not None:
         rows += read_inputs(file, tuned.task, tuned.data.columns)
     alone = rows[0] if len(rows) == 1 else None
-    if isinstance(alone, Row) and tuned.task.text_scores and not as_json and output is None:
+    if isinstance(alone, Row) and tuned.writes and not as_json and output is None:
         tuned.stream(alone.values, lambda text: print(text, end="", flush=True))
         print()
         return

@@ -29,7 +29,7 @@ from tunesmith.models import load as models
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Recipe
 from tunesmith.talk import Talk
-from tunesmith.tasks import Task
+from tunesmith.tasks import Task, WritingTask
 from tunesmith.techniques import Technique, learn_only
 from tunesmith.training import evaluate, examples, machine, parallel
 from tunesmith.training.examples import Augmented
@@ -166,7 +166,7 @@ def _check_metric(metric: str | None, task: Task, encoded: dict[str, Encoded]) -
     """Refuse a metric that no score will have."""
     if metric is None or "validation" not in encoded:
         return
-    if metric not in task.text_scores:
+    if not (isinstance(task, WritingTask) and metric in task.text_scores):
         evaluate.pick(evaluate.random_scores(task, encoded["train"], encoded["validation"]), metric)
     elif not task.rows_written(encoded["validation"]):
         raise RecipeError(f"train.metric: {metric} is of texts, and none are written", hint="task.generate={}")

@@ -16,6 +16,7 @@ from tunesmith.errors import ResourceError, redact
 from tunesmith.kernels.packed import numbers_in
 from tunesmith.models.sources import Source
 from tunesmith.prepare import Prepared
+from tunesmith.tasks import WritingTask
 from tunesmith.training import evaluate, files, loop, machine, parallel
 
 STAGES = "stages.yaml"
@@ -148,6 +149,7 @@ def samples(prepared: Prepared, progress: Progress, answers: list[dict[str, Any]
     found = []
     for number, row in enumerate(prepared.examples.splits["validation"].rows()):
         if number in wanted and answers:
+            assert isinstance(prepared.task, WritingTask), "nobody else has said anything before"
             asked, meant = prepared.task.told(row)
             said = {"row": row.place, "asked": asked, "meant": meant}
             found.append(said | {"before": wanted[number], "after": str(answers[number][evaluate.WRITTEN])})

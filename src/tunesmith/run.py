@@ -29,7 +29,7 @@ from tunesmith.prepare import Prepared, prepare
 from tunesmith.recipe import Recipe, Train
 from tunesmith.record import Progress
 from tunesmith.talk import Talk, command, scores_line
-from tunesmith.tasks import LOW_IS_GOOD
+from tunesmith.tasks import LOW_IS_GOOD, WritingTask
 from tunesmith.training import checkpoint, evaluate, files, loop, machine, optimizer, parallel
 from tunesmith.training.machine import Machine
 from tunesmith.training.run_lock import RunLock, claim, clear
@@ -317,7 +317,7 @@ def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], fo
     if "validation" in prepared.encoded:
         with talk.during("scoring validation"):
             split, task = prepared.encoded["validation"], prepared.task
-            write = metric in task.text_scores
+            write = isinstance(task, WritingTask) and metric in task.text_scores
             scores = evaluate.scores(prepared.model, task, split, prepared.machine, write=write)
         score = evaluate.pick(scores, metric)
         sign = -1 if metric in LOW_IS_GOOD else 1

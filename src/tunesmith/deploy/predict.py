@@ -27,7 +27,7 @@ from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Data, Recipe
 from tunesmith.recipe import load as load_recipe
 from tunesmith.talk import command
-from tunesmith.tasks import Task
+from tunesmith.tasks import Task, WritingTask
 from tunesmith.techniques import Technique
 from tunesmith.training import evaluate, machine
 from tunesmith.training.machine import Machine
@@ -53,6 +53,11 @@ class Tuned:
         return self.recipe.task
 
     @property
+    def writes(self) -> bool:
+        """Whether its answers are texts that the model writes."""
+        return isinstance(self.task, WritingTask)
+
+    @property
     def data(self) -> Data:
         """How its texts are read."""
         return self.recipe.data
@@ -69,7 +74,13 @@ class Tuned:
         return self.predict_rows(self._rows([inputs] if isinstance(inputs, str | Mapping) else inputs))
 
     def stream(self, given: str | Mapping[str, object], say: Callable[[str], None]) -> str:
-        """The text that a model writes for one input, told to `say` piece by piece."""
+        """The text that a model writes for one input, told to `say` piece by piece.
+
+        Raises:
+            UserError: the task of this run writes no texts.
+        """
+        if not isinstance(self.task, WritingTask):
+            raise UserError(f"stream: {self.task.name} writes no texts", hint="predict answers")
         (row,) = map(self.task.asked, self._rows([given]))
         with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
             encoded = encode(

@@ -15,6 +15,7 @@ from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.studies import probe
 from tunesmith.talk import Talk
+from tunesmith.tasks import WritingTask
 from tunesmith.training import evaluate as evaluation
 from tunesmith.training import examples
 
@@ -66,8 +67,8 @@ def evaluate(
 
 
 def _scores(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, talk: Talk, what: str) -> dict[str, Any]:
-    total = len(encoded) + tuned.task.rows_written(encoded)
-    with talk.progress(total, of=what, unit="example") as show:
+    writes = tuned.task.rows_written(encoded) if isinstance(tuned.task, WritingTask) else 0
+    with talk.progress(len(encoded) + writes, of=what, unit="example") as show:
         return evaluation.scores(
             model, tuned.task, encoded, tuned.machine, write=True, show=lambda done: show(done, what)
         )

@@ -37,7 +37,7 @@ class TextMetrics(Metrics, Protocol):
     """A score of what is written too."""
 
     def update_texts(self, texts: list[str], batch: Batch) -> None:
-        """Take in the texts that `Task.written` gave for one batch."""
+        """Take in the texts that `WritingTask.written` gave for one batch."""
 
 
 class Task(Plugin):
@@ -57,9 +57,6 @@ class Task(Plugin):
 
     base_has_head: ClassVar[bool] = False
     """Whether bases come with this task's head, so that they are scored as they are (`evaluate --base`)."""
-
-    text_scores: ClassVar[frozenset[str]] = frozenset()
-    """The scores of texts that the model writes. A task that has such answers by `written`, not from `forward`."""
 
     reads_again: ClassVar[bool] = False
     """Whether what all targets say decides which of them are faulty: training rows are then read a second time."""
@@ -173,24 +170,6 @@ class Task(Plugin):
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """What metrics and predictions are made from."""
 
-    def rows_written(self, encoded: Encoded) -> int:
-        """For how many of these examples the model writes, to be scored; with 0 `forward` alone is scored."""
-        return 0
-
-    def written(self, model: nn.Module, batch: Batch) -> list[str]:
-        """The text that the model writes for each example."""
-        raise AssertionError(f"{self.name} writes no texts")
-
-    def streamed(self, model: nn.Module, batch: Batch, say: Callable[[str], None]) -> str:
-        """The text for the one example of a batch, told piece by piece where it can be."""
-        (text,) = self.written(model, batch)
-        say(text)
-        return text
-
-    def told(self, row: Row) -> tuple[str, str]:
-        """What a row asks, and what was meant as an answer, for a person to read."""
-        raise AssertionError(f"{self.name} writes no texts")
-
     @abstractmethod
     def loss(
         self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float = 0.0
@@ -220,3 +199,32 @@ class Task(Plugin):
     def completed(self, answer: dict[str, Any], row: Row) -> dict[str, Any]:
         """An answer with what only the row knows, such as its words."""
         return answer
+
+
+class WritingTask(Task):
+    """A task whose answers the model writes: they come from `written`, `forward` gives what the loss is of."""
+
+    text_scores: ClassVar[frozenset[str]]
+    """The scores of the texts that the model writes."""
+
+    @abstractmethod
+    def rows_written(self, encoded: Encoded) -> int:
+        """For how many of these examples the model writes, to be scored; with 0 `forward` alone is scored."""
+
+    @abstractmethod
+    def written(self, model: nn.Module, batch: Batch) -> list[str]:
+        """The text that the model writes for each example."""
+
+    def streamed(self, model: nn.Module, batch: Batch, say: Callable[[str], None]) -> str:
+        """The text for the one example of a batch, told piece by piece where it can be."""
+        (text,) = self.written(model, batch)
+        say(text)
+        return text
+
+    @abstractmethod
+    def told(self, row: Row) -> tuple[str, str]:
+        """What a row asks, and what was meant as an answer, for a person to read."""
+
+    def answers(self, outputs: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        """None: they are written."""
+        raise AssertionError("answers are written")

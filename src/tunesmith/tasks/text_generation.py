@@ -39,7 +39,7 @@ from tunesmith.models.snippets import fetch_general, general_files
 from tunesmith.models.writing import Spoken, likeliest, write
 from tunesmith.recipe import Data
 from tunesmith.recipe_values import General, Generation
-from tunesmith.tasks import Metrics, Task
+from tunesmith.tasks import Metrics, WritingTask
 
 GROUPS = Limits(2**20, 2**40, 512)
 """What one more pass over some windows costs, in padded tokens."""
@@ -47,7 +47,7 @@ GROUPS = Limits(2**20, 2**40, 512)
 SCORES = ("exact_match", "rouge_l", "chrf")
 
 
-class TextGeneration(Task):
+class TextGeneration(WritingTask):
     """Writes an answer to what is asked, or goes on with a text: instructions, dialogue, continued pretraining."""
 
     form: Literal["auto", "chat", "text"] = Field("auto", description="conversations or raw text; auto: by the columns")
@@ -356,10 +356,6 @@ class TextGeneration(Task):
         """That log frequency of each learned token, and of the most frequent."""  # (learned, 2)
         found = prior[_labels(batch)]
         return torch.stack([found, prior.max().expand_as(found)], 1)
-
-    def answers(self, outputs: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """None: they are written."""
-        raise AssertionError("answers are written")
 
 
 def _last_token(processor: Any) -> int | None:

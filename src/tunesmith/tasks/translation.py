@@ -36,7 +36,7 @@ from tunesmith.models.load import UNBOUNDED
 from tunesmith.models.writing import write
 from tunesmith.recipe import Data
 from tunesmith.recipe_values import Generation
-from tunesmith.tasks import Metrics, Task
+from tunesmith.tasks import Metrics, WritingTask
 from tunesmith.tasks.text_generation import TextGeneration
 
 SCORES = ("bleu", "chrf")
@@ -44,7 +44,7 @@ BLEU_TOKENS = {"zh": "zh", "ja": "char", "th": "char", "km": "char", "my": "char
 """Language -> how sacrebleu divides it into words; others by their blanks and marks (13a)."""
 
 
-class Translation(Task):
+class Translation(WritingTask):
     """Translates texts from one language into another."""
 
     source_lang: str | None = Field(
@@ -290,10 +290,6 @@ class Translation(Task):
             return self._chat.guess(prior, batch)
         found = prior[batch.ragged("label").values]
         return torch.stack([found, prior.max().expand_as(found)], 1)
-
-    def answers(self, outputs: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """None: they are written."""
-        raise AssertionError("answers are written")
 
     def completed(self, answer: dict[str, Any], row: Row) -> dict[str, Any]:
         """The text by its name."""

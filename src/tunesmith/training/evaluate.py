@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tunesmith.data.batches import Batch, Limits, collate, cut
 from tunesmith.data.encoded import Encoded
 from tunesmith.errors import RecipeError, ResourceError
-from tunesmith.tasks import Task, TextMetrics
+from tunesmith.tasks import Task, TextMetrics, WritingTask
 from tunesmith.training.machine import Machine, is_out_of_memory
 
 CHUNK_EXAMPLES = 512
@@ -47,7 +47,7 @@ def outputs(
 
 
 def texts(
-    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, rows: NDArray[np.int64] | None = None
+    model: nn.Module, task: WritingTask, encoded: Encoded, machine: Machine, rows: NDArray[np.int64] | None = None
 ) -> Asked[list[str]]:
     """What the model writes for all examples or `rows`, in the same order."""
     return _asked(partial(task.written, model), model, task, encoded, machine, rows)
@@ -121,7 +121,7 @@ def scored(
     metrics, said = task.metrics(), dict[int, str]()
     for _, output, batch in _counted(outputs(model, task, encoded, machine), show):
         metrics.update(output, batch)
-    if write and (count := task.rows_written(encoded)):
+    if write and isinstance(task, WritingTask) and (count := task.rows_written(encoded)):
         assert isinstance(metrics, TextMetrics), "what writes is scored by its texts"
         writing = texts(model, task, encoded, machine, spread(len(encoded), count))
         for indices, written, batch in _counted(writing, show, len(encoded)):
@@ -173,7 +173,7 @@ def answers(
 ) -> list[dict[str, Any]]:
     """What the model says to each example, in their order."""
     given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]
-    if task.text_scores:
+    if isinstance(task, WritingTask):
         for indices, written, _ in _counted(texts(model, task, encoded, machine), show):
             _place(given, indices, [{WRITTEN: text} for text in written])
         return given
@@ -187,7 +187,7 @@ def scores_and_answers(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Both; no answer for rows for which nothing is written."""
     given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]
-    if task.text_scores:
+    if isinstance(task, WritingTask):
         found, said = scored(model, task, encoded, machine)
         return found, [{WRITTEN: said[row]} if row in said else {} for row in range(len(encoded))]
     metrics = task.metrics()

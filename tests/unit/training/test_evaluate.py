@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch, Limits, collate
 from tunesmith.data.encoded import Encoded
+from tunesmith.data.formats import Row
 from tunesmith.errors import ResourceError
 from tunesmith.metrics.classification import ClassScores
+from tunesmith.tasks import WritingTask
 from tunesmith.tasks.text_classification import TextClassification
 from tunesmith.testing import MADE_UP, Case, case
 from tunesmith.training import evaluate
@@ -143,7 +145,7 @@ def test_one_example_that_does_not_fit_ends_with_advice(trial: Case, monkeypatch
     assert refused.value.exit_code == 4
 
 
-class Repeats(TextClassification):
+class Repeats(WritingTask, TextClassification):
     """Writes how many tokens it read."""
 
     text_scores = frozenset({"long"})
@@ -153,6 +155,9 @@ class Repeats(TextClassification):
 
     def written(self, model: nn.Module, batch: Batch) -> list[str]:
         return [str(length) for length in batch.ragged("input_ids").lengths.tolist()]
+
+    def told(self, row: Row) -> tuple[str, str]:
+        raise NotImplementedError
 
     def metrics(self) -> Any:
         return _Lengths(self.classes or [])

@@ -281,11 +281,11 @@ def read_lines(path: str | Path, role: str) -> list[Row | DataError]:
     rows: list[Row | DataError] = []
     with open_text(path) as file:
         for number, line in enumerate(lines(file), start=1):
-            text = line.strip()
-            bad = unreadable(line, number) or (
-                None if text else BadRow(number, f"{role}: empty", "fill it in", "empty line")
-            )
-            rows.append(Row(f"{path}:{number}", {role: text}) if bad is None else _error(f"{path}:{bad.line}", bad, skippable=False))
+            text, place = line.strip(), f"{path}:{number}"
+            bad = unreadable(line, number)
+            if bad is None and not text:
+                bad = BadRow(number, f"{role}: empty", "fill it in", "empty line")
+            rows.append(Row(place, {role: text}) if bad is None else _error(place, bad, skippable=False))
     return rows
 
 
