@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.formats import Row
 from tunesmith.data.formats.columns import ANSWERS
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, counted
 
 Indices = NDArray[np.int64]
 Digests = NDArray[np.uint64]
@@ -32,7 +32,7 @@ def stratified_split(
     _, classes, counts = np.unique(strata, return_inverse=True, return_counts=True)
     wanted = round(fraction * len(strata))
     if wanted < 1:
-        rows = f"{fraction:g} of {len(strata)} rows is none"
+        rows = f"{fraction:g} of {counted(len(strata), 'row')} is none"
         hint = f"a larger fraction, a file of its own, or data.{name}=null"
         raise DataError(rows, where=f"data.{name}", hint=hint)
     can_give = counts - _smallest_text(classes, digests, len(counts))

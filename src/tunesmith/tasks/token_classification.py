@@ -27,7 +27,7 @@ from tunesmith.data.spans import read_tags, unknown_tag, words_of
 from tunesmith.data.tags import Scheme, TagSet, belongs, faults, faults_of_rows, scheme_of, split_tag, tags_of_types
 from tunesmith.data.texts import model_inputs
 from tunesmith.data.words import encode_words, words_notes
-from tunesmith.errors import DataError, shorten
+from tunesmith.errors import DataError, counted, shorten
 from tunesmith.metrics.entities import EntityScores
 from tunesmith.recipe import Data
 from tunesmith.tasks import Metrics, Task
@@ -129,7 +129,10 @@ class TokenClassification(Task):
         """The scheme; windows, words cut or void, and unknown tokens above 5 %."""
         types = TagSet(self._names).types
         shown = f"{', '.join(types[:10])}{' ...' if len(types) > 10 else ''}"
-        return [f"tags are read as {self.scheme}, {len(types)} types ({shown})", *words_notes(encoded, processor)]
+        return [
+            f"tags are read as {self.scheme}, {counted(len(types), 'type')} ({shown})",
+            *words_notes(encoded, processor),
+        ]
 
     def faults(self, rows: Iterable[Row]) -> Iterator[findings.Fault]:
         """Tags that cannot follow one another in the scheme of most sentences."""

@@ -22,7 +22,7 @@ from tunesmith.data.augment import Augmenter
 from tunesmith.data.encoded import Encoded, encode, fingerprint
 from tunesmith.data.formats import Row, Table, find_splits, is_folder, read_table
 from tunesmith.data.formats.columns import ANSWERS, is_number, is_text
-from tunesmith.errors import DataError, RecipeError, shorten
+from tunesmith.errors import DataError, RecipeError, counted, shorten
 from tunesmith.recipe import Data
 from tunesmith.tasks import Task
 
@@ -249,7 +249,7 @@ def _alone(train: _Part, strata: splits.Indices, together: splits.Digests, what:
     names = [shorten(train.targets[index]) for index in first[counts == 1]]
     if not names:
         return []
-    who = "1 class has" if len(names) == 1 else f"{len(names)} classes have"
+    who = f"{counted(len(names), 'class', 'classes')} {'has' if len(names) == 1 else 'have'}"
     return [f"{who} a single {what}, which stays in train where no score sees it: {', '.join(names[:3])}"]
 
 
@@ -287,7 +287,7 @@ def _left_out(name: str, part: _Part) -> str:
 
 
 def _reasons(skipped: Counter[str]) -> str:
-    return ", ".join(f"{count} row{'s' * (count > 1)} ({reason})" for reason, count in skipped.most_common())
+    return ", ".join(f"{counted(count, 'row')} ({reason})" for reason, count in skipped.most_common())
 
 
 def encode_splits(examples: Examples, processor: Any, processor_hash: str, cache: Path) -> dict[str, Encoded]:

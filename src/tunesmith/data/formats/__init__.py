@@ -23,7 +23,7 @@ from tunesmith.data.formats import conll, delimited, json_array, json_lines, par
 from tunesmith.data.formats.columns import find_columns, has_header, is_text
 from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
 from tunesmith.data.formats.recognise import Format, format_of, unreachable
-from tunesmith.errors import DataError, shorten
+from tunesmith.errors import DataError, counted, shorten
 
 __all__ = ["Row", "Table", "find_splits", "is_folder", "read_lines", "read_raw", "read_table"]
 
@@ -183,8 +183,7 @@ def _fault(role: str, value: object) -> tuple[str, str, str] | None:
     """What is wrong with a value, the way out, and a short reason."""
     if is_text(role) and not isinstance(value, str):
         if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-            turns = f"{len(value)} turn{'s' * (len(value) > 1)}"
-            what = f"a conversation of {turns} is not a text: {shorten(value[:3])}"
+            what = f"a conversation of {counted(len(value), 'turn')} is not a text: {shorten(value[:3])}"
             return what, "write what is to be told apart as one text", f"{role} is not a text"
         hint = "give one text a row" if isinstance(value, list | dict) else "put it in quotes"
         return f"{shorten(value)} is not a text", hint, f"{role} is not a text"
@@ -285,7 +284,11 @@ def read_lines(path: str | Path, role: str) -> list[Row | DataError]:
             bad = unreadable(line, number) or (
                 None if text else BadRow(number, f"{role}: empty", "fill it in", "empty line")
             )
-            rows.append(Row(f"{path}:{number}", {role: text}) if bad is None else _error(f"{path}:{bad.line}", bad, skippable=False))
+            rows.append(
+                Row(f"{path}:{number}", {role: text})
+                if bad is None
+                else _error(f"{path}:{bad.line}", bad, skippable=False)
+            )
     return rows
 
 

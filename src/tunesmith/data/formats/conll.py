@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tunesmith.data.formats.raw import BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
-from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
+from tunesmith.errors import DataError, RecipeError, counted, did_you_mean, shorten
 
 TAG = re.compile(r"O|[BIESLUM]-\S+")
 MAX_WORDS = 5000
@@ -136,11 +136,13 @@ def _fault(line: str, fields: list[str], number: int, width: int) -> BadRow | No
     if line.startswith("#") and len(fields) != width:
         return BadRow(number, f"a comment inside a sentence: {shorten(line)}", "move it above", "comment in a sentence")
     if len(fields) != width:
-        count = f"{len(fields)} column{'s' * (len(fields) != 1)}"
         other = len(_BLANKS.split(line.strip())) == width or len(line.strip().split("\t")) == width
         hint = "it has blanks where the others have tabs, or tabs for blanks" if other else "a word and its tag a line"
         return BadRow(
-            number, f"{count}, and the other lines have {width}: {shorten(line)}", hint, "wrong number of columns"
+            number,
+            f"{counted(len(fields), 'column')}, and the other lines have {width}: {shorten(line)}",
+            hint,
+            "wrong number of columns",
         )
     if not fields[0]:
         return BadRow(number, f"a tag without a word: {shorten(line)}", "remove the line", "tag without a word")
