@@ -105,6 +105,24 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
+def joined(groups: Digests, digests: Digests) -> Digests:
+    """What stays on one side: each group with those that share a text with it; the groups alone, where more than half
+    of all rows would hang together so and little could be drawn.
+    """
+    above: dict[int, int] = {}
+
+    def top(group: int) -> int:
+        while (up := above.setdefault(group, group)) != group:
+            above[group] = group = above[up]
+        return group
+
+    first: dict[int, int] = {}
+    for group, digest in zip(groups.tolist(), digests.tolist(), strict=True):
+        above[top(group)] = top(first.setdefault(digest, group))
+    found = np.array([top(group) for group in groups.tolist()], dtype=np.uint64)
+    return found if np.unique(found, return_counts=True)[1].max() <= len(found) / 2 else groups
+
+
 def overlap(train: Digests, other: Digests) -> int:
     """How many rows of `other` say what a row of `train` says."""
     return int(np.isin(other, train).sum())
