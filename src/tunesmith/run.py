@@ -363,7 +363,9 @@ def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Co
         talk.say("no checkpoint yet: starting from the beginning")
         files.truncate_metrics(folder / "metrics.jsonl", -1)
         return Progress()
-    overridden = checkpoint.check_same_run(saved.identity, prepared.identity(), override)
+    read = {f"data_sha256.{name}": str(split.table.path) for name, split in prepared.examples.splits.items()}
+    known = read | {"base_sha256": prepared.source.spec}
+    overridden = checkpoint.check_same_run(saved.identity, prepared.identity(), override, known)
     checkpoint.check_fits(artefact.learned(prepared.model, prepared.learned), saved.tensors["learned"], overridden)
     progress = Progress(**saved.state)
     progress.overridden += [key for key in overridden if key not in progress.overridden]
