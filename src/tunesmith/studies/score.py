@@ -43,7 +43,7 @@ def evaluate(
     tuned = predict.load(run, device=device, offline=offline, allow_pickle=allow_pickle)
     with talk.during(read):
         if data is None:
-            chosen, notes = _split(tuned, Path(run), split), []
+            chosen, notes = _split(tuned, Path(run), split), list[str]()
         else:
             chosen, notes = examples.read_other(data, tuned.task, tuned.data.model_copy(update={"limit": None}))
         encoded = _encode(tuned, chosen)

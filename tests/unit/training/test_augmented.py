@@ -62,8 +62,11 @@ def test_the_schema_knows_it() -> None:
         == keys["properties"]["name"]["enum"]
         == ["word-dropout", "word-swap", "typos", "synonyms", "back-translation"]
     )
-    by_name = load(None, ["task=text-classification", "model=x", "data.augment=[typos]"])
-    assert by_name.data == load(None, ["task=text-classification", "model=x", "data.augment=[{name: typos}]"]).data
+    short, long = (
+        load(None, ["task=text-classification", "model=x", f"data.augment={given}"])
+        for given in ("[typos]", "[{name: typos}]")
+    )
+    assert short.data == long.data
 
 
 def test_it_is_shown(command: Any, tiny_bert: Path, reviews_csv: Path) -> None:
