@@ -34,7 +34,7 @@ from tunesmith.cli_options import (
     recipe_and_pairs,
     verb,
 )
-from tunesmith.errors import RecipeError, UserError
+from tunesmith.errors import RecipeError, UserError, counted
 
 if TYPE_CHECKING:
     from tunesmith.deploy.inputs import Asked
@@ -253,7 +253,9 @@ def evaluate(
         return
     probe = {f"{'linear probe on ' * result['probe']}the untouched base": result["metrics"]} if base else {}
     for who, scores in (probe | {str(run): result["run_metrics" if base else "metrics"]}).items():
-        print(f"{who} on {result['split']} ({result['examples']} examples): {scores_line(scores, 'accuracy')}")
+        print(
+            f"{who} on {result['split']} ({counted(result['examples'], 'example')}): {scores_line(scores, 'accuracy')}"
+        )
     if "baseline" in result:
         print(f"a guess that knows only the training labels: {scores_line(result['baseline'], 'accuracy')}")
 
@@ -334,7 +336,7 @@ def predict(
     lines = _answer_lines(rows, answers, as_json or output is not None)
     if output is not None:
         atomic_write(output, "".join(f"{line}\n" for line in lines))
-        talk.say(f"wrote {len(answers)} answers to {output}")
+        talk.say(f"wrote {counted(len(answers), 'answer')} to {output}")
         if as_json:
             emit({"run": str(run), "output": str(output), "answers": len(answers)})
         return

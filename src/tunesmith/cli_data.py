@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cli_options import Json, Offline, Quiet, check_new, emit, new_talk, recipe_and_pairs, verb
-from tunesmith.errors import CONTROL
+from tunesmith.errors import CONTROL, counted
 
 app = typer.Typer(help="Look at data before a run does. Example: tunesmith data check reviews.csv")
 
@@ -79,20 +79,18 @@ def _page(report: dict[str, Any], examples: int, quiet: bool) -> Iterator[tuple[
             yield f"  and {finding['count'] - examples:,} more (-n shows more, --json all)", "dim"
         yield f"  way out: {finding['fix']}", ""
     yield "", ""
-    found = ", ".join(
-        f"{report[level]} {level[: -1 if report[level] == 1 else None]}" for level in ("errors", "warnings")
-    )
+    found = f"{counted(report['errors'], 'error')}, {counted(report['warnings'], 'warning')}"
     yield f"found in {report['seconds']:.1f} s: {found}", "bold"
 
 
 def _about(split: dict[str, Any]) -> Iterator[str]:
-    yield f"{split['rows']:,} rows of {split['file']}"
+    yield f"{counted(split['rows'], 'row')} of {split['file']}"
     if split["bad_rows"]:
-        yield f"{split['bad_rows']:,} bad ones"
+        yield f"{counted(split['bad_rows'], 'bad one')}"
     yield from (f"{count:,} drawn for {name}" for name, count in split.get("drawn", {}).items())
     if classes := list(split["classes"].items()):
         few = [f"{name} {count:,}" for name, count in (classes if len(classes) < 5 else [classes[0], classes[-1]])]
-        yield f"{len(classes)} classes ({(' to ' if len(classes) > 4 else ', ').join(few)})"
+        yield f"{counted(len(classes), 'class', 'classes')} ({(' to ' if len(classes) > 4 else ', ').join(few)})"
     if lengths := split["lengths"]:
         sizes = f"median {lengths['median']:g}, 95 % up to {lengths['p95']:g}, longest {lengths['longest']:,}"
         yield f"{lengths['unit']} a text: {sizes}"
@@ -120,7 +118,9 @@ def convert(
 
     result = study.convert(source, output, to=to, header=header, skip=skip)
     talk = new_talk(as_json, quiet)
-    talk.say(f"wrote {result['rows']:,} rows as {result['format']} to {output}: {', '.join(result['columns'])}")
+    talk.say(
+        f"wrote {counted(result['rows'], 'row')} as {result['format']} to {output}: {', '.join(result['columns'])}"
+    )
     if result["skipped"]:
         talk.warn("skipped " + ", ".join(f"{count:,} ({reason})" for reason, count in result["skipped"].items()))
     if as_json:
@@ -179,4 +179,6 @@ def _print_row(console: Any, row: Any) -> None:
             if token.target is not None and not itself:
                 line.append(f"<{token.target}>", style="green")
             line.append(" ")
-        console.print(line.append(f"({len(window)} tokens{', the rest is cut off' if row.cut else ''})", style="dim"))
+        console.print(
+            line.append(f"({counted(len(window), 'token')}{', the rest is cut off' if row.cut else ''})", style="dim")
+        )

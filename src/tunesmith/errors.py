@@ -18,6 +18,7 @@ __all__ = [
     "RecipeError",
     "ResourceError",
     "UserError",
+    "counted",
     "did_you_mean",
     "redact",
     "shorten",
@@ -90,6 +91,11 @@ def redact(text: str) -> str:
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 row`, `1,200 rows`; `plural` where it is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from tunesmith.data.encoded import Encoded
 from tunesmith.deploy import merging
 from tunesmith.deploy.back_translation import fingerprints as translators
 from tunesmith.deploy.back_translation import translated_back
-from tunesmith.errors import RecipeError
+from tunesmith.errors import RecipeError, counted
 from tunesmith.kernels.dropout import use_fast_dropout
 from tunesmith.kernels.embedding import use_kept_gradients
 from tunesmith.kernels.padding_free import use_padding_free_blocks
@@ -199,7 +199,7 @@ def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
 def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, Encoded]:
     cache = sources.cache_home() / "encoded"
     processor_hash = models.processor_hash(processor)
-    rows = f"{sum(read.rows.values()):,} rows"
+    rows = counted(sum(read.rows.values()), "row")
     with talk.during(f"encoding {rows}"), parallel.first_alone():  # it encodes, the others open what it wrote
         encoded = examples.encode_splits(read, processor, processor_hash, cache)
     notes = ((name, f": {note}") for name, split in encoded.items() for note in read.task.notes(split, processor))

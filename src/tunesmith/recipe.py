@@ -46,7 +46,7 @@ class Data(Keys):
     group: str | None = Field(
         None,
         min_length=1,
-        description="column whose equal rows (of a contract, a patient) no split drawn from train parts",
+        description="column whose equal rows (of a contract, a patient) stay on one side of splits drawn from train",
     )
     limit: int | None = Field(None, ge=1, description="rows read from each file, for trials")
     on_bad_row: Literal["stop", "skip"] = Field("stop", description="stop with exit code 3, or skip and count")
@@ -54,7 +54,7 @@ class Data(Keys):
         None, description="weight of each class in the loss; balanced: inverse to its frequency"
     )
     augment: list[Augmentation] | None = Field(
-        None, description="changes to the texts of train, e.g. [{name: word-dropout, probability: 0.1}]"
+        None, description="changes to the texts of train, e.g. [typos, {name: word-dropout, probability: 0.1}]"
     )
 
     @model_validator(mode="after")
@@ -430,6 +430,8 @@ def schema() -> dict[str, Any]:
             options.append(plugin)
         tree["properties"][kind] = {"oneOf": options}
     definitions.pop("Plugin", None)
+    change = definitions["Augmentation"]
+    definitions["Augmentation"] = {"anyOf": [{"enum": change["properties"]["name"]["enum"]}, change]}
     tree["properties"] |= {"stages": {"type": "array", "items": {"type": "object"}}, "gain": Gain.model_json_schema()}
     tree["anyOf"] = [{"type": "object", "required": names} for names in (["task", "model"], ["stages"])]
     tree.pop("required", None)

@@ -25,6 +25,7 @@ _KINDS = {
     "bool_type": "true or false",
     "list_type": "a list",
     "dict_type": "a mapping",
+    "model_type": "a mapping",
     "string_too_short": "a text",
 }
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -58,13 +59,18 @@ def _key_of(place: tuple[Any, ...], at: Key, leaves: Leaves) -> Key:
 
 def _explain(problems: list[Any], model: type[Keys], key: Key, leaves: Leaves) -> str:
     """One line for a key, whatever the branches of its type have against the value."""
-    where, first = place_of(leaves, key), problems[0]
+    where, first = place_of(leaves, key), max(problems, key=lambda problem: problem["type"] == "extra_forbidden")
     if first["type"] == "extra_forbidden" and len(first["loc"]) > 1:  # inside a value
         return f"{where}: unknown key {shorten(first['loc'][-1])} in it; remove it"
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key; {_suggestion(key, model)}"
+    if first["type"] == "missing" and len(first["loc"]) > 1:
+        return f"{where}: {shorten(first['loc'][-1])} is missing in it"
     if first["type"] == "value_error":
         return f"{where}: {first['ctx']['error']}"
+    if first["type"] == "literal_error" and any(isinstance(part, int) for part in first["loc"]):  # inside a list
+        near = did_you_mean(str(first["input"]), re.findall("'(.+?)'", first["ctx"]["expected"]))
+        return f"{where}: {first['loc'][-1]}: no {shorten(first['input'])}; {near}"
     wanted = dict.fromkeys(_wanted(problem) for problem in problems)
     given = leaves[key][0] if key in leaves else first["input"]
     quoted = isinstance(given, str) and _NUMBER.fullmatch(given) and any("number" in kind for kind in wanted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -39,6 +39,11 @@ class Augmentation(Keys):
     runs: list[Local] | None = Field(
         None, min_length=2, max_length=2, description="for back-translation: two runs of translation, there and back"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _with_what(self) -> Self:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tunesmith import recipe as recipes
 from tunesmith import record
 from tunesmith.deploy import artefact, card, predict
-from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, ResourceError, UserError
+from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, ResourceError, UserError, counted
 from tunesmith.insight import hints, report
 from tunesmith.kernels.packed import numbers_in
 from tunesmith.models import sources
@@ -153,14 +153,16 @@ def _introduce(prepared: Prepared, folder: Path, talk: Talk) -> None:
     counts = sorted(prepared.examples.rows.items(), reverse=True)
     rows = "  ".join(f"{name} {count:,}" for name, count in counts) + " rows"
     if not prepared.task.rows_are_examples:
-        rows = "  ".join(f"{name} {count:,} texts in {len(prepared.encoded[name]):,} blocks" for name, count in counts)
+        rows = "  ".join(
+            f"{name} {counted(count, 'text')} in {counted(len(prepared.encoded[name]), 'block')}"
+            for name, count in counts
+        )
     talk.say(f"model {recipe.model}  technique {recipe.technique.name}  {rows}")
     _say_head(prepared, talk)
     where = f"on {prepared.machine.device} in {prepared.machine.precision}"
     rate = f"learning rate {recipe.train.learning_rate:.1e}"
-    talk.say(
-        f"{learns:,} of {total:,} parameters learn ({learns / total:.2%}), {rate}, {prepared.total_steps} steps {where}"
-    )
+    steps = counted(prepared.total_steps, "step")
+    talk.say(f"{learns:,} of {total:,} parameters learn ({learns / total:.2%}), {rate}, {steps} {where}")
     talk.say(f"if stopped, go on with: {record.resume_command(folder)}")
 
 
@@ -174,7 +176,7 @@ def _say_head(prepared: Prepared, talk: Talk) -> None:
         sorted({name.rpartition(".")[0] for name in names}) for names in (prepared.anatomy.new, prepared.anatomy.unused)
     )
     if new:
-        alone = f", which learns alone for {count} steps" if (count := prepared.head_alone_steps) else ""
+        alone = f", which learns alone for {counted(count, 'step')}" if (count := prepared.head_alone_steps) else ""
         dropped = f"; without use here: {', '.join(unused)}" if unused else ""
         talk.say(f"a new head ({', '.join(new)}){alone}{dropped}")
 
@@ -214,7 +216,7 @@ def _fit(
                 again = record.resume_command(folder)
                 raise Interrupted(f"stopped after step {step.number} of {total}; go on with: {again}")
             if stop:
-                since_best = f"no better {train.metric} in {progress.stale} evaluations"
+                since_best = f"no better {train.metric} in {counted(progress.stale, 'evaluation')}"
                 talk.say(f"{since_best}: stopped at step {step.number} of {total}")
                 return
 
@@ -230,7 +232,8 @@ def _score_before(prepared: Prepared, progress: Progress, folder: Path, talk: Ta
         scored = {name: evaluate.scored(model, task, prepared.encoded[name], prepared.machine) for name in held_out}
     progress.before = {name: scores for name, (scores, _) in scored.items()}
     progress.said_before = record.first_said(scored["validation"][1]) if "validation" in scored else {}
-    head = f"its new head alone has learned, for {progress.step} steps" if progress.step else "nothing has learned"
+    alone = f"its new head alone has learned, for {counted(progress.step, 'step')}"
+    head = alone if progress.step else "nothing has learned"
     for name, scores in progress.before.items():
         numbers = {score: value for score, value in scores.items() if isinstance(value, float)}
         line = {f"before/{name}/{score}": _plain(value) for score, value in numbers.items()}
@@ -360,7 +363,9 @@ def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Co
         talk.say("no checkpoint yet: starting from the beginning")
         files.truncate_metrics(folder / "metrics.jsonl", -1)
         return Progress()
-    overridden = checkpoint.check_same_run(saved.identity, prepared.identity(), override)
+    read = {f"data_sha256.{name}": str(split.table.path) for name, split in prepared.examples.splits.items()}
+    known = read | {"base_sha256": prepared.source.spec}
+    overridden = checkpoint.check_same_run(saved.identity, prepared.identity(), override, known)
     checkpoint.check_fits(artefact.learned(prepared.model, prepared.learned), saved.tensors["learned"], overridden)
     progress = Progress(**saved.state)
     progress.overridden += [key for key in overridden if key not in progress.overridden]

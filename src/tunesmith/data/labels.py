@@ -80,7 +80,10 @@ def _number(value: object, row: Row) -> float:
     if isinstance(value, bool) or not _is_number(str(value)):
         comma = _DECIMAL_COMMA.fullmatch(str(value).strip())
         instead = f" (write {comma[0].replace(',', '.')})" if comma else ""
-        hint = f"mend it{instead}, or data.on_bad_row=skip"
+        if any(character.isdigit() for character in str(value)):
+            hint = f"mend it{instead}, or data.on_bad_row=skip"
+        else:
+            hint = "task.labels=single if these are classes, else mend it, or data.on_bad_row=skip"
         raise DataError(f"label: {shorten(value)} is not a finite number", where=row.place, hint=hint)
     number = float(str(value))
     if abs(number) > 1e9:

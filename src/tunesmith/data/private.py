@@ -19,12 +19,17 @@ _ISSUED = re.compile(
 """Beginnings and lengths of card numbers: Visa, Mastercard, JCB, American Express, Diners, Discover and UnionPay."""
 
 
+_TOLL_FREE = re.compile(r"18(?:00|33|44|55|66|77|88)[2-9]\d{6}")
+"""Of the United States, written in one; in a Chinese text the same digits are a mobile number."""
+_HAN = re.compile("[\u4e00-\u9fff]")
+
+
 def private(text: str) -> Iterator[tuple[str, str]]:
     """(kind, masked value) of each find; what one kind has taken is not counted as another too."""
     if not _HINT.search(text):
         return
     for kind, (pattern, holds) in KINDS.items():
-        found = [match for match in pattern.finditer(text) if holds(match[0])]
+        found = [match for match in pattern.finditer(text) if holds(match)]
         for match in found:
             yield kind, masked(match[0])
         for match in reversed(found):
@@ -42,19 +47,20 @@ def _digits(value: str) -> list[int]:
     return [int(character) for character in value if character.isdigit()]
 
 
-def _is_card(value: str) -> bool:
-    digits = _digits(value)
+def _is_card(found: re.Match[str]) -> bool:
+    digits = _digits(found[0])
     doubled = [2 * digit if place % 2 else digit for place, digit in enumerate(reversed(digits))]
     issued = _ISSUED.fullmatch("".join(map(str, digits)))
     return issued is not None and sum(digit - 9 if digit > 9 else digit for digit in doubled) % 10 == 0
 
 
-def _is_iban(value: str) -> bool:
-    plain = value.replace(" ", "")
+def _is_iban(found: re.Match[str]) -> bool:
+    plain = found[0].replace(" ", "")
     return 15 <= len(plain) <= 34 and int("".join(str(int(part, 36)) for part in plain[4:] + plain[:4])) % 97 == 1
 
 
-def _is_chinese_id(value: str) -> bool:
+def _is_chinese_id(found: re.Match[str]) -> bool:
+    value = found[0]
     try:
         born = date(int(value[6:10]), int(value[10:12]), int(value[12:14]))
     except ValueError:
@@ -64,28 +70,33 @@ def _is_chinese_id(value: str) -> bool:
     return born.year >= 1900 and "10X98765432"[rest] == value[-1].upper()
 
 
-def _is_ip(value: str) -> bool:
+def _is_chinese_mobile(found: re.Match[str]) -> bool:
+    return not _TOLL_FREE.fullmatch(found[0]) or bool(_HAN.search(found.string))
+
+
+def _is_ip(found: re.Match[str]) -> bool:
     try:
-        found = ipaddress.ip_address(value)
+        address = ipaddress.ip_address(found[0])
     except ValueError:
         return False
-    if found.version == 4:
-        return max(found.packed) >= 20  # less is more likely the number of a section
-    return any(len(part) == 4 for part in value.split(":"))  # else more likely code, such as `a::b`
+    if address.version == 4:  # small numbers are more likely those of a section, as in 22.2.1.2
+        *_, second, first = sorted(address.packed)
+        return first >= 100 or second >= 20
+    return any(len(part) == 4 for part in found[0].split(":"))  # else more likely code, such as `a::b`
 
 
-def _is_phone(value: str) -> bool:
-    return 8 <= len(_digits(value)) <= 15 and len(set(_digits(value))) > 2
+def _is_phone(found: re.Match[str]) -> bool:
+    return 8 <= len(_digits(found[0])) <= 15 and len(set(_digits(found[0]))) > 2
 
 
 def _form(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern, re.ASCII)  # a Chinese character before a number is no part of it
 
 
-KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
+KINDS: dict[str, tuple[re.Pattern[str], Callable[[re.Match[str]], bool]]] = {
     "e-mail": (
         _form(r"[\w.+-]{1,64}@(?:[a-zA-Z0-9-]{1,63}\.){1,8}[a-zA-Z]{2,24}\b"),
-        lambda value: True,
+        lambda found: True,
     ),
     "iban": (_form(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _is_iban),
     "chinese-id": (_form(r"(?<![0-9A-Za-z])[1-9]\d{16}[0-9Xx](?![0-9A-Za-z])"), _is_chinese_id),
@@ -98,7 +109,7 @@ KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     ),
     "chinese-mobile": (
         _form(r"(?<![0-9A-Za-z.])(?:(?:\+|00)?86[ -]?)?1[3-9]\d(?:\d{8}|[ -]\d{4}[ -]\d{4})(?![0-9A-Za-z])"),
-        lambda value: True,
+        _is_chinese_mobile,
     ),
     "ip": (
         _form(
@@ -109,6 +120,7 @@ KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     "phone": (
         _form(
             r"(?<![\w.+-])(?<!\d )(?:\+\d{1,3}(?:[ .-]?\(?\d{1,4}\)?){2,6}"  # +44 20 7946 0958
+            rf"|{_TOLL_FREE.pattern}"
             r"|(?:1[ .-])?\(\d{3}\) ?\d{3}[ .-]\d{4}|(?:1[ .-])?\d{3}([.-])\d{3}\1\d{4}"  # (212) 555-0123
             r"|0\d{2,3}-\d{7,8}|0\d{2,4}(?: \d{3,4}){2}|0\d(?: \d{2}){4})(?! ?\d)(?![\w-])"  # 010-62345678
         ),

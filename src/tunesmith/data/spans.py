@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from tunesmith.data.formats import Row
 from tunesmith.data.words import Sentence, sentence_of
-from tunesmith.errors import DataError, did_you_mean, shorten
+from tunesmith.errors import DataError, counted, did_you_mean, shorten
 
 START, END = ("start", "start_offset", "begin"), ("end", "end_offset", "stop")
 LABEL = ("label", "type", "entity", "tag", "entity_group", "class")
@@ -59,7 +59,7 @@ def read_tags(row: Row, names: Sequence[str] | None) -> tuple[str, ...]:
             what, where=row.place, hint='give a tag for each word, or {"start": 0, "end": 5, "label": "PER"}'
         )
     if len(label) != len(sentence.words):
-        what = f"label: {len(label)} tags for {len(sentence.words)} words"
+        what = f"label: {counted(len(label), 'tag')} for {counted(len(sentence.words), 'word')}"
         raise DataError(what, where=row.place, hint="give one for each word")
     return tuple(_tag(part, index, row, names) for index, part in enumerate(label))
 
@@ -89,7 +89,7 @@ def _span(part: Any, sentence: Sentence, row: Row) -> Span:
         raise DataError(what, where=row.place, hint='give {"start": 0, "end": 5, "label": "PER"}')
     span = Span(start, end, sys.intern(label.strip()))
     if not 0 <= start < end or end > len(sentence.text):
-        what = f"label: the span {start}-{end} lies beyond the text of {len(sentence.text)} characters"
+        what = f"label: the span {start}-{end} lies beyond the text of {counted(len(sentence.text), 'character')}"
         if not 0 <= start < end:
             what = f"label: the span {start}-{end} holds no character"
         raise DataError(

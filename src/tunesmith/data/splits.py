@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.formats import Row
 from tunesmith.data.formats.columns import ANSWERS
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, counted
 
 Indices = NDArray[np.int64]
 Digests = NDArray[np.uint64]
@@ -32,7 +32,7 @@ def stratified_split(
     _, classes, counts = np.unique(strata, return_inverse=True, return_counts=True)
     wanted = round(fraction * len(strata))
     if wanted < 1:
-        rows = f"{fraction:g} of {len(strata)} rows is none"
+        rows = f"{fraction:g} of {counted(len(strata), 'row')} is none"
         hint = f"a larger fraction, a file of its own, or data.{name}=null"
         raise DataError(rows, where=f"data.{name}", hint=hint)
     can_give = counts - _smallest_text(classes, digests, len(counts))
@@ -103,6 +103,24 @@ def group_digest(row: Row) -> int:
 def _digest(text: str) -> int:
     plain = " ".join(unicodedata.normalize("NFC", text).lower().split())
     return int.from_bytes(hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def joined(groups: Digests, digests: Digests) -> Digests:
+    """What stays on one side: each group with those that share a text with it; the groups alone, where more than half
+    of all rows would hang together so and little could be drawn.
+    """
+    above: dict[int, int] = {}
+
+    def top(group: int) -> int:
+        while (up := above.setdefault(group, group)) != group:
+            above[group] = group = above[up]
+        return group
+
+    first: dict[int, int] = {}
+    for group, digest in zip(groups.tolist(), digests.tolist(), strict=True):
+        above[top(group)] = top(first.setdefault(digest, group))
+    found = np.array([top(group) for group in groups.tolist()], dtype=np.uint64)
+    return found if np.unique(found, return_counts=True)[1].max() <= len(found) / 2 else groups
 
 
 def overlap(train: Digests, other: Digests) -> int:

@@ -36,6 +36,9 @@ PREFIXES: dict[Scheme, str] = {
 """The first letters of each scheme's tags; of schemes that fit as well as each other, the first one is meant."""
 
 _PREFIXED = re.compile(r"([BIESLUM])-(.+)")
+_MISSPELT = re.compile(r"([BIESLUMbieslum])\W*[-_ :.–—]\W*(.+)")
+"""A prefix in small letters, or with another mark behind it: `B_PER` is no type of its own."""
+
 _SAME_AS = {"L": "E", "U": "S", "M": "I"}
 
 
@@ -117,12 +120,14 @@ def _wrong(before: str, tag: str, scheme: Scheme) -> tuple[str, str] | None:
 def belongs(tag: str, scheme: Scheme) -> bool:
     """Whether a tag other than O is one of a scheme's."""
     prefixed = _PREFIXED.fullmatch(tag)
-    return scheme == "IO" if prefixed is None else prefixed[1] in PREFIXES[scheme]
+    if prefixed is None:
+        return scheme == "IO" and not _MISSPELT.fullmatch(tag)
+    return prefixed[1] in PREFIXES[scheme]
 
 
 def _meant(tag: str, scheme: Scheme) -> str:
     """The tag that a misspelt one may be."""
-    near = re.fullmatch(r"([A-Za-z])\W*[-_ :.–—]\W*(.+)", tag)
+    near = _MISSPELT.fullmatch(tag)
     if near and near[1].upper() in PREFIXES[scheme]:
         return f"did you mean '{near[1].upper()}-{near[2]}'?"
     return f"its tags are O and {', '.join(f'{letter}-TYPE' for letter in PREFIXES[scheme])}"

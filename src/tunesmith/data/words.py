@@ -19,7 +19,7 @@ from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import Row
 from tunesmith.data.formats.conll import MAX_WORDS
 from tunesmith.data.texts import unknown_notes
-from tunesmith.errors import DataError, shorten
+from tunesmith.errors import DataError, counted, shorten
 
 BY_CHARACTER = re.compile(
     "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
@@ -199,9 +199,11 @@ def words_notes(encoded: Encoded, processor: Any) -> list[str]:
     notes = []
     windows = len(encoded.column("windows")) - len(encoded)
     if windows:
-        notes.append(f"sentences longer than is read take {windows} windows more, in which each word is answered once")
+        notes.append(
+            f"sentences longer than is read take {counted(windows, 'window')} more, in which each word is answered once"
+        )
     if cut := int(encoded.column("cut").sum()):
-        notes.append(f"{cut} words take more than a quarter of what is read at once and were cut, none left out")
+        notes.append(f"words that take more than a quarter of what is read at once, cut, none left out: {cut:,}")
     if void := int(encoded.column("void").sum()):
-        notes.append(f"{void} words are nothing to this tokenizer and are read as unknown, none left out")
+        notes.append(f"words that are nothing to this tokenizer, read as unknown, none left out: {void:,}")
     return notes + unknown_notes(encoded, processor)

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from tunesmith.errors import counted
 from tunesmith.metrics import MEANINGS, side_by_side
 from tunesmith.models.load import auto_class
 from tunesmith.recipe import Recipe, to_yaml
@@ -212,8 +213,9 @@ def _made(run: dict[str, Any]) -> str:
     license_ = "".join(f"- licence of the {of}: {name}\n" for of, name in stated.items() if name)
     return (
         f"- rows: {rows}\n"
-        f"- {run['trainable_parameters']:,} of {run['total_parameters']:,} parameters learned, {run['steps']} steps, "
-        f"{run['seconds']:.0f} s on {hardware['name']} ({hardware['device']}, {hardware['precision']})\n"
+        f"- {run['trainable_parameters']:,} of {run['total_parameters']:,} parameters learned, "
+        f"{counted(run['steps'], 'step')}, {run['seconds']:.0f} s "
+        f"on {hardware['name']} ({hardware['device']}, {hardware['precision']})\n"
         f"- seed {run['seed']}; versions: {', '.join(f'{name} {number}' for name, number in run['versions'].items())}\n"
         f"- command: `{run['command']}`\n{license_}" + "".join(f"- note: {note}\n" for note in run["data"]["notes"])
     )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tunesmith import recipe as recipes
 from tunesmith.deploy import artefact, card, predict
-from tunesmith.errors import RecipeError, UserError
+from tunesmith.errors import RecipeError, UserError, counted
 from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
 from tunesmith.techniques import Technique
@@ -58,7 +58,7 @@ def merge(
     """
     shares = list(weights) if weights is not None else [1 / len(runs)] * len(runs)
     if len(shares) != len(runs):
-        raise UserError(f"--weights: {len(shares)} for {len(runs)} runs", hint="give one for each run")
+        raise UserError(f"--weights: {len(shares)} for {counted(len(runs), 'run')}", hint="give one for each run")
     if not all(map(math.isfinite, shares)) or sum(shares) == 0:
         hint = "give finite ones whose sum is not 0: heads are averaged by them"
         raise UserError(f"--weights: {', '.join(f'{share:g}' for share in shares)}", hint=hint)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tunesmith.deploy import predict
 from tunesmith.deploy.predict import Tuned
-from tunesmith.errors import UserError, did_you_mean
+from tunesmith.errors import UserError, counted, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ class Several:
         given = [inputs] if isinstance(inputs, str | Mapping) else list(inputs)
         names = [adapter] * len(given) if isinstance(adapter, str) else list(adapter)
         if len(names) != len(given):
-            raise UserError(f"{len(names)} adapters for {len(given)} inputs", hint="name one, or one for each input")
+            raise UserError(
+                f"{counted(len(names), 'adapter')} for {counted(len(given), 'input')}",
+                hint="name one, or one for each input",
+            )
         if unknown := sorted(set(names) - set(self.runs)):
             raise UserError(f"no adapter is called '{unknown[0]}'", hint=did_you_mean(unknown[0], sorted(self.runs)))
         answers: dict[int, dict[str, Any]] = {}

@@ -11,7 +11,7 @@ from jinja2 import Environment
 
 from tunesmith.data.formats import Row
 from tunesmith.data.formats.columns import ANSWERS
-from tunesmith.errors import CONTROL
+from tunesmith.errors import CONTROL, counted
 from tunesmith.metrics import ERRORS, MEANINGS, side_by_side
 from tunesmith.recipe import load as load_recipe
 from tunesmith.tasks import Task
@@ -47,6 +47,7 @@ def write(folder: Path) -> None:
         errors=scores.get("errors", {}),
         confusion=confusion if len(confusion) <= COLUMNS_AT_MOST else [],
         worst=_worst(folder / "predictions-test.jsonl", recipe.task),
+        counted=counted,
         width=WIDTH,
         height=HEIGHT,
     )

@@ -121,7 +121,7 @@ class _Check:
         self.fitted: Task | None = None
         self.files = list(self._opened(named))
         if misfit is not None and self.files:
-            self.notes.append(f"taken as rows without a task ({misfit.what}); task=NAME says which")
+            self.notes.append(f"taken as rows without a task: {misfit.what}; {misfit.hint}; or task=NAME says which")
         self.notes += [file.note for file in self.files if file.note]
         self.row_level: Level = "warning" if self.data.on_bad_row == "skip" else "error"
 
@@ -142,8 +142,6 @@ class _Check:
                 hint = did_you_mean(self.group, map(str, file.names))
                 raise RecipeError(f"--group: no column {shorten(self.group)}", where=str(file.path), hint=hint)
             self._read(number, file)
-            if self.task is not None:
-                self.findings.add(self.task.faults(file.good_rows()))
 
     def _read(self, number: int, file: File) -> None:
         fields, chunk, lengths = Fields(file), list[tuple[int, str]](), array("q")
@@ -235,6 +233,9 @@ class _Check:
         names = [file.name for file in self.files]
         if self.task is not None and names[:1] == ["train"] and self.files[0].rows:
             self._rehearse(self.task, parts, names)
+        if (task := self.fitted or self.task) is not None:
+            for file in self.files:
+                self.findings.add(task.faults(file.good_rows()))
         self._near(parts, names)
         if self.group is not None:
             self.findings.add(self._torn(parts, names))

@@ -12,7 +12,7 @@ from tunesmith.data.findings import Fault, Level
 from tunesmith.data.formats import Row
 from tunesmith.data.formats.raw import BadRow, RawRow
 from tunesmith.data.private import private
-from tunesmith.errors import shorten
+from tunesmith.errors import counted, shorten
 from tunesmith.studies.data_files import Column, File, shown, text, texts
 
 IMBALANCE = 10
@@ -110,7 +110,7 @@ def token_faults(
     for row, count in zip(rows, counts.tolist(), strict=True):
         if count > limit:
             what = f"a text of {file.name} is longer than the {limit} tokens that are read"
-            yield Fault("too-long", what, row.place, f"{count} tokens: {text(row)}", fix)
+            yield Fault("too-long", what, row.place, f"{counted(count, 'token')}: {text(row)}", fix)
     if share > UNKNOWN:
         worst = rows[int(np.argmax(np.array(num_unknown) / np.maximum(counts, 1)))]
         what = f"{share:.0%} of the tokens of {file.name} are unknown to this model"

@@ -43,9 +43,10 @@ def evaluate(
     talk, read = talk or Talk(), f"reading and encoding {data or split}"
     tuned = predict.load(run, device=device, offline=offline, allow_pickle=allow_pickle)
     with talk.during(read):
-        chosen, notes = (
-            (_split(tuned, Path(run), split), []) if data is None else examples.read_other(data, tuned.task, tuned.data)
-        )
+        if data is None:
+            chosen, notes = _split(tuned, Path(run), split), list[str]()
+        else:
+            chosen, notes = examples.read_other(data, tuned.task, tuned.data.model_copy(update={"limit": None}))
         encoded = _encode(tuned, chosen)
     about = {"run": str(run), "split": str(data or split), "base": base, "examples": len(encoded), "notes": notes}
     try:

@@ -9,6 +9,7 @@ tied to the input embeddings; it learns alone at first, since its random answers
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
@@ -30,6 +31,7 @@ from tunesmith.kernels.logits import logits_at
 from tunesmith.kernels.vocabulary import token_loss
 from tunesmith.metrics.language import TokenScores
 from tunesmith.models.snippets import fetch_general, general_files
+from tunesmith.models.sources import cache_home
 from tunesmith.recipe import Data
 from tunesmith.recipe_values import General
 from tunesmith.tasks import Metrics, Task
@@ -217,7 +219,10 @@ def _segmenter(name: str) -> Segment:
         what = f"task.segmenter: {name} is not installed"
         hint = "pip install 'tunesmith[chinese]', or leave the key out: each character is a word then"
         raise RecipeError(what, hint=hint) from None
-    cut: Callable[[str], Iterable[str]] = jieba.cut
+    jieba.setLogLevel(logging.WARNING)
+    cache_home().mkdir(parents=True, exist_ok=True)
+    jieba.dt.tmp_dir = str(cache_home())  # it reads its cache by marshal: not from where anybody may write
+    cut: Callable[[str], Iterable[str]] = jieba.dt.cut
     return cut
 
 

@@ -27,7 +27,7 @@ from tunesmith.data.spans import read_tags, unknown_tag, words_of
 from tunesmith.data.tags import Scheme, TagSet, belongs, faults, faults_of_rows, scheme_of, split_tag, tags_of_types
 from tunesmith.data.texts import model_inputs
 from tunesmith.data.words import encode_words, words_notes
-from tunesmith.errors import DataError, shorten
+from tunesmith.errors import DataError, counted, shorten
 from tunesmith.metrics.entities import EntityScores
 from tunesmith.recipe import Data
 from tunesmith.tasks import Metrics, Task
@@ -87,6 +87,9 @@ class TokenClassification(Task):
             raise DataError(what, where=where, hint="data.columns.label=N if the tags stand in another column")
         bare = scheme == "IO" and not any(tag.startswith("I-") for tag in counts)
         types = {split_tag(tag)[1] for tag in counts if tag != "O" and belongs(tag, scheme)}
+        if not types:
+            fault = faults([next(tag for tag in counts if tag != "O")], scheme)[0]
+            raise DataError(f"label: {fault.what}, nor is any other", where=where, hint=fault.hint)
         tags = self.tags or tags_of_types(types, scheme, bare)
         weights = class_weights(data.class_weights, "single", tags, counts)
         fitted = self.model_copy(update={"scheme": scheme, "tags": tags})
@@ -129,17 +132,31 @@ class TokenClassification(Task):
         """The scheme; windows, words cut or void, and unknown tokens above 5 %."""
         types = TagSet(self._names).types
         shown = f"{', '.join(types[:10])}{' ...' if len(types) > 10 else ''}"
-        return [f"tags are read as {self.scheme}, {len(types)} types ({shown})", *words_notes(encoded, processor)]
+        return [
+            f"tags are read as {self.scheme}, {counted(len(types), 'type')} ({shown})",
+            *words_notes(encoded, processor),
+        ]
 
     def faults(self, rows: Iterable[Row]) -> Iterator[findings.Fault]:
-        """Tags that cannot follow one another in the scheme of most sentences."""
+        """Tags that cannot follow one another in the scheme, of which train is not known that of most sentences; then
+        those that train lacks.
+        """
         read = []
         for row in rows:
             with contextlib.suppress(DataError):  # one that cannot be read is told already
                 read.append((row, read_tags(row, self.tags)))
         scheme = scheme_of(tags for _, tags in read) if self.scheme == "auto" else self.scheme
-        for place, fault in faults_of_rows(read, scheme) if scheme else ():
+        if scheme is None:
+            return
+        for place, fault in faults_of_rows(read, scheme):
             yield findings.Fault("tags", f"a tag is unsound in {scheme}", place, fault.what, fault.hint, "error")
+        for row, tags in read if self.tags else ():
+            for index, tag in enumerate(tags):
+                if tag not in self._names and belongs(tag, scheme):
+                    lacks = unknown_tag(tag, index, row, self._names)
+                    yield findings.Fault(
+                        "unknown-label", "a tag is not in train", lacks.where, tag, lacks.hint, "error"
+                    )
 
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
         """The sum of the weights of all that carries loss, else its number."""

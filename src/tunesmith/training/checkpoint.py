@@ -276,8 +276,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return found
 
 
-def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], overrides: Collection[str]) -> list[str]:
-    """The keys that differ and are overridden.
+def check_same_run(
+    old: Mapping[str, Any], new: Mapping[str, Any], overrides: Collection[str], files: Mapping[str, str] | None = None
+) -> list[str]:
+    """The keys that differ and are overridden; `files` are those that some keys speak of.
 
     Raises:
         CheckpointError: names each difference that is not.
@@ -286,7 +288,13 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], overrides: Co
     accepted = [key for key in found if any(key == over or key.startswith(f"{over}.") for over in overrides)]
     refused = [key for key in found if key not in accepted]
     if refused:
-        listed = "; ".join(f"{key} was {shorten(found[key][0])}, is {shorten(found[key][1])}" for key in refused)
+        said = {key: f"{key} was {shorten(was)}, is {shorten(now)}" for key, (was, now) in found.items()}
+        said |= {
+            key: f"{key} was '{str(found[key][0])[:12]}…', is '{str(found[key][1])[:12]}…': {file} has changed"
+            for key, file in (files or {}).items()
+            if key in found
+        }
+        listed = "; ".join(said[key] for key in refused)
         hint = " ".join(f"--override {key}" for key in refused)
         raise CheckpointError(f"this would not be the same run: {listed}", hint=f"change it back, or go on with {hint}")
     return accepted

@@ -22,7 +22,7 @@ from tunesmith.data.augment import Augmenter
 from tunesmith.data.encoded import Encoded, encode, fingerprint
 from tunesmith.data.formats import Row, Table, find_splits, is_folder, read_table
 from tunesmith.data.formats.columns import ANSWERS, is_number, is_text
-from tunesmith.errors import DataError, RecipeError, shorten
+from tunesmith.errors import DataError, RecipeError, counted, shorten
 from tunesmith.recipe import Data
 from tunesmith.tasks import Task
 
@@ -112,6 +112,7 @@ def read(task: Task, data: Data, seed: int) -> Examples:
             splits.refuse_same_file(Path(data.train), Path(value), name)
     _check_same_roles(found)
     every = _usable(found["train"], task, data)
+    _check_places(every, task)
     task, data = task.fit(every.targets, data, str(data.train))
     every = _usable(found["train"], task, data) if task.reads_again else every
     parts = {"train": every} | {name: _usable(found[name], task, data) for name in found.keys() - {"train"}}
@@ -120,15 +121,19 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     notes += [_left_out(name, part) for name, part in parts.items() if part.skipped]
     strata = np.asarray(task.strata(every.targets) or np.zeros(len(every.targets)), dtype=np.int64)
     notes += _remarks(every, strata, task)
-    together = every.digests if every.groups is None else every.groups
-    if drawn := _drawn(strata, together, data, seed):
+    together = every.digests if every.groups is None else splits.joined(every.groups, every.digests)
+    drawn = _drawn(strata, together, data, seed)
+    if drawn:
         parts |= {name: every.at(positions) for name, positions in drawn.items()}
         notes += _alone(every, strata, together, "text" if every.groups is None else "group")
     rows = {name: len(part.targets) for name, part in parts.items()}
     for name in sorted(parts.keys() - {"train"}):
         if repeated := splits.overlap(parts["train"].digests, parts[name].digests):
             said = f"{repeated} of {rows[name]} {name} rows stand word for word in train: scores will flatter"
-            notes.append(f"{said}; remove them from one of the files, or data.{name}=0.1 draws rows that train lacks")
+            way_out = f"remove them from one of the files, or data.{name}=0.1 draws rows that train lacks"
+            if name in drawn:
+                way_out = f"nearly all groups of {data.group} share texts: remove such rows (data check lists them)"
+            notes.append(f"{said}; {way_out}")
     found = {name: part.split for name, part in parts.items()}
     for name, path in task.others().items():
         found[name], remarks = read_other(path, task, data.model_copy(update={"columns": None}))
@@ -193,15 +198,16 @@ def _usable(split: Split, task: Task, data: Data) -> _Part:
     """A row whose target cannot be read stops the run, or is left out and counted."""
     targets: list[Any] = []
     digests, groups = array("Q"), array("Q")
+    first: DataError | None = None
     kept, unusable, kind = array("q"), 0, "label" if "label" in task.columns else "row"
     main, only_numbers = next(iter(task.columns)), True
     for index, row in enumerate(split.rows()):
         try:
             target = task.target(row)
-        except DataError:
+        except DataError as error:
             if data.on_bad_row == "stop":
                 raise
-            unusable += 1
+            unusable, first = unusable + 1, first or error
             continue
         targets.append(sys.intern(target) if type(target) is str else target)  # a class is one object, not one a row
         kept.append(index)
@@ -211,10 +217,24 @@ def _usable(split: Split, task: Task, data: Data) -> _Part:
         only_numbers = only_numbers and is_number(str(row.values.get(main)))
     skipped = split.table.skipped + Counter({f"unusable {kind}": unusable} if unusable else {})
     if not targets:
-        raise DataError(f"no row can be used, left out are {_reasons(skipped)}", where=str(split.table.path))
+        what, hint = f"no row can be used, left out: {_reasons(skipped)}", "data check names what is wrong with each"
+        if first is not None:
+            what, hint = f"{what}, the first for {first.what}", first.hint.removesuffix(", or data.on_bad_row=skip")
+        raise DataError(what, where=str(split.table.path), hint=hint)
     split = replace(split, indices=np.frombuffer(kept, dtype=np.int64)) if unusable else split
     known = np.frombuffer(groups, dtype=np.uint64) if groups else None
     return _Part(split, targets, np.frombuffer(digests, dtype=np.uint64), skipped, only_numbers, known)
+
+
+def _check_places(train: _Part, task: Task) -> None:
+    """Refuse labels that are nearly all different beside few texts: they stand in each other's column."""
+    rows, columns = len(train.targets), train.split.table.columns
+    texts, labels, main = len(np.unique(train.digests)), len(set(train.targets)), next(iter(task.columns))
+    worded = all(isinstance(target, str) and not is_number(target) for target in train.targets)
+    if "label" in task.columns and worded and labels > rows / 2 and 1 < texts <= rows / 5:
+        what = f"label: {labels:,} different ones of {rows:,}, and {texts:,} different texts: they look exchanged"
+        ways = f"data.columns.{main}={columns['label']} data.columns.label={columns[main]}"
+        raise DataError(what, where=str(train.split.table.path), hint=ways)
 
 
 def _remarks(train: _Part, strata: splits.Indices, task: Task) -> list[str]:
@@ -249,7 +269,7 @@ def _alone(train: _Part, strata: splits.Indices, together: splits.Digests, what:
     names = [shorten(train.targets[index]) for index in first[counts == 1]]
     if not names:
         return []
-    who = "1 class has" if len(names) == 1 else f"{len(names)} classes have"
+    who = f"{counted(len(names), 'class', 'classes')} {'has' if len(names) == 1 else 'have'}"
     return [f"{who} a single {what}, which stays in train where no score sees it: {', '.join(names[:3])}"]
 
 
@@ -287,7 +307,7 @@ def _left_out(name: str, part: _Part) -> str:
 
 
 def _reasons(skipped: Counter[str]) -> str:
-    return ", ".join(f"{count} row{'s' * (count > 1)} ({reason})" for reason, count in skipped.most_common())
+    return ", ".join(f"{counted(count, 'row')} ({reason})" for reason, count in skipped.most_common())
 
 
 def encode_splits(examples: Examples, processor: Any, processor_hash: str, cache: Path) -> dict[str, Encoded]:
@@ -301,7 +321,7 @@ def encode_splits(examples: Examples, processor: Any, processor_hash: str, cache
 def encode_split(split: Split, task: Task, data: Data, processor: Any, processor_hash: str, cache: Path) -> Encoded:
     """One split encoded; the folder's name is a hash of all that the result depends on."""
     drawn = None if split.indices is None else hashlib.sha256(split.indices.tobytes()).hexdigest()
-    keys: dict[str, Any] = {"max_length": data.max_length, "columns": split.table.columns, "limit": data.limit}
+    keys: dict[str, Any] = {"max_length": data.max_length, "columns": split.table.columns, "limit": split.table.limit}
     keys |= {"on_bad_row": data.on_bad_row, "class_weights": data.class_weights}
     key = fingerprint(split.sha256, drawn, task.name, task.model_dump(), keys, processor_hash)
     pieces = task.pieces(split.rows(), processor, data)

@@ -81,6 +81,22 @@ def test_a7_02_a_folder_that_does_not_tell_is_refused(refuse: Refuse, write: Any
     assert refuse(tmp_path / "valid") == "valid: no train file in this folder; name it train.csv, or give the file"
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    (
+        ("missing.csv", "check the path"),
+        ("trainig.csv", "did you mean 'training.csv'?"),
+        ("training.tsv", "did you mean 'training.csv'?"),
+        ("reviews-01.csv", "did you mean 'reviews-1.csv'?"),
+        ("data.csv", "check the path"),
+    ),
+)
+def test_only_a_name_that_is_near_is_proposed(name: str, hint: str, refuse: Refuse, write: Any, tmp_path: Path) -> None:
+    for there in ("training.csv", "training.jsonl.gz", "dates.txt", "reviews-1.csv"):
+        write(CSV, there)
+    assert refuse(tmp_path / name) == f"{name}: no such file; {hint}"
+
+
 @pytest.fixture
 def locked() -> Iterator[Path]:
     """A folder that only its owner may enter, with a file that only its owner may read; the test is somebody else."""

@@ -301,7 +301,7 @@ def test_a7_49_to_56_a_conversation_taken_for_the_text_is_refused_or_skipped(
     objects[2] = json.dumps({"messages": chat, "label": "pos"})
     content = _file(objects, form)
     said = refuse(content, "data.columns.text=messages")
-    turns = f"a conversation of {len(chat)} turns is not a text: '[{{'role'" if chat else "'[]' is not a text"
+    turns = f"a conversation of {len(chat):,} turns is not a text: '[{{'role'" if chat else "'[]' is not a text"
     assert said.startswith(f"train.csv:3: messages: {turns}") and said.endswith(SKIP)
     found = read(content, columns={"text": "messages"}, on_bad_row="skip")
     assert _rows(found) == [*ROWS[:2], ROWS[3]]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from tunesmith.data.blocks import blocks, packed
 from tunesmith.data.formats import Row
 from tunesmith.data.masks import Tokens, choose, hide
+from tunesmith.recipe import Data
+from tunesmith.tasks.fill_mask import FillMask
 from tunesmith.testing import MADE_UP, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -77,7 +77,7 @@ def _dressed(tokenizer: Tokenizer, **names: str) -> PreTrainedTokenizerFast:
 
 
 def _bert_zh() -> PreTrainedTokenizerFast:
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"今天气很好b", "##c"]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"今天气很好我们去北京大学,b", "##c"]
     tokenizer = Tokenizer(WordPiece({token: n for n, token in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()  # puts blanks around Chinese characters
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -171,13 +171,18 @@ def test_what_is_hidden_hangs_on_seed_epoch_and_index_alone() -> None:
     assert len({tuple(places) for places in found}) == 4
 
 
-def test_jieba_is_a_module_that_cuts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from tunesmith.recipe import Data
-    from tunesmith.tasks.fill_mask import FillMask
-
-    monkeypatch.setitem(sys.modules, "jieba", SimpleNamespace(cut=lambda text: ["今天", "天气"]))
-    rows = FillMask(segmenter="jieba").pieces(_rows("今天天气"), _bert_zh(), Data(max_length=16))
-    assert [row.values["words"] for row in rows] == [[-1, 0, 0, 1, 1, -1]]
+def test_jieba_tells_chinese_words(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    jieba = pytest.importorskip("jieba")
+    jieba.dt.initialized = False
+    text = "我们去北京大学,好"
+    rows = list(FillMask(segmenter="jieba").pieces(_rows(text), _bert_zh(), Data(max_length=16)))
+    assert [row.values["words"] for row in rows] == [[-1, 0, 0, 1, 2, 2, 2, 2, 3, 4, -1]]
+    assert (home / "jieba.cache").exists(), "not in a folder that everybody may write to"
+    assert capfd.readouterr().err == ""
+    ids, words = (np.array(rows[0].values[name]) for name in ("input_ids", "words"))
+    for epoch in range(20):
+        _, hidden = hide(ids, words, 0.5, Tokens.of(_bert_zh()), seed=0, epoch=epoch, index=0)
+        assert len({4, 5, 6, 7} & set(hidden.tolist())) in (0, 4), "a word is hidden whole or not at all"
 
 
 @pytest.mark.parametrize("length", (4, 5, 7, 32, 1000))

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunesmith import registry
 from tunesmith.data.formats import Row, Table, find_splits, read_lines, read_table
 from tunesmith.errors import DataError
 from tunesmith.tasks.text_classification import TextClassification
@@ -127,6 +128,17 @@ def test_words_with_tags_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.conll").write_text("He\tO\nlives\tO\n\nin\tO\nNew\tB-LOC\nYork\tI-LOC\n")
     with pytest.raises(DataError, match=r"a.conll:1: these are words with tags, one a line \('B-LOC, I-LOC, O'\)"):
         _read(tmp_path / "a.conll")
+
+
+@pytest.mark.parametrize("header", ("", "word,tag\n", "Sentence #,Word,Tag\n"))
+@pytest.mark.parametrize("task", ("token-classification", "text-classification"))
+def test_a_table_of_words_with_tags_is_told_how_it_is_read(header: str, task: str, tmp_path: Path) -> None:
+    first = "Sentence: 1," if header.startswith("S") else ""
+    words = [f"{first}{word}" for word in ("He,O", "lives,O", "in,O", "New,B-LOC", "York,I-LOC")]
+    (tmp_path / "a.csv").write_text(header + "\n".join([*words, "", *words, ""]))
+    told = registry.get("task", task)
+    with pytest.raises(DataError, match=r"a.csv:1: these are words with tags, one a line \('B-LOC, I-LOC, O'\).*CoNLL"):
+        read_table(tmp_path / "a.csv", told.columns, required=told.required)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("change", ("longer", "same size", "gone"))

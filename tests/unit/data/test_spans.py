@@ -76,7 +76,7 @@ WRONG: dict[str, tuple[Row, str]] = {
     "no numbers": (_row([{"start": "0", "end": "3", "label": "PER"}]), "is no span; give {"),
     "two of three": (_row([[0, 3]]), "[0, 3]' is no span"),
     "a word": (_row("PER"), "'PER' is neither a list of tags nor of spans"),
-    "too few tags": (_row(["O"], None, tokens=["a", "b"]), "1 tags for 2 words; give one for each word"),
+    "too few tags": (_row(["O"], None, tokens=["a", "b"]), "1 tag for 2 words; give one for each word"),
     "no tag": (_row(["O", None], None, tokens=["a", "b"]), "None' is no tag; O is the tag of a word in no entity"),
     "numbers without names": (
         _row([0, 1], None, tokens=["a", "b"]),

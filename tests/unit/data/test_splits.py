@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.formats import Row
-from tunesmith.data.splits import digest, overlap, refuse_same_file, repeats, stratified_split
+from tunesmith.data.splits import digest, joined, overlap, refuse_same_file, repeats, stratified_split
 from tunesmith.errors import DataError
 from tunesmith.recipe import Data
 from tunesmith.tasks.text_classification import TextClassification
@@ -195,6 +195,35 @@ def test_rows_of_a_group_are_never_parted(seed: int, tmp_path: Path) -> None:
     without = examples.read(TextClassification(), data.model_copy(update={"group": None}), seed)
     parted = {name: {row.place for row in split.rows()} for name, split in without.splits.items()}
     assert parted["test"] != {row.place for row in found.splits["test"].rows()}
+
+
+def _patients(shared: int) -> str:
+    """Fifty patients of eight notes; the first note of each is one that `shared` of them have, else their own."""
+    rows = (
+        f"{'normal' if n % 8 == 0 and n // 8 < shared else f'note {n}'},{'ab'[n % 2]},p{n // 8}" for n in range(400)
+    )
+    return "\n".join(["text,label,patient", *rows])
+
+
+@pytest.mark.parametrize("shared", (20, 50))
+def test_groups_that_share_a_text_stay_together_as_long_as_they_are_not_most(shared: int, tmp_path: Path) -> None:
+    path = tmp_path / "notes.csv"
+    path.write_text(_patients(shared))
+    found = examples.read(TextClassification(), Data(train=str(path), validation=0.1, test=0.2, group="patient"), 0)
+    assert found.rows == {"train": 280, "validation": 40, "test": 80}
+    sides = [name for name, split in found.splits.items() for row in split.rows() if row.values["text"] == "normal"]
+    assert (len(set(sides)) == 1) == (shared == 20)
+    said = [note for note in found.notes if "stand word for word in train" in note]
+    assert len(said) == (0 if shared == 20 else 2)
+    assert all("nearly all groups of patient share texts: remove such rows" in note for note in said)
+
+
+def test_a_chain_of_groups_is_one() -> None:
+    groups = np.array([1, 2, 2, 3, 3, 4, 9, 9, 8, 8, 7, 7], dtype=np.uint64)
+    texts = np.array([1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9], dtype=np.uint64)
+    found = joined(groups, texts)
+    assert len(set(found[:6].tolist())) == 1 and len(set(found.tolist())) == 4
+    assert (joined(groups[:8], texts[:8]) == groups[:8]).all(), "it is more than half of the rows"
 
 
 def test_a_group_is_of_train_alone_and_no_text(tmp_path: Path) -> None:

@@ -35,6 +35,13 @@ def test_some_faults_do_not_make_another_scheme() -> None:
     assert scheme_of([*sound, ["O", "I-A"], ["S-A", "O"], ["B_A", "O"], ["U-B"]]) == "BIO"
 
 
+def test_a_misspelt_prefix_is_no_type_of_its_own() -> None:
+    assert scheme_of([["B_A", "I-A"], ["B_A", "O"], ["O", "B_B"]]) == "BIO"
+    assert scheme_of([["cell_line", "O"], ["DNA", "O"], ["S1", "O"]]) == "IO"
+    (fault,) = faults(["b:A"], "IO")
+    assert fault.what == "'b:A' is no tag of IO"
+
+
 WRONG = {
     "I begins": ("BIO", "O I-A O", 1, "'I-A' after 'O': in BIO no entity begins so", "begin it with B-A"),
     "I begins a sentence": ("BIO", "I-A O", 0, "'I-A' after 'O'", "B-A"),

@@ -105,6 +105,35 @@ def test_a_refusal_of_the_run_is_a_finding(sentences: list[str], checked: Checke
     assert code == 3 and "there is nothing to tell apart" in _only(report, "refused")["faults"][0]["value"]
 
 
+@pytest.mark.parametrize("marks", ("B_", "B_ I_"))
+def test_what_a_run_refuses_of_tags_is_told_before(
+    marks: str, sentences: list[str], checked: Checked, tmp_path: Path
+) -> None:
+    tagged = [[(word, "O") for word in text.split()] for text in sentences[:40]]
+    for words in tagged[:30]:
+        words[2:5] = [(words[2][0], "B-X"), (words[3][0], "I-X"), (words[4][0], "O")]
+    tagged[35][1] = (tagged[35][1][0], "B-Y")
+    for name, part in (("train", tagged[:30]), ("dev", tagged[30:])):
+        text = "\n\n".join("\n".join(f"{word}\t{tag}" for word, tag in words) for words in part)
+        for mark in marks.split() if name == "train" else ():
+            text = text.replace(f"\t{mark[0]}-", f"\t{mark}")
+        (tmp_path / f"{name}.tsv").write_text(text)
+    code, report = checked(tmp_path)
+    unsound = _only(report, "tags")
+    assert code == 3 and unsound["count"] == 30 * len(marks.split())
+    assert unsound["faults"][0]["value"] == "'B_X' is no tag of BIO" and unsound["fix"] == "did you mean 'B-X'?"
+
+
+def test_tags_that_train_lacks_are_told(sentences: list[str], checked: Checked, tmp_path: Path) -> None:
+    for name, type_, texts in (("train", "X", sentences[:30]), ("dev", "Y", sentences[30:40])):
+        rows = [{"tokens": text.split(), "tags": [f"B-{type_}", *["O"] * (len(text.split()) - 1)]} for text in texts]
+        _write(tmp_path / f"{name}.jsonl", rows)
+    code, report = checked(tmp_path)
+    lacks = _only(report, "unknown-label")
+    assert code == 3 and lacks["count"] == 10 and lacks["what"] == "a tag is not in train"
+    assert lacks["faults"][0]["line"] == 1 and lacks["faults"][0]["value"] == "B-Y"
+
+
 def test_groups_on_two_sides(sentences: list[str], checked: Checked, tmp_path: Path) -> None:
     for name, authors in (("train", range(30)), ("test", range(28, 38))):
         rows = [

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tunesmith.data.formats import read_raw
+from tunesmith import registry
+from tunesmith.data.formats import read_raw, read_table
 from tunesmith.data.formats.raw import RawRow
 from tunesmith.data.formats.write import WRITERS
 from tunesmith.errors import DataError, RecipeError
@@ -58,6 +59,40 @@ def test_kinds_of_values_are_kept_where_the_format_has_them(tmp_path: Path) -> N
     assert _rows(tmp_path / "rows.csv")[0] == {"n": "1", "f": "0.5", "b": "True", "l": '["x", "y"]', "o": '{"k": 1}'}
 
 
+@pytest.mark.parametrize("table", ("csv", "tsv"))
+def test_lists_and_conversations_come_back_from_a_table(table: str, tmp_path: Path) -> None:
+    rows = [
+        {
+            "tokens": ["EU", "[1]"], "tags": ["B-ORG", "O"], "said": "[sic]", "n": "[1]" if n else "one", "note": None,
+            "messages": [{"role": "user", "content": f'"{n}",\n'}, {"role": "assistant", "content": "[1]"}],
+        }
+        for n in range(3)
+    ]  # fmt: skip
+    source, there, back = tmp_path / "rows.jsonl", tmp_path / f"rows.{table}", tmp_path / "back.jsonl"
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    convert(source, there)
+    convert(there, back)
+    assert _rows(back) == [row | {"note": ""} for row in rows]
+    for task, role in (("token-classification", "tokens"), ("text-generation", "messages")):
+        name = registry.get("task", task)
+        read = read_table(there, name.columns, required=name.required)  # type: ignore[attr-defined]
+        assert [row.values[role] for row in read] == [row[role] for row in rows]
+
+
+def test_texts_become_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    for name, text in (("a.txt", "Dear Ann\n\nyours, Bob\n"), ("b.txt", "No, no.\n"), ("c.json", "[]")):
+        (folder / name).write_text(text)
+    assert convert(folder, tmp_path / "folder.jsonl")["rows"] == 2
+    assert _rows(tmp_path / "folder.jsonl") == [{"text": "Dear Ann\n\nyours, Bob"}, {"text": "No, no."}]
+    assert convert(folder / "a.txt", tmp_path / "blank.jsonl")["columns"] == ["text"]
+    assert _rows(tmp_path / "blank.jsonl") == [{"text": "Dear Ann"}, {"text": "yours, Bob"}]
+    (folder / "b.txt").write_bytes(b"No, \xff no.\n")
+    with pytest.raises(DataError, match=rf"^{folder / 'b.txt'}:1: byte 0xff is not UTF-8"):
+        convert(folder, tmp_path / "bad.jsonl")
+
+
 def test_a_column_that_only_late_rows_have_is_there(tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"a": "x"} | ({"b": 1.5} if n > 2000 else {})) + "\n" for n in range(2100)))
@@ -86,7 +121,7 @@ def test_a_bad_row_stops_it_or_is_counted(tmp_path: Path) -> None:
 def test_what_parquet_cannot_hold_is_said(tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text('{"a": 1}\n{"a": "x"}\n')
-    with pytest.raises(DataError, match="a column is of one kind in Parquet"):
+    with pytest.raises(DataError, match=rf"^{source}: Parquet .* a column is of one kind in Parquet"):
         convert(source, tmp_path / "rows.parquet")
     assert not (tmp_path / "rows.parquet").exists()
 
@@ -105,15 +140,15 @@ def test_words_with_tags_there_and_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     (
-        ({"text": "a"}, "no columns tokens and tags"),
-        ({"tokens": ["a", "b"], "tags": ["O"]}, "row 1: tokens, tags are not lists of one length"),
-        ({"tokens": ["a\tb"], "tags": ["O"]}, "a tab or a line end"),
+        ({"text": "a"}, "^{}: no columns tokens and tags"),
+        ({"tokens": ["a", "b"], "tags": ["O"]}, "^{}:1: tokens, tags are not lists of one length"),
+        ({"tokens": ["a\tb"], "tags": ["O"]}, "^{}:1: .*a tab or a line end"),
     ),
 )
 def test_what_conll_cannot_hold(row: dict[str, Any], said: str, tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text(json.dumps(row) + "\n")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=said.format(source)):
         convert(source, tmp_path / "rows.conll")
 
 

@@ -67,6 +67,15 @@ def test_another_file_is_scored_by_its_labels(finished: Any, tmp_path: Path) -> 
     assert scored["metrics"]["f1_macro"] == pytest.approx(f1_score(labels, said, average="macro"))
 
 
+def test_a_limit_for_trials_is_none_of_another_file(finished: Any, tmp_path: Path) -> None:
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("  limit:\n", "  limit: 5\n"))
+    assert (run / "recipe.yaml").read_text() != recipe
+    rows = [MADE_UP["text-classification"](number) for number in range(100, 117)]
+    assert tunesmith.evaluate(run, data=_write(tmp_path / "other.csv", rows))["examples"] == 17
+
+
 def test_rows_of_another_file_that_cannot_be_scored_are_left_out_and_said(
     finished: Any, command: Any, tmp_path: Path
 ) -> None:

@@ -80,6 +80,14 @@ def test_a7_71_ten_thousand_classes_are_identifiers(refuse: Refuse) -> None:
     assert said == "train.jsonl: label: 10000 classes in 10000 rows look like identifiers; set data.columns.label"
 
 
+def test_a7_71_texts_and_labels_in_each_others_column_are_told(refuse: Refuse, written: Any) -> None:
+    said = refuse((label, f"{text} {n}") for n, (text, label) in enumerate(_reviews(30)))
+    told = "label: 30 different ones of 30, and 2 different texts: they look exchanged"
+    assert said == f"train.jsonl: {told}; data.columns.text=label data.columns.label=text"
+    numbers = written((text, n / 7) for n, (text, _) in enumerate(_reviews(30)[:4] * 8))
+    assert _read(numbers).task.labels == "regression"  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("split", ("validation", "test"), ids=("a7_72", "a7_73"))
 def test_a7_72_and_73_a_label_that_train_lacks_is_refused_before_a_model_is_sought(
     split: str, refuse: Refuse, written: Any
@@ -226,7 +234,14 @@ def test_a7_80_the_second_text_of_a_pair_may_be_huge_too(tmp_path: Path) -> None
 def test_a7_99_a_target_that_is_no_finite_number_is_refused(label: object, refuse: Refuse) -> None:
     rows = [(text, n / 10) for n, (text, _) in enumerate(_reviews(20))]
     said = refuse([*rows, (GOOD, label)], "task.labels=regression")
-    assert said.startswith("train.jsonl:21: label: '") and "is not a finite number; mend it" in said
+    assert said.startswith("train.jsonl:21: label: '") and "is not a finite number; " in said and "mend it" in said
+    assert ("task.labels=single if these are classes" in said) == (label not in ("1,5", [1, 2]))
+
+
+def test_a7_99_words_for_numbers_are_not_to_be_skipped_all(refuse: Refuse) -> None:
+    said = refuse(_reviews(20), "task.labels=regression", "data.on_bad_row=skip")
+    why = "no row can be used, left out: 20 rows (unusable label), the first for label: 'pos' is not a finite number"
+    assert said == f"train.jsonl: {why}; task.labels=single if these are classes, else mend it"
 
 
 def test_a7_99_one_word_among_numbers_makes_no_classes_of_them(written: Any, refuse: Refuse) -> None:
@@ -280,7 +295,7 @@ def test_a7_140_an_empty_validation_file_is_refused(content: str, refuse: Refuse
 def test_a7_140_a_validation_file_of_which_nothing_is_left_is_refused(refuse: Refuse, written: Any) -> None:
     valid = written([(GOOD, "other")], "valid")
     said = refuse(_reviews(20), f"data.validation={valid}", "data.on_bad_row=skip")
-    assert said.startswith("valid.jsonl: no row can be used, left out are 1 row (unusable label)")
+    assert said.startswith("valid.jsonl: no row can be used, left out: 1 row (unusable label), the first for label: 'o")
 
 
 @pytest.mark.parametrize("split", ("validation", "test"))

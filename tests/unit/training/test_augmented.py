@@ -41,7 +41,7 @@ def test_epochs_differ_runs_do_not_and_a_resume_goes_on_bit_for_bit(recipe_of: A
 @pytest.mark.parametrize(
     ("given", "said"),
     (
-        ("[{name: word-drop}]", "data.augment: must be 'word-dropout'"),
+        ("[{name: word-drop}]", "data.augment: name: no 'word-drop'; did you mean 'word-dropout'"),
         ("[{name: typos, probability: 0}]", "data.augment: must be above 0"),
         ("[{name: typos, chance: 0.1}]", "data.augment: unknown key 'chance' in it"),
         ("[{name: synonyms}]", "synonyms needs file; e.g."),
@@ -56,8 +56,17 @@ def test_what_cannot_be_meant_is_refused(given: str, said: str) -> None:
 
 
 def test_the_schema_knows_it() -> None:
-    keys = schema()["$defs"]["Augmentation"]["properties"]
-    assert keys["name"]["enum"] == ["word-dropout", "word-swap", "typos", "synonyms", "back-translation"]
+    alone, keys = schema()["$defs"]["Augmentation"]["anyOf"]
+    assert (
+        alone["enum"]
+        == keys["properties"]["name"]["enum"]
+        == ["word-dropout", "word-swap", "typos", "synonyms", "back-translation"]
+    )
+    short, long = (
+        load(None, ["task=text-classification", "model=x", f"data.augment={given}"])
+        for given in ("[typos]", "[{name: typos}]")
+    )
+    assert short.data == long.data
 
 
 def test_it_is_shown(command: Any, tiny_bert: Path, reviews_csv: Path) -> None:

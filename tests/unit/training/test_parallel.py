@@ -22,6 +22,12 @@ JOBS: dict[str, dict[str, Any]] = {
     "unequal shares": {"technique": "full", "optimizer": "sgd", "batch_size": 7},
     "an empty share": {"technique": "lora", "optimizer": "adamw", "batch_size": 47},
     "out of memory": {"technique": "full", "optimizer": "sgd", "batch_size": 7, "out_of_memory": 2},
+    "augmented": {
+        "technique": "full",
+        "optimizer": "sgd",
+        "batch_size": 7,
+        "augment": "[typos, word-swap, word-dropout]",
+    },
 }
 
 TECHNIQUES: dict[str, Any] = {
@@ -40,6 +46,7 @@ TECHNIQUES: dict[str, Any] = {
 def _recipe(job: dict[str, Any], build: Any, output: Path) -> Recipe:
     settings = [f"train.{name}={job[name]}" for name in ("optimizer", "batch_size")]
     settings += ["train.epochs=null", "train.max_steps=12", "data.class_weights=balanced"]
+    settings += [f"data.augment={job.get('augment', 'null')}"]  # 12 steps go on into a second epoch
     recipe: Recipe = build(*settings, technique=job["technique"], output=str(output))
     return recipe
 

@@ -20,10 +20,11 @@ from typing import Literal
 
 from tunesmith.data.encoded import file_sha256
 from tunesmith.data.formats import conll, delimited, json_array, json_lines, parallel, parquet, plain
-from tunesmith.data.formats.columns import find_columns, has_header, is_text
+from tunesmith.data.formats.columns import USUAL, find_columns, has_header, is_text
+from tunesmith.data.formats.json_values import list_in
 from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
 from tunesmith.data.formats.recognise import Format, format_of, unreachable
-from tunesmith.errors import DataError, shorten
+from tunesmith.errors import DataError, counted, shorten
 
 __all__ = ["Row", "Table", "find_splits", "is_folder", "read_lines", "read_raw", "read_table"]
 
@@ -138,6 +139,8 @@ class Table:
                 value = float(value)
             if isinstance(value, str) and role.startswith("label"):
                 value = value.strip()
+            if role in self.judged_by_task and role not in ("prompt", "answer"):  # a text may begin with a bracket
+                value = list_in(value)
             if _is_nothing(value) or (isinstance(value, str) and not value.strip()):
                 if role in self.required:
                     what = f"{_shown(column)}: {'empty' if column in raw.values else 'not there'}"
@@ -183,8 +186,7 @@ def _fault(role: str, value: object) -> tuple[str, str, str] | None:
     """What is wrong with a value, the way out, and a short reason."""
     if is_text(role) and not isinstance(value, str):
         if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-            turns = f"{len(value)} turn{'s' * (len(value) > 1)}"
-            what = f"a conversation of {turns} is not a text: {shorten(value[:3])}"
+            what = f"a conversation of {counted(len(value), 'turn')} is not a text: {shorten(value[:3])}"
             return what, "write what is to be told apart as one text", f"{role} is not a text"
         hint = "give one text a row" if isinstance(value, list | dict) else "put it in quotes"
         return f"{shorten(value)} is not a text", hint, f"{role} is not a text"
@@ -229,7 +231,7 @@ def read_table(
     if not opened.names:
         raise _nothing_in(path, opened)
     if kind == "conll":
-        chosen, note = conll.find_columns(path, len(opened.names), roles, columns or {})
+        chosen, note = conll.find_columns(path, opened, roles, columns or {})
         return Table(path, kind, chosen, required, on_bad_row, note, opened.rows, limit, TAGGED)
     chosen, note, headed = find_columns(path, opened, roles, required, columns or {})
     raw_rows = opened.rows if headed else opened.by_number
@@ -249,6 +251,9 @@ def read_raw(path: str | Path, header: bool | None = None) -> tuple[Sequence[str
     path = Path(path)
     if not path.exists() and (sides := parallel.sides_of(path)):
         return (opened := parallel.open_rows(sides)).names, opened.rows
+    if holds_text(path):
+        opened = plain.open_rows(path, "text")
+        return opened.names, opened.rows
     kind = format_of(path, tagged=True)
     opened = _OPENERS[kind](path)
     if not opened.names:
@@ -258,6 +263,19 @@ def read_raw(path: str | Path, header: bool | None = None) -> tuple[Sequence[str
     if opened.by_number is None or (has_header(opened) if header is None else header):
         return opened.names, opened.rows
     return range(len(opened.names)), opened.by_number
+
+
+def holds_text(path: Path) -> bool:
+    """Whether a file is plain text, or a folder of it, as far as that can be seen without knowing what it is for; what
+    is named a table is none.
+
+    Raises:
+        DataError: not a file we can read.
+    """
+    if is_folder(path):
+        return bool(plain.texts_in(path))
+    named_table = path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
+    return not named_table and format_of(path, tagged=True) in ("csv", "tsv") and plain.is_plain(path, USUAL)
 
 
 _OPENERS: dict[Format, Callable[[Path], Opened]] = {

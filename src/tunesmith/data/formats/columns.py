@@ -14,11 +14,13 @@ from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
 Columns = dict[str, str | int]
 Roles = dict[str, tuple[str, ...]]
 TAG = re.compile(r"O|[BIESLUM]-\S+")
-_USUAL = (
+_NAMES = (
     "id", "index", "name", "text", "sentence", "review", "label", "instruction", "input", "output", "prompt",
     "response", "completion", "question", "answer", "context", "source", "target", "tokens", "tags", "messages",
     "conversations",
 )  # fmt: skip
+USUAL: Roles = {name: (name,) for name in _NAMES}
+"""What columns are often called, whatever they are for."""
 CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue")
 SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
 ANSWERS = frozenset({"label", "target"})
@@ -41,6 +43,12 @@ def find_columns(
     wrong = next((role for role, number in numbers.items() if not 0 <= number < len(names)), None)
     if wrong is not None:
         raise DataError(f"data.columns.{wrong}: no column {numbers[wrong]}", where=where, hint=f"0 to {len(names) - 1}")
+    if not chosen and opened.sample and (tags := _tags(opened.sample)) is not None:
+        what = f"these are words with tags, one a line ({shorten(tags)}), and not sentences"
+        hint = (
+            "a tab between word and tag and a blank line between sentences is CoNLL, which token-classification reads"
+        )
+        raise DataError(what, where=where, hint=hint)
     if len(numbers) == len(chosen) and opened.sample and not _looks_like_header(opened, roles):
         return _without_header(where, opened, roles, required, numbers)
     twice = next((name for name in names if name and names.count(name) > 1), None)
@@ -64,9 +72,6 @@ def _without_header(
     if below is not None:
         what = f"the names of the columns stand below something else: {shorten(', '.join(below))}"
         raise DataError(what, where=where, hint="remove the lines above them")
-    if (tags := _tags(opened.sample)) is not None:
-        what = f"these are words with tags, one a line ({shorten(tags)}), without {_and(required, roles)}"
-        raise DataError(what, where=where, hint=f"write {_and(required, roles)} into one row")
     guessed = _in_order(opened.sample) if "target" in required else _by_content(opened.sample)
     found = (guessed or {}) | numbers
     if not required <= found.keys() or len(set(found.values())) < len(found):
@@ -77,7 +82,7 @@ def _without_header(
 
 def has_header(opened: Opened) -> bool:
     """Whether the first line names the columns, as far as that can be seen without knowing what they are for."""
-    return not opened.sample or _looks_like_header(opened, {name: (name,) for name in _USUAL})
+    return not opened.sample or _looks_like_header(opened, USUAL)
 
 
 def _and(some: Collection[str], roles: Roles) -> str:
@@ -214,9 +219,10 @@ def is_number(text: str) -> bool:
 
 
 def _tags(sample: list[list[str]]) -> str | None:
-    """The tags of a CoNLL file, where a column holds nothing else."""
+    """The tags of a CoNLL file, where a column holds nothing else below its name, if it has one."""
     for column in range(1, len(sample[0])):
-        tags = sorted({row[column] for row in sample if len(row) == len(sample[0])} - {""})
+        named = not TAG.fullmatch(sample[0][column])
+        tags = sorted({row[column] for row in sample[named:] if len(row) == len(sample[0])} - {""})
         if "O" in tags and all(TAG.fullmatch(tag) for tag in tags):
             return ", ".join(tags[:4])
     return None

@@ -9,16 +9,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from tunesmith.data.formats.raw import BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
-from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
+from tunesmith.errors import DataError, RecipeError, counted, did_you_mean, shorten
 
 TAG = re.compile(r"O|[BIESLUM]-\S+")
 MAX_WORDS = 5000
 """Of a sentence; more are more likely sentences without blank lines between them."""
 
 SAMPLE_CHARS = 65536
+_MARKED = re.compile(r"\D[0-9]")
 _DOCUMENT = "-DOCSTART-"
 _BLANKS = re.compile(r"[ \t]+")
 Columns = dict[str, str | int]
@@ -55,13 +57,14 @@ def open_rows(path: Path) -> Opened:
 
 
 def find_columns(
-    path: Path, width: int, roles: dict[str, tuple[str, ...]], chosen: Columns
+    path: Path, opened: Opened, roles: dict[str, tuple[str, ...]], chosen: Columns
 ) -> tuple[Columns, str | None]:
     """The words' column is the first, the tags' the last, unless `data.columns` says otherwise; and what to say of it.
 
     Raises:
         RecipeError: a role that is none, or a column that is not there.
     """
+    width = len(opened.names)
     for role, column in chosen.items():
         if role not in roles:
             raise RecipeError(f"data.columns.{role}: no such role", hint=did_you_mean(role, roles))
@@ -73,7 +76,18 @@ def find_columns(
     said = " and ".join(
         f"{what} from column {found[role]}" for role, what in (("tokens", "words"), ("label", "tags")) if role in found
     )
-    return found, f"{path}: {width} columns: {said}, counted from 0" if width > 2 and not chosen else None
+    notes = [f"{width} columns: {said}, counted from 0"] if width > 2 and not chosen else []
+    if "tokens" in found and _have_marks(opened, found["tokens"]):
+        what = "a digit stands behind each character and is read as part of the word, but in texts to be asked is none"
+        notes.append(rf"{what}: sed -E 's/^(.)[0-9]/\1/' takes it away")
+    return found, f"{path}: {'; '.join(notes)}" if notes else None
+
+
+def _have_marks(opened: Opened, column: str | int) -> bool:
+    """Whether words are single characters with a digit: the place of each in a word of several (Weibo NER)."""
+    first = (raw.values[column] for raw in islice(opened.rows(), 100) if isinstance(raw, RawRow))
+    words = [word for sentence in first for word in sentence]
+    return sum(bool(_MARKED.fullmatch(word)) for word in words) > 0.9 * len(words)
 
 
 def named(opened: Opened) -> tuple[list[str | int], Rows]:
@@ -136,11 +150,13 @@ def _fault(line: str, fields: list[str], number: int, width: int) -> BadRow | No
     if line.startswith("#") and len(fields) != width:
         return BadRow(number, f"a comment inside a sentence: {shorten(line)}", "move it above", "comment in a sentence")
     if len(fields) != width:
-        count = f"{len(fields)} column{'s' * (len(fields) != 1)}"
         other = len(_BLANKS.split(line.strip())) == width or len(line.strip().split("\t")) == width
         hint = "it has blanks where the others have tabs, or tabs for blanks" if other else "a word and its tag a line"
         return BadRow(
-            number, f"{count}, and the other lines have {width}: {shorten(line)}", hint, "wrong number of columns"
+            number,
+            f"{counted(len(fields), 'column')}, and the other lines have {width}: {shorten(line)}",
+            hint,
+            "wrong number of columns",
         )
     if not fields[0]:
         return BadRow(number, f"a tag without a word: {shorten(line)}", "remove the line", "tag without a word")

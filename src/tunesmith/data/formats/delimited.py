@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, lines, open_text, unreadable
-from tunesmith.errors import DataError, shorten
+from tunesmith.errors import DataError, counted, shorten
 
 DELIMITERS = ("\t", ",", ";", "|")
 SAMPLE_CHARS = 65536
@@ -114,8 +114,8 @@ def _rows(path: Path, dialect: _Dialect, header: list[str] | None) -> Iterator[R
         if names is None:
             names = range(len(row))
         if len(row) != len(names):
-            fields = f"{len(row)} field{'s' * (len(row) != 1)}"
-            what = f"{fields}, but {'the header' if header else 'the first line'} has {len(names)}: {_shown(row)}"
+            other = "the header" if header else "the first line"
+            what = f"{counted(len(row), 'field')}, but {other} has {len(names)}: {_shown(row)}"
             yield BadRow(line, what, _way_out(row, len(names)), "wrong number of fields")
             continue
         yield RawRow(line, dict(zip(names, row, strict=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from typing import Any
@@ -83,6 +84,14 @@ class Decoder:
         if math.isinf(value):
             self._faults.append((f"{shorten(digits)} is beyond any number", "mend the exponent"))
         return value
+
+
+def list_in(value: Any) -> Any:
+    """A list or an object that is written as JSON in a text, as in a cell of a table; else the value itself."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _has_half_a_character(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import stat
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from tunesmith.data.formats.conll import looks_tagged
 from tunesmith.data.formats.delimited import delimiter_of
 from tunesmith.data.formats.raw import open_text
-from tunesmith.errors import DataError, did_you_mean, shorten
+from tunesmith.errors import DataError, shorten
 
 Format = Literal["csv", "tsv", "jsonl", "json", "parquet", "text", "conll", "parallel"]
 FOREIGN = {
@@ -76,14 +77,26 @@ def _head(path: Path) -> bytes:
         raise unreachable(path, error) from None
 
 
+def _called_nearly(path: Path) -> str | None:
+    """The name beside it that is nearest; endings, which many files share, make none near."""
+    names = sorted(other.name for other in path.parent.iterdir())
+    stems = [name.partition(".")[0] for name in names]
+    near = difflib.get_close_matches(path.name.partition(".")[0], stems, 1, 0.7)
+    return max(
+        (name for name, stem in zip(names, stems, strict=True) if stem in near),
+        key=lambda name: difflib.SequenceMatcher(None, path.name, name).ratio(),
+        default=None,
+    )
+
+
 def unreachable(path: Path, error: OSError | ValueError) -> DataError:
     """Why a path leads to nothing that can be read."""
     where = shorten(str(path), 200)[1:-1]
     if isinstance(error, FileNotFoundError):
         try:
-            near = did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
+            near = _called_nearly(path)
         except OSError:
-            near = ""
-        return DataError("no such file", where=where, hint=near if near.startswith("did") else "check the path")
+            near = None
+        return DataError("no such file", where=where, hint=f"did you mean '{near}'?" if near else "check the path")
     why = error.strerror if isinstance(error, OSError) else str(error)
     return DataError(f"cannot be read ({why})", where=where, hint="check path and rights")

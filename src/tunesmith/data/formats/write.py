@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from tunesmith.data.formats.parquet import BATCH_ROWS
 from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
 
-Table = Callable[[], Iterator[dict[str, Any]]]
-"""A fresh reader of the rows."""
+Table = Callable[[], Iterator[tuple[str, dict[str, Any]]]]
+"""A fresh reader of the rows, each with its place."""
 
 
 def format_by_name(path: Path) -> str:
@@ -40,7 +40,7 @@ def write_table(path: Path, kind: str, names: Sequence[str], rows: Table) -> Non
     """Write all rows under `names`, compressed where the file's name ends in `.gz`.
 
     Raises:
-        DataError: a value that the format cannot hold.
+        DataError: a value that the format cannot hold; it names the row's place, or none.
     """
     WRITERS[kind](path, names, rows)
 
@@ -60,7 +60,7 @@ def _write_delimited(delimiter: str) -> Callable[[Path, Sequence[str], Table], N
         with _text(path) as file:
             writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
             writer.writerow(names)
-            for row in rows():
+            for _, row in rows():
                 writer.writerow([_cell(row.get(name)) for name in names])
 
     return write
@@ -85,14 +85,14 @@ def _json(row: dict[str, Any]) -> str:
 
 def _write_json_lines(path: Path, names: Sequence[str], rows: Table) -> None:
     with _text(path) as file:
-        for row in rows():
+        for _, row in rows():
             file.write(f"{_json(row)}\n")
 
 
 def _write_json_array(path: Path, names: Sequence[str], rows: Table) -> None:
     with _text(path) as file:
         file.write("[")
-        for count, row in enumerate(rows(), start=1):
+        for count, (_, row) in enumerate(rows(), start=1):
             file.write(f"{',' if count > 1 else ''}\n{_json(row)}")
         file.write("\n]\n")
 
@@ -108,31 +108,31 @@ def _write_parquet(path: Path, names: Sequence[str], rows: Table) -> None:
     except (pa.ArrowException, OverflowError) as error:
         why = str(error).splitlines()[0][:120]
         hint = "a column is of one kind in Parquet; write jsonl, or mend the values"
-        raise DataError(f"Parquet cannot hold these rows ({why})", where=str(path), hint=hint) from None
+        raise DataError(f"Parquet cannot hold these rows ({why})", hint=hint) from None
 
 
-def _filled(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+def _filled(rows: Iterable[tuple[str, dict[str, Any]]], names: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
     rows = iter(rows)
     while part := list(islice(rows, BATCH_ROWS)):
-        yield [{name: row.get(name) for name in names} for row in part]
+        yield [{name: row.get(name) for name in names} for _, row in part]
 
 
 def _write_conll(path: Path, names: Sequence[str], rows: Table) -> None:
     """A word and its tag a line, and what stands between them in other columns; a blank line behind each sentence."""
     if not {"tokens", "tags"} <= set(names):
         what = f"no columns tokens and tags among: {', '.join(names[:20])}"
-        raise DataError(what, where=str(path), hint="CoNLL holds words with a tag each")
+        raise DataError(what, hint="CoNLL holds words with a tag each")
     ordered = ["tokens", *(name for name in names if name not in ("tokens", "tags")), "tags"]
     with _text(path) as file:
-        for number, row in enumerate(rows(), start=1):
+        for place, row in rows():
             columns = [row.get(name) for name in ordered]
             if not all(isinstance(column, list) and len(column) == len(columns[0] or ()) for column in columns):
-                what = f"row {number}: {', '.join(ordered)} are not lists of one length"
-                raise DataError(what, where=str(path), hint="CoNLL holds a line for each word")
+                what = f"{', '.join(ordered)} are not lists of one length"
+                raise DataError(what, where=place, hint="CoNLL holds a line for each word")
             for parts in zip(*columns, strict=True):  # type: ignore[arg-type]
                 if any(not str(part).strip() or set(str(part)) & set("\t\n\r") for part in parts):
-                    what = f"row {number}: {shorten(parts)} has an empty part, a tab or a line end"
-                    raise DataError(what, where=str(path), hint="CoNLL cannot hold it")
+                    what = f"{shorten(parts)} has an empty part, a tab or a line end"
+                    raise DataError(what, where=place, hint="CoNLL cannot hold it")
                 file.write("\t".join(map(str, parts)) + "\n")
             file.write("\n")
 
