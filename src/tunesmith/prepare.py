@@ -24,14 +24,15 @@ from tunesmith.kernels.dropout import use_fast_dropout
 from tunesmith.kernels.embedding import use_kept_gradients
 from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.kernels.vocabulary import use_chunked_loss
-from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
+from tunesmith.models import sources
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Recipe
 from tunesmith.talk import Talk
 from tunesmith.tasks import Task, WritingTask
 from tunesmith.techniques import Technique, learn_only
 from tunesmith.training import evaluate, examples, machine, parallel
+from tunesmith.training.base import load_base
 from tunesmith.training.examples import Augmented
 from tunesmith.training.machine import Machine
 
@@ -121,14 +122,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     processor = models.load_processor(source, read.task.model_class, read.task.added_tokens)
     config = models.load_config(source, read.task.model_class, processor)
     read = replace(read, task=read.task.for_processor(processor, config))
-    model, anatomy = models.load_model(
-        source,
-        model_class=read.task.model_class,
-        config=read.task.head_config(),
-        seed=recipe.train.seed,
-        pad_token_id=processor.pad_token_id,
-        added=added_tokens.ids(processor, read.task.added_tokens),
-    )
+    model, anatomy = load_base(read.task, source, processor, recipe.train.seed)
     before = {name for name, _ in model.named_buffers()}
     torch.manual_seed(recipe.train.seed)
     models.check_vocabulary(model, processor, recipe.model)

@@ -27,6 +27,7 @@ from tunesmith.models.sources import Source
 from tunesmith.recipe import Recipe
 from tunesmith.tasks import Task
 from tunesmith.techniques import OWN_TYPE, PEFT_PREFIX, Technique
+from tunesmith.training.base import load_base
 
 PEFT_ROWS = ".token_adapter.trainable_tokens_delta"
 """How PEFT ends the name of rows that learn."""
@@ -101,14 +102,7 @@ def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, st
     """`model/` of a run: the original weights in their stored format, with what was learned put in and merged."""
     task, technique = recipe.task, recipe.technique
     assert isinstance(task, Task) and isinstance(technique, Technique)
-    model, anatomy = models.load_model(
-        source,
-        model_class=task.model_class,
-        config=task.head_config(),
-        seed=recipe.train.seed,
-        pad_token_id=processor.pad_token_id,
-        added=added_tokens.ids(processor, task.added_tokens),
-    )
+    model, anatomy = load_base(task, source, processor, recipe.train.seed)
     technique.apply(model, anatomy, processor)
     put(model, state)
     technique.merge(model)

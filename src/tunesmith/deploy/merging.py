@@ -28,6 +28,7 @@ from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
 from tunesmith.techniques import Technique
 from tunesmith.training import files
+from tunesmith.training.base import load_base
 from tunesmith.training.run_lock import RunLock, claim, clear
 
 Method = Literal["linear", "ties", "dare"]
@@ -160,14 +161,7 @@ def _made_for(tuned: predict.Tuned) -> tuple[str, dict[str, Any], list[str]]:
 
 
 def _base(first: predict.Tuned, source: sources.Source) -> tuple[nn.Module, Any]:
-    model, anatomy = models.load_model(
-        source,
-        model_class=first.task.model_class,
-        config=first.task.head_config(),
-        seed=first.recipe.train.seed,
-        pad_token_id=first.processor.pad_token_id,
-        added=added_tokens.ids(first.processor, first.task.added_tokens),
-    )
+    model, anatomy = load_base(first.task, source, first.processor, first.recipe.train.seed)
     added_tokens.fold(model)
     return model, anatomy
 

@@ -21,8 +21,8 @@ from tunesmith.data.formats import Row
 from tunesmith.data.formats.columns import ANSWERS
 from tunesmith.deploy import artefact, origin
 from tunesmith.errors import CheckpointError, RecipeError, UserError, shorten
-from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
+from tunesmith.models import sources
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Data, Recipe
 from tunesmith.recipe import load as load_recipe
@@ -30,6 +30,7 @@ from tunesmith.talk import command
 from tunesmith.tasks import Task, WritingTask
 from tunesmith.techniques import Technique
 from tunesmith.training import evaluate, machine
+from tunesmith.training.base import load_base
 from tunesmith.training.machine import Machine
 
 
@@ -160,14 +161,7 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
     config = models.load_config(source, task.model_class, processor)
     recipe = recipe.model_copy(update={"task": task.for_processor(processor, config)})
     assert isinstance(recipe.task, Task)
-    model, anatomy = models.load_model(
-        source,
-        model_class=recipe.task.model_class,
-        config=recipe.task.head_config(),
-        seed=recipe.train.seed,
-        pad_token_id=processor.pad_token_id,
-        added=added_tokens.ids(processor, recipe.task.added_tokens if adapter else ()),
-    )
+    model, anatomy = load_base(recipe.task, source, processor, recipe.train.seed, folded=adapter is None)
     if adapter is not None:
         assert isinstance(recipe.technique, Technique)
         recipe.technique.apply(model, anatomy, processor)
@@ -180,14 +174,7 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
 
 def base_of(tuned: Tuned, source: sources.Source) -> tuple[nn.Module, Anatomy]:
     """A base as it was before a run, where the run's model is."""
-    model, anatomy = models.load_model(
-        source,
-        model_class=tuned.task.model_class,
-        config=tuned.task.head_config(),
-        seed=tuned.recipe.train.seed,
-        pad_token_id=tuned.processor.pad_token_id,
-        added=added_tokens.ids(tuned.processor, tuned.task.added_tokens),
-    )
+    model, anatomy = load_base(tuned.task, source, tuned.processor, tuned.recipe.train.seed)
     return model.to(tuned.machine.device), anatomy
 
 

@@ -1,0 +1,27 @@
+"""What a task begins with: a base in its form, the head drawn from the seed, the tokens that it adds in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tunesmith.models import added_tokens
+from tunesmith.models import load as models
+from tunesmith.models.anatomy import Anatomy
+from tunesmith.models.sources import Source
+from tunesmith.tasks import Task
+
+
+def load_base(
+    task: Task, source: Source, processor: Any, seed: int, *, folded: bool = False
+) -> tuple[nn.Module, Anatomy]:
+    """The model and its map; `folded`: its tables hold the added tokens already, as in what a run leaves whole."""
+    return models.load_model(
+        source,
+        model_class=task.model_class,
+        config=task.head_config(),
+        seed=seed,
+        pad_token_id=processor.pad_token_id,
+        added=range(0) if folded else added_tokens.ids(processor, task.added_tokens),
+    )
