@@ -43,7 +43,8 @@ def losses(recipe: Path, work: Path) -> list[float]:
     base = tiny_model(BASES[kind], kind) if kind in BASES else tiny_model("bert", "AutoModelForMaskedLM")
     base.save_pretrained("tiny")
     tiny_tokenizer().save_pretrained("tiny")
-    shrunk = [*SHRUNK, "model=tiny", f"data.max_length={min(given.data.max_length or 16, 16)}"]
+    longest = 48 if kind == "AutoModelForCausalLM" else 16  # a conversation is longer than its texts
+    shrunk = [*SHRUNK, "model=tiny", f"data.max_length={min(given.data.max_length or 16, longest)}"]
     shrunk += ["technique.dropout=0.0"] if "dropout" in given.dump()["technique"] else []
     result = run.train(recipe, *shrunk, talk=Talk(level=-1))
     lines = [json.loads(line) for line in Path(result["run"], "metrics.jsonl").read_text().splitlines()]
