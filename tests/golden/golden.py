@@ -39,11 +39,12 @@ def losses(recipe: Path, work: Path) -> list[float]:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("\n".join([*head, *(row(number) for number in range(48))]) + "\n", encoding="utf-8")
     given = recipes.load(recipe)
-    kind = given.task.model_class  # type: ignore[attr-defined]
+    kind = given.task.model_class if "smollm2" not in given.model else "AutoModelForCausalLM"  # type: ignore[attr-defined]
     base = tiny_model(BASES[kind], kind) if kind in BASES else tiny_model("bert", "AutoModelForMaskedLM")
     base.save_pretrained("tiny")
     tiny_tokenizer().save_pretrained("tiny")
-    shrunk = [*SHRUNK, "model=tiny", f"data.max_length={min(given.data.max_length or 16, 16)}"]
+    most = 32 if "smollm2" in given.model else 16  # a conversation is longer than its texts
+    shrunk = [*SHRUNK, "model=tiny", f"data.max_length={min(given.data.max_length or 16, most)}"]
     shrunk += ["technique.dropout=0.0"] if "dropout" in given.dump()["technique"] else []
     result = run.train(recipe, *shrunk, talk=Talk(level=-1))
     lines = [json.loads(line) for line in Path(result["run"], "metrics.jsonl").read_text().splitlines()]
