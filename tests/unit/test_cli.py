@@ -265,7 +265,7 @@ def test_predict_says_how_many_texts_were_cut(
     assert command("train", *words, "max_length=4", "-q")[0] == 0
     run = str(tmp_path / "run")
     code, _, err = command("predict", run, "bad", "the film was great", "so very dull", "-q")
-    said = "warning: 2 of 3 texts are longer than 4 tokens (the run's data.max_length) and were cut\n"
+    said = "warning: 2 of 3 texts are longer than 4 tokens (the run's data.max_length) and cut there\n"
     assert (code, err) == (0, said)
 
 
