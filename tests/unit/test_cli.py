@@ -111,6 +111,10 @@ def test_nothing_typed_is_answered_by_the_help(command: Command) -> None:
         ("evaluate --xyzzy", "no such option: --xyzzy; `tunesmith evaluate --help` shows what there is"),
         ("train --learning_rate 1", "no such option: --learning_rate; a recipe's keys are given without dashes: "),
         ("train --resume", "option '--resume' requires an argument; "),
+        (
+            "merge a --output b --method tie",
+            "invalid value for '--method': 'tie' is not one of 'linear', 'ties', 'dare'",
+        ),
         ("evaluate", "missing argument 'run'; `tunesmith evaluate --help` shows what there is"),
         ("train nonsense.yaml", "nonsense.yaml: cannot read the recipe: No such file or directory; `tunesmith init "),
         ("train lr=1 nonsense", "'nonsense' is not KEY=VALUE"),
