@@ -115,7 +115,8 @@ def _say_warning(
 
 def _say_usage(error: Any) -> None:
     """What is wrong with the words of a command, on one line; nothing where the help was printed in its place."""
-    what, near, hint = error.format_message().rstrip(".").partition(". Did you mean ")
+    said = error.format_message().replace("Value error, ", "").rstrip(".")
+    what, near, hint = said.partition(". Did you mean ")
     verb = error.ctx.command_path if error.ctx else "tunesmith"
     unknown = error.option_name.lstrip("-") if hasattr(error, "possibilities") else ""
     if near:

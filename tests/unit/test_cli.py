@@ -111,6 +111,10 @@ def test_nothing_typed_is_answered_by_the_help(command: Command) -> None:
         ("evaluate --xyzzy", "no such option: --xyzzy; `tunesmith evaluate --help` shows what there is"),
         ("train --learning_rate 1", "no such option: --learning_rate; a recipe's keys are given without dashes: "),
         ("train --resume", "option '--resume' requires an argument; "),
+        (
+            "merge a --output b --method tie",
+            "invalid value for '--method': 'tie' is not one of 'linear', 'ties', 'dare'",
+        ),
         ("evaluate", "missing argument 'run'; `tunesmith evaluate --help` shows what there is"),
         ("train nonsense.yaml", "nonsense.yaml: cannot read the recipe: No such file or directory; `tunesmith init "),
         ("train lr=1 nonsense", "'nonsense' is not KEY=VALUE"),
@@ -265,7 +269,7 @@ def test_predict_says_how_many_texts_were_cut(
     assert command("train", *words, "max_length=4", "-q")[0] == 0
     run = str(tmp_path / "run")
     code, _, err = command("predict", run, "bad", "the film was great", "so very dull", "-q")
-    said = "warning: 2 of 3 texts are longer than 4 tokens (the run's data.max_length) and were cut\n"
+    said = "warning: 2 of 3 texts are longer than 4 tokens (the run's data.max_length) and cut there\n"
     assert (code, err) == (0, said)
 
 

@@ -15,7 +15,7 @@ from tunesmith.data.formats import Row, read_lines, read_table
 from tunesmith.data.formats.columns import ANSWERS
 from tunesmith.data.formats.parallel import language_of
 from tunesmith.deploy.predict import Tuned
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, counted
 from tunesmith.tasks import Task
 from tunesmith.training import evaluate
 
@@ -102,7 +102,9 @@ def _tell(tuned: Tuned, encoded: Encoded, refused: Mapping[int, DataError], warn
     """What should be known beside the answers."""
     if refused:
         total, (first, *_) = len(encoded) + len(refused), refused.values()
-        warn(f"{len(refused)} of {total} rows have no answer, the first at {first.where}: {first.what}")
+        which = f"{len(refused)} of {counted(total, 'row')} {'has' if len(refused) == 1 else 'have'} no answer"
+        warn(f"{which}, the first at {first.where}: {first.what}")
     if "cut" in encoded.fields and (cut := np.count_nonzero(encoded.column("cut"))):
         read = f"{tuned.data.max_length} tokens (the run's data.max_length)"
-        warn(f"{cut} of {len(encoded)} texts are longer than {read} and were cut")
+        which = f"{cut} of {counted(len(encoded), 'text')}"
+        warn(f"{which} {'is longer' if cut == 1 else 'are longer'} than {read} and cut there")

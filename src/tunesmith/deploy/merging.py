@@ -66,6 +66,8 @@ def merge(
     kept = DENSITY[method] if density is None else density
     if not 0 < kept <= 1 or (method == "linear" and kept != 1):
         raise UserError(f"--density: {kept:g}", hint="above 0 and at most 1, for ties and dare")
+    if Path(output).resolve() in [Path(run).resolve() for run in runs]:
+        raise UserError("--output: it is one of the runs to be merged", where=str(output), hint="name another folder")
     if not overwrite and Path(output).exists() and any(Path(output).iterdir()):
         hint = "--overwrite replaces a run, --output DIR puts the new one elsewhere"
         raise UserError("--output: the folder is not empty", where=str(output), hint=hint)

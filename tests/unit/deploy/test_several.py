@@ -146,6 +146,8 @@ def test_what_merging_refuses(runs: Path, tmp_path: Path, command: Command) -> N
         code, _, said = command("merge", str(runs / "lora"), str(runs / "lora2"), "--output", "m", "--weights", weights)
         assert code == 2 and "whose sum is not 0" in said
     assert not (tmp_path / "merged").exists() and not Path("m").exists()
+    code, _, said = command("merge", str(runs / "lora"), "--output", str(runs / "lora"), "--overwrite")
+    assert code == 2 and "--output: it is one of the runs to be merged; name another folder" in said
 
 
 def test_the_verb_writes_a_run(runs: Path, tmp_path: Path, command: Command) -> None:
