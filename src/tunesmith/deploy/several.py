@@ -25,7 +25,7 @@ class Several:
     runs: Mapping[str, Tuned]
 
     def __repr__(self) -> str:
-        return f"<{len(self.runs)} runs over one base: {', '.join(self.runs)}>"
+        return f"<{counted(len(self.runs), 'run')} over one base: {', '.join(self.runs)}>"
 
     def predict(
         self,
