@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tunesmith.data.encoded import file_sha256, fingerprint
 from tunesmith.deploy import predict
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import DataError, RecipeError, counted
 from tunesmith.recipe_values import Augmentation
 from tunesmith.training.files import atomic_write
 
@@ -46,7 +46,7 @@ def translated_back(
             if tuned.task.name != "translation":
                 what = f"data.augment: {run} is a run of {tuned.task.name}, and a text is translated there and back"
                 raise RecipeError(what, hint="name two runs of translation")
-            say(f"translating {len(said):,} texts by {run}")
+            say(f"translating {counted(len(said), 'text')} by {run}")
             said = [answer["translation"] or text for answer, text in zip(_ask(tuned, said), said, strict=True)]
         kept.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(kept, json.dumps(dict(zip(wanted, said, strict=True)), ensure_ascii=False))

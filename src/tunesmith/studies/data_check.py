@@ -19,13 +19,24 @@ import numpy as np
 
 from tunesmith.data import duplicates, splits
 from tunesmith.data.findings import Fault, Findings, Level
-from tunesmith.data.formats import Row
+from tunesmith.data.formats import Row, is_folder
 from tunesmith.data.formats.raw import BadRow, RawRow
 from tunesmith.errors import DataError, RecipeError, UserError, did_you_mean, shorten
 from tunesmith.models import load as models
 from tunesmith.prepare import max_length
 from tunesmith.studies.data_faults import Fields, class_faults, private_faults, spread, token_faults, unknown_labels
-from tunesmith.studies.data_files import Asked, File, asked, find_files, guessed_task, open_file, shown, source_of, text
+from tunesmith.studies.data_files import (
+    Asked,
+    File,
+    asked,
+    find_files,
+    guessed_task,
+    left_out,
+    open_file,
+    shown,
+    source_of,
+    text,
+)
 from tunesmith.tasks import Task
 from tunesmith.techniques import Technique
 from tunesmith.training import examples
@@ -122,7 +133,10 @@ class _Check:
         self.files = list(self._opened(named))
         if misfit is not None and self.files:
             self.notes.append(f"taken as rows without a task: {misfit.what}; {misfit.hint}; or task=NAME says which")
-        self.notes += [file.note for file in self.files if file.note]
+        noted = [(str(file.path), file.note) for file in self.files if file.note]
+        self.notes += examples.said_once((path, note.removeprefix(path)) for path, note in noted)
+        if is_folder(folder := str(recipe.data.train)) and (left := left_out(Path(folder), named)):
+            self.notes.append(f"not looked at in {folder}: {', '.join(left)}")
         self.row_level: Level = "warning" if self.data.on_bad_row == "skip" else "error"
 
     def _opened(self, named: dict[str, Path]) -> Iterator[File]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 from tunesmith import recipe as recipes
 from tunesmith import registry
 from tunesmith.data.conversations import said
-from tunesmith.data.formats import SUFFIXES, Row, find_splits, is_folder, read_raw
+from tunesmith.data.formats import Row, files_of, find_splits, holds_text, is_folder, read_raw
 from tunesmith.data.formats.columns import ANSWERS, is_text
+from tunesmith.data.formats.folders import data_files, files_in, no_train
 from tunesmith.data.formats.parallel import sides_of
+from tunesmith.data.formats.plain import texts_in
 from tunesmith.data.formats.raw import BadRow, RawRow, Rows
 from tunesmith.data.formats.recognise import format_of
 from tunesmith.errors import DataError, RecipeError
@@ -24,8 +26,6 @@ from tunesmith.record import STAGES
 from tunesmith.tasks import Task
 from tunesmith.training import examples
 
-ABOUT = frozenset({"readme", "license", "licence", "notice", "source", "changelog"})
-"""Files that lie beside data."""
 SAMPLE = 1000
 Column = str | int
 
@@ -137,22 +137,27 @@ def find_files(data: Data, task: Task, *, guess: bool = False) -> tuple[Data, di
     if data.train is None:
         raise RecipeError("data.train: missing", hint="name a file, a folder or a recipe")
     named, pairs = {"train": Path(data.train)}, guess or "target" in task.columns
-    if is_folder(data.train) and not (named := find_splits(data.train, pairs=pairs)) and task.reads_plain_text:
-        named = {"train": Path(data.train)}  # of texts
-    elif is_folder(data.train) and not named:
-        files = [path for path in sorted(Path(data.train).iterdir()) if path.name.lower().endswith(SUFFIXES)]
-        loose = {path.name: path for path in files if path.name.lower().partition(".")[0] not in ABOUT}
-        if not loose:
-            suffixes = ", ".join(dict.fromkeys(suffix.removesuffix(".gz") for suffix in SUFFIXES))
-            raise DataError("no file in this folder that can be read", where=data.train, hint=f"such as {suffixes}")
-        if len(loose) > 1:
-            return data, loose, False
-        named = {"train": next(iter(loose.values()))}
-        data = data.model_copy(update={"train": str(named["train"])})
+    of_texts = is_folder(data.train) and (holds_text(Path(data.train)) if guess else task.reads_plain_text)
+    if is_folder(data.train) and not (named := find_splits(data.train, pairs=pairs)):
+        files = data_files(data.train)
+        if of_texts and texts_in(Path(data.train)):
+            files = [Path(data.train)]
+        if not files:
+            raise no_train(data.train)
+        if len(files) > 1:
+            return data, {path.name: path for path in files}, False
+        named = {"train": files[0]}
+        data = data.model_copy(update={"train": str(files[0])})
     for name, value in (("validation", data.validation), ("test", data.test)):
         if isinstance(value, str):
             named[name] = Path(value)
     return data, {name: named[name] for name in ("train", "validation", "test") if name in named}, True
+
+
+def left_out(folder: Path, named: Mapping[str, Path]) -> list[str]:
+    """The files of a folder that are not among those that are read."""
+    read = {file for path in named.values() for file in files_of(path)}
+    return [path.name for path in files_in(folder) if path not in read]
 
 
 def fits(task: Task, path: Path, data: Data) -> DataError | None:
@@ -165,8 +170,8 @@ def fits(task: Task, path: Path, data: Data) -> DataError | None:
 
 
 def guessed_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataError | None]:
-    """A task that the file has all for: the given one, translation of files of two languages, text-generation of
-    conversations, token-classification; else why not the given one.
+    """A task that the file has all for: the given one, translation of files of two languages, fill-mask of raw text,
+    text-generation of conversations, token-classification; else why not the given one.
 
     Words with tags, one a line, are a table of texts and classes too: what looks so is taken for sentences first.
     """
@@ -175,6 +180,8 @@ def guessed_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataE
     if not path.exists() and len(sides := list(sides_of(path))) == 2:
         keys = dict(zip(("source_lang", "target_lang"), sides, strict=True))
         return registry.get("task", "translation")(**keys), None  # type: ignore[return-value]
+    if holds_text(path):
+        return registry.get("task", "fill-mask")(), None  # type: ignore[return-value]
     tagged = registry.get("task", "token-classification")()
     assert isinstance(tagged, Task)
     misfit = fits(task, path, data)

@@ -17,7 +17,7 @@ from tunesmith.data.augment import Augmenter, texts_of
 from tunesmith.data.batches import Batch, Ragged
 from tunesmith.data.formats import Row
 from tunesmith.deploy.back_translation import translated_back
-from tunesmith.errors import CONTROL, RecipeError
+from tunesmith.errors import CONTROL, RecipeError, counted
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.prepare import max_length
@@ -98,7 +98,9 @@ def show(
     pieces = task.pieces(read.splits[split].rows(), processor, data)
     numbered = list(islice(enumerate(pieces), first, first + (rows if row is None else 1)))
     if row is not None and not numbered:
-        raise RecipeError(f"--row: {split} has no row {row}", hint=f"it is made of {read.rows[split]:,} rows of data")
+        raise RecipeError(
+            f"--row: {split} has no row {row}", hint=f"it is made of {counted(read.rows[split], 'row')} of data"
+        )
     seed = recipe.train.seed
     if not augmented:
         return encoded(numbered, task, processor, data, seed if split == "train" else 0)

@@ -22,6 +22,8 @@ from tunesmith.data.augment import Augmenter
 from tunesmith.data.encoded import Encoded, encode, fingerprint
 from tunesmith.data.formats import Row, Table, find_splits, is_folder, read_table
 from tunesmith.data.formats.columns import ANSWERS, is_number, is_text
+from tunesmith.data.formats.folders import data_files, no_train
+from tunesmith.data.formats.plain import texts_in
 from tunesmith.errors import DataError, RecipeError, counted, shorten
 from tunesmith.recipe import Data
 from tunesmith.tasks import Task
@@ -279,10 +281,12 @@ def _named_files(data: Data, task: Task) -> Data:
     if not is_folder(data.train):
         return data
     files = find_splits(data.train, pairs="target" in task.columns)
-    if "train" not in files and task.reads_plain_text:
+    if "train" not in files and task.reads_plain_text and texts_in(Path(data.train)):
         return data
+    if not files and len(others := data_files(data.train)) == 1:
+        files = {"train": others[0]}
     if "train" not in files:
-        raise DataError("no train file in this folder", where=data.train, hint="name it train.csv, or give the file")
+        raise no_train(data.train)
     named = {
         name: str(path) for name, path in files.items() if not isinstance(getattr(data, name), str) or name == "train"
     }

@@ -121,6 +121,13 @@ def test_a_sentence_without_end_is_refused(tmp_path: Path) -> None:
     assert _sentences(table) == SENTENCES and table.skipped == {"sentence too long": 1}
 
 
+def test_a_digit_behind_each_character_is_said(tmp_path: Path) -> None:
+    marked = "我0\tO\n在0\tO\n北0\tB-LOC\n京1\tI-LOC\n\n好0\tO\n"
+    note = _read(tmp_path / "a.conll", marked).note or ""
+    assert "a digit stands behind each character" in note and r"sed -E 's/^(.)[0-9]/\1/'" in note
+    assert "digit" not in (_read(tmp_path / "b.conll", marked.replace("0", "").replace("1", "")).note or "")
+
+
 def test_the_splits_of_a_folder(tmp_path: Path) -> None:
     for name in ("train.conll", "devel.tsv", "test.bio"):
         (tmp_path / name).write_text(PLAIN)

@@ -206,6 +206,27 @@ def test_files_of_a_folder_that_are_no_splits_are_compared_and_warned_of(
     )
 
 
+def test_what_is_left_out_of_a_folder_is_said(sentences: list[str], checked: Checked, tmp_path: Path) -> None:
+    for name, part in (("train.jsonl", sentences[:30]), ("test.jsonl", sentences[30:40]), ("more.jsonl", [])):
+        _write(tmp_path / name, ({"text": text, "label": n % 2} for n, text in enumerate(part)))
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG")
+    _write(tmp_path / "SOURCE.txt", ["about"])
+    code, report = checked(tmp_path)
+    assert code == 0 and set(report["splits"]) == {"train", "test"}
+    assert report["notes"] == [f"not looked at in {tmp_path}: more.jsonl, photo.png"]
+
+
+@pytest.mark.parametrize("one_file", (True, False))
+def test_raw_text_is_no_table(one_file: bool, sentences: list[str], checked: Checked, tmp_path: Path) -> None:
+    parts = [" ".join(sentences[n : n + 3]).replace(" the ", ", ") for n in range(0, 30, 3)]
+    for number, text in enumerate([*parts, parts[4]]):
+        with (tmp_path / ("all.txt" if one_file else f"{number}.txt")).open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n\n")
+    code, report = checked(tmp_path / "all.txt" if one_file else tmp_path)
+    assert code == 0 and report["task"] == "fill-mask" and report["splits"]["train"]["rows"] == 11
+    assert report["notes"] == [] and _kinds(report) == {"duplicate": 1}
+
+
 def test_private_data_is_counted_and_masked(checked: Checked, tmp_path: Path) -> None:
     rows = [{"text": f"film number {n} was fine, write to me{n}@example.com", "label": n % 2} for n in range(4)]
     code, report = checked(_write(tmp_path / "train.jsonl", rows))

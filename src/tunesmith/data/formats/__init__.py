@@ -7,8 +7,6 @@ naming, by the usual names, or by what is in them where there is no header.
 from __future__ import annotations
 
 import hashlib
-import re
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,21 +18,14 @@ from typing import Literal
 
 from tunesmith.data.encoded import file_sha256
 from tunesmith.data.formats import conll, delimited, json_array, json_lines, parallel, parquet, plain
-from tunesmith.data.formats.columns import USUAL, find_columns, has_header, is_text
+from tunesmith.data.formats.columns import find_columns, has_header, is_text
+from tunesmith.data.formats.folders import find_splits, holds_text, is_folder
 from tunesmith.data.formats.json_values import list_in
 from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
 from tunesmith.data.formats.recognise import Format, format_of, unreachable
 from tunesmith.errors import DataError, counted, shorten
 
-__all__ = ["Row", "Table", "find_splits", "is_folder", "read_lines", "read_raw", "read_table"]
-
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "devel", "eval"),
-    "test": ("test", "testing"),
-}
-_TEXTS = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".conll", ".bio", ".iob", ".iob2", ".bioes")
-SUFFIXES = (".parquet", *_TEXTS, *(f"{suffix}.gz" for suffix in _TEXTS))
+__all__ = ["Row", "Table", "files_of", "find_splits", "holds_text", "is_folder", "read_lines", "read_raw", "read_table"]
 
 TAGGED = frozenset({"tokens", "label"})
 TOLD = frozenset({"messages", "prompt", "answer", "history", "instances", "choices"})
@@ -90,7 +81,7 @@ class Table:
         if self.path.is_file():
             return file_sha256(self.path)
         beside = self.path if self.path.is_dir() else self.path.parent
-        known = [f"{path.relative_to(beside).as_posix()} {file_sha256(path)}" for path in _files(self.path)]
+        known = [f"{path.relative_to(beside).as_posix()} {file_sha256(path)}" for path in files_of(self.path)]
         return hashlib.sha256("\n".join(known).encode()).hexdigest()
 
     def _check_unchanged(self) -> None:
@@ -160,13 +151,13 @@ def _shown(column: str | int) -> str:
 
 def _state(path: Path) -> tuple[int, int]:
     try:
-        found = [file.stat() for file in _files(path)]
+        found = [file.stat() for file in files_of(path)]
     except OSError as error:
         raise unreachable(path, error) from None
     return sum(one.st_size for one in found), max((one.st_mtime_ns for one in found), default=0)
 
 
-def _files(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     """The files that a path names: itself, the texts in a folder, or those of its languages."""
     if path.is_dir():
         return plain.texts_in(path)
@@ -265,19 +256,6 @@ def read_raw(path: str | Path, header: bool | None = None) -> tuple[Sequence[str
     return range(len(opened.names)), opened.by_number
 
 
-def holds_text(path: Path) -> bool:
-    """Whether a file is plain text, or a folder of it, as far as that can be seen without knowing what it is for; what
-    is named a table is none.
-
-    Raises:
-        DataError: not a file we can read.
-    """
-    if is_folder(path):
-        return bool(plain.texts_in(path))
-    named_table = path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
-    return not named_table and format_of(path, tagged=True) in ("csv", "tsv") and plain.is_plain(path, USUAL)
-
-
 _OPENERS: dict[Format, Callable[[Path], Opened]] = {
     "csv": delimited.open_rows,
     "tsv": delimited.open_rows,
@@ -313,46 +291,3 @@ def _nothing_in(path: Path, opened: Opened) -> DataError:
     if isinstance(first, BadRow):
         return _error(f"{path}:{first.line}", first, skippable=False)
     return DataError("there is no row in it", where=str(path), hint="is it the right file?")
-
-
-def is_folder(path: str | Path) -> bool:
-    """Whether this is a folder.
-
-    Raises:
-        DataError: it cannot be seen.
-    """
-    try:
-        return stat.S_ISDIR(Path(path).stat().st_mode)
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError) as error:
-        raise unreachable(Path(path), error) from None
-
-
-def find_splits(folder: str | Path, *, pairs: bool = False) -> dict[str, Path]:
-    """The files of a folder that are named train, validation (valid, val, dev, eval) and test; with `pairs` also files
-    of several languages, under what they share, which may go on behind the split's name (`test_2016_flickr`).
-
-    Raises:
-        DataError: two files claim to be the same split.
-    """
-    found: dict[str, Path] = {}
-    try:
-        paths = sorted(Path(folder).iterdir())
-        stems = parallel.stems_in(Path(folder)) if pairs else {}
-    except OSError as error:
-        raise unreachable(Path(folder), error) from None
-    named = {path: path.name.lower().partition(".")[0] for path in paths if path.name.lower().endswith(SUFFIXES)}
-    named = {path: stem for path, stem in named.items() if path.is_file()}
-    named |= {Path(folder, stem): re.split(r"[._-]", stem.lower())[0] for stem in stems}
-    for path, stem in named.items():
-        for split, names in SPLIT_NAMES.items():
-            if stem in names:
-                if split in found:
-                    raise DataError(
-                        f"both {found[split].name} and {path.name} are {split}",
-                        where=str(folder),
-                        hint="name the one to use",
-                    )
-                found[split] = path
-    return found

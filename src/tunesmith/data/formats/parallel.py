@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tunesmith.data import languages
 from tunesmith.data.formats.raw import BadRow, Opened, RawRow, lines, open_text, unreadable
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, counted
 
 NESTED = "translation"
 """The column that holds an object with a text for each language."""
@@ -81,7 +81,7 @@ def _rows(sides: Mapping[str, Path]) -> Iterator[RawRow | BadRow]:
 def _unequal(texts: Mapping[Path, str | None], number: int) -> DataError:
     ended = next(path.name for path, text in texts.items() if text is None)
     goes_on = next(path for path, text in texts.items() if text is not None)
-    what = f"{ended} ends after {number - 1:,} lines, and {goes_on.name} goes on"
+    what = f"{ended} ends after {counted(number - 1, 'line')}, and {goes_on.name} goes on"
     hint = "line by line one translates the other: find where a line is missing, or fetch the files again"
     return DataError(what, where=f"{goes_on}:{number}", hint=hint)
 

@@ -13,6 +13,7 @@ from tunesmith.data.formats.delimited import DELIMITERS, SAMPLE_CHARS, looks_lik
 from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, lines, open_text, unreadable
 from tunesmith.errors import DataError
 
+ABOUT = frozenset({"readme", "license", "licence", "notice", "source", "changelog"})
 SUFFIXES = (".txt", ".text", ".md", ".txt.gz", ".text.gz", ".md.gz")
 
 
@@ -41,9 +42,14 @@ def open_rows(path: Path, column: str) -> Opened:
 
 
 def texts_in(folder: Path) -> list[Path]:
-    """The texts in a folder and those below it, hidden ones left out."""
+    """The texts in a folder and those below it; hidden ones, and those right in it that tell about it, left out."""
     found = (path for path in sorted(folder.rglob("*")) if path.name.lower().endswith(SUFFIXES))
-    return [path for path in found if path.is_file() and not path.name.startswith(".")]
+    return [path for path in found if path.is_file() and not is_about(path, within=folder)]
+
+
+def is_about(path: Path, *, within: Path) -> bool:
+    """Whether it lies beside data and is none: hidden, or right in the folder a readme, a licence and the like."""
+    return path.name.startswith(".") or (path.parent == within and path.name.lower().partition(".")[0] in ABOUT)
 
 
 def _whole(folder: Path, path: Path, column: str) -> Iterator[RawRow | BadRow]:
