@@ -270,7 +270,7 @@ def test_the_page_for_a_person(command: Any, tmp_path: Path) -> None:
         (("{path}", "--group", "lable"), 2, "no column 'lable'; did you mean 'label'?"),
         (("{path}", "data.colums.text=x"), 2, "unknown key; did you mean 'columns'?"),
         (("{path}", "task=nonsense"), 2, "no task is called 'nonsense'"),
-        (("{folder}",), 3, "no file in this folder that can be read"),
+        (("{folder}",), 3, "no train file in this folder; name it train.csv, or give the file"),
         ((), 2, "missing argument"),
     ),
 )

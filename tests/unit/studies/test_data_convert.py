@@ -82,7 +82,7 @@ def test_lists_and_conversations_come_back_from_a_table(table: str, tmp_path: Pa
 def test_texts_become_rows(tmp_path: Path) -> None:
     folder = tmp_path / "letters"
     folder.mkdir()
-    for name, text in (("a.txt", "Dear Ann\n\nyours, Bob\n"), ("b.txt", "No, no.\n"), ("c.json", "[]")):
+    for name, text in (("a.txt", "Dear Ann\n\nyours, Bob\n"), ("b.txt", "No, no.\n"), ("c.jpg", "")):
         (folder / name).write_text(text)
     assert convert(folder, tmp_path / "folder.jsonl")["rows"] == 2
     assert _rows(tmp_path / "folder.jsonl") == [{"text": "Dear Ann\n\nyours, Bob"}, {"text": "No, no."}]
