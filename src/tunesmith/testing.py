@@ -84,6 +84,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Family (a config's `model_type`) -> what its tiny config says beside the sizes all share; no dropout."""
 
+CLASSIFYING = tuple(family for family in FAMILIES if family != "marian")
+"""The families of which transformers has a model that classifies texts."""
+
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _WORDS = "the film plot was and very acting story it this . ! a not so".split()
 _ENDING = "##ly"

@@ -51,6 +51,9 @@ class Anatomy:
     added: frozenset[str]
     """Parameters that are rows of tokens which the recipe has added."""
 
+    fixed: frozenset[str]
+    """Parameters that are computed, and learn under no technique: Marian's positions are sines."""
+
     unused: frozenset[str]
     """Tensors of the checkpoint that the model has no place for: another task's head."""
 
@@ -147,6 +150,7 @@ def anatomy(model: nn.Module, *, new: frozenset[str] = frozenset(), unused: froz
         head=_head(model, prefix),
         new=new,
         added=frozenset(name for name, _ in model.named_parameters() if name.rpartition(".")[2] == added_tokens.ROWS),
+        fixed=frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ()),
         unused=unused,
         roles=roles,
         linears=tuple(path for path, module in model.named_modules() if type(module) in LINEAR),

@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,9 +76,6 @@ def load_model(
             output_loading_info=True,
             trust_remote_code=False,
         )
-    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():  # computed, not learned: Marian's sine positions
-        with suppress(AttributeError):
-            model.get_parameter(name).requires_grad_(False)
     mismatched = {entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]}
     own = {name for name, _ in model.named_parameters()}
     new = frozenset((set(info["missing_keys"]) | mismatched) & own)

@@ -30,8 +30,8 @@ class Full(Technique):
     layer_lr_decay: float = Field(1.0, gt=0, le=1, description="factor on the rate per block downwards; 1: none")
 
     def apply(self, model: nn.Module, anatomy: Anatomy, processor: Any) -> None:
-        """Let every parameter learn but those that the model itself holds fixed (Marian's positions are sines)."""
-        learn_only(model, {name for name, parameter in model.named_parameters() if parameter.requires_grad})
+        """Let every parameter learn but those that are computed."""
+        learn_only(model, {name for name, _ in model.named_parameters()} - anatomy.fixed)
 
     def learning_rate(self, anatomy: Anatomy) -> float:
         """`LEARNING_RATE`, falling with the width."""

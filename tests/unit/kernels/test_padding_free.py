@@ -10,7 +10,7 @@ from tunesmith import registry
 from tunesmith.kernels import padding_free
 from tunesmith.kernels.padding_free import Layout, use_padding_free_blocks
 from tunesmith.models.anatomy import anatomy
-from tunesmith.testing import FAMILIES, tiny_model, tiny_tokenizer
+from tunesmith.testing import CLASSIFYING, tiny_model, tiny_tokenizer
 
 LENGTHS = ([12, 3, 7, 7, 1], [5, 5, 5], [9], [1, 2, 3, 40])
 
@@ -18,7 +18,7 @@ LENGTHS = ([12, 3, 7, 7, 1], [5, 5, 5], [9], [1, 2, 3, 40])
 KEEP_PADDING = ("deberta", "deberta-v2", "t5", "bart")
 """Two compute attention in their own way, and two have a decoder that looks at all of the encoder's states."""
 
-TAKEN = [family for family in FAMILIES if family not in KEEP_PADDING]
+TAKEN = [family for family in CLASSIFYING if family not in KEEP_PADDING]
 
 
 def _batch(lengths: list[int]) -> dict[str, Tensor]:

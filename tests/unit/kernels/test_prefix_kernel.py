@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.kernels.prefix import attention, prefixed, seen_by_attention, takes_attention, use_prefixes
-from tunesmith.testing import FAMILIES, tiny_model
+from tunesmith.testing import CLASSIFYING, tiny_model
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 TOKENS = torch.tensor([[5, 9, 7, 11, 3], [6, 8, 13, 4, 3]])
@@ -115,7 +115,7 @@ def test_a_position_bias_reaches_the_prefix() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.startswith("deberta")])
+@pytest.mark.parametrize("family", [family for family in CLASSIFYING if not family.startswith("deberta")])
 def test_a_model_without_prefixes_answers_as_ever(family: str) -> None:
     model, plain = tiny_model(family, CLASSIFIER), tiny_model(family, CLASSIFIER)
     use_prefixes(model)

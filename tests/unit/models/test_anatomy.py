@@ -9,7 +9,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.models import anatomy as module
 from tunesmith.models.anatomy import anatomy
 from tunesmith.models.namings import Naming
-from tunesmith.testing import FAMILIES, tiny_model
+from tunesmith.testing import CLASSIFYING, tiny_model
 
 CLASSIFIER, CAUSAL, MASKED = "AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForMaskedLM"
 
@@ -66,7 +66,7 @@ def blocks_of(family: str) -> tuple[str, ...]:
     return tuple(f"{path}.{index}" for path, count in stacks for index in range(count))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFYING)
 def test_every_family_is_read(family: str) -> None:
     model = tiny_model(family, CLASSIFIER, num_labels=3)
     found = anatomy(model)
@@ -86,7 +86,7 @@ def test_every_family_is_read(family: str) -> None:
         assert inside - with_role == without, "every linear map of a block has a role"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFYING)
 def test_what_comes_out_of_a_block_is_what_its_last_norm_has_made(family: str) -> None:
     """And where no norm follows the last sum, no role says so."""
     model = tiny_model(family, CLASSIFIER)
@@ -104,7 +104,7 @@ def test_what_comes_out_of_a_block_is_what_its_last_norm_has_made(family: str) -
         assert torch.equal(made[block], made[norm])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFYING)
 def test_depth_rises_from_the_embeddings_to_the_head(family: str) -> None:
     model = tiny_model(family, CLASSIFIER)
     found = anatomy(model)

@@ -13,7 +13,7 @@ from tunesmith import registry
 from tunesmith.errors import RecipeError
 from tunesmith.models.anatomy import anatomy
 from tunesmith.techniques.adapter import LEARNING_RATE, Adapter, Bottleneck
-from tunesmith.testing import FAMILIES, tiny_model
+from tunesmith.testing import CLASSIFYING, tiny_model
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 KINDS = ("houlsby", "pfeiffer", "parallel")
@@ -59,7 +59,7 @@ def test_the_registry_knows_it_by_its_file() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFYING)
 def test_what_is_added_and_the_head_learn(family: str, kind: Any) -> None:
     model = tiny_model(family, CLASSIFIER)
     found = anatomy(model)

@@ -9,7 +9,7 @@ from tunesmith import registry
 from tunesmith.errors import RecipeError
 from tunesmith.models.anatomy import anatomy
 from tunesmith.techniques.bitfit import LEARNING_RATE, Bitfit
-from tunesmith.testing import FAMILIES, tiny_model
+from tunesmith.testing import CLASSIFYING, tiny_model
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 WITHOUT = ("modernbert", "llama", "mistral", "gemma", "phi3", "t5")
@@ -24,7 +24,7 @@ def test_the_registry_knows_it_by_its_file() -> None:
     assert registry.get("technique", "bitfit") is Bitfit
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in WITHOUT])
+@pytest.mark.parametrize("family", [family for family in CLASSIFYING if family not in WITHOUT])
 def test_every_bias_and_the_head_learn_and_nothing_else(family: str) -> None:
     model = tiny_model(family, CLASSIFIER)
     found = anatomy(model)

@@ -12,7 +12,7 @@ from tunesmith import registry
 from tunesmith.errors import RecipeError
 from tunesmith.models.anatomy import anatomy
 from tunesmith.techniques.freeze import HEAD_LEARNING_RATE, LEARNING_RATE, Freeze
-from tunesmith.testing import FAMILIES, tiny_model
+from tunesmith.testing import CLASSIFYING, tiny_model
 
 CLASSIFIER, CAUSAL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 
@@ -25,7 +25,7 @@ def test_the_registry_knows_it_by_its_file() -> None:
     assert registry.get("technique", "freeze") is Freeze
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFYING)
 def test_the_head_alone_learns_by_default(family: str) -> None:
     model = tiny_model(family, CLASSIFIER)
     found = anatomy(model)
@@ -36,7 +36,7 @@ def test_the_head_alone_learns_by_default(family: str) -> None:
     assert technique.learning_rate(replace(found, hidden_size=1536)) == pytest.approx(HEAD_LEARNING_RATE / 4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFYING)
 def test_the_last_blocks_learn_and_the_rest_stays_bitwise(family: str) -> None:
     model = tiny_model(family, CLASSIFIER)
     found = anatomy(model)

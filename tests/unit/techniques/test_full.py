@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from tunesmith import registry
 from tunesmith.models.anatomy import anatomy
 from tunesmith.techniques.full import LEARNING_RATE, Full
-from tunesmith.testing import FAMILIES, tiny_model
+from tunesmith.testing import CLASSIFYING, tiny_model
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 
@@ -16,7 +16,7 @@ def test_the_registry_knows_it_by_its_file() -> None:
     assert registry.get("technique", "full") is Full
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFYING)
 def test_everything_learns_and_nothing_changes_at_first(family: str) -> None:
     model = tiny_model(family, CLASSIFIER)
     model.requires_grad_(False)

@@ -16,7 +16,7 @@ from tunesmith import registry
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.models.anatomy import LINEAR, anatomy
 from tunesmith.techniques.ia3 import LEARNING_RATE, Ia3
-from tunesmith.testing import FAMILIES, tiny_model
+from tunesmith.testing import CLASSIFYING, tiny_model
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 TOKENS = torch.tensor([[2, 9, 7, 11, 3], [2, 8, 13, 4, 3]])
@@ -53,7 +53,7 @@ def test_the_registry_knows_it_by_its_file() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFYING)
 def test_it_starts_as_the_base_and_merges_into_it(family: str, kind: str) -> None:
     technique, base = Ia3(**KINDS[kind]), tiny_model(family, CLASSIFIER)
     found = anatomy(base)

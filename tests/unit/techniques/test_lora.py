@@ -16,7 +16,7 @@ from tunesmith import registry
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.models.anatomy import LINEAR, anatomy
 from tunesmith.techniques.lora import LEARNING_RATE, PISSA_FACTOR, Lora, LoraLinear
-from tunesmith.testing import FAMILIES, tiny_model
+from tunesmith.testing import CLASSIFYING, tiny_model
 
 CLASSIFIER, CAUSAL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 TOKENS = torch.tensor([[5, 9, 7, 11, 3], [6, 8, 13, 4, 3]])
@@ -59,7 +59,7 @@ def test_the_registry_knows_it_by_its_file() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFYING)
 def test_it_starts_as_the_base_learns_beside_it_and_merges_into_it(family: str, kind: str) -> None:
     model, technique = tiny_model(family, CLASSIFIER), Lora(**KINDS[kind])
     found, base = anatomy(model), answers(model)

@@ -12,13 +12,13 @@ from tunesmith import registry
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.models.anatomy import anatomy
 from tunesmith.techniques.prefix import LEARNING_RATE, REPARAMETERIZED_LEARNING_RATE, Prefix, PrefixStates
-from tunesmith.testing import FAMILIES, tiny_model, tiny_tokenizer
+from tunesmith.testing import CLASSIFYING, tiny_model, tiny_tokenizer
 
 CLASSIFIER, TOKEN_CLASSIFIER = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
 TOKENIZER = tiny_tokenizer()
 TOKENS = torch.tensor([[2, 9, 7, 11, 3], [2, 8, 13, 4, 3]])
 REFUSED = ("deberta", "deberta-v2")
-TAKEN = [family for family in FAMILIES if family not in REFUSED]
+TAKEN = [family for family in CLASSIFYING if family not in REFUSED]
 N = 4
 
 

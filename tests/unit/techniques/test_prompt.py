@@ -13,7 +13,7 @@ from tunesmith import registry
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.models.anatomy import anatomy
 from tunesmith.techniques.prompt import LEARNING_RATE, Prompt
-from tunesmith.testing import FAMILIES, tiny_model, tiny_tokenizer
+from tunesmith.testing import CLASSIFYING, tiny_model, tiny_tokenizer
 
 CLASSIFIER, TOKEN_CLASSIFIER = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
 TOKENIZER = tiny_tokenizer()
@@ -45,7 +45,7 @@ def test_the_registry_knows_it_by_its_file() -> None:
     assert registry.get("technique", "prompt") is Prompt
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFYING)
 def test_n_vectors_and_the_head_learn(family: str) -> None:
     model, base = prompted(family)
     found = anatomy(base)
@@ -56,7 +56,7 @@ def test_n_vectors_and_the_head_learn(family: str) -> None:
     assert set(dict(model.named_parameters())) - set(dict(base.named_parameters())) == {prompt}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFYING)
 def test_they_start_as_tokens_of_the_vocabulary(family: str) -> None:
     model, base = prompted(family)
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_the_pooler_reads_the_real_first_token() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFYING)
 def test_padding_on_the_right_changes_nothing(family: str) -> None:
     model, _ = prompted(family, num_labels=3)
     short, long = [CLS, 9, 7, 3], [CLS, 8, 13, 4, 11, 6, 3]
