@@ -111,7 +111,7 @@ def test_a_file_that_ends_early_is_refused_with_both_names(tmp_path: Path) -> No
     (tmp_path / "train.de").write_text("Ein Hund rennt.\n")
     table = _read(path, on_bad_row="skip")
     with pytest.raises(
-        DataError, match=r"train\.en:2: train\.de ends after 1 lines, and train\.en goes on; line by line"
+        DataError, match=r"train\.en:2: train\.de ends after 1 line, and train\.en goes on; line by line"
     ):
         list(table)
 
