@@ -169,9 +169,8 @@ def _introduce(prepared: Prepared, folder: Path, talk: Talk) -> None:
 def _say_head(prepared: Prepared, talk: Talk) -> None:
     """What of the model nothing has trained yet, and what of the checkpoint another head was."""
     if prepared.anatomy.added:
-        talk.say(
-            f"{len(prepared.task.added_tokens)} tokens added, whose rows begin as the mean of all others and learn"
-        )
+        added = counted(len(prepared.task.added_tokens), "token")
+        talk.say(f"{added} added, beginning as the mean of all others, and learned")
     new, unused = (
         sorted({name.rpartition(".")[0] for name in names}) for names in (prepared.anatomy.new, prepared.anatomy.unused)
     )

@@ -55,6 +55,8 @@ def test_splits_are_told_by_a_word_in_their_names(train: str, validation: str, t
         ("ab_test.csv", "cd.csv"),
         ("train_and_test.csv", "other.csv"),
         ("trains.csv", "latest.csv"),
+        ("a_train.csv", "b.csv"),
+        ("a_train.csv",),
     ),
 )
 def test_what_is_not_clear_is_no_split(names: tuple[str, ...], folder: Path) -> None:

@@ -91,6 +91,9 @@ def test_texts_become_rows(tmp_path: Path) -> None:
     (folder / "b.txt").write_bytes(b"No, \xff no.\n")
     with pytest.raises(DataError, match=rf"^{folder / 'b.txt'}:1: byte 0xff is not UTF-8"):
         convert(folder, tmp_path / "bad.jsonl")
+    (folder / "c.csv").write_text("text\na\n")
+    with pytest.raises(DataError, match="this is a folder, not a file; name a file in it"):
+        convert(folder, tmp_path / "more.jsonl")
 
 
 def test_a_column_that_only_late_rows_have_is_there(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def _is_table(path: Path) -> bool:
 def find_splits(folder: str | Path, *, pairs: bool = False) -> dict[str, Path]:
     """The files of a folder that are named train, validation (valid, val, dev, eval) and test; with `pairs` also files
     of several languages, under what they share, which may go on behind the split's name (`test_2016_flickr`). Where no
-    file is named so, those in whose names one of these words stands, if one of them is train.
+    file is named so, one of these words in the name counts, if each file has one of its own.
 
     Raises:
         DataError: two files claim to be the same split.
@@ -104,10 +104,13 @@ def find_splits(folder: str | Path, *, pairs: bool = False) -> dict[str, Path]:
 
 
 def _by_words_in_names(files: Collection[Path]) -> dict[str, Path]:
-    """As in `wnut17train.conll`, `emerging.dev.conll`, `weiboNER_2nd_conll.test`; nothing where that is not clear."""
+    """As in `wnut17train.conll`, `emerging.dev.conll`, `weiboNER_2nd_conll.test`; nothing where that is not clear of
+    all: a contract about training is not meant.
+    """
     claims = [(split, path) for path in files for split in _splits_of(re.findall("[a-z]+", path.name.lower()))]
     found = dict(claims)
-    return found if "train" in found and len(claims) == len(found) == len(set(found.values())) else {}
+    clear = len(claims) == len(found) == len(set(found.values())) == len(files)
+    return found if clear and "train" in found and len(files) > 1 else {}
 
 
 def _splits_of(words: Collection[str]) -> list[str]:
