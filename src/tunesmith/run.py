@@ -333,7 +333,8 @@ def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], fo
         words.append(f"{'validation ' if metric == 'loss' else ''}{metric} {score:.4f}")
     seconds = sum(one.seconds for one in since)
     words.append(f"lr {step.learning_rate:.1e}")
-    words.append(f"{sum(one.examples for one in since) / seconds:.3g} examples/s")
+    rate = sum(one.examples for one in since) / seconds
+    words.append(f"{rate:.{0 if rate >= 10 else 1}f} examples/s")
     talk.say("  ".join(words))
     return better
 

@@ -203,7 +203,7 @@ def outcome(room: Path, known: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             monkeypatch.setenv("TUNESMITH_HOME", str(room / "home"))
             (tmp_path / str(len(known))).mkdir()
             known[words] = _trained(tmp_path / str(len(known)), *words)
-            known[words]["said"] = re.sub(r"\d+ examples/s", "", capsys.readouterr().out)
+            known[words]["said"] = re.sub(r"[\d.]+ examples/s", "", capsys.readouterr().out)
         return dict(known[words])
 
     return of
