@@ -29,31 +29,29 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def _saved(family: str, kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / f"tiny-{family}"
+    tiny_model(family, kind).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random BERT of three blocks and its tokenizer, as transformers writes them."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
-    tiny_model("bert", "AutoModelForMaskedLM").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return _saved("bert", "AutoModelForMaskedLM", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def tiny_marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Marian of three and two blocks and the same tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-marian"
-    tiny_model("marian", "AutoModelForSeq2SeqLM").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return _saved("marian", "AutoModelForSeq2SeqLM", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random LLaMA of three blocks and the same tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tiny_model("llama", "AutoModelForCausalLM").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return _saved("llama", "AutoModelForCausalLM", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

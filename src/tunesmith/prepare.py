@@ -32,9 +32,9 @@ from tunesmith.talk import Talk
 from tunesmith.tasks import Task, WritingTask
 from tunesmith.techniques import Technique, learn_only
 from tunesmith.training import evaluate, examples, machine, parallel
-from tunesmith.training.base import load_base
 from tunesmith.training.examples import Augmented
 from tunesmith.training.machine import Machine
+from tunesmith.training.task_model import load_task_model
 
 MAX_LENGTH = 512
 EPOCHS = 3.0
@@ -122,7 +122,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     processor = models.load_processor(source, read.task.model_class, read.task.added_tokens)
     config = models.load_config(source, read.task.model_class, processor)
     read = replace(read, task=read.task.for_processor(processor, config))
-    model, anatomy = load_base(read.task, source, processor, recipe.train.seed)
+    model, anatomy = load_task_model(read.task, source, processor, recipe.train.seed)
     before = {name for name, _ in model.named_buffers()}
     torch.manual_seed(recipe.train.seed)
     models.check_vocabulary(model, processor, recipe.model)

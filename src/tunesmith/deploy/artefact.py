@@ -27,7 +27,7 @@ from tunesmith.models.sources import Source
 from tunesmith.recipe import Recipe
 from tunesmith.tasks import Task
 from tunesmith.techniques import OWN_TYPE, PEFT_PREFIX, Technique
-from tunesmith.training.base import load_base
+from tunesmith.training.task_model import load_task_model
 
 PEFT_ROWS = ".token_adapter.trainable_tokens_delta"
 """How PEFT ends the name of rows that learn."""
@@ -102,7 +102,7 @@ def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, st
     """`model/` of a run: the original weights in their stored format, with what was learned put in and merged."""
     task, technique = recipe.task, recipe.technique
     assert isinstance(task, Task) and isinstance(technique, Technique)
-    model, anatomy = load_base(task, source, processor, recipe.train.seed)
+    model, anatomy = load_task_model(task, source, processor, recipe.train.seed)
     technique.apply(model, anatomy, processor)
     put(model, state)
     technique.merge(model)

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from tunesmith.deploy import origin
 from tunesmith.errors import counted
 from tunesmith.metrics import MEANINGS, side_by_side
 from tunesmith.models.load import auto_class
@@ -169,7 +170,7 @@ def _loading_lines(folder: Path, auto: str, base: dict[str, Any], adapter: bool)
         imports = f"import subprocess\nimport sys\n\n{imports}"
         words = ", ".join(_quoted(word) for word in ("-m", "tunesmith", "models", "path", base["spec"]))
         where = f"subprocess.check_output([sys.executable, {words}], text=True).strip()"
-    kept = read_json(folder / "adapter" / "tunesmith.json").get("quantization") or {}
+    kept = read_json(folder / "adapter" / origin.FILE).get("quantization") or {}
     if kept:
         imports = imports.replace("AutoTokenizer, ", "AutoTokenizer, BitsAndBytesConfig, ")
         fields = ", ".join(f"{name}={value!r}" for name, value in kept.items())

@@ -28,8 +28,8 @@ from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
 from tunesmith.techniques import Technique
 from tunesmith.training import files
-from tunesmith.training.base import load_base
 from tunesmith.training.run_lock import RunLock, claim, clear
+from tunesmith.training.task_model import load_task_model
 
 Method = Literal["linear", "ties", "dare"]
 DENSITY = {"linear": 1.0, "ties": 0.2, "dare": 0.5}
@@ -163,7 +163,7 @@ def _made_for(tuned: predict.Tuned) -> tuple[str, dict[str, Any], list[str]]:
 
 
 def _base(first: predict.Tuned, source: sources.Source) -> tuple[nn.Module, Any]:
-    model, anatomy = load_base(first.task, source, first.processor, first.recipe.train.seed)
+    model, anatomy = load_task_model(first.task, source, first.processor, first.recipe.train.seed)
     added_tokens.fold(model)
     return model, anatomy
 

@@ -30,8 +30,8 @@ from tunesmith.talk import command
 from tunesmith.tasks import Task, WritingTask
 from tunesmith.techniques import Technique
 from tunesmith.training import evaluate, machine
-from tunesmith.training.base import load_base
 from tunesmith.training.machine import Machine
+from tunesmith.training.task_model import load_task_model
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
     config = models.load_config(source, task.model_class, processor)
     recipe = recipe.model_copy(update={"task": task.for_processor(processor, config)})
     assert isinstance(recipe.task, Task)
-    model, anatomy = load_base(recipe.task, source, processor, recipe.train.seed, folded=adapter is None)
+    model, anatomy = load_task_model(recipe.task, source, processor, recipe.train.seed, folded=adapter is None)
     if adapter is not None:
         assert isinstance(recipe.technique, Technique)
         recipe.technique.apply(model, anatomy, processor)
@@ -174,7 +174,7 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
 
 def base_of(tuned: Tuned, source: sources.Source) -> tuple[nn.Module, Anatomy]:
     """A base as it was before a run, where the run's model is."""
-    model, anatomy = load_base(tuned.task, source, tuned.processor, tuned.recipe.train.seed)
+    model, anatomy = load_task_model(tuned.task, source, tuned.processor, tuned.recipe.train.seed)
     return model.to(tuned.machine.device), anatomy
 
 

@@ -13,7 +13,7 @@ from tunesmith.models.sources import Source
 from tunesmith.tasks import Task
 
 
-def load_base(
+def load_task_model(
     task: Task, source: Source, processor: Any, seed: int, *, folded: bool = False
 ) -> tuple[nn.Module, Anatomy]:
     """The model and its map; `folded`: its tables hold the added tokens already, as in what a run leaves whole."""
