@@ -24,8 +24,8 @@ from tunesmith.kernels.dropout import use_fast_dropout
 from tunesmith.kernels.embedding import use_kept_gradients
 from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.kernels.vocabulary import use_chunked_loss
+from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
-from tunesmith.models import sources
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Recipe
 from tunesmith.talk import Talk
@@ -234,10 +234,13 @@ def _resolve(recipe: Recipe, read: examples.Examples, technique: Technique, anat
     train = recipe.train
     metric = train.metric or read.task.metric()
     rate = train.learning_rate or technique.learning_rate(anatomy)
+    of_head = technique.head_learning_rate(rate)
+    of_head = max(of_head, added_tokens.LEARNING_RATE) if anatomy.added else of_head
     update = {
         "epochs": train.epochs or (None if train.max_steps else EPOCHS),
         "learning_rate": rate,
-        "head_learning_rate": train.head_learning_rate or technique.head_learning_rate(rate),
+        "head_learning_rate": train.head_learning_rate
+        or (max(of_head, added_tokens.LEARNING_RATE) if anatomy.added else of_head),
         "metric": metric,
         "precision": found.precision,
         "device": found.device.type,

@@ -73,7 +73,9 @@ class Train(Keys):
     batch_size: int = Field(16, ge=1, description="examples per optimizer step, over all processes")
     micro_batch_size: Count | Literal["auto"] = Field("auto", description="examples at once; auto: what fits")
     learning_rate: float | None = Field(None, gt=0, description="default: the technique's, for this model")
-    head_learning_rate: float | None = Field(None, gt=0, description="of a new head; default: the technique's")
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="of a new head, of added tokens; default: the technique's"
+    )
     weight_decay: float = Field(0.01, ge=0, description="decoupled; of matrices, not of norms and biases")
     warmup_ratio: float = Field(0.06, ge=0, lt=1, description="share of the steps that the rate rises")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="of the rate after warm-up")

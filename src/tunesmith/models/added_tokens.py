@@ -23,6 +23,9 @@ from tunesmith.errors import RecipeError, shorten
 ROWS = "added"
 """What N is called in the modules that have one."""
 
+LEARNING_RATE = 5e-3
+"""Of N, at least: at the rates of pretrained weights its rows hardly leave the mean (docs/tasks/text-generation.md)."""
+
 
 def add(processor: Any, tokens: Sequence[str]) -> None:
     """Let the tokenizer read each of these as one token.

@@ -70,6 +70,14 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def test_new_rows_learn_at_a_rate_of_their_own(base: Path, chats: Path, tmp_path: Path) -> None:
+    short = ("train.max_steps=1", "train.learning_rate=1e-4", "task.generate=null")
+    for words, rate in (((), 5e-3), (("train.head_learning_rate=1e-3",), 1e-3), (("task.add_tokens=[]",), 1e-4)):
+        recipe = _recipe(base, chats, tmp_path / f"run-{rate}", *short, *words)
+        tunesmith.train(recipe, talk=QUIET)
+        assert load(tmp_path / f"run-{rate}" / "recipe.yaml").train.head_learning_rate == rate
+
+
 def test_new_rows_alone_are_learned_and_saved(trained: tuple[Path, dict[str, Any]], base: Path) -> None:
     folder, result = trained
     size = len(tokenizer(template=CHATML))
