@@ -44,8 +44,8 @@ EPOCHS = {
     ("symptom2disease", "full"): 5,
     ("hotel_zh", "full"): 3,
     ("hotel_zh", "lora"): 3,
-    ("wnut17", "full"): 5,
-    ("wnut17", "lora"): 5,
+    ("wnut17", "full"): 3,
+    ("wnut17", "lora"): 3,
     ("ncbi_disease", "full"): 3,
     ("ncbi_disease", "lora"): 3,
 }

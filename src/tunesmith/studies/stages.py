@@ -79,6 +79,8 @@ def train(
                 results.append(_run(stage, mine, options))
             except UserError as error:
                 error.stage = number
+                if first and resume is None and {path.name for path in folder.iterdir()} == {record.STAGES, ".lock"}:
+                    (folder / record.STAGES).unlink()  # refused before anything stood: no folder is left
                 raise
         result = results[-1] | {"stages": results}
         if wanted.gain is not None:

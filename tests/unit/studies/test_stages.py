@@ -11,7 +11,7 @@ import pytest
 
 from tunesmith import recipe as recipes
 from tunesmith import run
-from tunesmith.errors import CheckpointError, Interrupted, RecipeError
+from tunesmith.errors import CheckpointError, Interrupted, RecipeError, UserError
 from tunesmith.studies import stages
 from tunesmith.talk import Talk
 from tunesmith.testing import MADE_UP, tiny_model, tiny_tokenizer
@@ -179,6 +179,15 @@ def test_a_later_refusal_names_its_line_in_the_stage(
     assert code == 2 and f"{written}:10: stages.2.train.metric: no 'f2' here" in err, err
     code, _, err = command("train", str(written), "stages.1.train.metric=f3", "--offline", "--overwrite")
     assert code == 2 and "command line: stages.1.train.metric: no 'f3' here" in err, err
+
+
+def test_a_refused_first_stage_leaves_no_folder(written: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="gone"):
+        stages.train(written, "stages.1.data.train=" + str(tmp_path / "gone.txt"), talk=QUIET)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError):
+        stages.train(written, "stages.2.data.train=" + str(tmp_path / "gone.csv"), talk=QUIET)
+    assert (tmp_path / "out" / "stages.yaml").exists(), "the first stage stands, and is gone on with"
 
 
 def test_json_is_one_object(written: Path, command: Callable[..., tuple[int, str, str]]) -> None:
