@@ -22,6 +22,7 @@ from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import RecipeError, counted
 from tunesmith.kernels.dropout import use_fast_dropout
 from tunesmith.kernels.embedding import use_kept_gradients
+from tunesmith.kernels.encoder_block import use_encoder_blocks
 from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.kernels.vocabulary import use_chunked_loss
 from tunesmith.models import added_tokens, sources
@@ -187,7 +188,11 @@ def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
     settings: Any = model.config
     if settings.is_encoder_decoder and settings._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # type: ignore[operator]  # a fourth faster over sentences, in its backward pass
-    return use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy.blocks])
+    blocks = [model.get_submodule(path) for path in anatomy.blocks]
+    if not use_padding_free_blocks(model, blocks):
+        return False
+    use_encoder_blocks(model, blocks, [anatomy.roles_in(path) for path in anatomy.blocks])
+    return True
 
 
 def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, Encoded]:

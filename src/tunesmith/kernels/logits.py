@@ -17,11 +17,15 @@ def logits_at(model: Any, inputs: dict[str, Any], row: Tensor, place: Tensor) ->
     def keep(last: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0][row, place][None], *args[1:])  # (1, tokens, hidden)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
+    hook, tail = model.get_output_embeddings().register_forward_pre_hook(keep), getattr(model, "tail", None)
     try:
+        if tail is not None:
+            tail.asked = row, place
         logits: Tensor = model(**inputs).logits[0].float()
     finally:
         hook.remove()
+        if tail is not None:
+            tail.asked = None
     return logits
 
 

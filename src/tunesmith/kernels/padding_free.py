@@ -41,8 +41,8 @@ class Layout:
 
     def __init__(self, mask: Tensor | None, batch_size: int, tokens: int, may_see: Callable[..., Any]) -> None:
         lengths = np.full(batch_size, tokens) if mask is None else mask.sum(1).cpu().numpy()
-        self.batch_size, self.tokens, self.may_see = batch_size, tokens, may_see
-        starts = np.concatenate([[0], np.cumsum(lengths)])
+        self.batch_size, self.tokens, self.may_see, self.lengths = batch_size, tokens, may_see, lengths
+        self.starts = starts = np.concatenate([[0], np.cumsum(lengths)])
         self.spare = -int(starts[-1]) % ROUND_TOKENS
         if batch_size > 1 and starts[-1] + self.spare == tokens:
             self.spare += ROUND_TOKENS  # what is flat already must not look like one row of a batch
@@ -51,7 +51,7 @@ class Layout:
         order = np.argsort(lengths, kind="stable")
         sorted_already = bool((np.diff(order) == 1).all())
         self.groups = [
-            Group(lengths[order[a:b]], starts[order[a:b]], self.may_see, whole=sorted_already)
+            Group(order[a:b], lengths[order[a:b]], starts[order[a:b]], self.may_see, whole=sorted_already)
             for a, b in cut(lengths[order] ** 2, GROUPS)
         ]
 
@@ -70,7 +70,9 @@ class Layout:
 class Group:
     """Sequences that attend in one call, padded to the longest of them."""
 
-    def __init__(self, lengths: Any, starts: Any, may_see: Callable[..., Any], *, whole: bool) -> None:
+    def __init__(self, members: Any, lengths: Any, starts: Any, may_see: Callable[..., Any], *, whole: bool) -> None:
+        self.members = members
+        """Which sequences of the batch these are."""
         self.rows, self.longest = len(lengths), int(lengths[-1]) + -int(lengths[-1]) % ROUND_LENGTH
         self.even = int(lengths[0]) == self.longest
         self.tokens = slice(int(starts[0]), int(starts[0]) + int(lengths.sum())) if whole else None
@@ -79,6 +81,7 @@ class Group:
         )
         self.places = _places(lengths, self.longest)
         self.lengths, self.may_see = torch.from_numpy(lengths), may_see
+        self._biases: dict[Any, Tensor] = {}
         self.causal = may_see is causal_mask_function
         """Whether nothing sees what comes later, so that no valid token sees padding."""
 
@@ -94,6 +97,34 @@ class Group:
             valid = (positions < self.lengths[:, None])[:, None, None, :]
             mask = valid if mask is None else mask & valid
         return mask
+
+    def bias(self, dtype: torch.dtype, prefix: int) -> Tensor | None:
+        """`mask` as numbers to add, with a prefix that all see; None where each sees all."""
+        if self.mask is None:
+            return None
+        key = dtype, prefix
+        if key not in self._biases:
+            mask = torch.nn.functional.pad(self.mask, (prefix, 0), value=True)
+            low = torch.finfo(dtype).min / 2  # twice as low as that, and a score would make it infinite
+            self._biases[key] = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, low)
+        return self._biases[key]
+
+    def take(self, x: Tensor) -> Tensor:
+        """(total, width) -> (rows * longest, width), zero where there is padding; without gradient."""
+        own = x[self.tokens] if self.tokens is not None else x.index_select(0, self.indices)
+        if self.even:
+            return own
+        return x.new_zeros(self.rows * self.longest, x.shape[1]).index_copy_(0, self.places, own)
+
+    def put(self, x: Tensor, out: Tensor) -> None:
+        """(rows * longest, width) into the group's rows of (total, width); without gradient."""
+        own = x if self.even else x.index_select(0, self.places)
+        if self.tokens is not None:
+            out[self.tokens] = own
+        else:
+            out.index_copy_(0, self.indices, own)
+
+    take_queries, put_queries = take, put
 
     def gather(self, x: Tensor) -> Tensor:
         """(total, heads, width) -> (rows, heads, longest, width)."""
@@ -232,21 +263,34 @@ def use_padding_free_blocks(model: Any, blocks: Sequence[nn.Module]) -> bool:
     first = next(model.parameters())
     if first.device.type != "cpu" or not blocks or not takes_attention(model) or model.config.is_encoder_decoder:
         return False
-    before, expected = model.config._attn_implementation, _probe(model)
-    hooks = [block.register_forward_pre_hook(_drop_padding, with_kwargs=True) for block in blocks]
-    hooks.append(blocks[-1].register_forward_hook(_put_back, with_kwargs=True))
-    try:
+    before, hooks = model.config._attn_implementation, []
+
+    def take() -> None:
+        hooks.extend(block.register_forward_pre_hook(_drop_padding, with_kwargs=True) for block in blocks)
+        hooks.append(blocks[-1].register_forward_hook(_put_back, with_kwargs=True))
+        model.attention_with_padding = before
         model.set_attn_implementation(NAME)
+
+    def leave() -> None:
+        model.set_attn_implementation(before)
+        del model.attention_with_padding
+        for hook in hooks:
+            hook.remove()
+
+    return same_answers(model, take, leave)
+
+
+def same_answers(model: Any, take: Callable[[], None], leave: Callable[[], None]) -> bool:
+    """Change how a model computes by `take`, or `leave` it as it was where its answers to two short texts changed."""
+    expected = _probe(model)
+    try:
+        take()
         found = _probe(model)
         same = found.shape == expected.shape and bool(torch.dist(found, expected) <= 0.01 * expected.norm())
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError):
         same = False  # its blocks do not pass the layout on
     if not same:
-        model.set_attn_implementation(before)
-        for hook in hooks:
-            hook.remove()
-    else:
-        model.attention_with_padding = before
+        leave()
     return same
 
 
@@ -271,21 +315,26 @@ def with_padding(model: Any) -> Iterator[None]:
 @torch.no_grad()
 def _probe(model: Any) -> Tensor:
     """The backbone's last states for two texts of 3 and 5 tokens."""
-    ids = 1 + torch.arange(10).view(2, 5) % (model.get_input_embeddings().num_embeddings - 1)
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    was_training = model.training
+    batch, was_training = probe_batch(model), model.training
     model.eval()
-    states: Tensor = model.base_model(input_ids=ids, attention_mask=mask)[0]
+    states: Tensor = model.base_model(**batch)[0]
     model.train(was_training)
-    return (states.float() * mask[:, :, None]).flatten()
+    return (states.float() * batch["attention_mask"][:, :, None]).flatten()
 
 
-def _layout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout | None:
+def probe_batch(model: Any) -> dict[str, Tensor]:
+    """Two texts of 3 and 5 tokens."""
+    ids = 1 + torch.arange(10).view(2, 5) % (model.get_input_embeddings().num_embeddings - 1)
+    return {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])}
+
+
+def layout_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout | None:
+    """The layout among what a block is called with."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Layout)), None)
 
 
 def _drop_padding(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    layout = _layout(args, kwargs)
+    layout = layout_in(args, kwargs)
     if layout is None:
         return None
 
@@ -299,7 +348,7 @@ def _drop_padding(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _put_back(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    layout = _layout(args, kwargs)
+    layout = layout_in(args, kwargs)
     if layout is None:
         return output
     if isinstance(output, tuple):

@@ -90,6 +90,15 @@ class Anatomy:
                 beside = depth
         return beside if 0 < beside < len(self.blocks) else len(self.blocks) + 1
 
+    def roles_in(self, block: str) -> dict[str, tuple[str, ...]]:
+        """What the modules of one block do, by their paths inside it."""
+        inside = f"{block}."
+        own = {
+            role: tuple(path.removeprefix(inside) for path in paths if path.startswith(inside))
+            for role, paths in self.roles.items()
+        }
+        return {role: paths for role, paths in own.items() if paths}
+
     def targets(self, wanted: Sequence[str] | Literal["all-linear"]) -> tuple[str, ...]:
         """The linear maps that roles (`query`), module names (`q_proj`, `attention.self.query`) or `all-linear` mean.
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import CheckpointError, RecipeError, shorten
+from tunesmith.kernels.linears import Part, linears
 from tunesmith.kernels.lora import adapted_weight, lora_linear
 from tunesmith.kernels.packed import Bits, Packed, PackedLinear
 from tunesmith.models.anatomy import LINEAR, Anatomy
@@ -115,8 +116,19 @@ class LoraLinear(nn.Module):
             return A, B
         return torch.cat([A, A - self.pissa_A]), torch.cat([B - self.pissa_B, self.pissa_B], dim=1)
 
+    def part(self) -> Part | None:
+        """This map, where it is no more than a product and a low-rank one."""
+        if self.transposed or isinstance(self.weight, Packed) or self.lora_magnitude_vector is not None:
+            return None
+        if self.dropout and self.training:
+            return None
+        return Part(self.weight, self.bias, *self.factors(), self.scaling)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        part = self.part()
+        if part is not None:
+            return linears(x, [part])[0]
         return lora_linear(
             x,
             self.weight,

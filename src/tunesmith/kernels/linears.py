@@ -1,0 +1,141 @@
+"""Linear maps of one input, each with or without a low-rank addition, as one autograd function (LoRA, Hu 2021, arXiv
+2106.09685):
+
+    y_i = W_i f(x) + b_i + s_i B_i (A_i f(x))          f: an activation, or nothing
+    dx  = f'(x) * sum of (W_i^T dy_i + A_i^T g_i)      g_i = s_i B_i^T dy_i
+
+The input is cast and kept once for all maps and their additions; f(x) is made again where backward needs it; an
+addition falls onto the product in the product's own pass; what nobody learns from is not computed. `plain_linears` is
+the same written plainly, through `lora_linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.kernels.lora import lora_linear
+
+__all__ = ["ACTIVATIONS", "Activation", "Part", "compute_dtype", "linears", "part_of", "plain_linears"]
+
+Activation = Literal["none", "gelu", "gelu_tanh", "relu", "silu"]
+
+ACTIVATIONS: dict[str, Any] = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+_SLOPES: dict[str, Any] = {
+    "none": lambda grad, x: grad,
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+    "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
+    "silu": torch.ops.aten.silu_backward,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One map: weight (out, in), bias (out,), and where it has an addition, A (r, in), B (out, r) and its scale."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    scaling: float = 1.0
+
+
+def part_of(module: Any) -> Part | None:
+    """What a module computes, where that is a `Part`: a plain linear map, or one that says so by `part()`."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if type(module) is nn.Linear:
+        return Part(module.weight, module.bias)
+    part: Part | None = module.part() if hasattr(module, "part") else None
+    return part
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What products are computed in: autocast's format, else that of the input."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def plain_linears(x: Tensor, parts: Sequence[Part], activation: Activation = "none") -> tuple[Tensor, ...]:
+    """The y of the module's formula, one by one."""
+    x = ACTIVATIONS[activation](x)
+    return tuple(
+        F.linear(x, part.weight, part.bias)
+        if part.A is None or part.B is None
+        else lora_linear(x, part.weight, part.bias, part.A, part.B, part.scaling)
+        for part in parts
+    )
+
+
+def linears(x: Tensor, parts: Sequence[Part], activation: Activation = "none") -> tuple[Tensor, ...]:
+    """The y of the module's formula, in `compute_dtype`.  # (..., in) -> (..., out) for each part"""
+    tensors = [tensor for part in parts for tensor in (part.weight, part.bias, part.A, part.B)]
+    scales = tuple(part.scaling for part in parts)
+    flat = x.reshape(-1, x.shape[-1])
+    found: tuple[Tensor, ...] = _Linears.apply(flat, compute_dtype(x), activation, scales, *tensors)  # type: ignore[no-untyped-call]
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in found)
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dtype: torch.dtype, activation: str, scales: tuple[float, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        own = x.to(dtype)
+        inside = ACTIVATIONS[activation](own)
+        outputs, kept = [], []
+        for number, scale in enumerate(scales):
+            weight, bias, A, B = (
+                None if tensor is None else tensor.to(dtype) for tensor in tensors[4 * number : 4 * number + 4]
+            )
+            assert weight is not None
+            y = F.linear(inside, weight, bias)
+            low = None
+            if A is not None and B is not None:
+                low, B = inside @ A.t(), B * scale
+                y.addmm_(low, B.t())
+            outputs.append(y)
+            kept += [weight, A, B, low]
+        learns = ctx.needs_input_grad[4:]
+        ctx.activation, ctx.scales = activation, scales
+        ctx.dtypes = x.dtype, tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+        ctx.save_for_backward(own if activation != "none" or any(learns) else None, *kept)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        own, *kept = ctx.saved_tensors
+        wants_x, learns = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        inside = ACTIVATIONS[ctx.activation](own) if any(learns) else None
+        found: list[Tensor | None] = []
+        grad_x: Tensor | None = None
+        for number, (dy, scale) in enumerate(zip(grads, ctx.scales, strict=True)):
+            weight, A, B, low = kept[4 * number : 4 * number + 4]
+            of_weight, of_bias, of_A, of_B = learns[4 * number : 4 * number + 4]
+            back = dy @ B if B is not None and (wants_x or of_A) else None
+            if wants_x:
+                grad_x = dy @ weight if grad_x is None else grad_x.addmm_(dy, weight)
+                if back is not None:
+                    grad_x.addmm_(back, A)
+            found += [
+                dy.t() @ inside if of_weight else None,
+                dy.sum(0, dtype=torch.float32) if of_bias else None,
+                back.t() @ inside if of_A and back is not None else None,
+                (dy.t() @ low) * scale if of_B else None,
+            ]
+        if grad_x is not None:
+            grad_x = _SLOPES[ctx.activation](grad_x, own).to(ctx.dtypes[0])
+        typed = (None if one is None else one.to(dtype) for one, dtype in zip(found, ctx.dtypes[1], strict=True))
+        return grad_x, None, None, None, *typed

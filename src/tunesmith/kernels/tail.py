@@ -1,0 +1,135 @@
+"""A last block computed only where its answer is read: keys are all there, few tokens ask.
+
+Of a text that is classified the head reads one token; what the last block makes of the others nobody sees. Queries, the
+block's output and its MLP are then computed where they are wanted, at a fraction of a block's cost. What a head reads
+is found from its gradient, so that no head has to be known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tunesmith.kernels.padding_free import Group, Layout, probe_batch
+
+__all__ = ["Asking", "Tail", "asking", "tail_of"]
+
+
+@dataclass
+class Tail:
+    """Where the last block's answer is read. Sound only while the whole model is called for its logits: `active`."""
+
+    offset: int
+    """How far from the begin (or end) of a text the one token stands that the head reads, or how many virtual tokens
+    stand before the one whose logits are asked for."""
+
+    reads: str
+    """'begin', 'end', or 'each': every token has logits."""
+
+    active: bool = False
+    asked: tuple[Tensor, Tensor] | None = None
+    """Rows and places of the only tokens whose logits are wanted for now."""
+
+    def wanted(self, layout: Layout) -> Tensor | None:
+        """(row, place) of what is read; None where all is."""  # (wanted, 2)
+        if not self.active:
+            return None
+        if self.reads == "each":
+            if self.asked is None:
+                return None
+            row, place = self.asked
+            return torch.stack([row, place + self.offset], 1)
+        rows = torch.arange(layout.batch_size)
+        ends = torch.as_tensor(layout.lengths) - 1 - self.offset
+        return torch.stack([rows, torch.full_like(rows, self.offset) if self.reads == "begin" else ends], 1)
+
+    def watch(self, model: nn.Module) -> None:
+        """Be active while the model is called as a whole."""
+
+        def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            self.active = not kwargs.get("output_hidden_states")
+
+        def end(*_: Any) -> None:
+            self.active = False
+
+        model.register_forward_pre_hook(begin, with_kwargs=True)
+        model.register_forward_hook(end, always_call=True)
+
+
+def tail_of(model: nn.Module, recorded: list[tuple[Tensor, Layout]]) -> Tail | None:
+    """What the model's head reads of its last block, which leaves its answers in `recorded`; None where it is more."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.enable_grad():
+            logits = model(**probe_batch(model)).logits.float()
+            (states, layout), *more = recorded
+            one = logits[:, 1] if logits.ndim == 3 else logits
+            (grad,) = torch.autograd.grad(one.sum(), states)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return None
+    finally:
+        model.train(was_training)
+    places = grad.abs().sum(1).nonzero().flatten().numpy()
+    if more or len(places) != layout.batch_size:
+        return None
+    from_begin = places - layout.starts[:-1]
+    from_end = layout.lengths - 1 - from_begin
+    if (from_begin < 0).any() or (from_end < 0).any():
+        return None
+    if logits.ndim == 3:
+        return Tail(int(from_begin[0]) - 1, "each") if (from_begin == from_begin[0]).all() else None
+    if (from_begin == from_begin[0]).all():
+        return Tail(int(from_begin[0]), "begin")
+    return Tail(int(from_end[0]), "end") if (from_end == from_end[0]).all() else None
+
+
+class Asking:
+    """The sequences of a group of which some tokens ask: `places` are theirs, counted from each sequence's begin."""
+
+    def __init__(self, group: Group, places: list[Any], firsts: Any) -> None:
+        counts = np.array([len(own) for own in places])
+        self.rows, self.take, self.put = group.rows, group.take, group.put
+        self._group, self._most = group, max(1, int(counts.max()))
+        self._filled = torch.from_numpy(np.flatnonzero(np.arange(self._most) < counts[:, None]))
+        ordinals = [first + np.arange(count) for first, count in zip(firsts, counts, strict=True)]
+        self._ordinals = torch.from_numpy(np.concatenate(ordinals))
+        self._places = torch.zeros(self.rows * self._most, dtype=torch.long)
+        self._places[self._filled] = torch.from_numpy(np.concatenate(places)).long()
+
+    def take_queries(self, x: Tensor) -> Tensor:
+        """(asking, width) -> (rows * most, width), zero where there is none."""
+        own = x.index_select(0, self._ordinals)
+        if len(self._filled) == self.rows * self._most:
+            return own
+        return x.new_zeros(self.rows * self._most, x.shape[1]).index_copy_(0, self._filled, own)
+
+    def put_queries(self, x: Tensor, out: Tensor) -> None:
+        """(rows * most, width) into the group's rows of (asking, width)."""
+        out.index_copy_(0, self._ordinals, x.index_select(0, self._filled))
+
+    def bias(self, dtype: torch.dtype, prefix: int) -> Tensor | None:
+        """Of the group's mask, the queries that ask.  # (rows or 1, 1, most or 1, prefix + longest)"""
+        bias = self._group.bias(dtype, prefix)
+        if bias is None or bias.shape[2] == 1:
+            return bias
+        places = self._places.view(self.rows, 1, self._most, 1).expand(-1, -1, -1, bias.shape[3])
+        return bias.expand(self.rows, -1, -1, -1).gather(2, places)
+
+
+def asking(layout: Layout, wanted: Tensor) -> tuple[Tensor, list[Asking]]:
+    """The flat places of tokens (row, place) that are wanted, sorted, and the layout's groups in which these ask.
+
+    # (wanted, 2) -> (wanted,)
+    """
+    rows, places = (np.asarray(one) for one in wanted.unbind(1))
+    order = np.lexsort((places, rows))
+    rows, places = rows[order], places[order]
+    firsts = np.searchsorted(rows, np.arange(layout.batch_size + 1))
+    by_row = [places[a:b] for a, b in zip(firsts[:-1], firsts[1:], strict=True)]
+    groups = [Asking(group, [by_row[m] for m in group.members], firsts[group.members]) for group in layout.groups]
+    return torch.from_numpy(layout.starts[rows] + places), groups
