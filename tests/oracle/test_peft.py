@@ -96,7 +96,8 @@ def test_peft_reads_what_we_save(family: str, kind: str, variant: str, tmp_path:
         gradients, reference = learned(model), learned(theirs)
         assert {PEFT_PREFIX + name for name in gradients} == set(reference)
         for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, reference[PEFT_PREFIX + name], atol=1e-5, rtol=1e-4, msg=name)
+            other = reference[PEFT_PREFIX + name]  # a sum over tokens, in which small ones are the rest of large ones
+            assert torch.dist(gradient, other) <= 1e-5 * (1 + other.norm()), name
     plain = theirs.merge_and_unload()
     technique.merge(model)
     torch.testing.assert_close(answers(plain), answers(model), atol=1e-5, rtol=1e-5)

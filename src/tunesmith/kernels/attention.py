@@ -9,6 +9,7 @@ PyTorch's fused attention has no dropout on a CPU, and over short sequences it t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -44,7 +45,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    groups: list[Any],
+    groups: Sequence[Rows],
     *,
     width: int,
     scaling: float,
@@ -67,7 +68,7 @@ class _Attend(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         prefix: Tensor | None,
-        groups: list[Rows],
+        groups: Sequence[Rows],
         width: int,
         scaling: float,
         dropout: float,
@@ -76,10 +77,14 @@ class _Attend(torch.autograd.Function):
         out, kept = torch.zeros_like(q), []
         length = 0 if prefix is None else prefix.shape[2]
         for group in groups:
-            queries = _by_head(group.take_queries(q), group, width).mul_(scaling)
-            keys, values = (_by_head(group.take(x), group, width) for x in (k, v))
+            queries, keys, values = (
+                _by_head(x, group, width) for x in (group.take_queries(q), group.take(k), group.take(v))
+            )
+            queries.mul_(scaling)
             if prefix is not None:
-                keys, values = (_behind(own.to(x.dtype), x, group) for own, x in zip(prefix, (keys, values), strict=True))
+                keys, values = (
+                    _behind(own.to(x.dtype), x, group) for own, x in zip(prefix, (keys, values), strict=True)
+                )
             keys, values = (_repeated(x, shared) for x in (keys, values))
             bias = group.bias(q.dtype, length)
             if bias is None:
@@ -127,8 +132,9 @@ class _Attend(torch.autograd.Function):
 
 
 def _by_head(x: Tensor, group: Rows, width: int) -> Tensor:
-    """(rows * tokens, heads * width) -> (rows * heads, tokens, width), a copy."""
-    return x.view(group.rows, len(x) // group.rows, -1, width).transpose(1, 2).flatten(0, 1)
+    """(rows * tokens, heads * width) -> (rows * heads, tokens, width), always a copy."""
+    by_head = x.view(group.rows, len(x) // group.rows, -1, width).transpose(1, 2)
+    return by_head.clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def _by_row(x: Tensor, group: Rows) -> Tensor:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels.attention import attend
+from tunesmith.kernels.attention import Rows, attend
 from tunesmith.kernels.linears import ACTIVATIONS, Activation, compute_dtype, linears, part_of
 from tunesmith.kernels.norms import add_norm
 from tunesmith.kernels.padding_free import Layout, layout_in, same_answers
@@ -53,8 +52,9 @@ class Way:
         of_shares, of_attention, of_mlp = (
             one.p if isinstance(one, nn.Dropout) and one.training else 0.0 for one in self.dropouts
         )
+        places: Tensor | None = None
+        groups: Sequence[Rows] = layout.groups
         if wanted is None:
-            places, groups = None, layout.groups
             q, k, v = _mapped(x, self.query, self.key, self.value)
         else:
             places, groups = asking(layout, wanted)
@@ -98,8 +98,8 @@ def use_encoder_blocks(model: Any, blocks: Sequence[nn.Module], roles: Sequence[
 
     `roles` are the paths inside each block. All blocks are taken, or none.
     """
-    found = [_way(model, block, own) for block, own in zip(blocks, roles, strict=True)]
-    if not found or None in found:
+    found = [way for block, own in zip(blocks, roles, strict=True) if (way := _way(model, block, own)) is not None]
+    if not found or len(found) < len(blocks):
         return False
 
     def take() -> None:
@@ -112,7 +112,8 @@ def use_encoder_blocks(model: Any, blocks: Sequence[nn.Module], roles: Sequence[
 
     if not same_answers(model, take, leave):
         return False
-    last, recorded = found[-1], []
+    last = found[-1]
+    recorded: list[tuple[Tensor, Layout]] = []
     last.block.forward = MethodType(_forward(last, recorded=recorded), last.block)
     model.tail = tail_of(model, recorded)
     if model.tail is not None:
@@ -152,9 +153,7 @@ def _way(model: Any, block: nn.Module, roles: Mapping[str, Sequence[str]]) -> Wa
     modules = {role: block.get_submodule(path) for role, path in paths.items()}
     attention = paths["query"].rpartition(".")[0]
     width = settings.hidden_size // heads
-    beside = {
-        role: _dropout_beside(block, paths[role]) for role in ("query", "attention_output", "mlp_down")
-    }
+    beside = {role: _dropout_beside(block, paths[role]) for role in ("query", "attention_output", "mlp_down")}
     if beside["attention_output"] is beside["query"]:
         beside["attention_output"] = None  # DistilBERT: the one dropout there is that of the shares
     return Way(

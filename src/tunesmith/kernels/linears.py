@@ -100,7 +100,7 @@ class _Linears(torch.autograd.Function):
             weight, bias, A, B = (
                 None if tensor is None else tensor.to(dtype) for tensor in tensors[4 * number : 4 * number + 4]
             )
-            assert weight is not None
+            assert weight is not None, "a part has a weight"
             y = F.linear(inside, weight, bias)
             low = None
             if A is not None and B is not None:
@@ -130,9 +130,9 @@ class _Linears(torch.autograd.Function):
                 if back is not None:
                     grad_x.addmm_(back, A)
             found += [
-                dy.t() @ inside if of_weight else None,
+                dy.t() @ inside if of_weight and inside is not None else None,
                 dy.sum(0, dtype=torch.float32) if of_bias else None,
-                back.t() @ inside if of_A and back is not None else None,
+                back.t() @ inside if of_A and back is not None and inside is not None else None,
                 (dy.t() @ low) * scale if of_B else None,
             ]
         if grad_x is not None:

@@ -263,7 +263,8 @@ def use_padding_free_blocks(model: Any, blocks: Sequence[nn.Module]) -> bool:
     first = next(model.parameters())
     if first.device.type != "cpu" or not blocks or not takes_attention(model) or model.config.is_encoder_decoder:
         return False
-    before, hooks = model.config._attn_implementation, []
+    before: str = model.config._attn_implementation
+    hooks: list[Any] = []
 
     def take() -> None:
         hooks.extend(block.register_forward_pre_hook(_drop_padding, with_kwargs=True) for block in blocks)
