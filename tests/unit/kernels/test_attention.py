@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from tunesmith.kernels.attention import attend
+from tunesmith.kernels.padding_free import Layout
+from tunesmith.kernels.tail import asking
+
+LENGTHS = ([12, 3, 7, 7, 1], [5, 5, 5], [9], [1, 2, 3, 40], [8, 8, 1, 1, 16])
+
+
+def _layout(lengths: list[int], may_see: Any) -> Layout:
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return Layout(mask, len(lengths), max(lengths), may_see)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, layout: Layout, width: int, causal: bool, prefix: Tensor | None) -> Tensor:
+    """One text after the other by PyTorch's own attention."""
+    out = torch.zeros_like(q)
+    for start, length in zip(layout.starts[:-1], layout.lengths, strict=True):
+        own = slice(int(start), int(start + length))
+        queries, keys, values = (x[own].view(length, -1, width).transpose(0, 1) for x in (q, k, v))
+        keys, values = (
+            x if prefix is None else torch.cat([p, x], 1)
+            for p, x in zip(prefix if prefix is not None else (None, None), (keys, values), strict=True)
+        )
+        times = len(queries) // len(keys)
+        keys, values = (x.repeat_interleave(times, 0) for x in (keys, values))
+        mask = None
+        if causal:
+            mask = torch.ones(length, keys.shape[1], dtype=torch.bool).tril(keys.shape[1] - length)
+        seen = F.scaled_dot_product_attention(queries, keys, values, mask, scale=0.3)
+        out = out.index_copy(0, torch.arange(own.start, own.stop), seen.transpose(0, 1).flatten(1))
+    return out
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_outputs_and_gradients_are_those_of_torch(lengths: list[int], prefix: int, causal: bool) -> None:
+    layout = _layout(lengths, causal_mask_function if causal else bidirectional_mask_function)
+    torch.manual_seed(0)
+    wide = dict(dtype=torch.float64, requires_grad=True)
+    q = torch.randn(layout.total, 16, **wide)  # type: ignore[call-overload]
+    k, v = (torch.randn(layout.total, 8, **wide) for _ in range(2))  # type: ignore[call-overload]
+    before = torch.randn(2, 2, prefix, 4, **wide) if prefix else None  # type: ignore[call-overload]
+    wanted = [q, k, v] if before is None else [q, k, v, before]
+    ours = attend(q, k, v, layout.groups, width=4, scaling=0.3, prefix=before)
+    plain = _plain(q, k, v, layout, 4, causal, before)
+    weight = torch.randn_like(plain)
+    weight[layout.total - layout.spare :] = 0
+    torch.testing.assert_close(ours, plain)
+    for one, other in zip(
+        torch.autograd.grad((ours * weight).sum(), wanted),
+        torch.autograd.grad((plain * weight).sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_few_ask_and_are_answered_the_same(lengths: list[int], causal: bool) -> None:
+    layout = _layout(lengths, causal_mask_function if causal else bidirectional_mask_function)
+    draw = np.random.default_rng(0)
+    wanted = torch.tensor([(row, place) for row, n in enumerate(lengths) for place in range(n) if draw.random() < 0.4])
+    wanted = wanted.reshape(-1, 2)[torch.randperm(len(wanted))] if len(wanted) else torch.zeros(1, 2, dtype=torch.long)
+    places, groups = asking(layout, wanted)
+    q, k, v = (torch.randn(layout.total, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    some = attend(q[places], k, v, groups, width=4, scaling=0.5)
+    whole = attend(q, k, v, layout.groups, width=4, scaling=0.5)[places]
+    torch.testing.assert_close(some, whole)
+    for one, other in zip(
+        torch.autograd.grad(some.square().sum(), [q, k, v]),
+        torch.autograd.grad(whole.square().sum(), [q, k, v]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+    expected = sorted(int(layout.starts[row]) + place for row, place in wanted.tolist())
+    assert places.tolist() == expected
+
+
+def test_dropout_leaves_out_its_share_and_the_gradient_is_that_of_what_was_kept() -> None:
+    layout = _layout([16] * 4, bidirectional_mask_function)
+    q, k, v = (torch.randn(layout.total, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def run(dropout: float) -> Tensor:
+        torch.manual_seed(1)
+        return attend(q, k, v, layout.groups, width=8, scaling=0.3, dropout=dropout)
+
+    torch.testing.assert_close(run(0.3), run(0.3))
+    assert not torch.allclose(run(0.3), run(0.0))
+    mean = torch.stack([attend(q, k, v, layout.groups, width=8, scaling=0.3, dropout=0.3) for _ in range(2000)]).mean(0)
+    assert torch.dist(mean, run(0.0)) < 0.05 * run(0.0).norm()
+    direction = torch.randn_like(q)
+    (grad,) = torch.autograd.grad(run(0.3).sin().sum(), q)
+    with torch.no_grad():
+        before, step = q.clone(), 1e-6
+        q.copy_(before + step * direction)
+        above = run(0.3).sin().sum()
+        q.copy_(before - step * direction)
+        below = run(0.3).sin().sum()
+        q.copy_(before)
+    torch.testing.assert_close((grad * direction).sum(), (above - below) / (2 * step), atol=1e-5, rtol=1e-5)

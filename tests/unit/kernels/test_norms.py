@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tunesmith.kernels.norms import add_norm, plain_add_norm
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 16), (1, 4)])
+def test_outputs_and_gradients_are_those_of_the_plain_formula(shape: tuple[int, ...], learns: bool) -> None:
+    x, y, weight, bias = (torch.randn(size, dtype=torch.float64) for size in (shape, shape, shape[-1:], shape[-1:]))
+    wanted = [x.requires_grad_(), y.requires_grad_()]
+    wanted += [weight.requires_grad_(), bias.requires_grad_()] if learns else []
+
+    def found(z: Tensor) -> tuple[Tensor, ...]:
+        return z, *torch.autograd.grad(z.sin().sum(), wanted)
+
+    ours, plain = found(add_norm(x, y, weight, bias, 1e-5)), found(plain_add_norm(x, y, weight, bias, 1e-5))
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+
+
+def test_dropout_falls_on_what_is_added_alone() -> None:
+    x, y = torch.randn(400, 32), torch.randn(400, 32, requires_grad=True)
+    weight, bias = torch.ones(32), torch.zeros(32)
+    torch.manual_seed(0)
+    first = add_norm(x, y, weight, bias, 1e-5, 0.25)
+    torch.manual_seed(0)
+    again = add_norm(x, y, weight, bias, 1e-5, 0.25)
+    assert torch.equal(first, again) and not torch.equal(first, add_norm(x, y, weight, bias, 1e-5))
+    (grad,) = torch.autograd.grad(first.square().sum() + first.sin().sum(), y)
+    assert 0.22 < grad.eq(0).float().mean() < 0.28, "a quarter of y leads nowhere"
+    assert torch.allclose(
+        add_norm(x, torch.zeros_like(y), weight, bias, 1e-5, 0.25), plain_add_norm(x, 0 * y, weight, bias, 1e-5)
+    )
