@@ -81,6 +81,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         trainer.save_model(f"{output}/artefact")
         artefact_bytes = weights_bytes(Path(output) / "artefact")
     trainer.args.predict_with_generate = True
+    trainer.args.train_sampling_strategy = "random"  # grouped by length, what it writes comes back in another order
     dev = translation_scores(trainer, *encoded["validation"], tokenizer)
     test = translation_scores(trainer, *encoded["test"], tokenizer) if given.test else {}
     return {
