@@ -6,6 +6,7 @@ What can be refused is refused here, and what needs no model before anything is 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from tunesmith.data import augment
 from tunesmith.data.batches import Batches
-from tunesmith.data.encoded import Encoded
+from tunesmith.data.encoded import Encoded, fingerprint
 from tunesmith.deploy import merging
 from tunesmith.deploy.back_translation import fingerprints as translators
 from tunesmith.deploy.back_translation import translated_back
@@ -32,7 +33,7 @@ from tunesmith.recipe import Recipe
 from tunesmith.talk import Talk
 from tunesmith.tasks import Task, WritingTask
 from tunesmith.techniques import Technique, learn_only
-from tunesmith.training import evaluate, examples, machine, parallel
+from tunesmith.training import evaluate, examples, feature_cache, machine, parallel
 from tunesmith.training.examples import Augmented
 from tunesmith.training.machine import Machine
 from tunesmith.training.task_model import load_task_model
@@ -89,6 +90,26 @@ class Prepared:
         train = self.recipe.train
         return train.max_steps or math.ceil((train.epochs or EPOCHS) * self.batches.steps_per_epoch)
 
+    def keep_features(self, talk: Talk) -> float:
+        """Compute once what the frozen lower blocks give, where examples are read again; the seconds it took."""
+        began, again = time.perf_counter(), self.total_steps > self.batches.steps_per_epoch
+        features: Any = getattr(self.model, "features", None)
+        if features is None or not again or self.augmented or type(self.task).draw is not Task.draw:
+            return 0.0
+        home = sources.cache_home() / "features"
+        base = models.base_hash(self.source), models.processor_hash(self.processor), self.machine.precision
+        of_model = (*base, self.task.name, self.technique.model_dump(), features.level)
+        for name in ("train", "validation"):
+            if (encoded := self.encoded.get(name)) is None:
+                continue
+            folder = home / fingerprint(encoded.folder.name, of_model)
+            with talk.during(f"computing once what the frozen blocks give for {name}"), parallel.first_alone():
+                kept = feature_cache.keep_features(self.model, self.task, encoded, self.machine, folder, talk.say)
+            if not kept:
+                break
+        feature_cache.prune(home)
+        return time.perf_counter() - began
+
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it continues."""
         tree = self.recipe.dump()
@@ -133,6 +154,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     kept = model.state_dict().keys()
     learned += tuple(name for name, _ in model.named_buffers() if name not in before and name in kept)
     padding_free = _speed_up(model, anatomy, found)
+    feature_cache.use_features(model, anatomy, feature_cache.level_of(anatomy, learned))
     machine.store_frozen(model, found.autocast_dtype)
     model.to(found.device)
     read = replace(read, data=read.data.model_copy(update={"max_length": longest}))

@@ -120,6 +120,7 @@ def _run(
         files.atomic_write(folder / "recipe.yaml", recipes.to_yaml(recipe.dump() | {"output": str(folder)}))
         record.write_run(folder, prepared, progress, {"outcome": "running"})
     _introduce(prepared, folder, talk)
+    progress.seconds += prepared.keep_features(talk)
     _fit(prepared, engine, progress, folder, signals, talk)
     return _finish(prepared, engine, progress, folder, talk)
 

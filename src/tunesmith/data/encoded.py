@@ -150,8 +150,10 @@ def _write(chunks: Iterable[list[dict[str, Any]]], folder: Path) -> None:
 
 
 def _dtype(values: list[Any]) -> str:
-    kinds = {np.asarray(value).dtype.kind for value in values if np.size(value)}
-    return "float32" if "f" in kinds else "int32"
+    dtypes = {np.asarray(value).dtype for value in values if np.size(value)}
+    if dtypes == {np.dtype("int16")}:  # numbers in bf16, as they are
+        return "int16"
+    return "float32" if any(dtype.kind == "f" for dtype in dtypes) else "int32"
 
 
 def _append(path: Path, values: Array) -> None:

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tunesmith.data.batches import Batch, Limits, collate, cut
+from tunesmith.data.batches import Batch, collate, cut
 from tunesmith.data.encoded import Encoded
 from tunesmith.errors import RecipeError, ResourceError
 from tunesmith.tasks import Task, TextMetrics, WritingTask
+from tunesmith.training.feature_cache import LIMITS, standing_in
 from tunesmith.training.machine import Machine, is_out_of_memory
 
 CHUNK_EXAMPLES = 512
@@ -35,8 +36,6 @@ def unseen(done: int) -> None:
 
 WRITTEN = "generated_text"
 """What a text is called among answers, as in transformers' pipelines."""
-
-LIMITS = {"cpu": Limits(64, 4096, 64), "cuda": Limits(512, 65536, 4096)}
 
 
 def outputs(
@@ -68,11 +67,16 @@ def _asked(
         chunk = rows[start : start + CHUNK_EXAMPLES]
         chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
         for first, last in cut(lengths[chunk], limits):
-            yield from _ask(ask, task, encoded, machine, chunk[first:last])
+            yield from _ask(ask, model, task, encoded, machine, chunk[first:last])
 
 
 def _ask(
-    ask: Callable[[Batch], T], task: Task, encoded: Encoded, machine: Machine, rows: NDArray[np.int64]
+    ask: Callable[[Batch], T],
+    model: nn.Module,
+    task: Task,
+    encoded: Encoded,
+    machine: Machine,
+    rows: NDArray[np.int64],
 ) -> Asked[T]:
     """One batch, or two halves where it does not fit in memory.
 
@@ -81,7 +85,7 @@ def _ask(
     """
     output, batch = None, _drawn(task, encoded, rows).to(machine.device)
     try:
-        with torch.inference_mode(), machine.autocast():
+        with torch.inference_mode(), machine.autocast(), standing_in(model, encoded, rows):
             output = ask(batch)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -93,7 +97,7 @@ def _ask(
         yield rows, output, batch
         return
     for half in np.array_split(rows, 2):
-        yield from _ask(ask, task, encoded, machine, half)
+        yield from _ask(ask, model, task, encoded, machine, half)
 
 
 def _counted(asked: Asked[T], show: Show, done: int = 0) -> Asked[T]:

@@ -25,6 +25,7 @@ from tunesmith.models.anatomy import Anatomy
 from tunesmith.tasks import Task
 from tunesmith.training import optimizer as optimizers
 from tunesmith.training import parallel
+from tunesmith.training.feature_cache import standing_in
 from tunesmith.training.machine import Machine, is_out_of_memory
 
 FP16_SCALE, FP16_GROWTH_STEPS = 2.0**16, 2000
@@ -114,7 +115,7 @@ def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, fl
         normalizers = _normalizers(engine, micro or [_drawn(engine, batches, nothing, number)], device)
         totals = None
         try:
-            totals = _accumulate(engine, micro, normalizers, number, batches.rank)
+            totals = _accumulate(engine, micro, parts, normalizers, number, batches)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -138,15 +139,20 @@ def _drawn(engine: Engine, batches: Batches, indices: NDArray[np.int64], number:
 
 
 def _accumulate(
-    engine: Engine, micro: list[Batch], normalizers: dict[str, Tensor], number: int, rank: int
+    engine: Engine,
+    micro: list[Batch],
+    parts: list[NDArray[np.int64]],
+    normalizers: dict[str, Tensor],
+    number: int,
+    batches: Batches,
 ) -> dict[str, Tensor]:
     """Forward and backward over this process's micro-batches of one step; its share of the loss, and its tokens."""
     device = engine.machine.device
     scale = engine.fp16_scale if engine.machine.autocast_dtype == torch.float16 else 1.0
     total = torch.zeros((), device=device)
-    for index, batch in enumerate(micro):
-        torch.manual_seed(_mix(engine.seed, number, index, rank))
-        with engine.machine.autocast():
+    for index, (batch, examples) in enumerate(zip(micro, parts, strict=True)):
+        torch.manual_seed(_mix(engine.seed, number, index, batches.rank))
+        with engine.machine.autocast(), standing_in(engine.model, batches.examples(number), examples):
             loss = engine.task.loss(engine.model, batch.to(device), normalizers, engine.label_smoothing)
         (loss * scale if scale != 1.0 else loss).backward()
         total += loss.detach()

@@ -1,0 +1,135 @@
+"""States that stand in for frozen blocks change no loss, and are computed once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith import prepare, run
+from tunesmith.models import sources
+from tunesmith.talk import Talk
+from tunesmith.testing import MADE_UP, tiny_model, tiny_tokenizer
+from tunesmith.training import feature_cache
+
+QUIET = Talk(level=-1)
+TECHNIQUES = {
+    "head": {"name": "freeze", "head_only": True},
+    "last": {"name": "freeze", "last_n_blocks": 1},
+    "lora above": {"name": "lora", "target_modules": "layer.1.output.dense"},
+    "gradual": {"name": "freeze", "last_n_blocks": 1, "gradual": True},
+}
+
+
+def _rows(task: str, path: Path, count: int) -> str:
+    path.write_text("".join(json.dumps(MADE_UP[task](number)) + "\n" for number in range(count)))
+    return str(path)
+
+
+def _losses(folder: Path) -> list[float]:
+    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "grad_norm" in line]
+
+
+def _run(tmp_path: Path, name: str, family: str, task: str, technique: Any, **more: Any) -> dict[str, Any]:
+    base = tmp_path / f"base-{family}"
+    if not base.exists():
+        tiny_model(family, "AutoModel").save_pretrained(base)
+        tiny_tokenizer().save_pretrained(base)
+    data = {
+        split: _rows(task, tmp_path / f"{split}.jsonl", count) for split, count in (("train", 40), ("validation", 12))
+    }
+    train = {"epochs": 3, "batch_size": 8, "precision": "fp32", "device": "cpu", "learning_rate": 1e-2}
+    recipe = {"task": task, "model": str(base), "data": data, "technique": technique, "train": train | more}
+    return run.train(recipe, output=str(tmp_path / name), talk=QUIET)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
+    """What `keep_features` answered, in a cache of its own."""
+    monkeypatch.setattr(sources, "cache_home", lambda: tmp_path / "cache")
+    monkeypatch.setattr(prepare.sources, "cache_home", lambda: tmp_path / "cache")
+    answers: list[bool] = []
+    keep = feature_cache.keep_features
+
+    def kept(*args: Any) -> bool:
+        answers.append(keep(*args))
+        return answers[-1]
+
+    monkeypatch.setattr(feature_cache, "keep_features", kept)
+    return answers
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_losses_and_scores_are_those_without(
+    family: str, task: str, technique: str, watched: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if technique == "lora above" and family != "bert":
+        pytest.skip("its target is a name of BERT's")
+    ours = _run(tmp_path, "with", family, task, TECHNIQUES[technique])
+    assert watched == [True, True]
+    monkeypatch.setattr(feature_cache, "use_features", lambda *_: False)
+    plain = _run(tmp_path, "without", family, task, TECHNIQUES[technique])
+    assert _losses(tmp_path / "with") == pytest.approx(_losses(tmp_path / "without"), abs=1e-5)
+    assert ours["metrics"]["validation"]["loss"] == pytest.approx(plain["metrics"]["validation"]["loss"], abs=1e-5)
+
+
+def test_they_are_computed_once_for_all_runs_over_the_same_blocks(
+    watched: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _run(tmp_path, "first", "bert", "text-classification", TECHNIQUES["head"])
+    asked: list[int] = []
+    record = feature_cache._record
+
+    def counted(*args: Any) -> Any:
+        asked.append(len(args[-1]))
+        return record(*args)
+
+    monkeypatch.setattr(feature_cache, "_record", counted)
+    _run(tmp_path, "second", "bert", "text-classification", TECHNIQUES["head"], learning_rate=3e-3)
+    assert asked == [feature_cache.TRIED] * 2, "but for the few that are tried, nothing is computed"
+    assert len(list((tmp_path / "cache" / "features").iterdir())) == 2
+    _run(tmp_path, "other", "bert", "text-classification", TECHNIQUES["last"])
+    assert len(list((tmp_path / "cache" / "features").iterdir())) == 4
+    monkeypatch.setattr(feature_cache, "KEPT_BYTES", 0)
+    feature_cache.prune(tmp_path / "cache" / "features")
+    assert not list((tmp_path / "cache" / "features").iterdir())
+
+
+def test_they_are_not_where_they_pay_nothing(watched: list[bool], tmp_path: Path) -> None:
+    _run(tmp_path, "one epoch", "bert", "text-classification", TECHNIQUES["last"], epochs=1)
+    _run(tmp_path, "all", "bert", "text-classification", "lora")
+    assert not watched
+
+
+def test_too_large_they_are_not_kept(
+    watched: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(feature_cache, "KEPT_BYTES", 100)
+    monkeypatch.setattr(QUIET, "say", print)
+    _run(tmp_path, "run", "bert", "text-classification", TECHNIQUES["last"])
+    assert watched == [False] and "GiB on the disk: it is computed in each epoch" in capsys.readouterr().out
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    watched: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _run(tmp_path, "whole", "bert", "text-classification", TECHNIQUES["last"], save_every=5)
+    save = run._save
+
+    def saved(prepared: Any, engine: Any, progress: Any, folder: Path) -> None:
+        save(prepared, engine, progress, folder)
+        if progress.step == 10:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_save", saved)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path, "half", "bert", "text-classification", TECHNIQUES["last"], save_every=5)
+    monkeypatch.setattr(run, "_save", save)
+    run.train(resume=tmp_path / "half", talk=QUIET)
+    assert _losses(tmp_path / "half") == _losses(tmp_path / "whole") and len(_losses(tmp_path / "whole")) == 15
+    assert watched == [True] * 6
