@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels.dropout import keep_scale
+from tunesmith.kernels.linears import compute_dtype
 
 __all__ = ["Rows", "attend"]
 
@@ -56,6 +57,8 @@ def attend(
 
     # (asking, heads * width), (total, kv heads * width) twice -> (asking, heads * width)
     """
+    dtype = compute_dtype(v)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     found: Tensor = _Attend.apply(q, k, v, prefix, groups, width, scaling, dropout)  # type: ignore[no-untyped-call]
     return found
 

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from tunesmith.data.batches import Limits, cut
+from tunesmith.kernels.attention import attend
 from tunesmith.kernels.dropout import keep_scale
 from tunesmith.kernels.prefix import prefixed, takes_attention
 
@@ -31,6 +32,10 @@ NAME = "tunesmith_padding_free"
 ROUND_TOKENS, ROUND_LENGTH = 32, 8
 """Tokens of a step and lengths of a group are rounded up to these: oneDNN compiles a kernel for each new shape (about a
 millisecond and half a megabyte each), and keeps a thousand."""
+
+WRITTEN_OUT = 512
+"""Up to which length the scores are written out: PyTorch's fused attention then takes one and a half to three times as
+long forward and backward (9 heads of 64, bf16), from 1,024 on less."""
 
 GROUPS = Limits(2**20, 2**40, 16384)
 """What one more group of sequences costs, in padded pairs of tokens."""
@@ -213,6 +218,18 @@ def attention(
         raise ValueError(f"attention without padding has no {wanted[0]}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, heads, width)
     dropout = dropout if module.training else 0.0
+    longest = max(group.longest for group in attention_mask.groups)
+    if softcap is None and longest <= WRITTEN_OUT:
+        prefix: Any = getattr(module, "prefix", None)
+        seen = attend(
+            *(x.flatten(1) for x in (q, k, v)),
+            attention_mask.groups,
+            width=q.shape[2],
+            scaling=q.shape[2] ** -0.5 if scaling is None else scaling,
+            dropout=dropout,
+            prefix=None if prefix is None else prefix(),
+        )
+        return seen.view(1, *q.shape), None
     parts = [_attend(module, group, q, k, v, dropout, scaling, softcap) for group in attention_mask.groups]
     if attention_mask.groups[0].tokens is None:
         back = torch.cat([group.indices for group in attention_mask.groups])
