@@ -222,7 +222,9 @@ def attention(
     if softcap is None and longest <= WRITTEN_OUT:
         prefix: Any = getattr(module, "prefix", None)
         seen = attend(
-            *(x.flatten(1) for x in (q, k, v)),
+            q.flatten(1),
+            k.flatten(1),
+            v.flatten(1),
             attention_mask.groups,
             width=q.shape[2],
             scaling=q.shape[2] ** -0.5 if scaling is None else scaling,
