@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -67,9 +68,14 @@ class Engine:
     checkpointing: bool = False
     modes_are_for: tuple[bool, ...] = ()
 
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """All of the model's, asked for once: walking through its modules takes milliseconds."""
+        return list(self.model.parameters())
+
     def learning(self) -> list[nn.Parameter]:
         """What learns at this moment."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return [parameter for parameter in self.parameters if parameter.requires_grad]
 
 
 def steps(
@@ -85,9 +91,9 @@ def steps(
         set_modes(engine)
         rate = optimizers.set_rate(engine.optimizer, factor(number))
         while True:
-            loss, norm, tokens = _gradients(engine, batches, number)
+            loss, norm, tokens = _gradients(engine, batches, number)  # not clipped: the step does it in passing
             finite = bool(np.isfinite(loss) and np.isfinite(norm))
-            done = not finite or optimizers.take_step(engine.optimizer)
+            done = not finite or optimizers.take_step(engine.optimizer, _share_kept(engine, norm))
             engine.optimizer.zero_grad(set_to_none=True)
             if done:
                 break
@@ -106,7 +112,7 @@ def steps(
 
 
 def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, float, int]:
-    """Fill the gradients of one step; loss, gradient norm (before clipping) and tokens. Repeats what did not fit."""
+    """Fill the gradients of one step; loss, gradient norm and tokens. Repeats what did not fit."""
     device = engine.machine.device
     while True:
         parts = batches.micro_batches(number, engine.limits)
@@ -126,7 +132,7 @@ def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, fl
             continue
         assert totals is not None, "no process ran out of memory"
         summed = parallel.sum_all(totals, device)
-        loss, norm = float(summed["loss"]), _reduce_and_clip(engine)
+        loss, norm = float(summed["loss"]), _reduce(engine)
         if engine.machine.autocast_dtype == torch.float16 and not _fp16_fits(engine, loss, norm):
             continue
         return loss, norm, int(summed["tokens"])
@@ -168,16 +174,21 @@ def _normalizers(engine: Engine, micro: list[Batch], device: torch.device) -> di
     return parallel.sum_all(totals, device)
 
 
-def _reduce_and_clip(engine: Engine) -> float:
+def _reduce(engine: Engine) -> float:
+    """Sum the gradients over the processes; their norm."""
     learning = engine.learning()
     parallel.sum_gradients(learning)
     gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
     if engine.machine.autocast_dtype == torch.float16:
         torch._foreach_mul_(gradients, 1 / engine.fp16_scale)
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if engine.max_grad_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(learning, engine.max_grad_norm, norm)
-    return float(norm)
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def _share_kept(engine: Engine, norm: float) -> float:
+    """What gradients are multiplied by so that their norm is at most `max_grad_norm`."""
+    if engine.max_grad_norm is None:
+        return 1.0
+    return min(1.0, engine.max_grad_norm / (norm + 1e-6))  # as PyTorch's clipping
 
 
 def _fp16_fits(engine: Engine, loss: float, norm: float) -> bool:
@@ -226,7 +237,7 @@ def set_modes(engine: Engine) -> None:
 
     Nothing below learns, so dropout there would only be noise; without it the frozen part is a fixed function.
     """
-    flags = tuple(parameter.requires_grad for parameter in engine.model.parameters())
+    flags = tuple(parameter.requires_grad for parameter in engine.parameters)
     if engine.model.training and flags == engine.modes_are_for:
         return
     engine.model.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +46,21 @@ def _allocated(optimizer: torch.optim.Optimizer, kinds: tuple[str, ...]) -> torc
     return optimizer
 
 
-def take_step(optimizer: torch.optim.Optimizer) -> bool:
-    """One step; False where memory ran out before a weight had moved, so that the step may be repeated.
+def take_step(optimizer: torch.optim.Optimizer, share: float = 1.0) -> bool:
+    """One step by this share of the gradients; False where memory ran out before a weight had moved.
 
+    Then the step may be repeated. Fused AdamW multiplies in passing, by the way that is there for fp16.
     Groups are taken in order, and each counts its steps (fused AdamW) or gives its parameters a new version (SGD).
     Of several processes the others have moved theirs.
     """
     first = next(p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    fused: Any = optimizer if optimizer.defaults.get("fused") else None
+    if share != 1.0 and fused is None:
+        torch._foreach_mul_(
+            [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], share
+        )
+    elif share != 1.0:
+        fused.grad_scale = torch.tensor(1 / share, device=first.device)
     version, count = first._version, optimizer.state[first].get("step", torch.zeros(())).clone()
     try:
         optimizer.step()
@@ -61,6 +70,9 @@ def take_step(optimizer: torch.optim.Optimizer) -> bool:
         if moved or not is_out_of_memory(error):
             raise
         return False
+    finally:
+        if fused is not None:
+            fused.grad_scale = None
     return True
 
 
