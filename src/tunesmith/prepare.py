@@ -21,9 +21,9 @@ from tunesmith.deploy import merging
 from tunesmith.deploy.back_translation import fingerprints as translators
 from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import RecipeError, counted
+from tunesmith.kernels.blocks import use_blocks
 from tunesmith.kernels.dropout import use_fast_dropout
 from tunesmith.kernels.embedding import use_kept_gradients
-from tunesmith.kernels.encoder_block import use_encoder_blocks
 from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.kernels.vocabulary import use_chunked_loss
 from tunesmith.models import added_tokens, sources
@@ -213,7 +213,7 @@ def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
     blocks = [model.get_submodule(path) for path in anatomy.blocks]
     if not use_padding_free_blocks(model, blocks):
         return False
-    use_encoder_blocks(model, blocks, [anatomy.roles_in(path) for path in anatomy.blocks])
+    use_blocks(model, blocks, [anatomy.roles_in(path) for path in anatomy.blocks])
     return True
 
 

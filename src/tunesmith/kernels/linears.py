@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tunesmith.kernels.lora import lora_linear
 
-__all__ = ["ACTIVATIONS", "Activation", "Part", "compute_dtype", "linears", "part_of", "plain_linears"]
+__all__ = ["ACTIVATIONS", "SLOPES", "Activation", "Part", "compute_dtype", "linears", "part_of", "plain_linears"]
 
 Activation = Literal["none", "gelu", "gelu_tanh", "relu", "silu"]
 
@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Any] = {
     "relu": F.relu,
     "silu": F.silu,
 }
-_SLOPES: dict[str, Any] = {
+SLOPES: dict[str, Any] = {
     "none": lambda grad, x: grad,
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
@@ -136,6 +136,6 @@ class _Linears(torch.autograd.Function):
                 (dy.t() @ low) * scale if of_B else None,
             ]
         if grad_x is not None:
-            grad_x = _SLOPES[ctx.activation](grad_x, own).to(ctx.dtypes[0])
+            grad_x = SLOPES[ctx.activation](grad_x, own).to(ctx.dtypes[0])
         typed = (None if one is None else one.to(dtype) for one, dtype in zip(found, ctx.dtypes[1], strict=True))
         return grad_x, None, None, None, *typed

@@ -1,8 +1,10 @@
-"""A residual sum with dropout and the norm after it, as one autograd function.
+"""A residual sum and the norm after it, as one autograd function.
 
     s = x + D * y        z = (s - mean s) / sqrt(var s + eps) * g + b        D: 0 with probability p, else 1 / (1 - p)
+    s = x + y            z = s r * g,  r = 1 / sqrt(mean s^2 + eps)          (RMSNorm, Zhang 2019, arXiv 1910.07467)
+    ds += r (g * dz) - s r^3 mean(s * g * dz)                                of the second
 
-Statistics are taken in fp32 whatever the format of x; what is kept is s, D and two numbers a token.
+Statistics are taken in fp32 whatever the format of x; what is kept is s, D and one or two numbers a token.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from tunesmith.kernels.dropout import keep_scale
 
-__all__ = ["add_norm", "plain_add_norm"]
+__all__ = ["add_norm", "add_rms_norm", "plain_add_norm", "plain_rms_norm", "rms_norm"]
 
 
 def plain_add_norm(
@@ -52,3 +54,53 @@ class _AddNorm(torch.autograd.Function):
         )
         d_y = (d if keep is None else d * keep) if of_y else None
         return d if of_x else None, d_y, d_weight if of_weight else None, d_bias if of_bias else None, None, None
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The second z of the module's formula, of x alone."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What `plain_rms_norm` gives, in the format of x."""
+    found: Tensor = _RmsNorm.apply(x, None, weight, eps)[1]  # type: ignore[no-untyped-call]
+    return found
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """S and z of the module's second formula."""
+    found: tuple[Tensor, Tensor] = _RmsNorm.apply(x, y, weight, eps)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor | None, Tensor]:
+        total = x if y is None else x + y
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(total, dim=-1, keepdim=True, dtype=wide)
+        root = (length.square_() / total.shape[-1] + eps).rsqrt_()
+        out = torch.mul(total, root, out=torch.empty_like(total)).mul_(weight.to(total.dtype))
+        ctx.save_for_backward(total, root, weight)
+        ctx.set_materialize_grads(False)
+        return None if y is None else total, out
+
+    @staticmethod
+    def backward(ctx: Any, of_total: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        total, root, weight = ctx.saved_tensors
+        of_x, of_y, of_weight, _ = ctx.needs_input_grad
+        if grad is None:
+            return of_total, of_total if of_y else None, None, None
+        d_weight = None
+        if of_weight:
+            d_weight = (grad * total).mul(root).sum(0, dtype=torch.promote_types(total.dtype, torch.float32))
+            d_weight = d_weight.to(weight.dtype)
+        if not (of_x or of_y):
+            return None, None, d_weight, None
+        grad = grad * weight.to(grad.dtype)
+        share = (grad * total).sum(-1, keepdim=True, dtype=root.dtype) * root.pow(3) / total.shape[-1]
+        d = torch.mul(grad, root, out=torch.empty_like(grad))
+        d -= torch.mul(total, share, out=grad)
+        if of_total is not None:
+            d += of_total
+        return d if of_x else None, d if of_y else None, d_weight, None

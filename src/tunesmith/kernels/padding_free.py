@@ -344,8 +344,11 @@ def _probe(model: Any) -> Tensor:
 
 def probe_batch(model: Any) -> dict[str, Tensor]:
     """Two texts of 3 and 5 tokens."""
-    ids = 1 + torch.arange(10).view(2, 5) % (model.get_input_embeddings().num_embeddings - 1)
-    return {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])}
+    pad = model.config.pad_token_id or 0
+    known = [token for token in range(min(12, model.get_input_embeddings().num_embeddings)) if token != pad]
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    ids = torch.tensor([known[n % len(known)] for n in range(10)]).view(2, 5)
+    return {"input_ids": ids.masked_fill(mask == 0, pad), "attention_mask": mask}
 
 
 def layout_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout | None:

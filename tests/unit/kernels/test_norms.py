@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.norms import add_norm, plain_add_norm
+from tunesmith.kernels.norms import add_norm, add_rms_norm, plain_add_norm, plain_rms_norm, rms_norm
 
 
 @pytest.mark.parametrize("learns", [True, False])
@@ -35,3 +35,24 @@ def test_dropout_falls_on_what_is_added_alone() -> None:
     assert torch.allclose(
         add_norm(x, torch.zeros_like(y), weight, bias, 1e-5, 0.25), plain_add_norm(x, 0 * y, weight, bias, 1e-5)
     )
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 16), (1, 4)])
+def test_rms_norms_are_those_of_torch(shape: tuple[int, ...], learns: bool) -> None:
+    x, y, weight = (torch.randn(size, dtype=torch.float64) for size in (shape, shape, shape[-1:]))
+    wanted = [x.requires_grad_(), y.requires_grad_(), *([weight.requires_grad_()] if learns else [])]
+    for read in ((True, True), (True, False), (False, True)):
+
+        def loss(parts: tuple[Tensor, Tensor], read: tuple[bool, bool] = read) -> Tensor:
+            return torch.stack([one.sin().sum() for one, wants in zip(parts, read, strict=True) if wants]).sum()
+
+        ours, plain = add_rms_norm(x, y, weight, 1e-5), (x + y, plain_rms_norm(x + y, weight, 1e-5))
+        for one, other in zip(ours, plain, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+        found = torch.autograd.grad(loss(ours), wanted, allow_unused=True)
+        for one, other in zip(found, torch.autograd.grad(loss(plain), wanted, allow_unused=True), strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), plain_rms_norm(x, weight, 1e-5))

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from tunesmith import registry
-from tunesmith.kernels.encoder_block import use_encoder_blocks
+from tunesmith.kernels import blocks
+from tunesmith.kernels.blocks import use_blocks
+from tunesmith.kernels.logits import logits_at
 from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.models.anatomy import anatomy
 from tunesmith.testing import tiny_model, tiny_tokenizer
 
 LENGTHS = ([12, 3, 7, 7, 1], [5, 5, 5], [9], [1, 2, 3, 40])
-FAMILIES = ("bert", "roberta", "distilbert", "electra")
+FAMILIES = ("bert", "roberta", "distilbert", "electra", "llama", "mistral", "qwen2")
+NOT_THERE = {"llama": ("bitfit",), "mistral": ("bitfit",)}
+"""Techniques that a family has nothing for."""
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"target_modules": "all-linear"},
@@ -47,16 +51,18 @@ def _answers_and_gradients(model: Any, lengths: list[int]) -> tuple[Tensor, Tens
 
 def _taken(model: Any) -> bool:
     map_ = anatomy(model)
-    blocks = [model.get_submodule(path) for path in map_.blocks]
-    assert use_padding_free_blocks(model, blocks)
-    return use_encoder_blocks(model, blocks, [map_.roles_in(path) for path in map_.blocks])
+    modules = [model.get_submodule(path) for path in map_.blocks]
+    assert use_padding_free_blocks(model, modules)
+    return use_blocks(model, modules, [map_.roles_in(path) for path in map_.blocks])
 
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
 @pytest.mark.parametrize("technique", TECHNIQUES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_and_gradients_are_those_of_the_model(family: str, technique: str, head: str) -> None:
-    model = tiny_model(family, f"AutoModelFor{head}", num_labels=3)
+    if technique in NOT_THERE.get(family, ()):
+        pytest.skip("it has no biases")
+    model = tiny_model(family, f"AutoModelFor{head}", num_labels=3, sliding_window=4, pad_token_id=0)
     torch.manual_seed(0)
     adapt: Any = registry.get("technique", technique)
     adapt(**TECHNIQUES[technique]).apply(model, anatomy(model), tiny_tokenizer())
@@ -65,8 +71,28 @@ def test_answers_and_gradients_are_those_of_the_model(family: str, technique: st
             torch.nn.init.normal_(parameter, std=0.2)
     padded = [_answers_and_gradients(model, lengths) for lengths in LENGTHS]
     assert _taken(model)
-    assert model.tail.reads == ("begin" if head == "SequenceClassification" else "each")
+    read = "begin" if hasattr(model.base_model, "encoder") or family == "distilbert" else "end"
+    assert model.tail.reads == (read if head == "SequenceClassification" else "each")
     for lengths, (answers, gradients) in zip(LENGTHS, padded, strict=True):
         ours = _answers_and_gradients(model, lengths)
         assert torch.allclose(ours[0], answers, atol=1e-5, rtol=1e-5)
         assert torch.dist(ours[1], gradients) < 1e-5 * gradients.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_loss_of_few_tokens_computes_the_last_block_there_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(family, "AutoModelForCausalLM" if family == "llama" else "AutoModelForMaskedLM")
+    batch, row, place = _batch([12, 3, 7]), torch.tensor([2, 0, 0]), torch.tensor([1, 11, 4])
+    expected = model(**batch).logits[row, place]
+    assert _taken(model)
+    seen: list[int] = []
+    mapped = blocks._mapped
+
+    def watched(x: Tensor, *modules: Any, **how: Any) -> tuple[Tensor, ...]:
+        seen.append(len(x))
+        return mapped(x, *modules, **how)
+
+    monkeypatch.setattr(blocks, "_mapped", watched)
+    found = logits_at(model, batch, row, place)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert seen[-1] == 3, "the MLP sees three tokens"
