@@ -1,8 +1,8 @@
 """Instruction tuning beside TRL's SFTTrainer: one run of one arm, scored by the same few lines of plain PyTorch.
 
-    python bench/instructions.py ours --model FOLDER --source DATA/alpaca_en --seed 0 --test
-    python bench/instructions.py peer --model FOLDER --source DATA/alpaca_en --seed 0 --test --learning-rate 5e-4
-    python bench/instructions.py mask --model FOLDER --source DATA/alpaca_en
+    python -m bench.instructions ours --model FOLDER --source DATA/alpaca_en --seed 0 --test
+    python -m bench.instructions peer --model FOLDER --source DATA/alpaca_en --seed 0 --test --learning-rate 5e-4
+    python -m bench.instructions mask --model FOLDER --source DATA/alpaca_en
 
 600 rows of alpaca for one epoch in batches of 8, LoRA of rank 16 on all linear maps, at most 512 tokens, bf16; 100
 other rows are for the choice of a rate, 200 for the test. Both arms read the same conversations through the model's own
@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from bench.peer import best_practice, work
+
 ROWS = {"train": 600, "validation": 100, "test": 200}
 MAX_LENGTH = 512
 TURN = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
@@ -39,6 +41,10 @@ MARKED = (
 )
 """SmolLM2's turn, and the same with the marks that TRL asks for around what is learned."""
 
+ADAPTER: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+UNCHECKPOINTED = {"gradient_checkpointing": False}
+"""TRL recomputes activations unless told otherwise; here they fit."""
+
 
 def splits(source: Path) -> dict[str, list[dict[str, Any]]]:
     """Conversations of one question and one answer, drawn once."""
@@ -47,12 +53,13 @@ def splits(source: Path) -> dict[str, list[dict[str, Any]]]:
     random.Random(0).shuffle(rows)
     drawn, begin = {}, 0
     for split, count in ROWS.items():
-        drawn[split] = [_conversation(row) for row in rows[begin : begin + count]]
+        drawn[split] = [conversation(row) for row in rows[begin : begin + count]]
         begin += count
     return drawn
 
 
-def _conversation(row: dict[str, str]) -> dict[str, Any]:
+def conversation(row: dict[str, str]) -> dict[str, Any]:
+    """A row of alpaca as a question and its answer."""
     asked = "\n\n".join(part.strip() for part in (row["instruction"], row["input"]) if part.strip())
     answer = row["output"].strip()
     return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
@@ -98,40 +105,31 @@ def train_ours(given: argparse.Namespace, rows: dict[str, list[dict[str, Any]]],
     return {key: result[key] for key in ("seconds", "trainable_parameters")}
 
 
-def train_peer(given: argparse.Namespace, rows: dict[str, list[dict[str, Any]]], output: Path) -> dict[str, Any]:
-    """By TRL at its best practice: prompt and answer apart, batches of like length, fused AdamW, no checkpointing."""
+def sft_trainer(model: Any, tokenizer: Any, rows: list[dict[str, Any]], settings: dict[str, Any], **more: Any) -> Any:
+    """TRL's trainer over prompt and completion of each conversation; the loss is on completions."""
     import datasets
     import trl
 
-    parts = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows["train"]]
-    arguments = trl.SFTConfig(
-        output_dir=str(output / "trl"),
-        num_train_epochs=1,
-        per_device_train_batch_size=8,
-        learning_rate=given.learning_rate,
-        weight_decay=0.01,
-        warmup_steps=0.06,  # below 1 it is a share of all steps
-        lr_scheduler_type="linear",
-        optim="adamw_torch_fused",
-        bf16=True,
-        gradient_checkpointing=False,
-        max_length=MAX_LENGTH,
-        train_sampling_strategy="group_by_length",
-        seed=given.seed,
-        use_cpu=given.device == "cpu" or not torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
-    adapter = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = trl.SFTTrainer(
-        model=transformers.AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32),
-        args=arguments,
+    parts = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
+    return trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(max_length=MAX_LENGTH, **settings),
         train_dataset=datasets.Dataset.from_list(parts),
         processing_class=tokenizer,
-        peft_config=adapter,
+        **more,
+    )
+
+
+def train_peer(given: argparse.Namespace, rows: dict[str, list[dict[str, Any]]], output: Path) -> dict[str, Any]:
+    """By TRL at its best practice: prompt and answer apart, batches of like length, fused AdamW, no checkpointing."""
+    asked = {key: getattr(given, key) for key in ("learning_rate", "seed", "device")}
+    settings = work(epochs=1, batch_size=8, **asked) | best_practice("bf16") | UNCHECKPOINTED
+    trainer = sft_trainer(
+        transformers.AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32),
+        transformers.AutoTokenizer.from_pretrained(given.model),
+        rows["train"],
+        {"output_dir": str(output / "trl"), **settings},
+        peft_config=peft.LoraConfig(**ADAPTER),
     )
     begin = time.perf_counter()
     trainer.train()

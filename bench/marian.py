@@ -1,6 +1,6 @@
 """A small Marian with random weights and a tokenizer of its own, since no pretrained one is to be had here.
 
-    python bench/marian.py --data DATA/multi30k_en_de --output build/marian-en-de
+    python -m bench.marian --data DATA/multi30k_en_de --output build/marian-en-de
 
 The tokenizer is a joint BPE over both languages, trained on `train.en` and `train.de` (or .gz) alone; the model has
 7.8 million parameters (0.26 million of them computed positions), one table of embeddings for encoder, decoder and
@@ -13,13 +13,14 @@ import argparse
 import gzip
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
-SIZES = {
+SIZES: dict[str, Any] = {
     "d_model": 256,
     "encoder_layers": 3,
     "decoder_layers": 3,

@@ -1,6 +1,6 @@
 """One run of tunesmith on the rows that the peer reads; the learning rate is the default unless one is given.
 
-    python bench/ours.py --model FOLDER --data sst2 --data-root build/splits --technique lora --seed 0
+    python -m bench.ours --model FOLDER --data sst2 --data-root build/splits --technique lora --seed 0
 
 Prints one JSON line with the keys of the peer (`peer_classification.py`, `peer_entities.py`). `head` and `last-2` are
 `freeze`.
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from splits import ENTITIES
 
 import tunesmith
+from bench.splits import ENTITIES
 from tunesmith import recipe
 
 TECHNIQUES: dict[str, Any] = {

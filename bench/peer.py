@@ -17,63 +17,73 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peer_techniques import TECHNIQUES
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from bench.clock import Clock
+from bench.peer_techniques import TECHNIQUES
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 
 class TrainingTime(TrainerCallback):
-    """Seconds between the begin and the end of each epoch, before it is evaluated and saved."""
+    """The time between the begin and the end of each epoch, before it is evaluated and saved."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self.begin = 0.0
+        self.clock = Clock()
 
     def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-        self.begin = _now()
+        self.clock.start()
 
     def on_epoch_end(self, *_: Any, **__: Any) -> None:
-        self.seconds += _now() - self.begin
+        self.clock.stop()
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def work(
+    *, epochs: float, batch_size: int, learning_rate: float, seed: int, device: str, save: str = "no"
+) -> dict[str, Any]:
+    """What is done, however it is done: settings of the Trainer, and of TRL's."""
+    return {
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "weight_decay": 0.01,
+        "warmup_steps": 0.06,  # below 1 it is a share of all steps
+        "lr_scheduler_type": "linear",
+        "seed": seed,
+        "use_cpu": device == "cpu" or not torch.cuda.is_available(),
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "save_strategy": save,
+    }
+
+
+def best_practice(precision: str) -> dict[str, Any]:
+    """How an experienced user would have it done."""
+    return {
+        "optim": "adamw_torch_fused",
+        "bf16": precision == "bf16",
+        "train_sampling_strategy": "group_by_length",
+    }
 
 
 def training_arguments(
     given: argparse.Namespace, output: str, metric: str, kind: type[TrainingArguments] = TrainingArguments, **more: Any
 ) -> TrainingArguments:
-    """The settings that an experienced user of the Trainer would choose, and `more`."""
+    """The work that was asked for, at its best practice, with the best epoch kept, and `more`."""
+    asked = {key: getattr(given, key) for key in ("epochs", "batch_size", "learning_rate", "seed", "device")}
     settings: dict[str, Any] = {
         "output_dir": output,
-        "num_train_epochs": given.epochs,
-        "per_device_train_batch_size": given.batch_size,
         "per_device_eval_batch_size": 64,
-        "learning_rate": given.learning_rate,
-        "weight_decay": 0.01,
-        "warmup_steps": 0.06,  # below 1 it is a share of all steps
-        "lr_scheduler_type": "linear",
-        "optim": "adamw_torch_fused",
-        "bf16": given.precision == "bf16",
-        "train_sampling_strategy": "group_by_length",
         "eval_strategy": "epoch",
-        "save_strategy": "epoch",
         "save_only_model": True,
         "save_total_limit": 1,
         "load_best_model_at_end": True,
         "metric_for_best_model": metric,
         "label_names": ["labels"],
-        "seed": given.seed,
-        "use_cpu": given.device == "cpu" or not torch.cuda.is_available(),
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_strategy": "no",
     }
-    return kind(**settings | more)
+    return kind(**work(**asked, save="epoch") | best_practice(given.precision) | settings | more)
 
 
 def measure(
@@ -81,6 +91,7 @@ def measure(
 ) -> dict[str, Any]:
     """Train, keep the best epoch by the score `main`, score it."""
     timer = TrainingTime()
+    clock = timer.clock
     with tempfile.TemporaryDirectory() as output:
         trainer = Trainer(
             model=model,
@@ -108,8 +119,8 @@ def measure(
         "test_f1_macro": test.get("eval_f1_macro"),
         "learning_rate": given.learning_rate,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "seconds": round(timer.seconds, 2),
-        "examples_per_second": round(examples / timer.seconds, 2),
+        "seconds": round(clock.seconds, 2),
+        "examples_per_second": round(examples / clock.seconds, 2),
         "cpu_seconds": round(time.process_time(), 1),
         "artefact_bytes": artefact_bytes,
         "peak_memory_bytes": peak_memory_bytes(trainer.args.device),

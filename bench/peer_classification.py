@@ -1,6 +1,6 @@
 """One run of the peer, transformers' Trainer and PEFT, on text classification, at its best practice (`peer.py`).
 
-    python bench/peer_classification.py --model FOLDER --data sst2 --data-root build/splits --technique lora \\
+    python -m bench.peer_classification --model FOLDER --data sst2 --data-root build/splits --technique lora \\
         --learning-rate 2e-3 --epochs 3 --seed 0 --test
 
 Prints one JSON line.
@@ -15,11 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peer import arguments, measure
-from peer_techniques import adapt
 from sklearn.metrics import accuracy_score, f1_score
-from splits import Rows, read_rows
-from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -29,8 +25,12 @@ from transformers import (
     set_seed,
 )
 
+from bench.peer import arguments, measure
+from bench.peer_techniques import adapt
+from bench.splits import Rows, read_rows
 
-def build_model(folder: str, classes: list[str], technique: str) -> nn.Module:
+
+def build_model(folder: str, classes: list[str], technique: str, **changed: Any) -> Any:
     """The pretrained model with a new head; what learns is what the technique says."""
     model = AutoModelForSequenceClassification.from_pretrained(
         folder,
@@ -39,7 +39,7 @@ def build_model(folder: str, classes: list[str], technique: str) -> nn.Module:
         label2id={name: index for index, name in enumerate(classes)},
         dtype=torch.float32,
     )
-    return adapt(model, technique, "SEQ_CLS")
+    return adapt(model, technique, "SEQ_CLS", **changed)
 
 
 def encode(rows: Rows, tokenizer: Any, classes: list[str], max_length: int) -> list[dict[str, Any]]:

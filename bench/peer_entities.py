@@ -1,6 +1,6 @@
 """One run of the peer on named entities: transformers' Trainer and PEFT, at its best practice (`peer.py`).
 
-    python bench/peer_entities.py --model FOLDER --data wnut17 --data-root build/splits --technique lora \\
+    python -m bench.peer_entities --model FOLDER --data wnut17 --data-root build/splits --technique lora \\
         --learning-rate 2e-3 --epochs 3 --seed 0 --test
 
 As transformers' own example has it: words split by the tokenizer, loss at the first sub-word of each, entity scores by
@@ -16,11 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peer import arguments, measure
-from peer_techniques import adapt
 from seqeval.metrics import f1_score
-from splits import Sentences, read_sentences
-from torch import nn
 from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -30,10 +26,14 @@ from transformers import (
     set_seed,
 )
 
+from bench.peer import arguments, measure
+from bench.peer_techniques import adapt
+from bench.splits import Sentences, read_sentences
+
 IGNORED = -100
 
 
-def build_model(folder: str, tags: list[str], technique: str) -> nn.Module:
+def build_model(folder: str, tags: list[str], technique: str, **changed: Any) -> Any:
     """The pretrained model with a new head; what learns is what the technique says."""
     model = AutoModelForTokenClassification.from_pretrained(
         folder,
@@ -42,7 +42,7 @@ def build_model(folder: str, tags: list[str], technique: str) -> nn.Module:
         label2id={name: index for index, name in enumerate(tags)},
         dtype=torch.float32,
     )
-    return adapt(model, technique, "TOKEN_CLS")
+    return adapt(model, technique, "TOKEN_CLS", **changed)
 
 
 def encode(sentences: Sentences, tokenizer: Any, tags: list[str], max_length: int) -> list[dict[str, Any]]:
@@ -64,10 +64,10 @@ def entity_scores(tags: list[str]) -> Any:
 
     def scores(prediction: EvalPrediction) -> dict[str, float]:
         said = np.argmax(prediction.predictions, axis=-1)
-        counted = prediction.label_ids != IGNORED
+        labels = np.asarray(prediction.label_ids)
         sides = [
-            [[tags[tag] for tag in row[own]] for row, own in zip(side, counted, strict=True)]
-            for side in (prediction.label_ids, said)
+            [[tags[tag] for tag in row[own]] for row, own in zip(side, labels != IGNORED, strict=True)]
+            for side in (labels, said)
         ]
         macro = f1_score(*sides, average="macro", zero_division=0)
         return {"f1": f1_score(*sides, zero_division=0), "f1_macro": macro}

@@ -49,14 +49,15 @@ class WithBottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         y: Tensor = self.dense(x)
-        return y + self.up(F.gelu(self.down(y)))
+        added: Tensor = self.up(F.gelu(self.down(y)))
+        return y + added
 
 
-def adapt(model: nn.Module, technique: str, task_type: str) -> nn.Module:
-    """The model in which what the technique says learns, and the head always."""
+def adapt(model: Any, technique: str, task_type: str, **changed: Any) -> Any:
+    """The model in which what the technique says learns, and the head always; `changed`: keys of PEFT's config."""
     if technique in OF_PEFT:
         config, keys = OF_PEFT[technique]
-        return get_peft_model(model, config(task_type=task_type, **keys))
+        return get_peft_model(model, config(task_type=task_type, **keys | changed))
     if technique == "full":
         return model
     for parameter in model.base_model.parameters():

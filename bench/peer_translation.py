@@ -1,7 +1,7 @@
 """One run of the peer on translation: transformers' Seq2SeqTrainer, at its best practice (`peer.py`).
 
-    python bench/marian.py --data DATA/multi30k_en_de --output build/marian-en-de
-    python bench/peer_translation.py --model build/marian-en-de --data-root DATA --data multi30k_en_de \\
+    python -m bench.marian --data DATA/multi30k_en_de --output build/marian-en-de
+    python -m bench.peer_translation --model build/marian-en-de --data-root DATA --data multi30k_en_de \\
         --learning-rate 2e-3 --epochs 8 --batch-size 64 --test
 
 The same model, tokenizer, rows and budget as recipes/translate-multi30k.yaml: every parameter learns, label smoothing
@@ -22,9 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from marian import lines
-from peer import LIBRARIES, TrainingTime, arguments, device_name, peak_memory_bytes, training_arguments, weights_bytes
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu import BLEU, CHRF
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -36,11 +34,22 @@ from transformers import (
     set_seed,
 )
 
+from bench.marian import lines
+from bench.peer import (
+    LIBRARIES,
+    TrainingTime,
+    arguments,
+    device_name,
+    peak_memory_bytes,
+    training_arguments,
+    weights_bytes,
+)
+
 STEMS = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
 MORE = {"label_smoothing_factor": 0.1, "warmup_steps": 0.1, "greater_is_better": False}
 
 
-def encode(folder: Path, stem: str, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], list[str]]:
+def encode(folder: Path, stem: str, tokenizer: Any, max_length: int) -> tuple[Any, list[str]]:
     """Token ids of each pair, and the targets as they are written."""
     sources, targets = (list(lines(folder / f"{stem}.{language}")) for language in ("en", "de"))
     coded = tokenizer(sources, text_target=targets, truncation=True, max_length=max_length)
@@ -49,7 +58,7 @@ def encode(folder: Path, stem: str, tokenizer: Any, max_length: int) -> tuple[li
 
 def translation_scores(trainer: Seq2SeqTrainer, rows: Any, targets: list[str], tokenizer: Any) -> dict[str, Any]:
     """BLEU and chrF of what is written by beam search."""
-    said = trainer.predict(rows, num_beams=4, max_new_tokens=128).predictions
+    said = np.asarray(trainer.predict(rows, num_beams=4, max_new_tokens=128).predictions)
     texts = tokenizer.batch_decode(np.where(said < 0, tokenizer.pad_token_id, said), skip_special_tokens=True)
     bleu = BLEU()
     scores = {"bleu": bleu.corpus_score(texts, [targets]).score, "chrf": CHRF().corpus_score(texts, [targets]).score}
@@ -66,7 +75,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     timer = TrainingTime()
     with tempfile.TemporaryDirectory() as output:
         kind = Seq2SeqTrainingArguments
-        settings = training_arguments(given, output, "loss", kind, predict_with_generate=False, **MORE)
+        settings: Any = training_arguments(given, output, "loss", kind, predict_with_generate=False, **MORE)
         trainer = Seq2SeqTrainer(
             model=model,
             args=settings,
@@ -80,8 +89,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         trainer.train()
         trainer.save_model(f"{output}/artefact")
         artefact_bytes = weights_bytes(Path(output) / "artefact")
-    trainer.args.predict_with_generate = True
-    trainer.args.train_sampling_strategy = "random"  # grouped by length, what it writes comes back in another order
+    settings.predict_with_generate = True
+    settings.train_sampling_strategy = "random"  # grouped by length, what it writes comes back in another order
     dev = translation_scores(trainer, *encoded["validation"], tokenizer)
     test = translation_scores(trainer, *encoded["test"], tokenizer) if given.test else {}
     return {
@@ -90,8 +99,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         **{f"test_{name}": value for name, value in test.items()},
         "learning_rate": given.learning_rate,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "seconds": round(timer.seconds, 2),
-        "examples_per_second": round(len(encoded["train"][0]) * given.epochs / timer.seconds, 2),
+        "seconds": round(timer.clock.seconds, 2),
+        "examples_per_second": round(len(encoded["train"][0]) * given.epochs / timer.clock.seconds, 2),
         "cpu_seconds": round(time.process_time(), 1),
         "artefact_bytes": artefact_bytes,
         "peak_memory_bytes": peak_memory_bytes(trainer.args.device),

@@ -1,6 +1,6 @@
 """How good tunesmith's answers are with its default settings, beside the peer at its best learning rate.
 
-    python bench/quality.py --model FOLDER --jobs 2 --results build/quality.jsonl --report build/quality.md
+    python -m bench.quality --model FOLDER --jobs 2 --results build/quality.jsonl --report build/quality.md
 
 Per data set and technique: the peer runs a grid of four learning rates (seed 0, validation only); its best rate, and
 our default, then run with five seeds and are scored on test once. Each run is a process of its own. Finished runs stand
@@ -24,9 +24,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from splits import ENTITIES
+from bench.report import command_line
+from bench.splits import ENTITIES
 
-HERE = Path(__file__).parent
 GRID = {
     "full": (2e-5, 5e-5, 1e-4, 2e-4),
     "lora": (5e-4, 1e-3, 2e-3, 4e-3),
@@ -55,8 +55,8 @@ ALLOWED_POINTS = 0.7
 
 
 def peer_of(data: str) -> str:
-    """The peer's script for a data set."""
-    return "peer_entities.py" if data in ENTITIES else "peer_classification.py"
+    """The peer's module for a data set."""
+    return "bench.peer_entities" if data in ENTITIES else "bench.peer_classification"
 
 
 def scores_of(data: str) -> tuple[str, ...]:
@@ -78,8 +78,8 @@ class Job:
 
     def command(self, given: argparse.Namespace) -> list[str]:
         """The process that runs it."""
-        script = HERE / (peer_of(self.data) if self.arm == "peer" else "ours.py")
-        words = [sys.executable, str(script), "--model", given.model, "--data-root", given.data_root]
+        module = peer_of(self.data) if self.arm == "peer" else "bench.ours"
+        words = [sys.executable, "-m", module, "--model", given.model, "--data-root", given.data_root]
         words += ["--data", self.data, "--technique", self.technique, "--seed", str(self.seed)]
         words += ["--epochs", str(EPOCHS[self.data, self.technique]), "--device", given.device]
         words += ["--learning-rate", str(self.learning_rate)] if self.learning_rate is not None else []
@@ -237,13 +237,8 @@ def write_report(results: Results, pairs: list[tuple[str, str]], given: argparse
         for key in ("device", "versions"):
             said = sorted({json.dumps(record[key]) for record in of_arm})
             text += f"\n- {arm}, {key}: {'; '.join(said)}"
-    text += f"\n- batch 16, at most 256 tokens, bf16\n- command: `{_command()}`\n"
+    text += f"\n- batch 16, at most 256 tokens, bf16\n- command: `{command_line('bench.quality')}`\n"
     Path(given.report).write_text(text, encoding="utf-8")
-
-
-def _command() -> str:
-    """This command with folders cut to their names: where they lie says nothing to others."""
-    return " ".join(["python bench/quality.py", *(Path(word).name if "/" in word else word for word in sys.argv[1:])])
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """The rows that every arm of `bench/` reads: one folder per data set with train, validation and test, as `text,label`
 or, for entities, a word, a tab and its tag a line.
 
-    python bench/splits.py --source DATA --output build/splits
+    python -m bench.splits --source DATA --output build/splits
 
 Public splits are kept (sst2, wnut17, ncbi_disease); the others are drawn once, stratified, with seed 0. Rows without
 text are left out, and runs of white space become one blank, so that no reader can see other rows than another.

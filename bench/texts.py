@@ -1,6 +1,6 @@
 """The data of the recipes that write texts, drawn once with seed 0 from public sets.
 
-python bench/texts.py --source DATA --output .
+python -m bench.texts --source DATA --output .
 
 questions.jsonl        500 of medquad's questions with answers of at most 600 characters: question, answer, focus
 dialogues.jsonl        200 diseases, two to four such questions in a row about each: messages

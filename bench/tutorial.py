@@ -1,6 +1,6 @@
 """The script that the field's tutorials show, run as written on the first 1000 rows of sst2, and ours on the same rows.
 
-    python bench/tutorial.py --model FOLDER --data-root build/splits --output build/tutorial.json
+    python -m bench.tutorial --model FOLDER --data-root build/splits --output build/tutorial.json
 
 Arms: `script` (as written), `script-sorted` (rows sorted by class, as in the usual film-review set, so that the first
 1000 are all of one), `ours`, `ours-sorted`. What the script does not tell is measured afterwards: accuracy, how much of
@@ -24,15 +24,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from splits import Rows, read_rows, write_rows
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+
+from bench.splits import Rows, read_rows, write_rows
 
 FIRST = 1000
 CLI = "import sys; from tunesmith.cli import main; sys.exit(main())"
 
 
-class Reviews(Dataset):
+class Reviews(Dataset[dict[str, torch.Tensor]]):
     """What the tutorial calls its dataset."""
 
     def __init__(self, rows: Rows, tokenizer: Any) -> None:

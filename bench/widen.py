@@ -1,6 +1,6 @@
 """A wider BERT that computes what a given one does: for rates of learning by width where no wide model is at hand.
 
-    python bench/widen.py --model FOLDER --width 2048 --blocks 2 --output build/minilm-2048
+    python -m bench.widen --model FOLDER --width 2048 --blocks 2 --output build/minilm-2048
 
 Every unit is there several times, and what leaves a unit is divided by that number (Net2WiderNet, Chen 2015, arXiv
 1511.05641); noise of a fifth of each weight lets the copies part. The heads of attention become more, not larger, so
@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 NOISE = 0.2
 
@@ -31,7 +32,7 @@ def copies(weight: Tensor, shape: torch.Size, *, divide: bool) -> Tensor:
     return wide
 
 
-def widen(model: nn.Module, config: transformers.BertConfig, width: int, blocks: int) -> nn.Module:
+def widen(model: Any, config: transformers.BertConfig, width: int, blocks: int) -> Any:
     """The first blocks of a `BertModel` at a width."""
     values = config.to_dict()
     size = config.hidden_size // config.num_attention_heads
@@ -54,13 +55,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     torch.manual_seed(0)
-    model = transformers.BertModel.from_pretrained(given.model)
+    model: Any = transformers.BertModel.from_pretrained(given.model)
     wide = widen(model, model.config, given.width, given.blocks)
     wide.save_pretrained(given.output)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         if (source := Path(given.model, name)).exists():
             shutil.copy(source, given.output / name)
-    words = transformers.AutoTokenizer.from_pretrained(given.output)(["a film of great charm"], return_tensors="pt")
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(given.output)
+    words = tokenizer(["a film of great charm"], return_tensors="pt")
     narrow = widen(model, model.config, model.config.hidden_size, given.blocks)
     with torch.no_grad():
         before, after = (one.eval()(**words).last_hidden_state[0, 0] for one in (narrow, wide))

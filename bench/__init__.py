@@ -1,0 +1,4 @@
+"""What others reach and what we reach, measured side by side; `bench/README.md` says what each part does.
+
+Run from the repository's root: `python -m bench` for speed, `python -m bench.quality` for how good the answers are.
+"""

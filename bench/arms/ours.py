@@ -1,0 +1,86 @@
+"""tunesmith by its public API."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tunesmith
+from bench.clock import Clock
+from tunesmith.talk import Talk
+
+train = tunesmith.train  # named here, so that all it needs is imported before anything is measured
+LIBRARIES = ("tunesmith", "torch", "transformers")
+NEVER = 10**9
+TOLD: dict[str, dict[str, Any]] = {
+    "text-generation": {"general": "none"},
+    "translation": {"source_lang": "en", "target_lang": "de"},
+}
+
+
+class Timed(Talk):
+    """Says nothing, and times the loop from before its first step to after its last.
+
+    What a technique computes once before it learns from it (features of a frozen part) is in it: the peer computes that
+    while it trains.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(level=-1, to_stderr=True)
+        self.taken = Clock()
+
+    @contextlib.contextmanager
+    def progress(
+        self, total: int, done: int = 0, *, of: str = "training", unit: str = "step"
+    ) -> Iterator[Callable[[int, str], None]]:
+        """Stops after the last step, before what is saved."""
+        self.taken.start()
+
+        def show(completed: int, text: str) -> None:
+            if completed == total:
+                self.taken.stop()
+
+        yield show
+
+
+def keywords(job: dict[str, Any], output: str) -> dict[str, Any]:
+    """The job as `tunesmith.train` is told of it: no validation, nothing saved before the end."""
+    return {
+        "task": {"name": job["task"], **TOLD.get(job["task"], {})},
+        "model": job["model"],
+        "data": {"train": job["data"], "validation": None, "max_length": job["max_length"]},
+        "technique": job["technique"],
+        "train": {
+            **{key: job[key] for key in ("epochs", "batch_size", "learning_rate", "device", "precision")},
+            "head_learning_rate": job["learning_rate"],
+            "evaluate_every": NEVER,
+            "save_every": NEVER,
+        },
+        "output": output,
+    }
+
+
+def go(job: dict[str, Any]) -> dict[str, Any]:
+    """One run into a folder that is thrown away."""
+    talk = Timed()
+    with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
+        result = train(**keywords(job, f"{output}/run"), offline=True, talk=talk)
+        lines = map(json.loads, Path(output, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        losses = [float(line["loss"]) for line in lines if "loss" in line]
+    seconds = result["seconds"]
+    return {
+        "seconds": max(talk.taken.seconds, seconds),
+        "cpu_seconds": talk.taken.cpu_seconds,
+        "samples": round(result["examples_per_second"] * seconds),
+        "tokens": round(result["tokens_per_second"] * seconds),
+        "learned": result["trainable_parameters"],
+        "loss": statistics.fmean(losses),
+        "last_loss": statistics.fmean(losses[-math.ceil(len(losses) / job["epochs"]) :]),
+    }
