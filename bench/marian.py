@@ -81,6 +81,17 @@ def build_model(vocabulary: int, seed: int) -> MarianMTModel:
     return MarianMTModel(config)
 
 
+def write(data: Path, output: Path, vocabulary: int = 8000, seed: int = 0) -> None:
+    """A model and its tokenizer, for the pairs in a folder."""
+    texts = (line for language in ("en", "de") for line in lines(data / f"train.{language}"))
+    tokenizer = build_tokenizer(texts, vocabulary)
+    model = build_model(len(tokenizer), seed)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{output}: {size / 1e6:.1f} million parameters, {len(tokenizer):,} tokens")
+
+
 def main() -> None:
     """Write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,13 +100,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    texts = (line for language in ("en", "de") for line in lines(given.data / f"train.{language}"))
-    tokenizer = build_tokenizer(texts, given.vocabulary)
-    model = build_model(len(tokenizer), given.seed)
-    model.save_pretrained(given.output)
-    tokenizer.save_pretrained(given.output)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{given.output}: {size / 1e6:.1f} million parameters, {len(tokenizer):,} tokens")
+    write(given.data, given.output, given.vocabulary, given.seed)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,7 @@ def write_all(source: Path, output: Path) -> None:
         (output / name).mkdir(parents=True, exist_ok=True)
         for split, file in zip(SPLITS, files, strict=True):
             sentences = read_sentences(source / name / file)
-            lines = ("".join(f"{word}\t{tag}\n" for word, tag in sentence) for sentence in sentences)
-            (output / name / f"{split}.conll").write_text("\n".join(lines), encoding="utf-8")
+            write_sentences(output / name / f"{split}.conll", sentences)
             print(f"{name} {split}: {len(sentences)} sentences, {sum(map(len, sentences))} words")
 
 
@@ -61,6 +60,12 @@ def read_sentences(path: Path) -> Sentences:
         elif sentences[-1]:
             sentences.append([])
     return [sentence for sentence in sentences if sentence]
+
+
+def write_sentences(path: Path, sentences: Sentences) -> None:
+    """A word, a tab and its tag a line, an empty line between sentences."""
+    lines = ("".join(f"{word}\t{tag}\n" for word, tag in sentence) for sentence in sentences)
+    path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def write_rows(path: Path, rows: Rows) -> None:

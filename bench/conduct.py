@@ -1,0 +1,215 @@
+"""Runs the arms of a workload in turn, each in a process of its own that waits while another is at work."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from bench.workloads import Peer, Workload
+
+OURS = "ours"
+INSTALLED_BY = {
+    "trl": "python -m venv build/trl && build/trl/bin/pip install -e . trl peft",
+    "unsloth": "build/trl/bin/pip install --no-deps unsloth unsloth_zoo",
+}
+"""Library -> how it comes into the peers' environment; all others are in the extra `dev`."""
+
+Said = dict[str, Any]
+
+
+class Missing(Exception):
+    """An arm that cannot run here, and why."""
+
+
+class Worker:
+    """One `bench.worker`; its stderr goes to a file."""
+
+    def __init__(self, arm: str, python: str, environment: Mapping[str, str], log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.arm, self.log = arm, log
+        with log.open("w", encoding="utf-8") as errors:
+            self.process = subprocess.Popen(
+                [python, "-m", "bench.worker", arm],
+                env=dict(environment),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        try:
+            said = self._listen()
+            if "missing" in said:
+                name = said["missing"]
+                how = INSTALLED_BY.get(name, "pip install -e '.[dev]'")
+                raise Missing(f"{arm}: {name} is not installed for {python}; {how}")
+        except Missing:
+            self.close()
+            raise
+        self.versions: dict[str, str] = said["versions"]
+
+    def ask(self, job: Mapping[str, Any]) -> Said:
+        """Have a job done.
+
+        Raises:
+            Missing: it failed.
+        """
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        answer = self._listen()
+        if "error" in answer:
+            raise Missing(f"{self.arm}: {answer['error']} ({self.log})")
+        return answer
+
+    def _listen(self) -> Said:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise Missing(f"{self.arm}: the process ended ({self.log})")
+        said: Said = json.loads(line)
+        return said
+
+    def close(self) -> None:
+        """Let it end."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how everything is run."""
+
+    python: str
+    peer_python: str
+    threads: int
+    pairs: int
+    log: Path
+    say: Callable[[str], None] = print
+
+    def start(self, arm: str, apart: bool) -> Worker:
+        """A worker; `apart`: in the environment of peers that cannot share ours."""
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        return Worker(arm, self.peer_python if apart else self.python, environment, self.log / f"{arm}.log")
+
+
+@dataclass
+class Outcome:
+    """What one workload gave: the goes of each arm in the order of the rounds."""
+
+    workload: Workload
+    goes: dict[str, list[Said]] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    """Arm -> bytes above its imports, in its first go."""
+    versions: dict[str, str] = field(default_factory=dict)
+    multiply_adds: int = 0
+    rates: list[float] = field(default_factory=list)
+    """Multiply-adds a second, measured between rounds."""
+    notes: list[str] = field(default_factory=list)
+
+
+APART = ("bench.arms.sft", "bench.arms.unsloth")
+
+
+def run(workload: Workload, setting: Setting, where: Mapping[str, Any]) -> Outcome:
+    """Every arm once, to warm up; then `pairs` rounds of every arm, each round in the opposite order of the last.
+
+    Raises:
+        Missing: ours failed.
+    """
+    outcome = Outcome(workload)
+    arms: dict[str, Peer | None] = {OURS: None, **{peer.name: peer for peer in workload.peers}}
+    jobs = {name: workload.job(peer, **where) for name, peer in arms.items()}
+    (_memory if workload.memory else _speed)(outcome, setting, arms, jobs)
+    _compare_work(outcome)
+    return outcome
+
+
+def _start(setting: Setting, name: str, peer: Peer | None) -> Worker:
+    module = "bench.arms.ours" if peer is None else peer.arm
+    return setting.start(module, module in APART)
+
+
+def _speed(outcome: Outcome, setting: Setting, arms: Mapping[str, Peer | None], jobs: Mapping[str, Said]) -> None:
+    """Persistent workers, and one more that measures the machine."""
+    workers: dict[str, Worker] = {}
+    floor = setting.start("bench.arms.floor", False)
+    try:
+        for name, peer in arms.items():
+            try:
+                workers[name] = worker = _start(setting, name, peer)
+                outcome.peaks[name] = worker.ask(jobs[name])["peak_bytes"]
+                outcome.versions |= worker.versions
+                outcome.goes[name] = []
+            except Missing as problem:
+                _leave_out(outcome, setting, name, problem)
+        for number in range(setting.pairs):
+            measured = floor.ask(jobs[OURS])
+            outcome.multiply_adds = measured["multiply_adds"]
+            outcome.rates.append(measured["rate"])
+            for name in _in_turn(outcome, number):
+                outcome.goes[name].append(workers[name].ask(jobs[name]))
+            _say_round(outcome, setting, number)
+    finally:
+        for worker in (*workers.values(), floor):
+            worker.close()
+
+
+def _memory(outcome: Outcome, setting: Setting, arms: Mapping[str, Peer | None], jobs: Mapping[str, Said]) -> None:
+    """A fresh worker for every go: what an earlier one left behind is in no peak."""
+    outcome.goes = {name: [] for name in arms}
+    for number in range(setting.pairs):
+        for name in _in_turn(outcome, number):
+            try:
+                with _start(setting, name, arms[name]) as worker:
+                    outcome.goes[name].append(worker.ask(jobs[name]))
+                    outcome.versions |= worker.versions
+            except Missing as problem:
+                del outcome.goes[name]
+                _leave_out(outcome, setting, name, problem)
+        _say_round(outcome, setting, number)
+
+
+def _in_turn(outcome: Outcome, number: int) -> list[str]:
+    names = list(outcome.goes)
+    return names if number % 2 == 0 else names[::-1]
+
+
+def _leave_out(outcome: Outcome, setting: Setting, name: str, problem: Missing) -> None:
+    if name == OURS:
+        raise problem
+    outcome.notes.append(f"{outcome.workload.name}: without {name}: {problem}")
+    setting.say(outcome.notes[-1])
+
+
+def _say_round(outcome: Outcome, setting: Setting, number: int) -> None:
+    unit, scale = ("peak_bytes", 1e6) if outcome.workload.memory else ("seconds", 1.0)
+    said = ", ".join(f"{name} {goes[-1][unit] / scale:.4g}" for name, goes in outcome.goes.items())
+    what = "MB" if outcome.workload.memory else "seconds"
+    setting.say(f"{outcome.workload.name} round {number + 1} of {setting.pairs}, {what}: {said}")
+
+
+def _compare_work(outcome: Outcome) -> None:
+    """Say where an arm did other work than ours: other rows, other tokens, other parameters."""
+    if not outcome.goes[OURS]:
+        return
+    ours = outcome.goes[OURS][0]
+    for name, goes in outcome.goes.items():
+        different = [key for key in ("samples", "tokens") if abs(goes[0][key] / ours[key] - 1) > 1e-3]
+        different += ["learned"] if goes[0]["learned"] != ours["learned"] else []
+        for key in different:
+            outcome.notes.append(f"{outcome.workload.name}: {key}: {name} {goes[0][key]:,}, {OURS} {ours[key]:,}")

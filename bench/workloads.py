@@ -1,0 +1,212 @@
+"""The workloads of the speed bench, as a table: what is trained on what, by whom, and how much faster ours is to be.
+
+Each peer is there as the stack's defaults have it and at its best practice. All arms of a workload train from the same
+weights on the same rows for as many epochs in batches of the same size at the same rate, with the dropout of the model
+and none in LoRA, which is the default of PEFT and ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+Keys = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One arm to be compared with: its module of `bench.arms`, what it is told, the ratio that ours is to reach."""
+
+    name: str
+    arm: str
+    wanted: float
+    keys: Keys = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What all arms do. `technique` is ours, `theirs` the same by a name of `peer_techniques` and keys of PEFT's."""
+
+    name: str
+    about: str
+    task: str
+    model: str
+    data: str
+    rows: int
+    technique: Keys
+    theirs: Keys
+    peers: tuple[Peer, ...]
+    batch_size: int = 16
+    epochs: int = 1
+    max_length: int = 256
+    learning_rate: float = 1e-3
+    memory: bool = False
+    """Whether peaks of memory are compared, each in a fresh process, instead of times."""
+
+    def job(self, peer: Peer | None, **where: Any) -> dict[str, Any]:
+        """What an arm is told; `where`: model, data, device, precision. No peer: it is ours."""
+        shared = {key: getattr(self, key) for key in ("task", "batch_size", "epochs", "max_length", "learning_rate")}
+        return {
+            **shared,
+            **where,
+            **({"technique": self.theirs, **peer.keys} if peer else {"technique": self.technique}),
+        }
+
+
+TRAINER, SFT = "bench.arms.trainer", "bench.arms.sft"
+DEFAULTS: Keys = {"best": False}
+BEST: Keys = {"best": True}
+PADDED: Keys = {"best": False, "pad_to": 128}
+QUERY_VALUE: Keys = {"name": "lora", "r": 8, "target_modules": ["query", "value"]}
+PLAIN_LORA: Keys = {"name": "lora", "lora_dropout": 0.0}
+
+
+def two(
+    best: float, defaults: float, *, arm: str = TRAINER, named: str = "Trainer", as_is: Keys = DEFAULTS
+) -> tuple[Peer, ...]:
+    """A peer twice."""
+    return (Peer(f"{named}, best practice", arm, best, BEST), Peer(f"{named}, defaults", arm, defaults, as_is))
+
+
+def _classify(name: str, about: str, technique: Keys, theirs: Keys, peers: tuple[Peer, ...], **more: Any) -> Workload:
+    given: dict[str, Any] = {"model": "minilm", "data": "sst2", "rows": 640} | more
+    return Workload(name, about, "text-classification", technique=technique, theirs=theirs, peers=peers, **given)
+
+
+def _c1(blocks: int) -> Workload:
+    about = f"{blocks}x768 BERT, LoRA r 8 query+value, 16 x 128 tokens"
+    where = {"model": f"bert-{blocks}x768", "data": "medquad", "rows": 768 // blocks, "max_length": 128}
+    return _classify(f"C1-{blocks}x768", about, QUERY_VALUE, PLAIN_LORA, two(1.4, 2.4), **where)
+
+
+def _last_two(role: str) -> list[str]:
+    return [f"encoder.layer.{block}.attention.self.{role}" for block in (4, 5)]
+
+
+def _c7(name: str, technique: Keys, theirs: Keys) -> Workload:
+    return Workload(
+        f"C7-{name}",
+        f"Marian of 7.8 million, {name}, multi30k_en_de",
+        "translation",
+        model="marian-en-de",
+        data="multi30k_en_de",
+        rows=1280,
+        technique=technique,
+        theirs=theirs,
+        peers=two(1.3, 2.5, named="Seq2SeqTrainer"),
+        batch_size=64,
+        max_length=64,
+    )
+
+
+ON_HEAD = (
+    Peer("Trainer, best practice", TRAINER, 9.0, BEST),
+    Peer("encoded once, logistic head", "bench.arms.encode_once", 1.2),
+    Peer("Trainer, defaults", TRAINER, 15.0, DEFAULTS),
+)
+ON_CHATS = (
+    Peer("TRL, best practice", SFT, 1.5, BEST),
+    Peer("Unsloth", "bench.arms.unsloth", 1.2, BEST),
+    Peer("TRL, defaults", SFT, 3.0, DEFAULTS),
+)
+SPEED = (
+    _c1(6),
+    _c1(12),
+    _classify(
+        "C2",
+        "MiniLM, full, sst2",
+        {"name": "full"},
+        {"name": "full"},
+        two(1.4, 3.0, as_is=PADDED),
+        rows=960,
+        batch_size=32,
+        learning_rate=1e-4,
+    ),
+    Workload(
+        "C3",
+        "MiniLM, entities, LoRA r 8 all linear maps, wnut17",
+        "token-classification",
+        model="minilm",
+        data="wnut17",
+        rows=960,
+        technique={"name": "lora", "r": 8, "target_modules": "all-linear"},
+        theirs={**PLAIN_LORA, "target_modules": r".*encoder\.layer\..*(query|key|value|dense)"},
+        peers=two(1.5, 4.0, as_is=PADDED),
+        batch_size=32,
+    ),
+    _classify(
+        "C4",
+        "MiniLM, freeze head_only, 10 epochs, sst2",
+        {"name": "freeze", "head_only": True},
+        {"name": "head"},
+        ON_HEAD,
+        rows=960,
+        epochs=10,
+        learning_rate=1e-1,
+    ),
+    _classify(
+        "C5-freeze",
+        "MiniLM, freeze last_n_blocks 2 of 6, 3 epochs, sst2",
+        {"name": "freeze", "last_n_blocks": 2},
+        {"name": "last-2"},
+        two(1.7, 3.0),
+        epochs=3,
+        learning_rate=2e-4,
+    ),
+    _classify(
+        "C5-lora",
+        "MiniLM, LoRA r 8 query+value of the last 2 blocks of 6, 3 epochs, sst2",
+        {"name": "lora", "r": 8, "target_modules": _last_two("query") + _last_two("value")},
+        {**PLAIN_LORA, "layers_to_transform": [4, 5]},
+        two(1.7, 3.0),
+        epochs=3,
+    ),
+    Workload(
+        "C6",
+        "SmolLM2-135M, instructions, LoRA r 16 all linear maps, alpaca",
+        "text-generation",
+        model="smollm2",
+        data="alpaca_en",
+        rows=64,
+        technique={"name": "lora", "r": 16, "target_modules": "all-linear"},
+        theirs={},
+        peers=ON_CHATS,
+        batch_size=8,
+        max_length=512,
+    ),
+    _c7("full", {"name": "full"}, {"name": "full"}),
+    _c7("lora", QUERY_VALUE, {**PLAIN_LORA, "target_modules": ["q_proj", "v_proj"]}),
+    _classify(
+        "C10",
+        "MiniLM, prompt of 20 tokens, sst2",
+        {"name": "prompt", "num_virtual_tokens": 20},
+        {"name": "prompt"},
+        two(1.3, 2.0),
+        learning_rate=1e-2,
+    ),
+)
+OF_MEMORY = ("C1-6x768", "C1-12x768", "C2", "C6")
+
+
+def _memory(workload: Workload) -> Workload:
+    """The same beside the same peers, for its peak."""
+    peers = tuple(replace(peer, wanted=0.75 if peer.keys.get("best") else 0.6) for peer in workload.peers)
+    return replace(workload, name=f"mem-{workload.name}", peers=peers, memory=True)
+
+
+WORKLOADS = (*SPEED, *(_memory(workload) for workload in SPEED if workload.name in OF_MEMORY))
+
+
+def chosen(names: Sequence[str]) -> list[Workload]:
+    """The workloads that names mean: one, or all that begin so (`C1`, `mem`); no names: every one.
+
+    Raises:
+        ValueError: a name means none.
+    """
+    found = {name: [w for w in WORKLOADS if w.name == name or w.name.startswith(f"{name}-")] for name in names}
+    for name, meant in found.items():
+        if not meant:
+            raise ValueError(f"{name}: no such workload; there are {', '.join(w.name for w in WORKLOADS)}")
+    wanted = [w for meant in found.values() for w in meant]
+    return [w for w in WORKLOADS if w in wanted or not names]
