@@ -21,7 +21,7 @@ from typing import Any
 
 from bench import conduct, models, report, rows
 from bench.workloads import WORKLOADS, Workload, chosen
-from tunesmith.errors import UserError
+from tunesmith.errors import UserError, counted
 from tunesmith.training import machine
 
 PEERS = Path("build/trl/bin/python")
@@ -74,9 +74,8 @@ def measured(
         _say(f"{workload.name}: left out: {problem}")
         return None
     if not real:
-        outcome.notes.append(
-            f"{workload.name}: {workload.data} is not in {given.data.name}: made-up texts of like length"
-        )
+        missing = f"{workload.data} is not in {given.data.name}"
+        outcome.notes.append(f"{workload.name}: {missing}: made-up texts of like length")
     return outcome
 
 
@@ -87,8 +86,9 @@ def _say(text: str) -> None:
 def _machine(found: machine.Machine, given: argparse.Namespace) -> list[str]:
     about = machine.describe(found)
     memory = about["memory_bytes"] / 2**30
-    where = f"{about['name']}, {about['cpus']} CPUs, {memory:.0f} GiB, {given.threads} threads, {about['precision']}"
-    return [where, f"medians of {given.pairs} rounds after one to warm up; peaks are of the first, in a fresh process"]
+    threads, rounds = counted(given.threads, "thread"), counted(given.pairs, "round")
+    where = f"{about['name']}, {about['cpus']} CPUs, {memory:.0f} GiB, {threads}, {about['precision']}"
+    return [where, f"medians of {rounds} after one to warm up; peaks are of the first, in a fresh process"]
 
 
 def _versions(outcomes: list[conduct.Outcome]) -> dict[str, str]:

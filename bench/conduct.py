@@ -20,6 +20,9 @@ INSTALLED_BY = {
 }
 """Library -> how it comes into the peers' environment; all others are in the extra `dev`."""
 
+SAME_WORK = 0.005
+"""Share by which counts of tokens may differ: ours are read off rounded rates."""
+
 Said = dict[str, Any]
 
 
@@ -33,21 +36,24 @@ class Worker:
     def __init__(self, arm: str, python: str, environment: Mapping[str, str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.arm, self.log = arm, log
+        pipe = subprocess.PIPE
         with log.open("w", encoding="utf-8") as errors:
-            self.process = subprocess.Popen(
-                [python, "-m", "bench.worker", arm],
-                env=dict(environment),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
+            try:
+                self.process = subprocess.Popen(
+                    [python, "-m", "bench.worker", arm],
+                    env=dict(environment),
+                    stdin=pipe,
+                    stdout=pipe,
+                    stderr=errors,
+                    text=True,
+                )
+            except FileNotFoundError:
+                raise Missing(f"there is no {python}; {INSTALLED_BY['trl']}") from None
         try:
             said = self._listen()
-            if "missing" in said:
-                name = said["missing"]
+            if (name := said.get("missing")) is not None:
                 how = INSTALLED_BY.get(name, "pip install -e '.[dev]'")
-                raise Missing(f"{arm}: {name} is not installed for {python}; {how}")
+                raise Missing(f"{name} is not installed for {python}; {how}")
         except Missing:
             self.close()
             raise
@@ -209,7 +215,7 @@ def _compare_work(outcome: Outcome) -> None:
         return
     ours = outcome.goes[OURS][0]
     for name, goes in outcome.goes.items():
-        different = [key for key in ("samples", "tokens") if abs(goes[0][key] / ours[key] - 1) > 1e-3]
+        different = [key for key in ("samples", "tokens") if abs(goes[0][key] / ours[key] - 1) > SAME_WORK]
         different += ["learned"] if goes[0]["learned"] != ours["learned"] else []
         for key in different:
             outcome.notes.append(f"{outcome.workload.name}: {key}: {name} {goes[0][key]:,}, {OURS} {ours[key]:,}")

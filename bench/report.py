@@ -13,6 +13,9 @@ from bench.conduct import OURS, Outcome
 from bench.workloads import Peer
 
 RESAMPLES = 10_000
+FEWEST = 3
+"""Rounds below which nothing is said to be reached."""
+
 SAME_LOSS = 0.1
 """Mean losses further apart than this share are marked: seeds and the order of batches move them less."""
 
@@ -56,10 +59,8 @@ def rows(outcome: Outcome) -> list[str]:
 def _speed_row(outcome: Outcome, peer: Peer) -> str:
     cells = [outcome.workload.name, peer.name]
     both = (peer.name, OURS)
-    ratios = [
-        (mine["tokens"] / mine["seconds"]) / (theirs["tokens"] / theirs["seconds"])
-        for theirs, mine in zip(*(outcome.goes[name] for name in both), strict=True)
-    ]
+    pairs = zip(*(outcome.goes[name] for name in both), strict=True)
+    ratios = [theirs["seconds"] / mine["seconds"] for theirs, mine in pairs]  # the work is the same
     cells += [f"{_median(outcome, name, lambda go: go['tokens'] / go['seconds']):.0f}" for name in both]
     cells += _ratio(ratios, peer.wanted)
     cells += [f"{_median(outcome, name, lambda go: go['cpu_seconds']):.3g}" for name in both]
@@ -79,7 +80,7 @@ def _memory_row(outcome: Outcome, peer: Peer) -> str:
 def _ratio(ratios: list[float], wanted: float, *, less: bool = False) -> list[str]:
     low, high = bootstrap(ratios)
     said = f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
-    return [said, f"{wanted:g}", reached(low, high, wanted, less=less)]
+    return [said, f"{wanted:g}", reached(low, high, wanted, less=less) if len(ratios) >= FEWEST else "open"]
 
 
 def _median(outcome: Outcome, name: str, value: Callable[[dict[str, Any]], float]) -> float:

@@ -62,11 +62,9 @@ QUERY_VALUE: Keys = {"name": "lora", "r": 8, "target_modules": ["query", "value"
 PLAIN_LORA: Keys = {"name": "lora", "lora_dropout": 0.0}
 
 
-def two(
-    best: float, defaults: float, *, arm: str = TRAINER, named: str = "Trainer", as_is: Keys = DEFAULTS
-) -> tuple[Peer, ...]:
-    """A peer twice."""
-    return (Peer(f"{named}, best practice", arm, best, BEST), Peer(f"{named}, defaults", arm, defaults, as_is))
+def _two(best: float, defaults: float, *, named: str = "Trainer", as_is: Keys = DEFAULTS) -> tuple[Peer, ...]:
+    """The Trainer twice."""
+    return (Peer(f"{named}, best practice", TRAINER, best, BEST), Peer(f"{named}, defaults", TRAINER, defaults, as_is))
 
 
 def _classify(name: str, about: str, technique: Keys, theirs: Keys, peers: tuple[Peer, ...], **more: Any) -> Workload:
@@ -77,7 +75,7 @@ def _classify(name: str, about: str, technique: Keys, theirs: Keys, peers: tuple
 def _c1(blocks: int) -> Workload:
     about = f"{blocks}x768 BERT, LoRA r 8 query+value, 16 x 128 tokens"
     where = {"model": f"bert-{blocks}x768", "data": "medquad", "rows": 768 // blocks, "max_length": 128}
-    return _classify(f"C1-{blocks}x768", about, QUERY_VALUE, PLAIN_LORA, two(1.4, 2.4), **where)
+    return _classify(f"C1-{blocks}x768", about, QUERY_VALUE, PLAIN_LORA, _two(1.4, 2.4), **where)
 
 
 def _last_two(role: str) -> list[str]:
@@ -94,7 +92,7 @@ def _c7(name: str, technique: Keys, theirs: Keys) -> Workload:
         rows=1280,
         technique=technique,
         theirs=theirs,
-        peers=two(1.3, 2.5, named="Seq2SeqTrainer"),
+        peers=_two(1.3, 2.5, named="Seq2SeqTrainer"),
         batch_size=64,
         max_length=64,
     )
@@ -118,7 +116,7 @@ SPEED = (
         "MiniLM, full, sst2",
         {"name": "full"},
         {"name": "full"},
-        two(1.4, 3.0, as_is=PADDED),
+        _two(1.4, 3.0, as_is=PADDED),
         rows=960,
         batch_size=32,
         learning_rate=1e-4,
@@ -132,7 +130,7 @@ SPEED = (
         rows=960,
         technique={"name": "lora", "r": 8, "target_modules": "all-linear"},
         theirs={**PLAIN_LORA, "target_modules": r".*encoder\.layer\..*(query|key|value|dense)"},
-        peers=two(1.5, 4.0, as_is=PADDED),
+        peers=_two(1.5, 4.0, as_is=PADDED),
         batch_size=32,
     ),
     _classify(
@@ -150,7 +148,7 @@ SPEED = (
         "MiniLM, freeze last_n_blocks 2 of 6, 3 epochs, sst2",
         {"name": "freeze", "last_n_blocks": 2},
         {"name": "last-2"},
-        two(1.7, 3.0),
+        _two(1.7, 3.0),
         epochs=3,
         learning_rate=2e-4,
     ),
@@ -159,7 +157,7 @@ SPEED = (
         "MiniLM, LoRA r 8 query+value of the last 2 blocks of 6, 3 epochs, sst2",
         {"name": "lora", "r": 8, "target_modules": _last_two("query") + _last_two("value")},
         {**PLAIN_LORA, "layers_to_transform": [4, 5]},
-        two(1.7, 3.0),
+        _two(1.7, 3.0),
         epochs=3,
     ),
     Workload(
@@ -182,7 +180,7 @@ SPEED = (
         "MiniLM, prompt of 20 tokens, sst2",
         {"name": "prompt", "num_virtual_tokens": 20},
         {"name": "prompt"},
-        two(1.3, 2.0),
+        _two(1.3, 2.0),
         learning_rate=1e-2,
     ),
 )
