@@ -7,8 +7,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-
-import torch
+from typing import Any
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -31,31 +30,37 @@ class Clock:
         self.cpu_seconds += cpu - self.begin[1]
 
 
+def _cuda() -> Any:
+    """PyTorch's, where an arm has imported PyTorch and there is a GPU."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
 def _now() -> tuple[float, float]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if (cuda := _cuda()) is not None:
+        cuda.synchronize()
     return time.perf_counter(), time.process_time()
 
 
 def held_bytes() -> int:
     """Resident memory at this moment; on a GPU what its allocator has given out."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.memory_allocated())
+    if (cuda := _cuda()) is not None:
+        return int(cuda.memory_allocated())
     return _status("VmRSS") or peak_bytes()
 
 
 def forget_peak() -> None:
     """Let the peak be what is held now, where the system allows that."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if (cuda := _cuda()) is not None:
+        cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         CLEAR.write_text("5")
 
 
 def peak_bytes() -> int:
     """The most that was held since `forget_peak`, or since the process began."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+    if (cuda := _cuda()) is not None:
+        return int(cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return _status("VmHWM") or (peak if sys.platform == "darwin" else peak * 1024)
 

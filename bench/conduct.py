@@ -128,6 +128,7 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
 
+OURS_ARM, FLOOR_ARM = "bench.arms.ours", "bench.arms.floor"
 APART = ("bench.arms.sft", "bench.arms.unsloth")
 
 
@@ -146,14 +147,14 @@ def run(workload: Workload, setting: Setting, where: Mapping[str, Any]) -> Outco
 
 
 def _start(setting: Setting, name: str, peer: Peer | None) -> Worker:
-    module = "bench.arms.ours" if peer is None else peer.arm
+    module = OURS_ARM if peer is None else peer.arm
     return setting.start(module, module in APART)
 
 
 def _speed(outcome: Outcome, setting: Setting, arms: Mapping[str, Peer | None], jobs: Mapping[str, Said]) -> None:
     """Persistent workers, and one more that measures the machine."""
     workers: dict[str, Worker] = {}
-    floor = setting.start("bench.arms.floor", False)
+    floor = setting.start(FLOOR_ARM, False)
     try:
         for name, peer in arms.items():
             try:
@@ -216,6 +217,6 @@ def _compare_work(outcome: Outcome) -> None:
     ours = outcome.goes[OURS][0]
     for name, goes in outcome.goes.items():
         different = [key for key in ("samples", "tokens") if abs(goes[0][key] / ours[key] - 1) > SAME_WORK]
-        different += ["learned"] if goes[0]["learned"] != ours["learned"] else []
+        different += ["learned"] if goes[0].get("learned", ours["learned"]) != ours["learned"] else []
         for key in different:
             outcome.notes.append(f"{outcome.workload.name}: {key}: {name} {goes[0][key]:,}, {OURS} {ours[key]:,}")

@@ -17,6 +17,8 @@ import traceback
 from importlib.metadata import version
 from typing import Any, TextIO
 
+from bench import clock
+
 
 def main() -> None:
     """Until there are no more lines."""
@@ -24,7 +26,6 @@ def main() -> None:
     os.dup2(2, 1)
     try:
         arm: Any = importlib.import_module(sys.argv[1])
-        from bench import clock  # after the arm: some libraries must be the first
     except ModuleNotFoundError as error:
         _say(answers, {"missing": error.name})
         return

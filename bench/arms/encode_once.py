@@ -38,7 +38,6 @@ def go(job: dict[str, Any]) -> dict[str, Any]:
         "cpu_seconds": clock.cpu_seconds,
         "samples": len(rows) * job["epochs"],
         "tokens": sum(len(row["input_ids"]) for row in rows) * job["epochs"],
-        "learned": int(head.coef_.size + head.intercept_.size),
         "last_loss": float(log_loss(labels, head.predict_proba(features))),
     }
 
