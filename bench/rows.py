@@ -75,8 +75,10 @@ def _pairs(root: Path) -> list[Any]:
 
 
 def _made_up_sentence(draw: random.Random) -> list[tuple[str, str]]:
-    words = _text(draw, 18).split()
-    return [(word, draw.choices(("O", "B-person", "B-location"), (18, 1, 1))[0]) for word in words]
+    words, tags = _text(draw, 18).split(), list[str]()
+    while len(tags) < len(words):
+        tags += draw.choices((["O"], ["B-person", "I-person"], ["B-location", "I-location"]), (18, 1, 1))[0]
+    return list(zip(words, tags, strict=False))
 
 
 def _made_up_conversation(draw: random.Random) -> dict[str, Any]:
