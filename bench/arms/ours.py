@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -26,28 +27,31 @@ TOLD: dict[str, dict[str, Any]] = {
 
 
 class Timed(Talk):
-    """Says nothing, and times the loop from before its first step to after its last.
+    """Keeps silent, and times what comes between the last news before the loop and its last step.
 
-    What a technique computes once before it learns from it (features of a frozen part) is in it: the peer computes that
-    while it trains.
+    What a technique computes once before it learns from it (what frozen blocks give) is inside: the peer computes that
+    while it trains. What is saved is not.
     """
 
     def __init__(self) -> None:
         super().__init__(level=-1, to_stderr=True)
         self.taken = Clock()
 
+    def say(self, text: str) -> None:
+        """All that is said before the loop is of getting ready."""
+        self.taken.start()
+
+    @contextlib.contextmanager
+    def during(self, text: str) -> Iterator[None]:
+        """Nothing is news here."""
+        yield
+
     @contextlib.contextmanager
     def progress(
         self, total: int, done: int = 0, *, of: str = "training", unit: str = "step"
     ) -> Iterator[Callable[[int, str], None]]:
         """Stops after the last step, before what is saved."""
-        self.taken.start()
-
-        def show(completed: int, text: str) -> None:
-            if completed == total:
-                self.taken.stop()
-
-        yield show
+        yield lambda completed, text: self.taken.stop() if completed == total else None
 
 
 def keywords(job: dict[str, Any], output: str) -> dict[str, Any]:
@@ -68,17 +72,19 @@ def keywords(job: dict[str, Any], output: str) -> dict[str, Any]:
 
 
 def go(job: dict[str, Any]) -> dict[str, Any]:
-    """One run into a folder that is thrown away."""
+    """One run into a folder that is thrown away, and with it what was cached: every run is the first of its kind."""
     talk = Timed()
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
+        os.environ["TUNESMITH_HOME"] = f"{output}/home"
         result = train(**keywords(job, f"{output}/run"), offline=True, talk=talk)
+        about = json.loads(Path(output, "run", "run.json").read_text(encoding="utf-8"))
         lines = map(json.loads, Path(output, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         losses = [float(line["loss"]) for line in lines if "loss" in line]
     seconds = result["seconds"]
     return {
         "seconds": max(talk.taken.seconds, seconds),
         "cpu_seconds": talk.taken.cpu_seconds,
-        "samples": round(result["examples_per_second"] * seconds),
+        "samples": about["data"]["rows"]["train"] * job["epochs"],
         "tokens": round(result["tokens_per_second"] * seconds),
         "learned": result["trainable_parameters"],
         "loss": statistics.fmean(losses),

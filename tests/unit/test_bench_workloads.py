@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from bench import models, rows
 from bench.arms import encode_once, floor, ours, trainer
 from bench.splits import read_rows, read_sentences
 from bench.workloads import SPEED, WORKLOADS, Workload, chosen
+from tunesmith.models import sources
+from tunesmith.prepare import Prepared
 from tunesmith.recipe import load
+from tunesmith.talk import Talk
 from tunesmith.testing import MADE_UP
 
 README = Path(__file__).parents[2] / "bench" / "README.md"
@@ -74,6 +78,23 @@ def _job(task: str, model: Path, data: Path, **more: Any) -> dict[str, Any]:
         **shared,
         **more,
     }
+
+
+def test_what_is_computed_once_is_timed_in_every_run(
+    tiny_bert: Path, reviews_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, homes = Prepared.keep_features, []
+
+    def slowly(prepared: Prepared, talk: Talk) -> float:
+        homes.append(sources.cache_home())
+        assert not (homes[-1] / "features").exists(), "what an earlier run has kept"
+        time.sleep(0.5)
+        return inner(prepared, talk)
+
+    monkeypatch.setattr(Prepared, "keep_features", slowly)
+    job = _job("text-classification", tiny_bert, reviews_csv, technique={"name": "freeze", "head_only": True})
+    assert all(0.5 < ours.go(job)["seconds"] < 10 for _ in range(2))
+    assert len(set(homes)) == 2
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers' own
