@@ -225,6 +225,8 @@ def _way(model: Any, block: nn.Module, roles: Roles) -> NormsAfter | NormsBefore
     beside = [_dropout_beside(block, roles[name][0]) for name in ("query", "attention_output", "mlp_down")]
     if beside[1] is beside[0]:
         beside[1] = None  # DistilBERT: the one dropout there is that of the shares
+    if after and beside[2] is None:
+        return None  # its dropout is no module, and nothing says how much of it there is
     width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
     kind = NormsAfter if after else NormsBefore
     return kind(
