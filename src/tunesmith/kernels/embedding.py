@@ -1,31 +1,54 @@
-"""Embeddings whose gradient costs what was looked up, not what the table holds.
+"""Embeddings that cost what was looked up, not what the table holds.
 
 PyTorch fills a fresh table of zeros in each backward pass, of which a step of a few hundred tokens touches a few
 hundred rows: for 30,000 words 384 wide a fifth of a training step on a CPU, most of it spent on asking the system for
-memory. Here one table is kept, and only the rows of the step before are zeroed again.
+memory. Here one table is kept, and only the rows of the step before are zeroed again. `Rows` tells an optimizer which
+rows have ever been looked up: the others have neither gradient nor momentum.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Embedding", "use_kept_gradients"]
+__all__ = ["Embedding", "Rows", "use_kept_gradients", "zeros_like"]
 
 WORTH_IT = 2**20
 """Elements from which a table is worth it."""
+
+
+@dataclass
+class Rows:
+    """Of a table: which rows any step has looked up, and which this one has.  # (rows,), (n,) repetitions included"""
+
+    ever: Tensor
+    now: tuple[Tensor, ...] = ()
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        """The rows of the gradient that may be other than zero."""
+        assert weight.grad is not None, "its rows have been looked up"
+        return weight.grad.index_select(0, torch.cat(self.now).unique())
+
+
+def zeros_like(tensor: Tensor) -> Tensor:
+    """Zeros on a CPU whose pages are taken from the system when they are written."""
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        return torch.zeros_like(tensor)
+    return torch.from_numpy(np.zeros(tensor.shape, dtype=np.float32))
 
 
 class Embedding(nn.Embedding):
     """`nn.Embedding` for training on a CPU by one process: its gradient goes straight to `weight.grad`."""
 
     kept: Tensor | None = None
-    """The table of gradients, zero but for the rows `touched`."""
+    """The table of gradients, zero but for the rows of this step."""
 
-    touched: tuple[Tensor, ...] = ()
+    rows: Rows
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Embedding's name
         """Rows of the table.  # (...) -> (..., width)"""
@@ -39,12 +62,13 @@ class Embedding(nn.Embedding):
         if self.padding_idx is not None:
             grad = grad.masked_fill((ids == self.padding_idx)[:, None], 0.0)
         if self.kept is None:
-            self.kept = torch.zeros_like(self.weight)
+            self.kept = zeros_like(self.weight)
         if self.weight.grad is None:
-            for rows in self.touched:
+            for rows in self.rows.now:
                 self.kept.index_fill_(0, rows, 0.0)
-            self.touched, self.weight.grad = (), self.kept
-        self.touched += (ids,)
+            self.rows.now, self.weight.grad = (), self.kept
+        self.rows.now += (ids,)
+        self.rows.ever[ids] = True
         self.weight.grad.index_add_(0, ids, grad.to(self.kept.dtype))
 
 
@@ -69,3 +93,5 @@ def use_kept_gradients(model: Any) -> None:
         plain = type(module) is nn.Embedding and not (module.sparse or module.scale_grad_by_freq or module.max_norm)
         if plain and module.weight.requires_grad and module.weight.numel() >= WORTH_IT and uses[id(module.weight)] == 1:
             module.__class__ = Embedding
+            module.rows = Rows(torch.zeros(len(module.weight), dtype=torch.bool))
+            module.weight.rows = module.rows

@@ -178,7 +178,11 @@ def _reduce(engine: Engine) -> float:
     """Sum the gradients over the processes; their norm."""
     learning = engine.learning()
     parallel.sum_gradients(learning)
-    gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
+    gradients = [
+        parameter.rows.gradient(parameter) if hasattr(parameter, "rows") else parameter.grad
+        for parameter in learning
+        if parameter.grad is not None
+    ]
     if engine.machine.autocast_dtype == torch.float16:
         torch._foreach_mul_(gradients, 1 / engine.fp16_scale)
     return float(torch.nn.utils.get_total_norm(gradients))

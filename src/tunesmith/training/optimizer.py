@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith.kernels.embedding import Rows, zeros_like
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Train
 from tunesmith.techniques import Technique
@@ -17,15 +19,87 @@ from tunesmith.training.machine import is_out_of_memory
 
 MOMENTUM = 0.9
 
+MOST_ROWS = 0.5
+"""Share of a table up to which its rows are moved apart from it: they are copied out and back."""
+
+
+class RowwiseAdamW(torch.optim.AdamW):
+    """Fused AdamW that passes over those rows of a looked-up table alone that any step has looked up.
+
+    The others have no gradient and no momentum, and tables do not decay, so that nothing would change: of 30,000 words
+    the texts of a task hold a few thousand.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step."""
+        assert closure is None, "gradients are there already"
+        apart: list[tuple[Tensor, Tensor]] = []
+        for group in self.param_groups:
+            for table in group["params"]:
+                rows = self._rows(table, group)
+                if rows is not None:
+                    self._move(table, rows, group)
+                    apart.append((table, table.grad))
+                    table.grad = None
+        super().step()
+        for table, grad in apart:
+            table.grad = grad
+
+    def _rows(self, table: Any, group: dict[str, Any]) -> Tensor | None:
+        """The rows that are moved; None where all are."""
+        known: Rows | None = getattr(table, "rows", None)
+        if table.grad is None or known is None or group["weight_decay"]:
+            return None
+        state = self.state[table]
+        if state["step"] > 0 and not state.get("rows_known"):  # resumed
+            known.ever |= state["exp_avg_sq"].amax(1) > 0
+        state["rows_known"] = True
+        rows = known.ever.nonzero().flatten()
+        return rows if len(rows) <= MOST_ROWS * len(table) else None
+
+    def _move(self, table: Tensor, rows: Tensor, group: dict[str, Any]) -> None:
+        state, grad = self.state[table], table.grad
+        assert grad is not None, "its rows were asked for"
+        moving = table, state["exp_avg"], state["exp_avg_sq"]
+        weights, first, second = ([one.index_select(0, rows)] for one in moving)
+        state["step"] += 1
+        torch._fused_adamw_(
+            weights,
+            [grad.index_select(0, rows)],
+            first,
+            second,
+            [],
+            [state["step"]],
+            lr=float(group["lr"]),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=0.0,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=self.grad_scale,
+        )
+        for whole, (moved,) in zip(moving, (weights, first, second), strict=True):
+            whole.index_copy_(0, rows, moved)
+
+    grad_scale: Tensor | None = None
+
 
 def build(model: nn.Module, anatomy: Anatomy, technique: Technique, train: Train) -> torch.optim.Optimizer:
-    """An optimizer over what learns. Each group carries `base_lr`; vectors (norms, biases) do not decay."""
+    """An optimizer over what learns. Each group carries `base_lr`.
+
+    Vectors (norms, biases) do not decay, nor do tables: a row that no text looks up stays as it was.
+    """
     assert train.learning_rate and train.head_learning_rate, "the run resolves both rates"
     groups: dict[tuple[float, float], list[Tensor]] = {}
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    tables = {id(module.weight) for module in embeddings if uses[id(module.weight)] == 1}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             base = train.head_learning_rate if name in anatomy.learns_always else train.learning_rate
-            decay = train.weight_decay if parameter.ndim > 1 else 0.0
+            decay = train.weight_decay if parameter.ndim > 1 and id(parameter) not in tables else 0.0
             groups.setdefault((base * technique.lr_scale(name, anatomy), decay), []).append(parameter)
     listed = [
         {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
@@ -33,7 +107,7 @@ def build(model: nn.Module, anatomy: Anatomy, technique: Technique, train: Train
     ]
     if train.optimizer == "sgd":
         return _allocated(torch.optim.SGD(listed, lr=train.learning_rate, momentum=MOMENTUM), ("momentum_buffer",))
-    return _allocated(torch.optim.AdamW(listed, lr=train.learning_rate, fused=True), ("step", "exp_avg", "exp_avg_sq"))
+    return _allocated(RowwiseAdamW(listed, lr=train.learning_rate, fused=True), ("step", "exp_avg", "exp_avg_sq"))
 
 
 def _allocated(optimizer: torch.optim.Optimizer, kinds: tuple[str, ...]) -> torch.optim.Optimizer:
@@ -41,7 +115,7 @@ def _allocated(optimizer: torch.optim.Optimizer, kinds: tuple[str, ...]) -> torc
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             zero = torch.zeros((), device=parameter.device)
-            state = {kind: zero if kind == "step" else torch.zeros_like(parameter) for kind in kinds}
+            state = {kind: zero if kind == "step" else zeros_like(parameter) for kind in kinds}
             optimizer.state[parameter] = state
     return optimizer
 

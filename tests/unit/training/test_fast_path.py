@@ -1,4 +1,4 @@
-"""What is faster is the same: the first 50 losses in fp32 without dropout, with the model's own blocks and with ours."""
+"""What is faster is the same: 50 losses in fp32 without dropout, with the blocks of the model and with ours."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ TRIALS: list[tuple[str, str, Any]] = [
 def test_first_fifty_losses(
     family: str, task: str, technique: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "dropout": 0.0, "attention_dropout": 0.0}
+    without = {
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
     without |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "seq_classif_dropout": 0.0}
     tiny_model(family, "AutoModel", **without).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from tunesmith.kernels import embedding
 from tunesmith.recipe import Train
 from tunesmith.testing import Case, case
 from tunesmith.training import optimizer
@@ -45,7 +46,8 @@ def _learn(model: nn.Module, optimizer: torch.optim.Optimizer, start: int = 0, s
 def test_steps_are_those_of_torch(kind: str, tmp_path: Path) -> None:
     trial = _trial(tmp_path, optimizer=kind, learning_rate=0.01, weight_decay=0.1)
     plain = copy.deepcopy(trial.model)
-    matrices, vectors = ([p for p in plain.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
+    decays = {p: p.ndim > 1 and not name.endswith("_embeddings.weight") for name, p in plain.named_parameters()}
+    matrices, vectors = ([p for p, does in decays.items() if does is wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     of_torch = torch.optim.SGD(groups, lr=0.01, momentum=0.9) if kind == "sgd" else torch.optim.AdamW(groups, lr=0.01)
     _learn(trial.model, _build(trial))
@@ -54,13 +56,13 @@ def test_steps_are_those_of_torch(kind: str, tmp_path: Path) -> None:
         assert torch.allclose(ours, theirs, atol=1e-6, rtol=1e-5), name
 
 
-def test_vectors_do_not_decay(tmp_path: Path) -> None:
+def test_vectors_and_tables_do_not_decay(tmp_path: Path) -> None:
     trial = _trial(tmp_path, weight_decay=0.3)
     decays = {p: group["weight_decay"] for group in _build(trial).param_groups for p in group["params"]}
     assert len(decays) == len(list(trial.model.parameters())), "each parameter is in one group"
     for name, parameter in trial.model.named_parameters():
-        is_vector = name.endswith(".bias") or "LayerNorm" in name
-        assert decays[parameter] == (0.0 if is_vector else 0.3), name
+        never = name.endswith((".bias", "_embeddings.weight")) or "LayerNorm" in name
+        assert decays[parameter] == (0.0 if never else 0.3), name
 
 
 def test_only_what_learns_is_in_it(tmp_path: Path) -> None:
@@ -193,3 +195,40 @@ def _take(model: nn.Module, built: torch.optim.Optimizer) -> bool:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     return optimizer.take_step(built)
+
+
+@pytest.mark.parametrize("clipped", (False, True))
+def test_rows_that_were_looked_up_move_as_the_whole_table_would(
+    clipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "WORTH_IT", 1)
+    trial = _trial(tmp_path, learning_rate=0.01)
+    plain = copy.deepcopy(trial.model)
+    embedding.use_kept_gradients(trial.model)
+    table: Any = trial.model.get_input_embeddings()
+    assert isinstance(table, embedding.Embedding)
+    built, of_plain = _build(trial), optimizer.build(plain, trial.anatomy, trial.technique, trial.recipe.train)
+    moved = []
+    move = optimizer.RowwiseAdamW._move
+
+    def watched(self: Any, weight: Any, rows: Any, group: Any) -> None:
+        moved.append(len(rows))
+        move(self, weight, rows, group)
+
+    monkeypatch.setattr(optimizer.RowwiseAdamW, "_move", watched)
+    for step in range(6):
+        ids = torch.tensor([[5, 6, 7 + step % 3], [9, 5, 5]])
+        for model, own in ((trial.model, built), (plain, of_plain)):
+            (10 * model(input_ids=ids).logits).square().sum().backward()
+            optimizer.take_step(own, 0.25 if clipped else 1.0)
+            own.zero_grad(set_to_none=True)
+    assert moved and max(moved) < len(table.weight) / 2
+    for (name, ours), theirs in zip(trial.model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5, msg=name)
+    again = optimizer.build(trial.model, trial.anatomy, trial.technique, trial.recipe.train)
+    optimizer.load_state_tensors(again, trial.model, optimizer.state_tensors(built, trial.model))
+    ever = table.rows.ever.clone()
+    table.rows.ever.zero_()
+    trial.model(input_ids=torch.tensor([[5]])).logits.sum().backward()
+    optimizer.take_step(again)
+    assert torch.equal(table.rows.ever, ever), "a resumed run knows the rows by their momentum"
