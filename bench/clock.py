@@ -13,10 +13,14 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Clock:
-    """Wall and CPU seconds, added up over what is to be timed; a GPU's work counts until it is done."""
+    """Wall and CPU seconds, added up over what is to be timed; a GPU's work counts until it is done.
+
+    `peak_bytes` is the most that was held up to the last stop: what is saved and read again after it is not in it.
+    """
 
     def __init__(self) -> None:
         self.seconds = self.cpu_seconds = 0.0
+        self.peak_bytes = 0
         self.begin = (0.0, 0.0)
 
     def start(self) -> None:
@@ -28,6 +32,7 @@ class Clock:
         wall, cpu = _now()
         self.seconds += wall - self.begin[0]
         self.cpu_seconds += cpu - self.begin[1]
+        self.peak_bytes = peak_bytes()
 
 
 def _cuda() -> Any:

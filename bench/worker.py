@@ -35,7 +35,8 @@ def main() -> None:
         gc.collect()
         clock.forget_peak()
         try:
-            answer = arm.go(json.loads(line)) | {"peak_bytes": clock.peak_bytes() - held}
+            answer = arm.go(json.loads(line))
+            answer["peak_bytes"] = answer.get("peak_bytes", clock.peak_bytes()) - held
         except Exception as error:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}

@@ -69,6 +69,7 @@ def measured(trainer: Any, timer: TrainingTime, rows: Encoded, job: dict[str, An
     return {
         "seconds": timer.clock.seconds,
         "cpu_seconds": timer.clock.cpu_seconds,
+        "peak_bytes": timer.clock.peak_bytes,
         "samples": len(rows) * job["epochs"],
         "tokens": sum(len(row[name]) for row in rows for name in both) * job["epochs"],
         "learned": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),

@@ -393,6 +393,7 @@ def _put(prepared: Prepared, engine: loop.Engine, tensors: dict[str, dict[str, T
 
 def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder: Path, talk: Talk) -> dict[str, Any]:
     """The artefact of the best step, reloaded from disk and scored as it will be shipped."""
+    engine.optimizer.state.clear()  # what is reloaded takes its place in memory
     best = checkpoint.best(folder / "checkpoints", talk.warn) if progress.best_step is not None else None
     if best is not None:
         artefact.put(prepared.model, best.tensors["learned"])
