@@ -184,16 +184,21 @@ def _forward(
     """The block's own forward; `recorded` keeps what it gives."""
     plain = type(way.block).forward
 
-    def forward(block: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout = layout_in(args, kwargs)
         if layout is None or hidden_states.shape[0] != 1:
             return plain(block, hidden_states, *args, **kwargs)
-        x = hidden_states[0].to(compute_dtype(hidden_states))
-        wanted = None if tail is None else tail.wanted(layout)
-        places, groups = (None, layout.groups) if wanted is None else asking(layout, wanted)
-        out = way(x, groups, places, kwargs.get("position_embeddings"))
-        if places is not None:
-            out = out.new_zeros(layout.total, out.shape[1]).index_copy(0, places, out)
+
+        def computed(hidden_states: Tensor) -> Tensor:
+            x = hidden_states[0].to(compute_dtype(hidden_states))
+            wanted = None if tail is None else tail.read_of(layout)
+            places, groups = (None, layout.groups) if wanted is None else asking(layout, wanted)
+            out = way(x, groups, places, kwargs.get("position_embeddings"))
+            return out if places is None else out.new_zeros(layout.total, out.shape[1]).index_copy(0, places, out)
+
+        again = getattr(block, "gradient_checkpointing", False) and block.training and hasattr(plain, "__wrapped__")
+        # since 5.2x transformers does that in the class's `forward`, which this one stands in the place of
+        out = block._gradient_checkpointing_func(computed, hidden_states) if again else computed(hidden_states)
         if recorded is not None:
             out = out.detach().requires_grad_()
             recorded.append((out, layout))

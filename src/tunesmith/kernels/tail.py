@@ -7,8 +7,9 @@ is found from its gradient, so that no head has to be known.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ class Tail:
     asked: tuple[Tensor, Tensor] | None = None
     """Rows and places of the only tokens whose logits are wanted for now."""
 
+    _asked_of: WeakKeyDictionary[Layout, Tensor | None] = field(default_factory=WeakKeyDictionary)
+
     def wanted(self, layout: Layout) -> Tensor | None:
         """(row, place) of what is read; None where all is."""  # (wanted, 2)
         if not self.active:
@@ -46,6 +49,12 @@ class Tail:
         rows = torch.arange(layout.batch_size)
         ends = torch.as_tensor(layout.lengths) - 1 - self.offset
         return torch.stack([rows, torch.full_like(rows, self.offset) if self.reads == "begin" else ends], 1)
+
+    def read_of(self, layout: Layout) -> Tensor | None:
+        """`wanted`, asked once for a layout: what is computed a second time, in a backward pass, is the same."""
+        if layout not in self._asked_of:
+            self._asked_of[layout] = self.wanted(layout)
+        return self._asked_of[layout]
 
     def watch(self, model: nn.Module) -> None:
         """Be active while the model is called as a whole."""

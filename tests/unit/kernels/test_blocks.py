@@ -96,3 +96,28 @@ def test_a_loss_of_few_tokens_computes_the_last_block_there_alone(family: str, m
     found = logits_at(model, batch, row, place)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert seen[-1] == 3, "the MLP sees three tokens"
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_what_is_computed_again_in_the_backward_pass_is_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_model(family, "AutoModelForSequenceClassification", num_labels=3, pad_token_id=0)
+    assert _taken(model)
+    model.train()
+    for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
+        dropout.p = 0.2
+    found, called = [], [0]
+    attend = blocks.attend
+
+    def counted(*args: Any, **how: Any) -> Tensor:
+        called[0] += 1
+        return attend(*args, **how)
+
+    monkeypatch.setattr(blocks, "attend", counted)
+    for checkpointing in (False, True):
+        if checkpointing:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        torch.manual_seed(0)
+        found.append(_answers_and_gradients(model, [12, 3, 7, 7, 1]))
+    assert called == [3 * len(anatomy(model).blocks)], "once, and then twice"
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
