@@ -145,9 +145,14 @@ def learn_only(model: nn.Module, names: Collection[str]) -> None:
         raise RecipeError("nothing would learn in this model", where="technique")
 
 
-def rate_by_width(rate: float, anatomy: Anatomy) -> float:
-    """A rate measured at `MEASURED_WIDTH`, for this model: Adam's best rate falls as 1 / width (Yang 2022, muP)."""
-    return rate * MEASURED_WIDTH / anatomy.hidden_size
+def rate_by_width(rate: float, anatomy: Anatomy, power: float = 1.0) -> float:
+    """A rate measured at `MEASURED_WIDTH`, for this model: Adam's best rate falls as 1 / width^power.
+
+    By muP (Yang 2022) a map of `width` inputs wants power 1, and what is added to states or multiplies them 0. Of a
+    pair, down from the width and up from a few, the one wants 1 and the other 0; together they were best at 1/2
+    (measured at 384 and 2,048, bench/results/2026-11-25-cpu-width.md).
+    """
+    return float(rate * (MEASURED_WIDTH / anatomy.hidden_size) ** power)
 
 
 def rate_by_depth(decay: float, name: str, anatomy: Anatomy) -> float:

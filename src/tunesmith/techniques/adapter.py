@@ -102,7 +102,7 @@ class Adapter(Technique):
 
     def learning_rate(self, anatomy: Anatomy) -> float:
         """`LEARNING_RATE`, falling with the width."""
-        return rate_by_width(LEARNING_RATE, anatomy)
+        return rate_by_width(LEARNING_RATE, anatomy, power=0.5)
 
     def adapter_config(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
         """Our own layout, for PEFT has no bottlenecks."""

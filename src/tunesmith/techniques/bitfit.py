@@ -8,7 +8,7 @@ from torch import nn
 
 from tunesmith.errors import RecipeError
 from tunesmith.models.anatomy import Anatomy
-from tunesmith.techniques import Technique, learn_only, rate_by_width
+from tunesmith.techniques import Technique, learn_only
 
 LEARNING_RATE = 5e-3
 """Of biases; chosen on validation of two data sets with a model 384 wide: docs/techniques/bitfit.md."""
@@ -37,8 +37,8 @@ class Bitfit(Technique):
         learn_only(model, biases | anatomy.learns_always)
 
     def learning_rate(self, anatomy: Anatomy) -> float:
-        """`LEARNING_RATE`, falling with the width."""
-        return rate_by_width(LEARNING_RATE, anatomy)
+        """`LEARNING_RATE`; what is added to states knows no width."""
+        return LEARNING_RATE
 
     def head_learning_rate(self, learning_rate: float) -> float:
         """`HEAD_FACTOR` times as fast."""

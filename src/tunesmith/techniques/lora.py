@@ -272,7 +272,7 @@ class Lora(Technique):
         adapted = sum(max(1, holds[path]) for path in anatomy.targets(self.target_modules))
         per_block = adapted / max(1, len(anatomy.blocks))
         rate = LEARNING_RATE * 2 / max(2.0, per_block) * (PISSA_FACTOR if self.init == "pissa" else 1)
-        return rate_by_width(rate, anatomy)
+        return rate_by_width(rate, anatomy, power=0.5)
 
     def lr_scale(self, name: str, anatomy: Anatomy) -> float:
         """LoRA+: B learns faster."""

@@ -202,4 +202,4 @@ def test_what_is_no_setting_is_refused(keys: dict[str, Any], says: str) -> None:
 
 
 def test_the_rate_falls_with_the_width() -> None:
-    assert Adapter().learning_rate(anatomy(tiny_model("bert", CLASSIFIER))) == pytest.approx(LEARNING_RATE * 12)
+    assert Adapter().learning_rate(anatomy(tiny_model("bert", CLASSIFIER))) == pytest.approx(LEARNING_RATE * 12**0.5)

@@ -317,11 +317,11 @@ def test_values_that_cannot_be_meant_are_refused(keys: dict[str, Any]) -> None:
 
 def test_the_rate_falls_with_width_and_with_the_projections_adapted() -> None:
     bert, gpt2 = anatomy(tiny_model("bert", CLASSIFIER)), anatomy(tiny_model("gpt2", CLASSIFIER))
-    assert Lora().learning_rate(bert) == pytest.approx(LEARNING_RATE * 12)
-    assert Lora(target_modules=["query"]).learning_rate(bert) == pytest.approx(LEARNING_RATE * 12)
-    assert Lora(target_modules="all-linear").learning_rate(bert) == pytest.approx(LEARNING_RATE * 12 / 3)
-    assert Lora().learning_rate(gpt2) == pytest.approx(LEARNING_RATE * 12 * 2 / 3), "c_attn holds three projections"
-    assert Lora(init="pissa").learning_rate(bert) == pytest.approx(LEARNING_RATE * 12 * PISSA_FACTOR)
+    assert Lora().learning_rate(bert) == pytest.approx(LEARNING_RATE * 12**0.5)
+    assert Lora(target_modules=["query"]).learning_rate(bert) == pytest.approx(LEARNING_RATE * 12**0.5)
+    assert Lora(target_modules="all-linear").learning_rate(bert) == pytest.approx(LEARNING_RATE * 12**0.5 / 3)
+    assert Lora().learning_rate(gpt2) == pytest.approx(LEARNING_RATE * 12**0.5 * 2 / 3), "c_attn holds three"
+    assert Lora(init="pissa").learning_rate(bert) == pytest.approx(LEARNING_RATE * 12**0.5 * PISSA_FACTOR)
 
 
 def test_lora_plus_speeds_b_alone() -> None:
