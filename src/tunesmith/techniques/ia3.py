@@ -24,7 +24,6 @@ from tunesmith.techniques import (
     learn_only,
     peft_task_type,
     plain_linear,
-    rate_by_width,
     read_config,
     saved_whole,
     suffixes,
@@ -77,8 +76,8 @@ class Ia3(Technique):
             model.set_submodule(path, plain.train(linear.training))
 
     def learning_rate(self, anatomy: Anatomy) -> float:
-        """`LEARNING_RATE`, falling with the width."""
-        return rate_by_width(LEARNING_RATE, anatomy)
+        """`LEARNING_RATE`; what multiplies states knows no width."""
+        return LEARNING_RATE
 
     def adapter_config(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
         """A PEFT `IA3Config` that matches exactly the modules scaled here."""
