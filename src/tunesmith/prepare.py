@@ -93,7 +93,7 @@ class Prepared:
     def keep_features(self, talk: Talk) -> float:
         """Compute once what the frozen lower blocks give, where examples are read again; the seconds it took."""
         began, again = time.perf_counter(), self.total_steps > self.batches.steps_per_epoch
-        features: Any = getattr(self.model, "features", None)
+        features: Any = getattr(self.model, "frozen_features", None)
         if features is None or not again or self.augmented or type(self.task).draw is not Task.draw:
             return 0.0
         home = sources.cache_home() / "features"

@@ -171,10 +171,10 @@ def use_blocks(model: Any, blocks: Sequence[nn.Module], roles: Sequence[Roles]) 
         return False
     last, recorded = ways[-1], list[tuple[Tensor, Layout]]()
     last.block.forward = MethodType(_forward(last, recorded=recorded), last.block)
-    model.tail = tail_of(model, recorded)
-    if model.tail is not None:
-        model.tail.watch(model)
-    last.block.forward = MethodType(_forward(last, tail=model.tail), last.block)
+    model.block_tail = tail_of(model, recorded)
+    if model.block_tail is not None:
+        model.block_tail.watch(model)
+    last.block.forward = MethodType(_forward(last, tail=model.block_tail), last.block)
     return True
 
 
@@ -196,8 +196,8 @@ def _forward(
             out = way(x, groups, places, kwargs.get("position_embeddings"))
             return out if places is None else out.new_zeros(layout.total, out.shape[1]).index_copy(0, places, out)
 
+        # since 5.2x transformers checkpoints in the class's `forward`, which this one stands in the place of
         again = getattr(block, "gradient_checkpointing", False) and block.training and hasattr(plain, "__wrapped__")
-        # since 5.2x transformers does that in the class's `forward`, which this one stands in the place of
         out = block._gradient_checkpointing_func(computed, hidden_states) if again else computed(hidden_states)
         if recorded is not None:
             out = out.detach().requires_grad_()
@@ -230,8 +230,8 @@ def _way(model: Any, block: nn.Module, roles: Roles) -> NormsAfter | NormsBefore
     beside = [_dropout_beside(block, roles[name][0]) for name in ("query", "attention_output", "mlp_down")]
     if beside[1] is beside[0]:
         beside[1] = None  # DistilBERT: the one dropout there is that of the shares
-    if after and beside[2] is None:
-        return None  # its dropout is no module, and nothing says how much of it there is
+    if not _dropouts_known(settings, block, parts, beside, after=after):
+        return None
     width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
     kind = NormsAfter if after else NormsBefore
     return kind(
@@ -243,6 +243,21 @@ def _way(model: Any, block: nn.Module, roles: Roles) -> NormsAfter | NormsBefore
         width=width,
         dropouts=(beside[0], beside[1], beside[2]),
     )
+
+
+def _dropouts_known(
+    settings: Any, block: nn.Module, parts: Mapping[str, nn.Module], beside: Sequence[nn.Module | None], *, after: bool
+) -> bool:
+    """Whether all of a block's dropout is where the formula has it: elsewhere, or as a bare number, it would be lost."""
+    number: float = getattr(settings, "attention_dropout", None) or 0.0
+    if beside[0] is None and number:
+        return False
+    if after and beside[2] is None:
+        return False
+    placed = beside if after else beside[:1]
+    inside = {id(module) for part in parts.values() for module in part.modules()}
+    dropouts = [module for module in block.modules() if isinstance(module, nn.Dropout) and id(module) not in inside]
+    return all(not module.p or any(module is one for one in placed) for module in dropouts)
 
 
 def _dropout_beside(block: nn.Module, path: str) -> nn.Module | None:

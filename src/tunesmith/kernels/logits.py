@@ -17,7 +17,7 @@ def logits_at(model: Any, inputs: dict[str, Any], row: Tensor, place: Tensor) ->
     def keep(last: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0][row, place][None], *args[1:])  # (1, tokens, hidden)
 
-    hook, tail = model.get_output_embeddings().register_forward_pre_hook(keep), getattr(model, "tail", None)
+    hook, tail = model.get_output_embeddings().register_forward_pre_hook(keep), getattr(model, "block_tail", None)
     try:
         if tail is not None:
             tail.asked = row, place

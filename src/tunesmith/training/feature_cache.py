@@ -58,7 +58,10 @@ class Features:
     widths: dict[str, int] = field(default_factory=dict)
     """What each embedding module gives for a token."""
 
+    width: int = 0
     dtype: torch.dtype | None = None
+    """Of a state."""
+
     recorded: Tensor | None = None
     recording: bool = False
     states: Tensor | None = None
@@ -70,20 +73,19 @@ def level_of(anatomy: Anatomy, learned: Sequence[str]) -> int:
     return max(0, min((anatomy.depth_of(name) for name in learned), default=0) - 1)
 
 
-def use_features(model: Any, anatomy: Anatomy, level: int) -> bool:
+def use_features(model: Any, anatomy: Anatomy, level: int) -> None:
     """Let states stand in for the lowest `level` blocks of a padding-free model, where it is asked for."""
     if not level or not computes_without_padding(model):
-        return False
+        return
     features = Features(level)
     for path in anatomy.embeddings:
         module = model.get_submodule(path)
         module.forward = _embedding(features, path, module.forward)
     for place, path in enumerate(anatomy.blocks[:level], start=1):
         block = model.get_submodule(path)
-        tail = getattr(model, "tail", None) if place == len(anatomy.blocks) else None
+        tail = getattr(model, "block_tail", None) if place == len(anatomy.blocks) else None
         block.forward = _block(features, block.forward, tail, top=place == level)
-    model.features = features
-    return True
+    model.frozen_features = features
 
 
 def _embedding(features: Features, path: str, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -131,7 +133,7 @@ def _placed(states: Tensor, layout: Layout, places: Tensor | None) -> Tensor:
 @contextmanager
 def standing_in(model: Any, encoded: Encoded, indices: NDArray[np.int64]) -> Iterator[None]:
     """The model's states of these examples stand in for its lower blocks, where they are kept."""
-    features: Features | None = getattr(model, "features", None)
+    features: Features | None = getattr(model, "frozen_features", None)
     kept = None if features is None else features.kept.get(encoded.folder)
     if features is None or kept is None:
         yield
@@ -140,7 +142,7 @@ def standing_in(model: Any, encoded: Encoded, indices: NDArray[np.int64]) -> Ite
     states = torch.from_numpy(flat)
     assert features.dtype is not None, "it was recorded"
     states = states.view(features.dtype) if features.dtype != states.dtype else states
-    features.states = states.view(-1, features.widths["states"])
+    features.states = states.view(-1, features.width)
     try:
         yield
     finally:
@@ -151,7 +153,7 @@ def keep_features(
     model: Any, task: Task, encoded: Encoded, machine: Machine, folder: Path, say: Callable[[str], None]
 ) -> bool:
     """Compute the states of some examples, or open them where they are; whether they are used from now on."""
-    features: Features = model.features
+    features: Features = model.frozen_features
     model.eval()
     tried = np.arange(min(TRIED, len(encoded)))
     first = _record(model, task, encoded, machine, tried)
@@ -165,7 +167,7 @@ def keep_features(
             f"what the frozen blocks give would take {needed / 2**30:.1f} GiB on the disk: it is computed in each epoch"
         )
         return False
-    features.widths["states"], features.dtype = width, dtype
+    features.width, features.dtype = width, dtype
 
     def states_of(indices: list[int]) -> list[dict[str, Any]]:
         found = _record(model, task, encoded, machine, np.asarray(indices))
@@ -214,7 +216,7 @@ def _record(
 
 
 def _flat_states(model: Any, task: Task, batch: Batch, machine: Machine) -> Tensor | None:
-    features: Features = model.features
+    features: Features = model.frozen_features
     features.recorded, features.recording = None, True
     try:
         with torch.no_grad(), machine.autocast():
@@ -241,9 +243,9 @@ def _same(model: Any, task: Task, encoded: Encoded, machine: Machine, indices: N
     """Whether the model answers as before with states standing in."""
     batch = collate(encoded, indices)
     with machine.autocast():
-        kept = model.features.kept.pop(encoded.folder)
+        kept = model.frozen_features.kept.pop(encoded.folder)
         expected = task.forward(model, batch)
-        model.features.kept[encoded.folder] = kept
+        model.frozen_features.kept[encoded.folder] = kept
         try:
             with standing_in(model, encoded, indices):
                 found = task.forward(model, batch)

@@ -53,7 +53,7 @@ class RowwiseAdamW(torch.optim.AdamW):
             return None
         state = self.state[table]
         if state["step"] > 0 and not state.get("rows_known"):  # resumed
-            known.ever |= state["exp_avg_sq"].amax(1) > 0
+            known.ever |= ((state["exp_avg"] != 0) | (state["exp_avg_sq"] != 0)).any(1)
         state["rows_known"] = True
         rows = known.ever.nonzero().flatten()
         return rows if len(rows) <= MOST_ROWS * len(table) else None
@@ -115,7 +115,10 @@ def _allocated(optimizer: torch.optim.Optimizer, kinds: tuple[str, ...]) -> torc
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             zero = torch.zeros((), device=parameter.device)
-            state = {kind: zero if kind == "step" else zeros_like(parameter) for kind in kinds}
+            like = (
+                zeros_like if hasattr(parameter, "rows") else torch.zeros_like
+            )  # rows that no text has stay unwritten
+            state = {kind: zero if kind == "step" else like(parameter) for kind in kinds}
             optimizer.state[parameter] = state
     return optimizer
 

@@ -72,7 +72,7 @@ def test_answers_and_gradients_are_those_of_the_model(family: str, technique: st
     padded = [_answers_and_gradients(model, lengths) for lengths in LENGTHS]
     assert _taken(model)
     read = "begin" if hasattr(model.base_model, "encoder") or family == "distilbert" else "end"
-    assert model.tail.reads == (read if head == "SequenceClassification" else "each")
+    assert model.block_tail.reads == (read if head == "SequenceClassification" else "each")
     for lengths, (answers, gradients) in zip(LENGTHS, padded, strict=True):
         ours = _answers_and_gradients(model, lengths)
         assert torch.allclose(ours[0], answers, atol=1e-5, rtol=1e-5)
@@ -121,3 +121,11 @@ def test_what_is_computed_again_in_the_backward_pass_is_the_same(family: str, mo
     assert called == [3 * len(anatomy(model).blocks)], "once, and then twice"
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_dropout_that_the_formula_has_no_place_for_keeps_a_block_its_own_way() -> None:
+    assert _taken(tiny_model("llama", "AutoModelForCausalLM"))
+    assert not _taken(tiny_model("llama", "AutoModelForCausalLM", attention_dropout=0.1))
+    model = tiny_model("bert", "AutoModelForMaskedLM")
+    model.get_submodule(anatomy(model).blocks[0]).more = torch.nn.Dropout(0.1)
+    assert not _taken(model)

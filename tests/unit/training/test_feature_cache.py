@@ -72,7 +72,7 @@ def test_losses_and_scores_are_those_without(
         pytest.skip("its target is a name of BERT's")
     ours = _run(tmp_path, "with", family, task, TECHNIQUES[technique])
     assert watched == [True, True]
-    monkeypatch.setattr(feature_cache, "use_features", lambda *_: False)
+    monkeypatch.setattr(feature_cache, "use_features", lambda *_: None)
     plain = _run(tmp_path, "without", family, task, TECHNIQUES[technique])
     assert _losses(tmp_path / "with") == pytest.approx(_losses(tmp_path / "without"), abs=1e-5)
     assert ours["metrics"]["validation"]["loss"] == pytest.approx(plain["metrics"]["validation"]["loss"], abs=1e-5)
