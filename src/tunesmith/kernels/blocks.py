@@ -248,7 +248,7 @@ def _way(model: Any, block: nn.Module, roles: Roles) -> NormsAfter | NormsBefore
 def _dropouts_known(
     settings: Any, block: nn.Module, parts: Mapping[str, nn.Module], beside: Sequence[nn.Module | None], *, after: bool
 ) -> bool:
-    """Whether all of a block's dropout is where the formula has it: elsewhere, or as a bare number, it would be lost."""
+    """Whether a block's dropout is all where the formula has it: elsewhere, or as a bare number, it would be lost."""
     number: float = getattr(settings, "attention_dropout", None) or 0.0
     if beside[0] is None and number:
         return False
