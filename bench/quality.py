@@ -26,6 +26,7 @@ from typing import Any
 
 from bench.report import command_line
 from bench.splits import ENTITIES
+from tunesmith.training import machine
 
 GRID = {
     "full": (2e-5, 5e-5, 1e-4, 2e-4),
@@ -81,7 +82,8 @@ class Job:
         module = peer_of(self.data) if self.arm == "peer" else "bench.ours"
         words = [sys.executable, "-m", module, "--model", given.model, "--data-root", given.data_root]
         words += ["--data", self.data, "--technique", self.technique, "--seed", str(self.seed)]
-        words += ["--epochs", str(EPOCHS[self.data, self.technique]), "--device", given.device]
+        words += ["--epochs", str(EPOCHS[self.data, self.technique])]
+        words += ["--device", given.device, "--precision", given.precision]
         words += ["--learning-rate", str(self.learning_rate)] if self.learning_rate is not None else []
         return words + (["--test"] if self.test else [])
 
@@ -237,7 +239,7 @@ def write_report(results: Results, pairs: list[tuple[str, str]], given: argparse
         for key in ("device", "versions"):
             said = sorted({json.dumps(record[key]) for record in of_arm})
             text += f"\n- {arm}, {key}: {'; '.join(said)}"
-    text += f"\n- batch 16, at most 256 tokens, bf16\n- command: `{command_line('bench.quality')}`\n"
+    text += f"\n- batch 16, at most 256 tokens, {given.precision}\n- command: `{command_line('bench.quality')}`\n"
     Path(given.report).write_text(text, encoding="utf-8")
 
 
@@ -255,10 +257,12 @@ def main() -> int:
     parser.add_argument("--only-grids", action="store_true", help="no finals: test is not read")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of both sides")
     parser.add_argument("--results", default="build/quality.jsonl")
     parser.add_argument("--report", default="build/quality.md")
     parser.add_argument("--stop-after", type=float, default=float("inf"), metavar="SECONDS", help="then begin no run")
     given = parser.parse_args()
+    given.precision = machine.find(given.device, given.precision).precision
     given.stop_at = time.monotonic() + given.stop_after
     results = Results(Path(given.results))
     pairs = [pair for pair in EPOCHS if _wanted(pair, set(given.only))]
