@@ -60,6 +60,10 @@ def train(
     wanted = _recipe(recipe, overrides, values, resume)
     folder = Path(resume or wanted.output)
     found = machine.find(wanted.train.device, wanted.train.precision)
+    if found.is_slow:
+        talk.warn(
+            f"train.precision: this processor only emulates {found.precision}, many times slower than fp32; use auto"
+        )
     with parallel.group(found.device.type), RunLock(folder, enabled=parallel.rank() == 0):
         if parallel.rank() == 0:
             claim(folder, resume=resume is not None, overwrite=overwrite)

@@ -142,12 +142,15 @@ def load(
         recipe = recipe.model_copy(update={"technique": recipe.technique.over_original()})
     if (folder / "adapter" / "adapter_config.json").exists():
         source = sources.resolve(str(base or recipe.model), offline=offline, allow_pickle=allow_pickle)
-        return _ready(recipe, source, folder / "adapter", found.device)
-    if (folder / "model" / "config.json").exists():
-        source = sources.resolve(str(folder / "model"), offline=True)
-        return _ready(recipe, source, None, found.device)
-    hint = f"`{command('train', '--resume', folder)}`"
-    raise RecipeError("the run is not finished", where=str(folder), hint=hint)
+        tuned = _ready(recipe, source, folder / "adapter", found.device)
+    elif (folder / "model" / "config.json").exists():
+        tuned = _ready(recipe, sources.resolve(str(folder / "model"), offline=True), None, found.device)
+    else:
+        hint = f"`{command('train', '--resume', folder)}`"
+        raise RecipeError("the run is not finished", where=str(folder), hint=hint)
+    if not to_merge:
+        machine.store_for_answers(tuned.model, tuned.machine)
+    return tuned
 
 
 def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device: torch.device) -> Tuned:
@@ -175,7 +178,9 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
 def base_of(tuned: Tuned, source: sources.Source) -> tuple[nn.Module, Anatomy]:
     """A base as it was before a run, where the run's model is."""
     model, anatomy = load_task_model(tuned.task, source, tuned.processor, tuned.recipe.train.seed)
-    return model.to(tuned.machine.device), anatomy
+    model.to(tuned.machine.device)
+    machine.store_for_answers(model, tuned.machine)
+    return model, anatomy
 
 
 @contextmanager

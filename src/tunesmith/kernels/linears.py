@@ -88,6 +88,13 @@ def linears(x: Tensor, parts: Sequence[Part], activation: Activation = "none") -
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in found)
 
 
+def _narrow(x: Tensor, y: Tensor) -> Tensor:
+    """The product x y of few columns, in fp32 on a CPU from the other side: eight columns take it 3 to 8 times as long
+    as eight rows.
+    """
+    return (y.t() @ x.t()).t() if x.dtype == torch.float32 and x.device.type == "cpu" else x @ y
+
+
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -104,7 +111,7 @@ class _Linears(torch.autograd.Function):
             y = F.linear(inside, weight, bias)
             low = None
             if A is not None and B is not None:
-                low, B = inside @ A.t(), B * scale
+                low, B = _narrow(inside, A.t()), B * scale
                 y.addmm_(low, B.t())
             outputs.append(y)
             kept += [weight, A, B, low]
@@ -124,7 +131,7 @@ class _Linears(torch.autograd.Function):
         for number, (dy, scale) in enumerate(zip(grads, ctx.scales, strict=True)):
             weight, A, B, low = kept[4 * number : 4 * number + 4]
             of_weight, of_bias, of_A, of_B = learns[4 * number : 4 * number + 4]
-            back = dy @ B if B is not None and (wants_x or of_A) else None
+            back = _narrow(dy, B) if B is not None and (wants_x or of_A) else None
             if wants_x:
                 grad_x = dy @ weight if grad_x is None else grad_x.addmm_(dy, weight)
                 if back is not None:
@@ -133,7 +140,7 @@ class _Linears(torch.autograd.Function):
                 dy.t() @ inside if of_weight and inside is not None else None,
                 dy.sum(0, dtype=torch.float32) if of_bias else None,
                 back.t() @ inside if of_A and back is not None and inside is not None else None,
-                (dy.t() @ low) * scale if of_B else None,
+                _narrow(dy.t(), low) * scale if of_B else None,
             ]
         if grad_x is not None:
             grad_x = SLOPES[ctx.activation](grad_x, own).to(ctx.dtypes[0])

@@ -50,6 +50,11 @@ class Machine:
         return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.autocast_dtype, "fp32")  # type: ignore[arg-type]
 
     @property
+    def is_slow(self) -> bool:
+        """Whether it is to multiply in a format that its processor only emulates."""
+        return self.autocast_dtype is torch.bfloat16 and not _has_bf16(self.device)
+
+    @property
     def memory_bytes(self) -> int:
         """All memory of the device, so that what follows from it does not change from run to run."""
         if self.device.type == "cuda":
@@ -131,6 +136,18 @@ def store_frozen(model: nn.Module, dtype: torch.dtype | None) -> None:
                 parameter.data = parameter.data.float()
             elif id(parameter) not in looked_up:
                 parameter.data = parameter.data.to(dtype)
+
+
+def store_for_answers(model: nn.Module, machine: Machine) -> None:
+    """Weights of a half precision in fp32, the same values, where a CPU only emulates products in it and they fit.
+
+    Without AVX512-BF16, SmolLM2 in bf16 reads a prompt 3.3 times and writes 1.6 times as slowly as in fp32.
+    """
+    emulated = (torch.float16,) if _has_bf16(machine.device) else (torch.float16, torch.bfloat16)
+    halves = [one for one in (*model.parameters(), *model.buffers()) if one.dtype in emulated]
+    if machine.device.type == "cpu" and 4 * sum(map(Tensor.numel, halves)) < machine.memory_bytes / 2:
+        for tensor in halves:
+            tensor.data = tensor.data.float()
 
 
 def describe(machine: Machine) -> dict[str, Any]:

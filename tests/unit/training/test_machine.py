@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tunesmith.data.batches import Batches
 from tunesmith.errors import RecipeError, ResourceError
@@ -29,11 +30,44 @@ def test_the_recipes_words_for_a_number_format(precision: str, dtype: torch.dtyp
     assert product.dtype == (dtype or torch.float32)
 
 
+def _processor(monkeypatch: pytest.MonkeyPatch, *, has_bf16: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+
 @pytest.mark.parametrize("has_it", (True, False))
 def test_auto_takes_bf16_where_the_processor_has_it(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    _processor(monkeypatch, has_bf16=has_it)
     assert machine.find("cpu").precision == ("bf16" if has_it else "fp32")
+    assert machine.find("cpu", "bf16").is_slow is not has_it and not machine.find("cpu", "fp32").is_slow
+
+
+@pytest.mark.parametrize(
+    ("stored", "has_bf16", "answers_in"),
+    (
+        (torch.bfloat16, False, torch.float32),
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.float16, True, torch.float32),
+        (torch.float64, False, torch.float64),
+    ),
+)
+def test_answers_are_computed_in_fp32_where_the_stored_format_is_only_emulated(
+    stored: torch.dtype, has_bf16: bool, answers_in: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _processor(monkeypatch, has_bf16=has_bf16)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).to(stored)
+    before = model[0].weight.clone()
+    machine.store_for_answers(model, Machine(CPU, None))
+    assert {one.dtype for one in model.state_dict().values()} - {torch.int64} == {answers_in}
+    assert torch.equal(model[0].weight.to(stored), before)
+
+
+def test_a_model_that_would_not_fit_in_fp32_stays_as_it_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    _processor(monkeypatch, has_bf16=False)
+    monkeypatch.setattr(Machine, "memory_bytes", 2 * 4 * 8)
+    model = nn.Linear(3, 2).bfloat16()
+    machine.store_for_answers(model, Machine(CPU, None))
+    assert model.weight.dtype == torch.bfloat16
 
 
 def test_fp16_does_not_train_on_a_cpu() -> None:
