@@ -236,7 +236,7 @@ def test_c14_bf16_on_a_cpu_that_is_slow_at_it_is_taken_only_when_asked_for(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert machine.find("cpu", "auto").precision == "fp32"
     given = ["task=text-classification", f"model={tiny_bert}", f"data.train={reviews_csv}", *QUICK]
-    code, _, err = command("train", *given, f"output={tmp_path / 'run'}", "train.precision=bf16")
+    code, _, err = command("train", "--json", *given, f"output={tmp_path / 'run'}", "train.precision=bf16")
     assert code == 0
     assert "train.precision: this processor only emulates bf16, many times slower than fp32; use auto" in err
     about = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
