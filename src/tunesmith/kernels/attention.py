@@ -5,12 +5,17 @@
 
 PyTorch's fused attention has no dropout on a CPU, and over short sequences it takes longer than these four products
 (128 tokens in bf16: 8.5 ms against 3.3). What is kept are P and D in the format of the products.
+
+On a GPU, without dropout and in half precision, PyTorch's kernel for sequences one after another (FlashAttention-2, Dao
+2023, arXiv 2307.08691) has no padding at all and keeps no scores.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +23,19 @@ from torch import Tensor
 from tunesmith.kernels.dropout import keep_scale
 from tunesmith.kernels.linears import compute_dtype
 
-__all__ = ["Rows", "attend"]
+__all__ = ["Rows", "Sequences", "Together", "attend"]
+
+
+def _varlen_attn() -> Any:
+    """PyTorch's kernel, since it knows windows and scales; it runs on GPUs."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+
+
+VARLEN_ATTN = _varlen_attn()
 
 
 class Rows(Protocol):
@@ -42,11 +59,45 @@ class Rows(Protocol):
         """0 where a query may see a key, else very low.  # (rows or 1, 1, queries or 1, prefix + longest)"""
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """All sequences of a batch, one after another."""
+
+    starts: Tensor
+    """Where each begins, and where the last one ends.  # (sequences + 1,), int32"""
+
+    longest: int
+    causal: bool
+
+    def take(self, dtype: torch.dtype, width: int) -> bool:
+        """Whether the kernel computes heads like these."""
+        half = dtype in (torch.bfloat16, torch.float16)
+        return VARLEN_ATTN is not None and half and width % 8 == 0 and width <= 256
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, width: int, scaling: float) -> Tensor:
+        """O of the module's formula, without dropout."""
+        queries, keys, values = (x.view(len(x), -1, width) for x in (q, k, v))
+        shared = queries.shape[1] // keys.shape[1]
+        if shared > 1:  # by itself only since PyTorch 2.12
+            keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
+        ends = self.starts, self.starts, self.longest, self.longest
+        window = (-1, 0) if self.causal else (-1, -1)
+        seen: Tensor = VARLEN_ATTN(queries, keys, values, *ends, scale=scaling, window_size=window)
+        return seen.flatten(1)
+
+
+class Together(NamedTuple):
+    """Who attends to whom: groups of like length, and all in one where there is a kernel for that."""
+
+    groups: Sequence[Rows]
+    sequences: Sequences | None = None
+
+
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    groups: Sequence[Rows],
+    together: Together,
     *,
     width: int,
     scaling: float,
@@ -59,6 +110,9 @@ def attend(
     """
     dtype = compute_dtype(v)
     q, k, v = (x.to(dtype) for x in (q, k, v))
+    groups, sequences = together
+    if sequences is not None and prefix is None and not dropout and sequences.take(dtype, width):
+        return sequences.attend(q, k, v, width, scaling)
     found: Tensor = _Attend.apply(q, k, v, prefix, groups, width, scaling, dropout)  # type: ignore[no-untyped-call]
     return found
 

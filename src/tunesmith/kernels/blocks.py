@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tunesmith.kernels.attention import Rows, attend
+from tunesmith.kernels.attention import Together, attend
 from tunesmith.kernels.gates import gated
 from tunesmith.kernels.linears import ACTIVATIONS, Activation, compute_dtype, linears, part_of
 from tunesmith.kernels.norms import add_norm, add_rms_norm, rms_norm
@@ -70,7 +70,7 @@ class Parts:
         self,
         x: Tensor,
         asked: Tensor,
-        groups: Sequence[Rows],
+        together: Together,
         angles: tuple[Tensor, Tensor] | None,
         places: Tensor | None,
     ) -> Tensor:
@@ -89,7 +89,7 @@ class Parts:
             q,
             k,
             v,
-            groups,
+            together,
             width=self.width,
             scaling=self.width**-0.5 if scaling is None else scaling,
             dropout=_share(self.dropouts[0]),
@@ -102,11 +102,11 @@ class NormsAfter(Parts):
     """The first of the module's formulas."""
 
     def __call__(
-        self, x: Tensor, groups: Sequence[Rows], places: Tensor | None, angles: tuple[Tensor, Tensor] | None
+        self, x: Tensor, together: Together, places: Tensor | None, angles: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """(total, width) -> (asking, width)."""
         asked = x if places is None else x.index_select(0, places)
-        y = self.attended(x, asked, groups, angles, places)
+        y = self.attended(x, asked, together, angles, places)
         h = _added(asked, y, self.norms[0], _share(self.dropouts[1]))
         (u,) = _mapped(h, self.mlp_up)
         (y,) = _mapped(u, self.mlp_down, activation=self.activation)
@@ -117,13 +117,13 @@ class NormsBefore(Parts):
     """The second."""
 
     def __call__(
-        self, x: Tensor, groups: Sequence[Rows], places: Tensor | None, angles: tuple[Tensor, Tensor] | None
+        self, x: Tensor, together: Together, places: Tensor | None, angles: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """(total, width) -> (asking, width)."""
         before, after = self.norms
         n = rms_norm(x, before.weight, _eps(before))
         asked, x = (n, x) if places is None else (n.index_select(0, places), x.index_select(0, places))
-        h, m = add_rms_norm(x, self.attended(n, asked, groups, angles, places), after.weight, _eps(after))
+        h, m = add_rms_norm(x, self.attended(n, asked, together, angles, places), after.weight, _eps(after))
         assert self.mlp_gate is not None, "it has one"
         gate, up = _mapped(m, self.mlp_gate, self.mlp_up)
         return h + _mapped(gated(gate, up, self.activation), self.mlp_down)[0]
@@ -192,8 +192,8 @@ def _forward(
         def computed(hidden_states: Tensor) -> Tensor:
             x = hidden_states[0].to(compute_dtype(hidden_states))
             wanted = None if tail is None else tail.read_of(layout)
-            places, groups = (None, layout.groups) if wanted is None else asking(layout, wanted)
-            out = way(x, groups, places, kwargs.get("position_embeddings"))
+            places, together = (None, layout.together) if wanted is None else asking(layout, wanted)
+            out = way(x, together, places, kwargs.get("position_embeddings"))
             return out if places is None else out.new_zeros(layout.total, out.shape[1]).index_copy(0, places, out)
 
         # since 5.2x transformers checkpoints in the class's `forward`, which this one stands in the place of

@@ -4,7 +4,8 @@ Outside, a model stays as it is: (batch, tokens) in, padded states out, so that 
 blocks the states are one row of tokens; the model's own attention mask is replaced by a `Layout`, which travels where
 the mask would, and attention runs over groups of sequences of like length. Which query may see which key is asked of
 the model's own mask function, so that causal and sliding windows are what the model says. transformers' registries of
-attention and mask functions are the public way in; nothing is patched.
+attention and mask functions are the public way in; nothing is patched. On a GPU the sequences lie one after another for
+PyTorch's own kernel, in half precision and without dropout; what that does not compute goes by groups there too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from tunesmith.data.batches import Limits, cut
-from tunesmith.kernels.attention import attend
+from tunesmith.kernels.attention import Sequences, Together, attend
 from tunesmith.kernels.dropout import keep_scale
 from tunesmith.kernels.prefix import prefixed, takes_attention
 
@@ -37,6 +38,9 @@ WRITTEN_OUT = 512
 """Up to which length the scores are written out: PyTorch's fused attention then takes one and a half to three times as
 long forward and backward (9 heads of 64, bf16), from 1,024 on less."""
 
+SEQUENCES_ON = ("cuda",)
+"""Where PyTorch has a kernel for sequences one after another."""
+
 GROUPS = Limits(2**20, 2**40, 16384)
 """What one more group of sequences costs, in padded pairs of tokens."""
 
@@ -47,18 +51,30 @@ class Layout:
     def __init__(self, mask: Tensor | None, batch_size: int, tokens: int, may_see: Callable[..., Any]) -> None:
         lengths = np.full(batch_size, tokens) if mask is None else mask.sum(1).cpu().numpy()
         self.batch_size, self.tokens, self.may_see, self.lengths = batch_size, tokens, may_see, lengths
+        self.device = torch.device("cpu") if mask is None else mask.device
         self.starts = starts = np.concatenate([[0], np.cumsum(lengths)])
         self.spare = -int(starts[-1]) % ROUND_TOKENS
         if batch_size > 1 and starts[-1] + self.spare == tokens:
             self.spare += ROUND_TOKENS  # what is flat already must not look like one row of a batch
         self.total = int(starts[-1]) + self.spare
-        self.places = _places(lengths, tokens)
+        self.places = _places(lengths, tokens).to(self.device)
         order = np.argsort(lengths, kind="stable")
         sorted_already = bool((np.diff(order) == 1).all())
         self.groups = [
-            Group(order[a:b], lengths[order[a:b]], starts[order[a:b]], self.may_see, whole=sorted_already)
+            Group(order[a:b], lengths[order[a:b]], starts[order[a:b]], self, whole=sorted_already)
             for a, b in cut(lengths[order] ** 2, GROUPS)
         ]
+
+    @cached_property
+    def together(self) -> Together:
+        """How its tokens attend; on a GPU as one row of sequences, and what is spare is one more."""
+        known = self.may_see in (causal_mask_function, bidirectional_mask_function)
+        if not known or self.device.type not in SEQUENCES_ON:
+            return Together(self.groups)
+        starts = [*self.starts, self.total] if self.spare else self.starts
+        ends = torch.tensor(starts, dtype=torch.int32).to(self.device, non_blocking=True)
+        longest = max(int(self.lengths.max()), self.spare)
+        return Together(self.groups, Sequences(ends, longest, self.may_see is causal_mask_function))
 
     def flat(self, x: Tensor) -> Tensor:
         """(batch or 1, tokens, ...) -> (1, total, ...): the valid tokens, and copies of one of them to round up."""
@@ -75,28 +91,28 @@ class Layout:
 class Group:
     """Sequences that attend in one call, padded to the longest of them."""
 
-    def __init__(self, members: Any, lengths: Any, starts: Any, may_see: Callable[..., Any], *, whole: bool) -> None:
-        self.members = members
+    def __init__(self, members: Any, lengths: Any, starts: Any, layout: Layout, *, whole: bool) -> None:
+        self.members, self.device, self.may_see = members, layout.device, layout.may_see
         """Which sequences of the batch these are."""
         self.rows, self.longest = len(lengths), int(lengths[-1]) + -int(lengths[-1]) % ROUND_LENGTH
         self.even = int(lengths[0]) == self.longest
         self.tokens = slice(int(starts[0]), int(starts[0]) + int(lengths.sum())) if whole else None
         self.indices = torch.from_numpy(
             np.concatenate([s + np.arange(n) for s, n in zip(starts, lengths, strict=True)])
-        )
-        self.places = _places(lengths, self.longest)
-        self.lengths, self.may_see = torch.from_numpy(lengths), may_see
+        ).to(self.device)
+        self.places = _places(lengths, self.longest).to(self.device)
+        self.lengths = torch.from_numpy(lengths).to(self.device)
         self._biases: dict[Any, Tensor] = {}
-        self.causal = may_see is causal_mask_function
+        self.causal = self.may_see is causal_mask_function
         """Whether nothing sees what comes later, so that no valid token sees padding."""
 
     @cached_property
     def mask(self) -> Tensor | None:
         """Which query may see which key; None where each sees all.  # (rows or 1, 1, longest, longest)"""
-        positions = torch.arange(self.longest)
+        positions, first = torch.arange(self.longest, device=self.device), torch.tensor(0, device=self.device)
         mask = None
         if self.may_see is not bidirectional_mask_function:
-            seen = self.may_see(torch.tensor(0), torch.tensor(0), positions[:, None], positions[None, :])
+            seen = self.may_see(first, first, positions[:, None], positions[None, :])
             mask = torch.as_tensor(seen).expand(self.longest, self.longest)[None, None]
         if not self.even:
             valid = (positions < self.lengths[:, None])[:, None, None, :]
@@ -111,7 +127,7 @@ class Group:
         if key not in self._biases:
             mask = torch.nn.functional.pad(self.mask, (prefix, 0), value=True)
             low = torch.finfo(dtype).min / 2  # twice as low as that, and a score would make it infinite
-            self._biases[key] = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, low)
+            self._biases[key] = torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill_(~mask, low)
         return self._biases[key]
 
     def take(self, x: Tensor) -> Tensor:
@@ -219,13 +235,13 @@ def attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, heads, width)
     dropout = dropout if module.training else 0.0
     longest = max(group.longest for group in attention_mask.groups)
-    if softcap is None and longest <= WRITTEN_OUT:
+    if softcap is None and (longest <= WRITTEN_OUT or attention_mask.together.sequences is not None):
         prefix: Any = getattr(module, "prefix", None)
         seen = attend(
             q.flatten(1),
             k.flatten(1),
             v.flatten(1),
-            attention_mask.groups,
+            attention_mask.together,
             width=q.shape[2],
             scaling=q.shape[2] ** -0.5 if scaling is None else scaling,
             dropout=dropout,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tunesmith.kernels.attention import Together
 from tunesmith.kernels.padding_free import Group, Layout, probe_batch
 
 __all__ = ["Asking", "Tail", "asking", "tail_of"]
@@ -39,7 +40,7 @@ class Tail:
 
     def wanted(self, layout: Layout) -> Tensor | None:
         """(row, place) of what is read; None where all is."""  # (wanted, 2)
-        if not self.active:
+        if not self.active or layout.device.type != "cpu":  # a GPU's kernel has no queries that are few
             return None
         if self.reads == "each":
             if self.asked is None:
@@ -130,7 +131,7 @@ class Asking:
         return bias.expand(self.rows, -1, -1, -1).gather(2, places)
 
 
-def asking(layout: Layout, wanted: Tensor) -> tuple[Tensor, list[Asking]]:
+def asking(layout: Layout, wanted: Tensor) -> tuple[Tensor, Together]:
     """The flat places of tokens (row, place) that are wanted, sorted, and the layout's groups in which these ask.
 
     # (wanted, 2) -> (wanted,)
@@ -141,4 +142,4 @@ def asking(layout: Layout, wanted: Tensor) -> tuple[Tensor, list[Asking]]:
     firsts = np.searchsorted(rows, np.arange(layout.batch_size + 1))
     by_row = [places[a:b] for a, b in zip(firsts[:-1], firsts[1:], strict=True)]
     groups = [Asking(group, [by_row[m] for m in group.members], firsts[group.members]) for group in layout.groups]
-    return torch.from_numpy(layout.starts[rows] + places), groups
+    return torch.from_numpy(layout.starts[rows] + places), Together(groups)

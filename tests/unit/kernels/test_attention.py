@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
+from tunesmith.kernels import attention, padding_free
 from tunesmith.kernels.attention import attend
 from tunesmith.kernels.padding_free import Layout
 from tunesmith.kernels.tail import asking
@@ -52,7 +53,7 @@ def test_outputs_and_gradients_are_those_of_torch(lengths: list[int], prefix: in
     k, v = (torch.randn(layout.total, 8, **wide) for _ in range(2))  # type: ignore[call-overload]
     before = torch.randn(2, 2, prefix, 4, **wide) if prefix else None  # type: ignore[call-overload]
     wanted = [q, k, v] if before is None else [q, k, v, before]
-    ours = attend(q, k, v, layout.groups, width=4, scaling=0.3, prefix=before)
+    ours = attend(q, k, v, layout.together, width=4, scaling=0.3, prefix=before)
     plain = _plain(q, k, v, layout, 4, causal, before)
     weight = torch.randn_like(plain)
     weight[layout.total - layout.spare :] = 0
@@ -72,10 +73,10 @@ def test_few_ask_and_are_answered_the_same(lengths: list[int], causal: bool) -> 
     draw = np.random.default_rng(0)
     wanted = torch.tensor([(row, place) for row, n in enumerate(lengths) for place in range(n) if draw.random() < 0.4])
     wanted = wanted.reshape(-1, 2)[torch.randperm(len(wanted))] if len(wanted) else torch.zeros(1, 2, dtype=torch.long)
-    places, groups = asking(layout, wanted)
+    places, together = asking(layout, wanted)
     q, k, v = (torch.randn(layout.total, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    some = attend(q[places], k, v, groups, width=4, scaling=0.5)
-    whole = attend(q, k, v, layout.groups, width=4, scaling=0.5)[places]
+    some = attend(q[places], k, v, together, width=4, scaling=0.5)
+    whole = attend(q, k, v, layout.together, width=4, scaling=0.5)[places]
     torch.testing.assert_close(some, whole)
     for one, other in zip(
         torch.autograd.grad(some.square().sum(), [q, k, v]),
@@ -87,17 +88,76 @@ def test_few_ask_and_are_answered_the_same(lengths: list[int], causal: bool) -> 
     assert places.tolist() == expected
 
 
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, most: int, longest: int, **how: Any
+) -> Tensor:
+    """What PyTorch says of its `varlen_attn`, which runs on GPUs alone."""
+    assert q_ends.dtype == torch.int32 and torch.equal(q_ends, k_ends) and most == longest
+    assert q_ends.diff().max() <= longest and q.shape == k.shape == v.shape
+    assert how["window_size"] in ((-1, -1), (-1, 0))
+    parts = [
+        F.scaled_dot_product_attention(
+            *(x[a:b].transpose(0, 1) for x in (q, k, v)), is_causal=how["window_size"] == (-1, 0), scale=how["scale"]
+        ).transpose(0, 1)
+        for a, b in zip(q_ends.tolist()[:-1], q_ends.tolist()[1:], strict=True)
+    ]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_one_after_another_is_what_groups_give(
+    lengths: list[int], causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "VARLEN_ATTN", _varlen)
+    monkeypatch.setattr(padding_free, "SEQUENCES_ON", ("cpu",))
+    layout = _layout(lengths, causal_mask_function if causal else bidirectional_mask_function)
+    half = dict(dtype=torch.bfloat16, requires_grad=True)
+    q, k, v = (torch.randn(layout.total, width, **half) for width in (16, 8, 8))  # type: ignore[call-overload]
+    groups, sequences = layout.together
+    assert sequences is not None and sequences.take(torch.bfloat16, 8)
+    weight = torch.randn(layout.total, 16, dtype=torch.bfloat16)
+    weight[layout.total - layout.spare :] = 0
+
+    def run(together: attention.Together) -> tuple[Tensor, ...]:
+        seen = attend(q, k, v, together, width=8, scaling=0.3)
+        valid = seen[: layout.total - layout.spare]
+        return (valid, *torch.autograd.grad((seen * weight).sum(), [q, k, v]))
+
+    for one, other in zip(run(layout.together), run(attention.Together(groups)), strict=True):
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(one, other, atol=0.03, rtol=0.03)
+
+
+def test_what_has_no_kernel_goes_by_groups_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("it has no dropout, no prefix, no fp32 and no heads of 4")
+
+    monkeypatch.setattr(attention, "VARLEN_ATTN", refuse)
+    monkeypatch.setattr(padding_free, "SEQUENCES_ON", ("cpu",))
+    together = _layout([3, 5], causal_mask_function).together
+    assert together.sequences is not None
+    x = torch.randn(32, 8, dtype=torch.bfloat16)
+    attend(x, x, x, together, width=8, scaling=1.0, dropout=0.1)
+    attend(x, x, x, together, width=8, scaling=1.0, prefix=torch.randn(2, 1, 2, 8))
+    attend(x, x, x, together, width=4, scaling=1.0)
+    attend(x.float(), x.float(), x.float(), together, width=8, scaling=1.0)
+    assert _layout([3, 5], lambda *_: torch.tensor(True)).together.sequences is None
+
+
 def test_dropout_leaves_out_its_share_and_the_gradient_is_that_of_what_was_kept() -> None:
     layout = _layout([16] * 4, bidirectional_mask_function)
     q, k, v = (torch.randn(layout.total, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
 
     def run(dropout: float) -> Tensor:
         torch.manual_seed(1)
-        return attend(q, k, v, layout.groups, width=8, scaling=0.3, dropout=dropout)
+        return attend(q, k, v, layout.together, width=8, scaling=0.3, dropout=dropout)
 
     torch.testing.assert_close(run(0.3), run(0.3))
     assert not torch.allclose(run(0.3), run(0.0))
-    mean = torch.stack([attend(q, k, v, layout.groups, width=8, scaling=0.3, dropout=0.3) for _ in range(2000)]).mean(0)
+    mean = torch.stack([attend(q, k, v, layout.together, width=8, scaling=0.3, dropout=0.3) for _ in range(2000)]).mean(
+        0
+    )
     assert torch.dist(mean, run(0.0)) < 0.05 * run(0.0).norm()
     direction = torch.randn_like(q)
     (grad,) = torch.autograd.grad(run(0.3).sin().sum(), q)
