@@ -38,6 +38,9 @@ from tunesmith.training.examples import Augmented
 from tunesmith.training.machine import Machine
 from tunesmith.training.task_model import load_task_model
 
+ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+"""What transformers calls it. A GPU's attention over sequences one after another has none."""
+
 MAX_LENGTH = 512
 EPOCHS = 3.0
 
@@ -202,14 +205,17 @@ def _fold_adapter(model: str, offline: bool, allow_pickle: bool, talk: Talk) -> 
 def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
     """The same mathematics faster, where it is known how; whether the blocks went padding-free."""
     use_chunked_loss(model)
-    if found.device.type != "cpu":
-        return False
-    use_fast_dropout(model)
-    if parallel.world_size() == 1:  # others would add to rows that this process has not looked up
-        use_kept_gradients(model)
     settings: Any = model.config
-    if settings.is_encoder_decoder and settings._attn_implementation == "sdpa":
-        model.set_attn_implementation("eager")  # type: ignore[operator]  # a fourth faster over sentences, in its backward pass
+    if found.device.type == "cpu":
+        use_fast_dropout(model)
+        if parallel.world_size() == 1:  # others would add to rows that this process has not looked up
+            use_kept_gradients(model)
+        if settings.is_encoder_decoder and settings._attn_implementation == "sdpa":
+            model.set_attn_implementation("eager")  # type: ignore[operator]  # a fourth faster over sentences, in its backward pass
+    elif found.device.type != "cuda" or found.autocast_dtype is None:
+        return False
+    elif any(getattr(settings, name, None) for name in ATTENTION_DROPOUT):
+        return False
     blocks = [model.get_submodule(path) for path in anatomy.blocks]
     if not use_padding_free_blocks(model, blocks):
         return False

@@ -16,6 +16,8 @@ __all__ = ["Dropout", "keep_scale", "use_fast_dropout"]
 
 def keep_scale(x: Tensor, p: float) -> Tensor:
     """A tensor like `x` that is 0 with probability p and 1 / (1 - p) elsewhere."""
+    if x.device.type != "cpu":
+        return torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
     count = x.numel()
     seed = int(torch.empty((), dtype=torch.int64).random_().item())
     words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, size=-(-count // 4), dtype=np.uint64)

@@ -16,21 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.kernels.dropout import keep_scale
+from tunesmith.kernels.fused import fused, fuses
 
-__all__ = ["add_norm", "add_rms_norm", "plain_add_norm", "plain_rms_norm", "rms_norm"]
+__all__ = ["add_norm", "add_rms_norm", "plain_add_norm", "plain_add_rms_norm", "plain_rms_norm", "rms_norm"]
 
 
 def plain_add_norm(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout: float = 0.0
 ) -> Tensor:
     """The z of the module's formula."""
-    return F.layer_norm(x + F.dropout(y, dropout), x.shape[-1:], weight, bias, eps)
+    total = x + F.dropout(y, dropout)
+    return F.layer_norm(_wide(total), x.shape[-1:], weight, bias, eps).to(total.dtype)
 
 
 def add_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout: float = 0.0) -> Tensor:
     """What `plain_add_norm` gives, in the format of x and y.  # (..., width) twice -> (..., width)"""
+    if fuses(x):
+        compiled: Tensor = fused(plain_add_norm, x, y, weight, bias, eps, dropout)
+        return compiled
     found: Tensor = _AddNorm.apply(x, y, weight, bias, eps, dropout)  # type: ignore[no-untyped-call]
     return found
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _AddNorm(torch.autograd.Function):
@@ -58,17 +67,29 @@ class _AddNorm(torch.autograd.Function):
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The second z of the module's formula, of x alone."""
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    wide = _wide(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def plain_add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """S and z of the module's second formula."""
+    return x + y, plain_rms_norm(x + y, weight, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """What `plain_rms_norm` gives, in the format of x."""
+    if fuses(x):
+        compiled: Tensor = fused(plain_rms_norm, x, weight, eps)
+        return compiled
     found: Tensor = _RmsNorm.apply(x, None, weight, eps)[1]  # type: ignore[no-untyped-call]
     return found
 
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """S and z of the module's second formula."""
+    """What `plain_add_rms_norm` gives, in the format of x and y."""
+    if fuses(x):
+        compiled: tuple[Tensor, Tensor] = fused(plain_add_rms_norm, x, y, weight, eps)
+        return compiled
     found: tuple[Tensor, Tensor] = _RmsNorm.apply(x, y, weight, eps)  # type: ignore[no-untyped-call]
     return found
 

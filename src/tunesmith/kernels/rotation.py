@@ -11,11 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["rotated"]
+from tunesmith.kernels.fused import fused, fuses
+
+__all__ = ["plain_rotated", "rotated"]
+
+
+def plain_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Y of every head.  # (total, heads * width), (total, width) twice"""
+    heads = x.unflatten(1, (-1, cos.shape[1]))
+    x1, x2 = heads.chunk(2, -1)
+    y: Tensor = heads * cos[:, None] + torch.cat([-x2, x1], -1) * sin[:, None]
+    return y.flatten(1)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Y of every head.  # (total, heads * width), (total, width) twice"""
+    """What `plain_rotated` gives."""
+    if fuses(x):
+        compiled: Tensor = fused(plain_rotated, x, cos, sin)
+        return compiled
     found: Tensor = _Rotated.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return found
 

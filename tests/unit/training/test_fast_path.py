@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from tunesmith import prepare, run
+from tunesmith.kernels import attention, fused, padding_free
+from tunesmith.models.anatomy import anatomy
 from tunesmith.talk import Talk
 from tunesmith.techniques.lora import LoraLinear
 from tunesmith.testing import MADE_UP, tiny_model, tiny_tokenizer
+from tunesmith.training.machine import Machine
 
 TRIALS: list[tuple[str, str, Any]] = [
     ("bert", "text-classification", "full"),
@@ -57,3 +62,62 @@ def test_first_fifty_losses(
     monkeypatch.setattr(prepare, "use_chunked_loss", lambda *_: False)
     monkeypatch.setattr(LoraLinear, "part", lambda *_: None)
     assert len(ours) == 50 and ours == pytest.approx(losses("plain"), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "dropout", "dtype", "taken"),
+    [
+        ("llama", "attention_dropout", torch.bfloat16, False),
+        ("llama", None, torch.bfloat16, True),
+        ("llama", None, None, False),
+        ("bert", "attention_probs_dropout_prob", torch.bfloat16, False),
+        ("bert", None, torch.float16, True),
+        ("gpt2", "attn_pdrop", torch.bfloat16, False),
+    ],
+)
+def test_on_a_gpu_only_half_precision_without_dropout_in_attention(
+    family: str, dropout: str | None, dtype: torch.dtype | None, taken: bool
+) -> None:
+    dropouts = {dropout: 0.1} if dropout else {}
+    model = tiny_model(family, "AutoModelForSequenceClassification", num_labels=2, **dropouts)
+    assert prepare._speed_up(model, anatomy(model), Machine(torch.device("cuda"), dtype)) is taken
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at it
+def test_the_way_of_a_gpu_played_here_gives_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    tiny_model("llama", "AutoModelForCausalLM", **sizes).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    rows = "".join(json.dumps(MADE_UP["text-classification"](number)) + "\n" for number in range(32))
+    (tmp_path / "train.jsonl").write_text(rows)
+    recipe = {
+        "task": "text-classification",
+        "model": str(tmp_path / "base"),
+        "technique": {"name": "lora", "target_modules": "all-linear"},
+        "data": {"train": str(tmp_path / "train.jsonl"), "validation": None},
+        "train": {"max_steps": 8, "batch_size": 8, "precision": "bf16", "device": "cpu", "learning_rate": 3e-3},
+    }
+
+    def losses(name: str) -> list[float]:
+        run.train(recipe, output=str(tmp_path / name), talk=Talk(level=-1))
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [line["loss"] for line in lines if "grad_norm" in line]
+
+    ours, called = losses("cpu"), set()
+
+    def varlen(q: Any, k: Any, v: Any, ends: Any, *_: Any, scale: float, window_size: tuple[int, int]) -> Any:
+        called.add(window_size)
+        parts = [
+            F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v)), is_causal=True, scale=scale)
+            for a, b in zip(ends.tolist()[:-1], ends.tolist()[1:], strict=True)
+        ]
+        return torch.cat([part.transpose(0, 1) for part in parts])
+
+    torch.compiler.reset()
+    monkeypatch.setattr(attention, "VARLEN_ATTN", varlen)
+    monkeypatch.setattr(padding_free, "SEQUENCES_ON", ("cpu",))
+    monkeypatch.setattr(fused, "FUSED_ON", ("cpu",))
+    monkeypatch.setattr(fused, "BACKEND", "aot_eager")
+    monkeypatch.setattr(fused, "_has_compiler", lambda: True)
+    assert losses("gpu") == pytest.approx(ours, abs=0.02)
+    assert called == {(-1, 0)}
