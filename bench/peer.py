@@ -1,8 +1,8 @@
 """What the peer's scripts share: its settings, what is timed and measured, the command line.
 
-bf16 autocast, dynamic padding, batches grouped by length, fused AdamW, linear schedule with warm-up, the best epoch on
-validation kept. Training is timed alone: evaluation and saving are outside of it. `cpu_seconds` are the whole
-process's, which hold where others have the machine too.
+bf16 autocast unless fp32 is asked for, dynamic padding, batches grouped by length, fused AdamW, linear schedule with
+warm-up, the best epoch on validation kept. Training is timed alone: evaluation and saving are outside of it.
+`cpu_seconds` are the whole process's, which hold where others have the machine too.
 """
 
 from __future__ import annotations

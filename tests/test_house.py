@@ -87,30 +87,20 @@ def test_imports_stand_at_the_top(path: Path) -> None:
             assert not inner, f"{path}:{node.lineno} imports inside a function"
 
 
-def _processor_seconds(code: str) -> tuple[float, str]:
-    """The least of three that a fresh Python takes, whatever else the machine does; what it says on stderr."""
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        after = os.times()
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    return min(seconds), done.stderr
-
-
 @pytest.mark.parametrize("word", ("--help", "tasks", "techniques"))
 def test_help_and_lists_are_quick_and_load_no_torch(word: str) -> None:
     code = (
         f"import sys\nfrom tunesmith.cli import main\nsys.argv = ['tunesmith', '{word}']\ntry:\n    main()\nfinally:\n"
         "    print('torch' in sys.modules, 'transformers' in sys.modules, file=sys.stderr)"
     )
-    seconds, said = _processor_seconds(code)
-    assert said.split()[-2:] == ["False", "False"]
-    libraries, _ = _processor_seconds("import pydantic, typer, rich.console")
-    allowed = max(0.6, 2.5 * libraries)  # on an old processor the libraries alone take half of that
-    assert seconds < allowed, (
-        f"{word} took {seconds:.2f} s (0.4 s is the aim on a quiet machine, {allowed:.2f} allowed)"
-    )
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        after = os.times()  # processor time of the child: a busy machine makes nobody's start slower
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert done.stderr.split()[-2:] == ["False", "False"]
+    assert min(seconds) < 0.6, f"{word} took {min(seconds):.2f} s (0.4 s is the aim on a quiet machine)"
 
 
 def test_ratchets() -> None:

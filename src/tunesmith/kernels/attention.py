@@ -27,7 +27,7 @@ __all__ = ["Rows", "Sequences", "Together", "attend"]
 
 
 def _varlen_attn() -> Any:
-    """PyTorch's kernel, since it knows windows and scales; it runs on GPUs."""
+    """PyTorch's kernel where it is one that knows windows and scales; it runs on GPUs."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -78,7 +78,7 @@ class Sequences:
         """O of the module's formula, without dropout."""
         queries, keys, values = (x.view(len(x), -1, width) for x in (q, k, v))
         shared = queries.shape[1] // keys.shape[1]
-        if shared > 1:  # by itself only since PyTorch 2.12
+        if shared > 1:  # PyTorch 2.11 has no `enable_gqa` there
             keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
         ends = self.starts, self.starts, self.longest, self.longest
         window = (-1, 0) if self.causal else (-1, -1)

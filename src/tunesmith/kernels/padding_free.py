@@ -92,7 +92,8 @@ class Group:
     """Sequences that attend in one call, padded to the longest of them."""
 
     def __init__(self, members: Any, lengths: Any, starts: Any, layout: Layout, *, whole: bool) -> None:
-        self.members, self.device, self.may_see = members, layout.device, layout.may_see
+        self.device, self.may_see = layout.device, layout.may_see
+        self.members = members
         """Which sequences of the batch these are."""
         self.rows, self.longest = len(lengths), int(lengths[-1]) + -int(lengths[-1]) % ROUND_LENGTH
         self.even = int(lengths[0]) == self.longest

@@ -52,7 +52,7 @@ class Machine:
     @property
     def is_slow(self) -> bool:
         """Whether it is to multiply in a format that its processor only emulates."""
-        return self.autocast_dtype is torch.bfloat16 and not _has_bf16(self.device)
+        return self.device.type == "cpu" and self.autocast_dtype is torch.bfloat16 and not _has_bf16(self.device)
 
     @property
     def memory_bytes(self) -> int:

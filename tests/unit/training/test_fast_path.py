@@ -29,6 +29,12 @@ TRIALS: list[tuple[str, str, Any]] = [
 ]
 
 
+def _losses(recipe: dict[str, Any], output: Path) -> list[float]:
+    run.train(recipe, output=str(output), talk=Talk(level=-1))
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "grad_norm" in line]
+
+
 @pytest.mark.parametrize(("family", "task", "technique"), TRIALS)
 def test_first_fifty_losses(
     family: str, task: str, technique: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -52,16 +58,11 @@ def test_first_fifty_losses(
         "train": {"max_steps": 50, "batch_size": 8, "precision": "fp32", "device": "cpu", "learning_rate": 3e-3},
     }
 
-    def losses(name: str) -> list[float]:
-        run.train(recipe, output=str(tmp_path / name), talk=Talk(level=-1))
-        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        return [line["loss"] for line in lines if "grad_norm" in line]
-
-    ours = losses("ours")
+    ours = _losses(recipe, tmp_path / "ours")
     monkeypatch.setattr(prepare, "use_padding_free_blocks", lambda *_: False)
     monkeypatch.setattr(prepare, "use_chunked_loss", lambda *_: False)
     monkeypatch.setattr(LoraLinear, "part", lambda *_: None)
-    assert len(ours) == 50 and ours == pytest.approx(losses("plain"), abs=1e-5)
+    assert len(ours) == 50 and ours == pytest.approx(_losses(recipe, tmp_path / "plain"), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -98,12 +99,7 @@ def test_the_way_of_a_gpu_played_here_gives_the_same_losses(tmp_path: Path, monk
         "train": {"max_steps": 8, "batch_size": 8, "precision": "bf16", "device": "cpu", "learning_rate": 3e-3},
     }
 
-    def losses(name: str) -> list[float]:
-        run.train(recipe, output=str(tmp_path / name), talk=Talk(level=-1))
-        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        return [line["loss"] for line in lines if "grad_norm" in line]
-
-    ours, called = losses("cpu"), set()
+    ours, called = _losses(recipe, tmp_path / "cpu"), set()
 
     def varlen(q: Any, k: Any, v: Any, ends: Any, *_: Any, scale: float, window_size: tuple[int, int]) -> Any:
         called.add(window_size)
@@ -119,5 +115,5 @@ def test_the_way_of_a_gpu_played_here_gives_the_same_losses(tmp_path: Path, monk
     monkeypatch.setattr(fused, "FUSED_ON", ("cpu",))
     monkeypatch.setattr(fused, "BACKEND", "aot_eager")
     monkeypatch.setattr(fused, "_has_compiler", lambda: True)
-    assert losses("gpu") == pytest.approx(ours, abs=0.02)
+    assert _losses(recipe, tmp_path / "gpu") == pytest.approx(ours, abs=0.02)
     assert called == {(-1, 0)}

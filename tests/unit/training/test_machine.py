@@ -70,6 +70,12 @@ def test_a_model_that_would_not_fit_in_fp32_stays_as_it_is_stored(monkeypatch: p
     assert model.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("device", ("mps", "cuda"))
+def test_only_a_cpu_emulates_bf16(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _gpus(monkeypatch, 1)
+    assert not Machine(torch.device(device), torch.bfloat16).is_slow
+
+
 def test_fp16_does_not_train_on_a_cpu() -> None:
     with pytest.raises(RecipeError, match=r"train\.precision: fp16 does not train on a CPU; use bf16, fp32 or auto"):
         machine.find("cpu", "fp16")
