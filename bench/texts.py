@@ -7,6 +7,8 @@ dialogues.jsonl        200 diseases, two to four such questions in a row about e
 instructions.jsonl     500 rows of alpaca and all of self-instruct's seed tasks, each in its own layout
 instructions-zh.jsonl  300 rows of alpaca in Chinese and 300 of huatuo (medicine): instruction, input, output
 contracts/             16 of CUAD's contracts of at most 40 kB, some 90,000 tokens
+spoken/                multi30k's first 8,000 pairs, and its held-out ones, with the English as a speech recogniser
+                       writes it: small letters, no marks
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 Rows = list[dict[str, Any]]
 LONGEST_ANSWER = 600
+SPOKEN_PAIRS = 8000
 
 
 def questions(source: Path) -> Rows:
@@ -49,6 +52,21 @@ def dialogues(rows: Rows) -> Rows:
         for group in about.values()
         if len(group) > 1
     ]
+
+
+def spoken(text: str) -> str:
+    """As a speech recogniser writes it."""
+    return " ".join("".join(c for c in word if c.isalnum() or c == "'").lower() for word in text.split())
+
+
+def write_spoken(source: Path, folder: Path) -> None:
+    """Pairs whose English is spoken, under the names that the set's files have."""
+    folder.mkdir(exist_ok=True)
+    for path in sorted(source.glob("*.??.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = file.read().splitlines()[:SPOKEN_PAIRS]
+        lines = list(map(spoken, lines)) if path.stem.endswith(".en") else lines
+        (folder / path.stem).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def read(*paths: Path) -> Rows:
@@ -86,6 +104,7 @@ def main() -> None:
     write(output / "instructions.jsonl", [*some(english, 500), *seeds])
     chinese = (read(source / "alpaca_zh" / "alpaca_zh_0_3252.json"), read(source / "huatuo_zh" / "llama_data.json"))
     write(output / "instructions-zh.jsonl", [row for rows in chinese for row in some(rows, 300)])
+    write_spoken(source / "multi30k_en_de", output / "spoken")
     contracts = sorted(path for path in (source / "cuad" / "contracts").glob("*.txt") if path.stat().st_size <= 40_000)
     (output / "contracts").mkdir(exist_ok=True)
     for path in random.Random(0).sample(contracts, 16):

@@ -24,6 +24,7 @@ from tunesmith.errors import RecipeError, counted
 from tunesmith.kernels.blocks import use_blocks
 from tunesmith.kernels.dropout import use_fast_dropout
 from tunesmith.kernels.embedding import use_kept_gradients
+from tunesmith.kernels.graphs import use_graphs
 from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.kernels.vocabulary import use_chunked_loss
 from tunesmith.models import added_tokens, sources
@@ -156,7 +157,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     kept = model.state_dict().keys()
     learned += tuple(name for name, _ in model.named_buffers() if name not in before and name in kept)
-    padding_free = _speed_up(model, anatomy, found)
+    padding_free = _speed_up(model, anatomy, found, longest)
     feature_cache.use_features(model, anatomy, feature_cache.level_of(anatomy, learned))
     machine.store_frozen(model, found.autocast_dtype)
     model.to(found.device)
@@ -202,7 +203,7 @@ def _fold_adapter(model: str, offline: bool, allow_pickle: bool, talk: Talk) -> 
                 talk.say(f"merged the adapter of {run} into {run / 'model'}")
 
 
-def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
+def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine, longest: int) -> bool:
     """The same mathematics faster, where it is known how; whether the blocks went padding-free."""
     use_chunked_loss(model)
     settings: Any = model.config
@@ -212,9 +213,10 @@ def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine) -> bool:
             use_kept_gradients(model)
         if settings.is_encoder_decoder and settings._attn_implementation == "sdpa":
             model.set_attn_implementation("eager")  # type: ignore[operator]  # a fourth faster over sentences, in its backward pass
-    elif found.device.type != "cuda" or found.autocast_dtype is None:
+    elif found.device.type != "cuda":
         return False
-    elif any(getattr(settings, name, None) for name in ATTENTION_DROPOUT):
+    elif found.autocast_dtype is None or any(getattr(settings, name, None) for name in ATTENTION_DROPOUT):
+        use_graphs(model, longest)
         return False
     blocks = [model.get_submodule(path) for path in anatomy.blocks]
     if not use_padding_free_blocks(model, blocks):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from tunesmith import prepare, run
 from tunesmith.kernels import attention, fused, padding_free
+from tunesmith.kernels.graphs import Graphs
 from tunesmith.models.anatomy import anatomy
 from tunesmith.talk import Talk
 from tunesmith.techniques.lora import LoraLinear
@@ -81,7 +82,8 @@ def test_on_a_gpu_only_half_precision_without_dropout_in_attention(
 ) -> None:
     dropouts = {dropout: 0.1} if dropout else {}
     model = tiny_model(family, "AutoModelForSequenceClassification", num_labels=2, **dropouts)
-    assert prepare._speed_up(model, anatomy(model), Machine(torch.device("cuda"), dtype)) is taken
+    assert prepare._speed_up(model, anatomy(model), Machine(torch.device("cuda"), dtype), 64) is taken
+    assert isinstance(model.forward, Graphs) is not taken
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at it
