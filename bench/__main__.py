@@ -32,7 +32,6 @@ QUIET_LOAD = 0.3
 def main() -> int:
     """All that was asked for."""
     given = arguments()
-    wanted = chosen(given.names)
     if given.list:
         print("\n".join(f"{workload.name:12} {workload.about}" for workload in WORKLOADS))
         return 0
@@ -40,6 +39,7 @@ def main() -> int:
     busy = f"load before the first run {load:.2f}" + (": the machine was busy" if load > QUIET_LOAD else "")
     print(busy if load <= QUIET_LOAD else f"warning: {busy}, times compare little", flush=True)
     found = machine.find(given.device)
+    wanted = chosen(given.names, found.device.type)
     setting = conduct.Setting(
         sys.executable, str(given.peer_python), given.threads, given.pairs, models.BUILD / "bench", _say
     )

@@ -1,11 +1,14 @@
-"""The models of the speed bench: two from packages, the others made here once, into `build/`."""
+"""The models of the speed bench: two from packages, the others made here once, into `build/`, of random weights: how
+fast a model learns does not depend on what it knows.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, LlamaConfig, Qwen2Config
 
 from bench import marian, rows
 from tunesmith.models import sources
@@ -16,6 +19,30 @@ BLOCKS = {"bert-6x768": 6, "bert-12x768": 12}
 MARIAN = "marian-en-de"
 
 
+def _llama(width: int, inner: int, blocks: int, heads: int) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks}
+    return sizes | {"num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": 128_256}
+
+
+DECODERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "llama-1b": (LlamaConfig, _llama(2048, 8192, 16, 32) | {"tie_word_embeddings": True}),
+    "llama-8b": (LlamaConfig, _llama(4096, 14_336, 32, 32)),
+    "qwen-0.5b": (
+        Qwen2Config,
+        {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "vocab_size": 151_936,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+"""Sizes of LLaMA 3.2 and 3.1 and of Qwen2.5, behind SmolLM2's tokenizer."""
+
+
 def folder_of(name: str, root: Path) -> Path:
     """Where a model lies, fetched or made where it is not there yet; `root` holds the public data."""
     if name in FETCHED:
@@ -24,17 +51,30 @@ def folder_of(name: str, root: Path) -> Path:
     if not (folder / "config.json").exists():
         if name == MARIAN:
             _make_marian(folder, root)
+        elif name in DECODERS:
+            _make_decoder(folder, *DECODERS[name])
         else:
             _make_bert(folder, BLOCKS[name])
     return folder.absolute()
 
 
 def _make_bert(folder: Path, blocks: int) -> None:
-    """Random weights behind MiniLM's tokenizer: how fast a model learns does not depend on what it knows."""
+    """Behind MiniLM's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(sources.resolve(FETCHED["minilm"]).folder)
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=blocks)  # the rest is as in bert-base
     BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _make_decoder(folder: Path, kind: type[Any], sizes: dict[str, Any]) -> None:
+    """Stored in bf16, as such models are."""
+    tokenizer = AutoTokenizer.from_pretrained(sources.resolve(FETCHED["smollm2"]).folder)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(kind(**sizes, **special), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

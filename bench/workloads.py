@@ -43,6 +43,8 @@ class Workload:
     learning_rate: float = 1e-3
     memory: bool = False
     """Whether peaks of memory are compared, each in a fresh process, instead of times."""
+    device: str = "cpu"
+    """Where it is meant to run."""
 
     def job(self, peer: Peer | None, **where: Any) -> dict[str, Any]:
         """What an arm is told; `where`: model, data, device, precision. No peer: it is ours."""
@@ -57,9 +59,11 @@ class Workload:
 TRAINER, SFT = "bench.arms.trainer", "bench.arms.sft"
 DEFAULTS: Keys = {"best": False}
 BEST: Keys = {"best": True}
+COMPILED: Keys = {"best": True, "compiled": True}
 PADDED: Keys = {"best": False, "pad_to": 128}
 QUERY_VALUE: Keys = {"name": "lora", "r": 8, "target_modules": ["query", "value"]}
 PLAIN_LORA: Keys = {"name": "lora", "lora_dropout": 0.0}
+ALL_LINEAR: Keys = {"name": "lora", "r": 16, "target_modules": "all-linear"}
 
 
 def _two(best: float, defaults: float, *, named: str = "Trainer", as_is: Keys = DEFAULTS) -> tuple[Peer, ...]:
@@ -76,6 +80,18 @@ def _c1(blocks: int) -> Workload:
     about = f"{blocks}x768 BERT, LoRA r 8 query+value, 16 x 128 tokens"
     where = {"model": f"bert-{blocks}x768", "data": "medquad", "rows": 768 // blocks, "max_length": 128}
     return _classify(f"C1-{blocks}x768", about, QUERY_VALUE, PLAIN_LORA, _two(1.4, 2.4), **where)
+
+
+def _chats(name: str, about: str, model: str, peers: tuple[Peer, ...], **more: Any) -> Workload:
+    """Instructions with lengths as they are."""
+    given: dict[str, Any] = {"technique": ALL_LINEAR, "theirs": {"name": "lora"}, "max_length": 512} | more
+    return Workload(name, about, "text-generation", model=model, data="alpaca_en", peers=peers, **given)
+
+
+def _sft(best: float, defaults: float, unsloth: float | None = None) -> tuple[Peer, ...]:
+    """TRL twice, and Unsloth between."""
+    between = () if unsloth is None else (Peer("Unsloth", "bench.arms.unsloth", unsloth, BEST),)
+    return (Peer("TRL, best practice", SFT, best, BEST), *between, Peer("TRL, defaults", SFT, defaults, DEFAULTS))
 
 
 def _last_two(role: str) -> list[str]:
@@ -102,11 +118,6 @@ ON_HEAD = (
     Peer("Trainer, best practice", TRAINER, 9.0, BEST),
     Peer("encoded once, logistic head", "bench.arms.encode_once", 1.2),
     Peer("Trainer, defaults", TRAINER, 15.0, DEFAULTS),
-)
-ON_CHATS = (
-    Peer("TRL, best practice", SFT, 1.5, BEST),
-    Peer("Unsloth", "bench.arms.unsloth", 1.2, BEST),
-    Peer("TRL, defaults", SFT, 3.0, DEFAULTS),
 )
 SPEED = (
     _c1(6),
@@ -160,18 +171,13 @@ SPEED = (
         _two(1.7, 3.0),
         epochs=3,
     ),
-    Workload(
+    _chats(
         "C6",
         "SmolLM2-135M, instructions, LoRA r 16 all linear maps, alpaca",
-        "text-generation",
-        model="smollm2",
-        data="alpaca_en",
+        "smollm2",
+        _sft(1.5, 3.0, unsloth=1.2),
         rows=64,
-        technique={"name": "lora", "r": 16, "target_modules": "all-linear"},
-        theirs={},
-        peers=ON_CHATS,
         batch_size=8,
-        max_length=512,
     ),
     _c7("full", {"name": "full"}, {"name": "full"}),
     _c7("lora", QUERY_VALUE, {**PLAIN_LORA, "target_modules": ["q_proj", "v_proj"]}),
@@ -184,6 +190,55 @@ SPEED = (
         learning_rate=1e-2,
     ),
 )
+ON_GPUS = (
+    _classify(
+        "G1",
+        "12x768 BERT, LoRA r 8 query+value, 32 x 128 tokens",
+        QUERY_VALUE,
+        PLAIN_LORA,
+        (
+            Peer("Trainer, best practice, compiled", TRAINER, 2.0, COMPILED),
+            Peer("Trainer, best practice", TRAINER, 2.0, BEST),
+            Peer("Trainer, defaults", TRAINER, 4.0, DEFAULTS),
+        ),
+        model="bert-12x768",
+        data="medquad",
+        rows=6400,
+        max_length=128,
+        batch_size=32,
+        device="cuda",
+    ),
+    _chats(
+        "G2",
+        "LLaMA of 1.2 billion, LoRA r 16 all linear maps, 64 of alpaca a step (8,000 tokens)",
+        "llama-1b",
+        _sft(1.5, 2.2, unsloth=1.1),
+        rows=1280,
+        batch_size=64,
+        device="cuda",
+    ),
+    _chats(
+        "G3",
+        "LLaMA of 8 billion, LoRA r 16 all linear maps, 64 of alpaca a step (8,000 tokens)",
+        "llama-8b",
+        _sft(1.25, 1.8, unsloth=1.05),
+        rows=640,
+        batch_size=64,
+        device="cuda",
+    ),
+    _chats(
+        "G4",
+        "Qwen2 of half a billion, full, 128 of alpaca a step (16,000 tokens)",
+        "qwen-0.5b",
+        _sft(1.25, 2.0),
+        technique={"name": "full"},
+        theirs={"name": "full"},
+        rows=2560,
+        batch_size=128,
+        learning_rate=2e-5,
+        device="cuda",
+    ),
+)
 OF_MEMORY = ("C1-6x768", "C1-12x768", "C2", "C6")
 
 
@@ -193,11 +248,11 @@ def _memory(workload: Workload) -> Workload:
     return replace(workload, name=f"mem-{workload.name}", peers=peers, memory=True)
 
 
-WORKLOADS = (*SPEED, *(_memory(workload) for workload in SPEED if workload.name in OF_MEMORY))
+WORKLOADS = (*SPEED, *(_memory(workload) for workload in SPEED if workload.name in OF_MEMORY), *ON_GPUS)
 
 
-def chosen(names: Sequence[str]) -> list[Workload]:
-    """The workloads that names mean: one, or all that begin so (`C1`, `mem`); no names: every one.
+def chosen(names: Sequence[str], device: str = "cpu") -> list[Workload]:
+    """The workloads that names mean: one, or all that begin so (`C1`, `mem`); no names: all that are for this device.
 
     Raises:
         ValueError: a name means none.
@@ -207,4 +262,4 @@ def chosen(names: Sequence[str]) -> list[Workload]:
         if not meant:
             raise ValueError(f"{name}: no such workload; there are {', '.join(w.name for w in WORKLOADS)}")
     wanted = [w for meant in found.values() for w in meant]
-    return [w for w in WORKLOADS if w in wanted or not names]
+    return [w for w in WORKLOADS if (w in wanted if names else w.device == device)]

@@ -22,8 +22,10 @@ LIBRARIES = ("trl", "transformers", "torch", "peft", "accelerate")
 def go(job: dict[str, Any]) -> dict[str, Any]:
     """One run from the pretrained weights."""
     set_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
-    return trained(job, model, peft_config=peft.LoraConfig(**ADAPTER))
+    full, on_gpu = job["technique"]["name"] == "full", job["device"] == "cuda"
+    frozen = torch.bfloat16 if on_gpu else torch.float32  # as best practice has it on each
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32 if full else frozen)
+    return trained(job, model, **({} if full else {"peft_config": peft.LoraConfig(**ADAPTER)}))
 
 
 def trained(job: dict[str, Any], model: Any, **more: Any) -> dict[str, Any]:

@@ -56,9 +56,10 @@ def go(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def how(job: dict[str, Any]) -> dict[str, Any]:
-    """The work, and with `best` the way it is best done; else what the trainer's defaults make of it."""
+    """The work, and with `best` how it is best done, `compiled` or not; else what the trainer's defaults make of it."""
     asked = {key: job[key] for key in ("epochs", "batch_size", "learning_rate", "device")}
-    return work(**asked, seed=0) | (best_practice(job["precision"]) if job["best"] else {})
+    compiled = {"torch_compile": bool(job.get("compiled"))}
+    return work(**asked, seed=0) | (best_practice(job["precision"]) | compiled if job["best"] else {})
 
 
 def measured(trainer: Any, timer: TrainingTime, rows: Encoded, job: dict[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from bench import models, rows
 from bench.arms import encode_once, floor, ours, trainer
 from bench.splits import read_rows, read_sentences
-from bench.workloads import SPEED, WORKLOADS, Workload, chosen
+from bench.workloads import ON_GPUS, SPEED, WORKLOADS, Workload, chosen
 from tunesmith.models import sources
 from tunesmith.prepare import Prepared
 from tunesmith.recipe import load
@@ -31,19 +33,28 @@ def test_a_name_means_one_or_all_that_begin_so() -> None:
     assert [workload.name for workload in chosen(["C5"])] == ["C5-freeze", "C5-lora"]
     assert [workload.name for workload in chosen(["C5-lora", "C1-6x768"])] == ["C1-6x768", "C5-lora"]
     assert [workload.name for workload in chosen(["C1"])] == ["C1-6x768", "C1-12x768"], "C10 is another"
-    assert {workload.memory for workload in chosen(["mem"])} == {True} and len(chosen([])) == len(WORKLOADS)
+    assert {workload.memory for workload in chosen(["mem"])} == {True}
+    assert [*chosen([]), *chosen([], "cuda")] == [*WORKLOADS]
     with pytest.raises(ValueError, match="C11: no such workload; there are C1-6x768"):
         chosen(["C11"])
 
 
-@pytest.mark.parametrize("workload", SPEED, ids=lambda workload: workload.name)
+@pytest.mark.parametrize("workload", (*SPEED, *ON_GPUS), ids=lambda workload: workload.name)
 def test_there_are_defaults_and_best_practice_and_ours_is_a_recipe(workload: Workload) -> None:
     ways = [peer.keys.get("best") for peer in workload.peers]
     assert True in ways and False in ways
-    assert workload.model in models.FETCHED or workload.model in (*models.BLOCKS, models.MARIAN)
+    assert workload.model in models.FETCHED or workload.model in (*models.BLOCKS, *models.DECODERS, models.MARIAN)
     where = {"model": "a/model", "data": "train.csv", "device": "cpu", "precision": "fp32"}
     recipe = load(None, (), ours.keywords(workload.job(None, **where), "runs/never"))
     assert recipe.train.batch_size == workload.batch_size and recipe.data.validation is None
+
+
+def test_decoders_have_the_sizes_that_they_are_called_by() -> None:
+    numbers = {}
+    for name, (kind, sizes) in models.DECODERS.items():
+        with torch.device("meta"):
+            numbers[name] = AutoModelForCausalLM.from_config(kind(**sizes)).num_parameters()
+    assert numbers == pytest.approx({"llama-1b": 1.24e9, "llama-8b": 8.03e9, "qwen-0.5b": 0.494e9}, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", rows.KINDS)
