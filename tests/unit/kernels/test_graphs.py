@@ -170,6 +170,22 @@ def test_dropout_draws_what_it_would_have_drawn() -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len({round(loss, 4) for loss in losses[0]}) == 4
 
 
+def test_a_mask_that_the_model_leaves_out_where_nothing_is_padded() -> None:
+    model = _model()
+    plain, seen = model.forward, []
+
+    def forward(**inputs: Tensor) -> Any:
+        seen.append(bool(inputs["attention_mask"].all()))
+        return plain(**inputs)
+
+    model.forward = forward
+    ours = _with_graphs(model, Played())
+    ids = torch.full((4, 16), 7)
+    for _ in range(3):
+        _gradients(ours, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert seen == [True, True, True, False, False, True], "captured, compared twice, used"
+
+
 @pytest.mark.parametrize("fault", ["refuses", "stale"])
 def test_a_model_that_no_graph_takes_goes_on_without(fault: str) -> None:
     def capture(module: Any, sample: tuple[Tensor, ...]) -> Any:
