@@ -231,7 +231,9 @@ def train(
 def evaluate(
     run: Run,
     data: Annotated[Path | None, typer.Option(help="Another file to score on.")] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test of the run.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test of the run; default: test, where it has one.")
+    ] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the untouched base, by a probe or its own head.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     allow_pickle: AllowPickle = False,

@@ -232,7 +232,9 @@ def _score_before(prepared: Prepared, progress: Progress, folder: Path, talk: Ta
     model, task, metric = prepared.model, prepared.task, prepared.recipe.train.metric
     assert metric is not None, "_resolve fills it in"
     held_out = [name for name in ("validation", *task.others()) if name in prepared.encoded]
-    with talk.during(f"scoring {' and '.join(held_out)} before anything but a head has learned"):
+    unlearned = "anything but a head" if progress.step else "anything"
+    saying = talk.during(f"scoring {' and '.join(held_out)} before {unlearned} has learned")
+    with saying, prepared.technique.absent(model):
         scored = {name: evaluate.scored(model, task, prepared.encoded[name], prepared.machine) for name in held_out}
     progress.before = {name: scores for name, (scores, _) in scored.items()}
     progress.said_before = record.first_said(scored["validation"][1]) if "validation" in scored else {}
@@ -448,14 +450,18 @@ def _conclude(prepared: Prepared, metrics: dict[str, Any], folder: Path, talk: T
     assert metric is not None, "_resolve fills it in"
     for name in (*prepared.task.others(), "validation", "test"):
         if name in metrics:
-            was = metrics.get("before", {}).get(name, {}).get(metric)
-            talk.say(f"{name}: {scores_line(metrics[name], metric)}" + (f"  ({was:.4f} before)" if was else ""))
-    gain = math.inf
+            was = metrics.get("before", {}).get(name, {})
+            talk.say(f"{name}: {scores_line(metrics[name], metric, was)}")
+    gain, sign = math.inf, -1 if metric in LOW_IS_GOOD else 1
+    was, now = (part.get("validation", {}).get(metric, math.nan) for part in (metrics.get("before", {}), metrics))
+    if sign * now < sign * was:
+        lower = f"a lower train.learning_rate than {prepared.recipe.train.learning_rate:.1e}"
+        talk.warn(f"validation {metric} is worse than before the run: {now:.4f}, {was:.4f} before; {lower} may help")
     if metric in (guess := metrics.get("baseline", {})):
-        gain = (metrics[guess["split"]][metric] - guess[metric]) * (-1 if metric in LOW_IS_GOOD else 1)
+        gain = (metrics[guess["split"]][metric] - guess[metric]) * sign
         score = f"{metric} {guess[metric]:.4f} on {guess['split']}"
         known = "labels" if "label" in prepared.task.columns else "texts' frequencies"
-        talk.say(f"a guess that knows only the training {known}: {score}")
+        talk.say(f"a guess that knows only the training {known}: {score}" + (", no worse" if gain <= 0 else ""))
     if (hint := hints.longer(folder / "metrics.jsonl", prepared.recipe.train, gain)) is not None:
         talk.say(hint)
     talk.say(f'written to {folder}; ask it: {command("predict", folder)} "..."')

@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,26 +139,25 @@ class Talk:
             self._line, self._written_s = text, time.monotonic()
 
 
-def scores_line(scores: dict[str, Any], first: str) -> str:
-    """The plain numbers of a score on one line, the one that counts first."""
+def scores_line(scores: dict[str, Any], first: str, before: Mapping[str, Any] | None = None) -> str:
+    """The plain numbers of a score on one line, the one that counts first, each with what it was `before`."""
     names = sorted((name for name, value in scores.items() if isinstance(value, float)), key=lambda name: name != first)
-    return "  ".join(f"{name} {scores[name]:.4f}" for name in names)
+    was = {name: f" ({value:.4f} before)" for name, value in (before or {}).items() if isinstance(value, float)}
+    return "  ".join(f"{name} {scores[name]:.4f}{was.get(name, '')}" for name in names)
 
 
 def answer_line(answer: dict[str, Any], asked: object) -> str:
     """What was answered, how sure that is, and the beginning of what was asked; of a text the text alone."""
     if "error" in answer:
         return f"(no answer: {answer['error']})"
-    if "generated_text" in answer:
-        return str(answer["generated_text"])
+    if (text := answer.get("generated_text", answer.get("translation"))) is not None:
+        return str(text)
     if "entities" in answer:
         found = (f"{one['text']} ({one['label']} {one['score']:.3f})" for one in answer["entities"])
         said = ", ".join(found) or "no entity"
     elif "masks" in answer:
         masks = (" ".join(f"{one['token']} {one['score']:.3f}" for one in mask) for mask in answer["masks"])
         said = "; ".join(masks)
-    elif "translation" in answer:
-        said = answer["translation"]
     else:
         said = answer.get("label") or ", ".join(answer.get("labels", [])) or f"{answer.get('value', 0):.4g}"
         said += f"  {answer['score']:.3f}" if "score" in answer else ""

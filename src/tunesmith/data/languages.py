@@ -12,6 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
+from tunesmith.errors import shorten
+
 _TABLE = """
 af afr af_ZA afr_Latn Afrikaans       | am amh -     amh_Ethi Amharic      | ar ara ar_AR arb_Arab Arabic
 az aze az_AZ azj_Latn Azerbaijani     | be bel -     bel_Cyrl Belarusian   | bg bul -     bul_Cyrl Bulgarian
@@ -87,6 +89,17 @@ def language(code: str) -> Language | None:
     """What a code or name means, whatever region it adds (`en-GB`); None where it is not known."""
     plain = code.strip().lower().replace("-", "_")
     return _BY_CODE.get(plain) or _BY_CODE.get(plain.partition("_")[0])
+
+
+def checked(code: str) -> str:
+    """The code, where it is known or looks like one that some model may know.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if language(code) is None and not CODE.fullmatch(code):
+        raise ValueError(f"no language is called {shorten(code)}; a code as en, deu or zh_CN, or its English name")
+    return code
 
 
 def same(one: str, other: str) -> bool:

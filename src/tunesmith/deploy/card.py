@@ -48,12 +48,13 @@ def write(folder: Path) -> None:
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     adapter = (folder / "adapter").exists()
     assert isinstance(recipe.task, Task)
+    known = "labels" if "label" in recipe.task.columns else "texts"
     parts = [
         "---\n" + to_yaml(_head(recipe, run, adapter, adapter and _peft_loads(folder))) + "---\n",
         f"# {folder.resolve().name}\n",
         f"`{recipe.model}` adapted to {recipe.task.name} by `{run['technique']}` with tunesmith.\n",
         "## Scores\n",
-        _scores(run["metrics"]) if "merged" not in run else f"None yet: `tunesmith evaluate {folder}`.\n",
+        _scores(run["metrics"], known) if "merged" not in run else f"None yet: `tunesmith evaluate {folder}`.\n",
         *_samples(run.get("samples") or []),
         "## Load it\n",
         "With tunesmith:\n",
@@ -106,19 +107,21 @@ def _hub_name(spec: str) -> str:
     return spec.removeprefix("hf:").partition("@")[0]
 
 
-def _scores(metrics: dict[str, Any]) -> str:
-    """A table: metric by split, the guess of one who knows only the training labels beside it; and what each says."""
+def _scores(metrics: dict[str, Any], known: str) -> str:
+    """A table: metric by split, the guess of one who knows only the training labels or texts beside it; and what each
+    says.
+    """
     columns = side_by_side(metrics)
     if "baseline" not in metrics:
         return "No rows were held out, so there is no score.\n"
     guess = metrics["baseline"]
     names = [name for name, value in columns[-1][1].items() if isinstance(value, float)]
     lines = [
-        f"| | {' | '.join(title for title, _ in columns)} | guess from the training labels ({guess['split']}) |",
+        f"| | {' | '.join(title for title, _ in columns)} | guess from the training {known} ({guess['split']}) |",
         "|---" * (len(columns) + 2) + "|",
     ]
     for name in names:
-        cells = " | ".join(f"{scores.get(name, float('nan')):.4f}" for _, scores in columns)
+        cells = " | ".join(f"{scores[name]:.4f}" if name in scores else "" for _, scores in columns)
         lines.append(f"| {name} | {cells} | {guess[name]:.4f} |" if name in guess else f"| {name} | {cells} | |")
     lines += ["", *(f"- {name}: {MEANINGS[name]}" for name in names if name in MEANINGS)]
     return "\n".join(lines) + "\n"

@@ -13,7 +13,8 @@ FEW_STEPS = 100
 """More steps than these are no sign of data so small that three epochs are next to nothing."""
 
 HARDLY = 0.05
-"""A loss that falls by less than this share, first quarter of the steps to last, has hardly moved."""
+"""A loss that falls by less than this share has hardly moved: on validation from its first value to its last, where it
+was scored more than once, else in training from the first quarter of the steps to the last."""
 
 LONGER = 3
 
@@ -26,13 +27,19 @@ def longer(metrics: Path, train: Train, gain: float) -> str | None:
     losses, scores = _numbers(lines, "loss"), _numbers(lines, f"validation/{train.metric}")
     if not 1 < len(losses) < FEW_STEPS:
         return None
+    before, held_out = _numbers(lines, "before/validation/loss"), _numbers(lines, "validation/loss")
+    if before and held_out and held_out[-1] > before[0]:
+        return None  # more of what has done harm
+    held_out = before + held_out
     quarter = max(1, len(losses) // 4)
     first, last = sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter
+    if len(held_out) > 1:
+        first, last = held_out[0], held_out[-1]
     best = min if train.metric in LOW_IS_GOOD else max
     if len(scores) > 1 and best(scores) == scores[-1] and scores.count(scores[-1]) == 1:
         why = f"validation {train.metric} was best at the last evaluation"
     elif last > (1 - HARDLY) * first:
-        why = f"the loss has hardly moved ({first:.3f} to {last:.3f})"
+        why = f"the {'validation ' * (len(held_out) > 1)}loss has hardly moved ({first:.3f} to {last:.3f})"
     elif gain <= 0:
         why = f"{train.metric} has come no further than a guess"
     else:

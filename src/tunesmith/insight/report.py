@@ -47,6 +47,8 @@ def write(folder: Path) -> None:
         errors=scores.get("errors", {}),
         confusion=confusion if len(confusion) <= COLUMNS_AT_MOST else [],
         worst=_worst(folder / "predictions-test.jsonl", recipe.task),
+        labelled="label" in recipe.task.columns,
+        chars=CHARS_SHOWN,
         counted=counted,
         width=WIDTH,
         height=HEIGHT,

@@ -24,14 +24,15 @@ def evaluate(
     run: str | Path,
     *,
     data: str | Path | None = None,
-    split: str = "test",
+    split: str | None = None,
     base: bool = False,
     device: str = "auto",
     offline: bool = False,
     allow_pickle: bool = False,
     talk: Talk | None = None,
 ) -> dict[str, Any]:
-    """The scores of a run on one of its splits, or on another file (`notes`: what was left out of that).
+    """The scores of a run on one of its splits (by default test, else validation), or on another file (`notes`: what
+    was left out of that).
 
     `baseline` is what a guess that knows only the training labels scores there. With `base`, `metrics` are those of a
     linear probe on the features of the untouched base, what the model knew before, or the base's own where it can do
@@ -40,9 +41,10 @@ def evaluate(
     Raises:
         DataError: the run has no such split, or the file cannot be read.
     """
-    talk, read = talk or Talk(), f"reading and encoding {data or split}"
+    talk = talk or Talk()
     tuned = predict.load(run, device=device, offline=offline, allow_pickle=allow_pickle)
-    with talk.during(read):
+    split = split or ("validation" if tuned.data.test is None else "test")
+    with talk.during(f"reading and encoding {data or split}"):
         if data is None:
             chosen, notes = _split(tuned, Path(run), split), list[str]()
         else:

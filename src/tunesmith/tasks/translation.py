@@ -25,7 +25,7 @@ from tunesmith.data.formats import Row
 from tunesmith.data.pairs import pair_faults
 from tunesmith.data.templates import template_text
 from tunesmith.data.texts import as_bytes
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import DataError, RecipeError, shorten
 from tunesmith.metrics.language import SurpriseScores
 from tunesmith.metrics.texts import TextScores
 from tunesmith.models.directions import direction
@@ -43,10 +43,12 @@ BLEU_TOKENS = {"zh": "zh", "ja": "char", "th": "char", "km": "char", "my": "char
 class Translation(WritingTask):
     """Translates texts from one language into another."""
 
-    source_lang: str | None = Field(
-        None, min_length=2, description="language that is read, e.g. en; null: from the names of the columns"
+    source_lang: Annotated[str, AfterValidator(languages.checked)] | None = Field(
+        None, description="language that is read, e.g. en; null: from the names of the columns"
     )
-    target_lang: str | None = Field(None, min_length=2, description="language that is written, likewise")
+    target_lang: Annotated[str, AfterValidator(languages.checked)] | None = Field(
+        None, description="language that is written, likewise"
+    )
     prefix: str | None = Field(None, description="put before each source; null: what the model was made with")
     num_beams: int = Field(4, ge=1, description="how many beginnings are followed at once in writing; 1: greedy")
     max_new_tokens: int = Field(128, ge=1, description="tokens of a translation at most")
@@ -81,7 +83,16 @@ class Translation(WritingTask):
         return {role: (*spoken.get(role, ()), *names) for role, names in self.columns.items()}
 
     def named(self, columns: Mapping[str, str | int]) -> Self:
-        """With the languages that columns are named after."""
+        """With the languages that columns are named after.
+
+        Raises:
+            RecipeError: they are named after others than the recipe says.
+        """
+        for role, code in (("source", self.source_lang), ("target", self.target_lang)):
+            column = str(columns.get(role, ""))
+            if code and languages.language(column) and not languages.same(column, code):
+                what = f"task.{role}_lang: {shorten(code)}, but the {role}s stand under {shorten(column)}"
+                raise RecipeError(what, hint=f"task.{role}_lang={column}, or data.columns.{role}=NAME")
         said = {f"{role}_lang": str(column) for role, column in columns.items() if languages.language(str(column))}
         return self.model_copy(update={key: code for key, code in said.items() if getattr(self, key, code) is None})
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -74,6 +75,11 @@ class Technique(Plugin):
         Raises:
             RecipeError: the technique cannot serve this model; says the mathematical reason and the way out.
         """
+
+    @contextmanager
+    def absent(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the model answers without what does not start as the base: what it scores there is the base's."""
+        yield
 
     def merge(self, model: nn.Module) -> None:
         """Fold what was learned into plain modules, in place, in fp32.

@@ -9,6 +9,8 @@ Positions of the text begin after the prefix, as if it stood before the text. In
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -62,6 +64,7 @@ class PrefixStates(nn.Module):
     def __init__(self, start: Tensor, shared: Shared | None, relative: nn.Module | None) -> None:
         super().__init__()
         self.shape = tuple(start.shape)  # (2, kv heads, virtual tokens, width)
+        self.present = True
         self.relative = (relative,)  # T5's relative positions, a part of another block: not to be registered here
         self.shared = shared
         if shared is None:
@@ -70,7 +73,15 @@ class PrefixStates(nn.Module):
             self.up = nn.Linear(shared.down.out_features, start.numel() // start.shape[2])
 
     def forward(self) -> Tensor:
-        """Keys and values."""  # (2, kv heads, virtual tokens, width)
+        """Keys and values; none while they are absent."""  # (2, kv heads, virtual tokens, width)
+        return self._made()[:, :, : self.tokens]
+
+    @property
+    def tokens(self) -> int:
+        """How many are seen."""
+        return self.shape[2] if self.present else 0
+
+    def _made(self) -> Tensor:
         if self.shared is None:
             return self.states
         _, heads, tokens, width = self.shape
@@ -88,7 +99,7 @@ class PrefixStates(nn.Module):
     def bias(self, queries: int, keys: int) -> Tensor:
         """T5's bias of each query for each virtual token."""  # (1, heads, queries, virtual tokens)
         relative: Any = self.relative[0]
-        tokens = self.shape[2]
+        tokens = self.tokens
         made: Tensor = relative.compute_bias(queries, tokens + keys, past_seen_tokens=tokens)
         return made[..., :tokens]
 
@@ -134,6 +145,18 @@ class Prefix(Technique):
             body.register_forward_pre_hook(partial(_begin_after, modules[0].prefix), with_kwargs=True)
         names = {name for name, _ in model.named_parameters() if ".prefix." in name}
         learn_only(model, names | anatomy.learns_always)
+
+    @contextmanager
+    def absent(self, model: nn.Module) -> Iterator[None]:
+        """No prefixes."""
+        prefixes = _prefixes(model)
+        for prefix in prefixes:
+            prefix.present = False
+        try:
+            yield
+        finally:
+            for prefix in prefixes:
+                prefix.present = True
 
     def _ask(self, model: Any, body: Any, vocabulary: int, anatomy: Anatomy) -> list[Seen]:
         """What each attention that is to have a prefix makes of tokens drawn from the vocabulary."""
@@ -223,5 +246,5 @@ def _begin_after(prefix: PrefixStates, body: Any, args: tuple[Any, ...], given: 
         shown = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         first = first_position(body)
         given["position_ids"] = torch.arange(first, first + shown.shape[1], device=shown.device)[None]
-    given["position_ids"] = given["position_ids"] + prefix.shape[2]
+    given["position_ids"] = given["position_ids"] + prefix.tokens
     return (), given

@@ -11,6 +11,8 @@ which puts all its vectors in front, can be given as well: its first vector is t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -43,6 +45,7 @@ class SoftPrompt(nn.Module):
     """The vectors that are put before a text: those that learn, after the embedding of the first token if it counts."""
 
     first: Tensor | None
+    present: bool = True
 
     def __init__(self, weight: Tensor, first: Tensor | None) -> None:
         super().__init__()
@@ -50,8 +53,9 @@ class SoftPrompt(nn.Module):
         self.register_buffer("first", None if first is None else first.detach().float())  # (1, width)
 
     def forward(self) -> Tensor:
-        """All of them, in order."""  # (positions added, width)
-        return self.weight if self.first is None else torch.cat([self.first, self.weight])
+        """All of them, in order; none while they are absent."""  # (positions added, width)
+        vectors = self.weight if self.first is None else torch.cat([self.first, self.weight])
+        return vectors if self.present else vectors[:0]
 
 
 class Prompt(Technique):
@@ -95,6 +99,16 @@ class Prompt(Technique):
             stack.register_forward_hook(partial(_take_away, embedding.prompt), with_kwargs=True)
         name = next(name for name, parameter in model.named_parameters() if parameter is embedding.prompt.weight)
         learn_only(model, {name} | anatomy.learns_always)
+
+    @contextmanager
+    def absent(self, model: nn.Module) -> Iterator[None]:
+        """No vectors."""
+        prompt = _prompt(model)
+        prompt.present = False
+        try:
+            yield
+        finally:
+            prompt.present = True
 
     def _start(self, embedding: Any, processor: Any) -> Tensor:
         """The tokens that the vectors start as."""
@@ -235,7 +249,7 @@ def _take_away(prompt: SoftPrompt, stack: Any, args: tuple[Any, ...], given: dic
         return output  # they came out of an earlier call
 
     def text(states: Tensor) -> Tensor:
-        if prompt.first is None:
+        if prompt.first is None or not count:
             return states[:, count:]
         return torch.cat([states[:, :1], states[:, count + 1 :]], 1)
 

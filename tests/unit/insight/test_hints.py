@@ -50,3 +50,22 @@ def test_when_more_epochs_are_advised(
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = hints.longer(tmp_path / "metrics.jsonl", Train.model_validate(train), gain)
     assert found is None if said is None else found is not None and said in found
+
+
+@pytest.mark.parametrize(
+    ("held_out", "said"),
+    [
+        ([2.0, 1.99, 1.98], "the validation loss has hardly moved (2.000 to 1.980): training longer"),
+        ([2.0, 1.5], None),
+        ([2.0, 2.1], None),
+    ],
+)
+def test_what_is_held_out_says_whether_the_loss_has_moved(
+    held_out: list[float], said: str | None, tmp_path: Path
+) -> None:
+    lines: list[dict[str, object]] = [{"loss": loss} for loss in STAYS]
+    lines += [{"before/validation/loss": held_out[0]}, *({"validation/loss": loss} for loss in held_out[1:])]
+    lines += [{"validation/accuracy": score} for score in FELL]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = hints.longer(tmp_path / "metrics.jsonl", Train.model_validate(EPOCHS), 0.1)
+    assert found is None if said is None else found is not None and said in found

@@ -118,6 +118,11 @@ def test_what_the_command_prints(finished: Any, command: Any) -> None:
     assert own.startswith(f"{folder} on test (12 examples): accuracy {accuracy:.4f}  ") and guess.startswith("a guess ")
 
 
+def test_a_run_without_a_test_split_is_scored_on_validation(recipe_of: Any, tmp_path: Path) -> None:
+    folder = tunesmith.train(recipe_of(), "data.test=null", output=str(tmp_path / "no-test"))["run"]
+    assert tunesmith.evaluate(folder)["split"] == "validation"
+
+
 def test_a_split_that_the_run_lacks_is_refused(finished: Any) -> None:
     with pytest.raises(
         RecipeError, match="the run has no dev split; it has test, train, validation; or give --data FILE"

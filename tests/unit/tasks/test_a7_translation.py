@@ -125,6 +125,23 @@ def test_a_language_that_is_not_there(command: Command, tmp_path: Path) -> None:
     assert said.startswith("train:1: no column for target among: de, en; data.columns.target=NAME")
 
 
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        (
+            "zz",
+            "task.target_lang: 'zz', but the targets stand under 'de'; task.target_lang=de, or data.columns.target=",
+        ),
+        ("klingon", "no language is called 'klingon'; a code as en, deu or zh_CN, or its English name"),
+    ],
+)
+def test_a_language_that_nobody_knows(named: str, said: str, command: Command, tmp_path: Path) -> None:
+    data, base = tmp_path / _parallel(tmp_path), "model=./none"
+    words = base, f"data.train={data}", "task.source_lang=en", f"task.target_lang={named}"
+    code, _, err = command("train", "task=translation", *words)
+    assert code == 2 and said in err
+
+
 def test_the_other_way_round_is_seen_by_the_script(command: Command, tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("".join(f"number {n}\t第{n}号\n" for n in range(30)))
     said = _refused(command, tmp_path, "a.tsv", "task.source_lang=zh", "task.target_lang=en")

@@ -97,6 +97,20 @@ def test_a_copy_answers_the_same_and_learns_on_its_own(kind: str, family: str) -
     assert not torch.equal(answers(twin), before), "and hears its own"
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_without_what_stands_before_the_text_the_base_answers(kind: str, family: str) -> None:
+    model = tiny_model(family, CLASSIFIER).eval()
+    before = answers(model).detach()
+    technique = technique_of(kind)
+    torch.manual_seed(1)
+    technique.apply(model, anatomy(model), tiny_tokenizer())
+    beside = answers(model).detach()
+    with technique.absent(model):
+        torch.testing.assert_close(answers(model), before)
+    assert torch.equal(answers(model), beside) and not torch.allclose(beside, before, atol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 @pytest.mark.parametrize(("kind", "family"), CASES)
 def test_what_is_recomputed_gives_the_same_gradients(kind: str, family: str) -> None:
