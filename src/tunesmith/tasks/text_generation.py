@@ -236,7 +236,8 @@ class TextGeneration(WritingTask):
     ) -> tuple[list[list[int]], list[Fault]] | None:
         """Of conversations in their template, and of raw text (`data/chat_faults.py`)."""
         assert data.max_length is not None, "the check knows it"
-        if self.form == "text":
+        unfitted = self.form == "auto" and all("text" in row.values for row in rows)
+        if self.form == "text" or unfitted:
             return text_faults(processor, [(row.place, str(row.values["text"])) for row in rows])
         read: list[tuple[str, list[Message]]] = []
         for row in rows:

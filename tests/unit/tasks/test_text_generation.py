@@ -195,6 +195,13 @@ def test_a_batch_without_anything_to_learn_has_no_loss_and_no_nan(tmp_path: Path
     assert task.notes(encoded, tokenizer())[0].startswith("1 of 3 conversations have no answer within data.max_length")
 
 
+def test_raw_text_that_no_run_would_take_has_its_tokens_counted_all_the_same() -> None:
+    ready = TextGeneration.model_validate({}).for_processor(tokenizer(), _model().config)
+    rows = [Row(f"a.txt:{n}", {"text": text}) for n, text in enumerate(DOCUMENTS)]
+    found = ready.token_faults(rows, tokenizer(), Data(max_length=64))  # type: ignore[call-arg]
+    assert found is not None and all(len(ids) > 0 for ids in found[0])
+
+
 def test_the_guess_knows_the_frequencies_of_what_is_learned(tmp_path: Path) -> None:
     task, encoded = _encoded(_chat_rows(), TextGeneration(), tmp_path / "chats")
     batch = _batch(encoded)
