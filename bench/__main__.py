@@ -63,6 +63,9 @@ def measured(
     workload: Workload, setting: conduct.Setting, given: argparse.Namespace, found: machine.Machine
 ) -> conduct.Outcome | None:
     """A workload's outcome; None, and a line that says why, where it cannot be run here."""
+    if workload.device == "cuda" != found.device.type:
+        _say(f"{workload.name}: left out: it is meant for a GPU, and this is {found.device.type}")
+        return None
     if given.rows:
         workload = replace(workload, rows=given.rows)
     try:

@@ -260,7 +260,8 @@ def evaluate(
             f"{who} on {result['split']} ({counted(result['examples'], 'example')}): {scores_line(scores, 'accuracy')}"
         )
     if "baseline" in result:
-        print(f"a guess that knows only the training labels: {scores_line(result['baseline'], 'accuracy')}")
+        known = f"a guess that knows only the training {result['baseline_knows']}"
+        print(f"{known}: {scores_line(result['baseline'], 'accuracy')}")
 
 
 @app.command(epilog="Example: tunesmith merge runs/a runs/b --weights 0.7,0.3 --method ties --output runs/merged")

@@ -29,7 +29,7 @@ from tunesmith.prepare import Prepared, prepare
 from tunesmith.recipe import Recipe, Train
 from tunesmith.record import Progress
 from tunesmith.talk import Talk, command, scores_line
-from tunesmith.tasks import LOW_IS_GOOD, WritingTask
+from tunesmith.tasks import LOW_IS_GOOD, WritingTask, guess_knows
 from tunesmith.training import checkpoint, evaluate, files, loop, machine, optimizer, parallel
 from tunesmith.training.machine import Machine
 from tunesmith.training.run_lock import RunLock, claim, clear
@@ -450,8 +450,7 @@ def _conclude(prepared: Prepared, metrics: dict[str, Any], folder: Path, talk: T
     assert metric is not None, "_resolve fills it in"
     for name in (*prepared.task.others(), "validation", "test"):
         if name in metrics:
-            was = metrics.get("before", {}).get(name, {})
-            talk.say(f"{name}: {scores_line(metrics[name], metric, was)}")
+            talk.say(f"{name}: {scores_line(metrics[name], metric, metrics.get('before', {}).get(name))}")
     gain, sign = math.inf, -1 if metric in LOW_IS_GOOD else 1
     was, now = (part.get("validation", {}).get(metric, math.nan) for part in (metrics.get("before", {}), metrics))
     if sign * now < sign * was:
@@ -460,8 +459,8 @@ def _conclude(prepared: Prepared, metrics: dict[str, Any], folder: Path, talk: T
     if metric in (guess := metrics.get("baseline", {})):
         gain = (metrics[guess["split"]][metric] - guess[metric]) * sign
         score = f"{metric} {guess[metric]:.4f} on {guess['split']}"
-        known = "labels" if "label" in prepared.task.columns else "texts' frequencies"
-        talk.say(f"a guess that knows only the training {known}: {score}" + (", no worse" if gain <= 0 else ""))
+        known = f"a guess that knows only the training {guess_knows(prepared.task)}"
+        talk.say(f"{known}: {score}" + (", no worse" if gain <= 0 else ""))
     if (hint := hints.longer(folder / "metrics.jsonl", prepared.recipe.train, gain)) is not None:
         talk.say(hint)
     talk.say(f'written to {folder}; ask it: {command("predict", folder)} "..."')

@@ -16,7 +16,7 @@ from tunesmith.metrics import MEANINGS, side_by_side
 from tunesmith.models.load import auto_class
 from tunesmith.recipe import Recipe, to_yaml
 from tunesmith.recipe import load as load_recipe
-from tunesmith.tasks import Task
+from tunesmith.tasks import Task, guess_knows
 from tunesmith.techniques import OWN_TYPE
 from tunesmith.training.files import atomic_write, read_json
 
@@ -48,13 +48,12 @@ def write(folder: Path) -> None:
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     adapter = (folder / "adapter").exists()
     assert isinstance(recipe.task, Task)
-    known = "labels" if "label" in recipe.task.columns else "texts"
     parts = [
         "---\n" + to_yaml(_head(recipe, run, adapter, adapter and _peft_loads(folder))) + "---\n",
         f"# {folder.resolve().name}\n",
         f"`{recipe.model}` adapted to {recipe.task.name} by `{run['technique']}` with tunesmith.\n",
         "## Scores\n",
-        _scores(run["metrics"], known) if "merged" not in run else f"None yet: `tunesmith evaluate {folder}`.\n",
+        _scores(run["metrics"], recipe.task) if "merged" not in run else f"None yet: `tunesmith evaluate {folder}`.\n",
         *_samples(run.get("samples") or []),
         "## Load it\n",
         "With tunesmith:\n",
@@ -107,17 +106,16 @@ def _hub_name(spec: str) -> str:
     return spec.removeprefix("hf:").partition("@")[0]
 
 
-def _scores(metrics: dict[str, Any], known: str) -> str:
-    """A table: metric by split, the guess of one who knows only the training labels or texts beside it; and what each
-    says.
-    """
+def _scores(metrics: dict[str, Any], task: Task) -> str:
+    """A table: metric by split, the guess of one who knows only the training labels beside it; and what each says."""
     columns = side_by_side(metrics)
     if "baseline" not in metrics:
         return "No rows were held out, so there is no score.\n"
     guess = metrics["baseline"]
     names = [name for name, value in columns[-1][1].items() if isinstance(value, float)]
+    known = f"guess from the training {guess_knows(task)} ({guess['split']})"
     lines = [
-        f"| | {' | '.join(title for title, _ in columns)} | guess from the training {known} ({guess['split']}) |",
+        f"| | {' | '.join(title for title, _ in columns)} | {known} |",
         "|---" * (len(columns) + 2) + "|",
     ]
     for name in names:

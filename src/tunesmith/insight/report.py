@@ -14,7 +14,7 @@ from tunesmith.data.formats.columns import ANSWERS
 from tunesmith.errors import CONTROL, counted
 from tunesmith.metrics import ERRORS, MEANINGS, side_by_side
 from tunesmith.recipe import load as load_recipe
-from tunesmith.tasks import Task
+from tunesmith.tasks import Task, guess_knows
 from tunesmith.training.files import atomic_write
 
 WIDTH, HEIGHT = 560, 180
@@ -47,7 +47,7 @@ def write(folder: Path) -> None:
         errors=scores.get("errors", {}),
         confusion=confusion if len(confusion) <= COLUMNS_AT_MOST else [],
         worst=_worst(folder / "predictions-test.jsonl", recipe.task),
-        labelled="label" in recipe.task.columns,
+        known=guess_knows(recipe.task),
         chars=CHARS_SHOWN,
         counted=counted,
         width=WIDTH,

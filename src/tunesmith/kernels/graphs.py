@@ -60,6 +60,7 @@ class Graphs:
         """None once one failed, or gave another answer."""
         # a pass that is computed twice asks for the state that dropout draws from, which a graph cannot give
         self.checkpoints: list[Any] = [one for one in model.modules() if hasattr(one, "gradient_checkpointing")]
+        self.parameters: list[nn.Parameter] = list(model.parameters())  # asked for once: that takes milliseconds
         self.seen, self.graphs = Counter[Any](), dict[Any, Any]()
         self.waiting = False
         """For a backward pass, which needs what the next forward pass would overwrite."""
@@ -92,7 +93,7 @@ class Graphs:
         return F.pad(x, (0, rounded - length), value=pad)
 
     def _logits(self, names: tuple[str, ...], given: tuple[Tensor, ...]) -> Tensor:
-        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        learning = [parameter for parameter in self.parameters if parameter.requires_grad]
         key = names, given[0].shape, tuple(map(id, learning)), _autocast(given[0])
         self.seen[key] += 1
         plain = _Call(self.model, self.plain, names)

@@ -15,7 +15,7 @@ from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.studies import probe
 from tunesmith.talk import Talk
-from tunesmith.tasks import WritingTask
+from tunesmith.tasks import WritingTask, guess_knows
 from tunesmith.training import evaluate as evaluation
 from tunesmith.training import examples
 
@@ -34,9 +34,9 @@ def evaluate(
     """The scores of a run on one of its splits (by default test, else validation), or on another file (`notes`: what
     was left out of that).
 
-    `baseline` is what a guess that knows only the training labels scores there. With `base`, `metrics` are those of a
-    linear probe on the features of the untouched base, what the model knew before, or the base's own where it can do
-    the task as it is; and `run_metrics` the run's own.
+    `baseline` is what a guess scores there that knows only the training labels (or texts: `baseline_knows`). With
+    `base`, `metrics` are those of a linear probe on the features of the untouched base, what the model knew before, or
+    the base's own where it can do the task as it is; and `run_metrics` the run's own.
 
     Raises:
         DataError: the run has no such split, or the file cannot be read.
@@ -55,6 +55,7 @@ def evaluate(
         with talk.during("reading the training labels"):
             train = _encode(tuned, _split(tuned, Path(run), "train"))
             about["baseline"] = evaluation.baseline(tuned.task, train, encoded)
+            about["baseline_knows"] = guess_knows(tuned.task)
     except DataError as error:  # a run is scored where its training data is gone, but no probe is fitted
         if base:
             raise

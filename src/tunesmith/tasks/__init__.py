@@ -201,6 +201,11 @@ class Task(Plugin):
         return answer
 
 
+def guess_knows(task: Task) -> str:
+    """What the guess beside the scores goes by: the training `labels`, or where there are none the training `texts`."""
+    return "labels" if "label" in task.columns else "texts"
+
+
 class WritingTask(Task):
     """A task whose answers the model writes: they come from `written`, `forward` gives what the loss is of."""
 

@@ -249,7 +249,7 @@ def _take_away(prompt: SoftPrompt, stack: Any, args: tuple[Any, ...], given: dic
         return output  # they came out of an earlier call
 
     def text(states: Tensor) -> Tensor:
-        if prompt.first is None or not count:
+        if prompt.first is None:
             return states[:, count:]
         return torch.cat([states[:, :1], states[:, count + 1 :]], 1)
 
