@@ -15,7 +15,7 @@ from bench.workloads import Peer, Workload
 
 OURS = "ours"
 INSTALLED_BY = {
-    "trl": "python -m venv build/trl && build/trl/bin/pip install -e . trl peft",
+    "trl": "python -m venv build/trl && build/trl/bin/pip install -e '.[dev]' trl",
     "unsloth": "build/trl/bin/pip install --no-deps unsloth unsloth_zoo",
 }
 """Library -> how it comes into the peers' environment; all others are in the extra `dev`."""
