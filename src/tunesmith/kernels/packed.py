@@ -12,6 +12,8 @@ left as it is, so that a model answers as it was trained, on every device.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal
 
@@ -112,17 +114,25 @@ def numbers_in(model: nn.Module) -> int:
     return plain + sum(module.shape.numel() for module in packed)
 
 
+@contextmanager
+def quiet_library() -> Iterator[None]:
+    """While bitsandbytes is imported, by us or by PEFT: it misses kernels that are not asked for here."""
+    talk = logging.getLogger("bitsandbytes")
+    before = talk.level
+    talk.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        talk.setLevel(before)
+
+
 @cache
 def _library() -> Any:
     """bitsandbytes, where the extra is installed."""
-    talk = logging.getLogger("bitsandbytes")
-    before = talk.level
-    talk.setLevel(logging.ERROR)  # it misses kernels that are not asked for here
     try:
-        from bitsandbytes import functional
+        with quiet_library():
+            from bitsandbytes import functional
     except ImportError as error:
         hint = "pip install 'tunesmith[quantize]'"
         raise RecipeError("technique.bits: it needs bitsandbytes", hint=hint) from error
-    finally:
-        talk.setLevel(before)
     return functional

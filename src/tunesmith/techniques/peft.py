@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from tunesmith.errors import CheckpointError, RecipeError, did_you_mean, shorten
+from tunesmith.kernels import packed
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.techniques import (
     PEFT_PREFIX,
@@ -189,7 +190,8 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _library() -> Any:
     """PEFT, where the extra is installed."""
     try:
-        import peft
+        with packed.quiet_library():
+            import peft
     except ImportError as error:
         raise RecipeError("it needs PEFT", where="technique", hint="pip install 'tunesmith[peft]'") from error
     return peft

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from typing import Any
 
@@ -97,3 +98,11 @@ def test_the_extra_is_named_where_it_is_missing(weight: torch.Tensor, monkeypatc
         RecipeError, match=r"technique.bits: it needs bitsandbytes; pip install 'tunesmith\[quantize\]'"
     ):
         Packed(weight, 4)
+
+
+def test_the_library_warns_of_no_kernel_that_nobody_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    talk = logging.getLogger("bitsandbytes")
+    with packed.quiet_library():
+        talk.warning("no kernel at the hub")
+    talk.warning("a warning of its own")
+    assert [record.message for record in caplog.records] == ["a warning of its own"]
