@@ -149,7 +149,7 @@ class _Attend(torch.autograd.Function):
             else:
                 bias = bias.expand(-1, heads, -1, -1).reshape(-1, *bias.shape[2:]) if bias.shape[0] > 1 else bias[0]
                 scores = torch.baddbmm(bias, queries, keys.transpose(1, 2))
-            shares = torch._softmax(scores, -1, False)
+            shares = _softmax(scores)
             keep = keep_scale(shares, dropout) if dropout else None
             seen = torch.bmm(shares if keep is None else shares * keep, values)
             group.put_queries(_by_row(seen, group), out)
@@ -172,7 +172,7 @@ class _Attend(torch.autograd.Function):
             d_shares = torch.bmm(d_seen, values.transpose(1, 2))
             if keep is not None:
                 d_shares.mul_(keep)
-            d_scores = torch._softmax_backward_data(d_shares, shares, -1, shares.dtype)
+            d_scores = _through_softmax(d_shares, shares)
             d_queries = torch.bmm(d_scores, keys).mul_(ctx.scaling)
             d_keys = torch.bmm(d_scores.transpose(1, 2), queries)
             group.put_queries(_by_row(d_queries, group), of_q)
@@ -186,6 +186,20 @@ class _Attend(torch.autograd.Function):
         if of_prefix is not None:
             of_prefix = of_prefix.to(ctx.shapes[2][1])
         return of_q, of_k, of_v, of_prefix, None, None, None, None
+
+
+def _softmax(x: Tensor) -> Tensor:
+    """Over the last axis; a row of less than 64 in bf16 takes a CPU up to five times as long as in fp32."""
+    if x.shape[-1] < 64 and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        return torch._softmax(x.float(), -1, False).to(x.dtype)
+    return torch._softmax(x, -1, False)
+
+
+def _through_softmax(grad: Tensor, shares: Tensor) -> Tensor:
+    """The formula's dS; here it is rows of less than 32."""
+    if grad.shape[-1] < 32 and grad.dtype == torch.bfloat16 and grad.device.type == "cpu":
+        return torch._softmax_backward_data(grad.float(), shares.float(), -1, torch.float32).to(grad.dtype)
+    return torch._softmax_backward_data(grad, shares, -1, shares.dtype)
 
 
 def _by_head(x: Tensor, group: Rows, width: int) -> Tensor:

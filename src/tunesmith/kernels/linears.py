@@ -140,7 +140,7 @@ class _Linears(torch.autograd.Function):
                 dy.t() @ inside if of_weight and inside is not None else None,
                 dy.sum(0, dtype=torch.float32) if of_bias else None,
                 back.t() @ inside if of_A and back is not None and inside is not None else None,
-                _narrow(dy.t(), low) * scale if of_B else None,
+                (low.t() @ dy).t() * scale if of_B else None,
             ]
         if grad_x is not None:
             grad_x = SLOPES[ctx.activation](grad_x, own).to(ctx.dtypes[0])
