@@ -2,3 +2,8 @@
 
 Run from the repository's root: `python -m bench` for speed, `python -m bench.quality` for how good the answers are.
 """
+
+import os
+
+LOAD = os.getloadavg()[0]
+"""Of the last minute, before anything heavy is imported: that alone would take it to a third."""

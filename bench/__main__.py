@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import conduct, models, report, rows
+from bench import LOAD, conduct, models, report, rows
 from bench.workloads import WORKLOADS, Workload, chosen
 from tunesmith.errors import UserError, counted
 from tunesmith.training import machine
@@ -35,9 +35,8 @@ def main() -> int:
     if given.list:
         print("\n".join(f"{workload.name:12} {workload.about}" for workload in WORKLOADS))
         return 0
-    load = os.getloadavg()[0]
-    busy = f"load before the first run {load:.2f}" + (": the machine was busy" if load > QUIET_LOAD else "")
-    print(busy if load <= QUIET_LOAD else f"warning: {busy}, times compare little", flush=True)
+    busy = f"load before the first run {LOAD:.2f}" + (": the machine was busy" if LOAD > QUIET_LOAD else "")
+    print(busy if LOAD <= QUIET_LOAD else f"warning: {busy}, times compare little", flush=True)
     found = machine.find(given.device)
     wanted = chosen(given.names, found.device.type)
     setting = conduct.Setting(

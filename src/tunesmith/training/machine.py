@@ -27,7 +27,7 @@ ACTIVATION_SHARE = 0.4
 NEVER_CUT = sys.maxsize // 2
 """Overhead at which a step is cut only where it does not fit."""
 
-OVERHEAD_TOKENS = {"cpu": 96, "cuda": 8192, "mps": 2048}
+OVERHEAD_TOKENS = {"cpu": 256, "cuda": 8192, "mps": 2048}
 """What one more pass costs, in tokens: weight repacking and dispatch on a CPU, launches on a GPU."""
 
 
