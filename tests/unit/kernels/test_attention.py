@@ -169,3 +169,16 @@ def test_dropout_leaves_out_its_share_and_the_gradient_is_that_of_what_was_kept(
         below = run(0.3).sin().sum()
         q.copy_(before)
     torch.testing.assert_close((grad * direction).sum(), (above - below) / (2 * step), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", (8, 24, 31, 32, 48, 64))
+def test_softmax_in_bf16_is_right_at_every_length(length: int) -> None:
+    scores = torch.randn(3, 5, length, generator=torch.Generator().manual_seed(length)).bfloat16()
+    grad = torch.randn(3, 5, length, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact = scores.double().requires_grad_()
+    shares = exact.softmax(-1)
+    found = attention._softmax(scores)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), shares.detach(), atol=0, rtol=2**-8)
+    (wanted,) = torch.autograd.grad(shares, exact, grad.double())
+    torch.testing.assert_close(attention._through_softmax(grad, found).double(), wanted, atol=2**-8, rtol=2**-6)
