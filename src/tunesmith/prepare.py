@@ -211,18 +211,18 @@ def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine, longest: int) 
         use_fast_dropout(model)
         if parallel.world_size() == 1:  # others would add to rows that this process has not looked up
             use_kept_gradients(model)
-        if settings.is_encoder_decoder and settings._attn_implementation == "sdpa":
-            model.set_attn_implementation("eager")  # type: ignore[operator]  # a fourth faster over sentences, in its backward pass
     elif found.device.type != "cuda":
         return False
     elif found.autocast_dtype is None or any(getattr(settings, name, None) for name in ATTENTION_DROPOUT):
         use_graphs(model, longest)
         return False
     blocks = [model.get_submodule(path) for path in anatomy.blocks]
-    if not use_padding_free_blocks(model, blocks):
-        return False
-    use_blocks(model, blocks, [anatomy.roles_in(path) for path in anatomy.blocks])
-    return True
+    if use_padding_free_blocks(model, blocks):
+        use_blocks(model, blocks, [anatomy.roles_in(path) for path in anatomy.blocks])
+        return True
+    if found.device.type == "cpu" and settings.is_encoder_decoder and settings._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # type: ignore[operator]  # a fourth faster over sentences, in its backward pass
+    return False
 
 
 def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, Encoded]:

@@ -23,18 +23,20 @@ __all__ = ["add_norm", "add_rms_norm", "plain_add_norm", "plain_add_rms_norm", "
 
 def plain_add_norm(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout: float = 0.0
-) -> Tensor:
-    """The z of the module's formula."""
+) -> tuple[Tensor, Tensor]:
+    """S and z of the module's first formula."""
     total = x + F.dropout(y, dropout)
-    return F.layer_norm(_wide(total), x.shape[-1:], weight, bias, eps).to(total.dtype)
+    return total, F.layer_norm(_wide(total), x.shape[-1:], weight, bias, eps).to(total.dtype)
 
 
-def add_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout: float = 0.0) -> Tensor:
-    """What `plain_add_norm` gives, in the format of x and y.  # (..., width) twice -> (..., width)"""
+def add_norm(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """What `plain_add_norm` gives, in the format of x and y.  # (..., width) twice -> (..., width) twice"""
     if fuses(x):
-        compiled: Tensor = fused(plain_add_norm, x, y, weight, bias, eps, dropout)
+        compiled: tuple[Tensor, Tensor] = fused(plain_add_norm, x, y, weight, bias, eps, dropout)
         return compiled
-    found: Tensor = _AddNorm.apply(x, y, weight, bias, eps, dropout)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor] = _AddNorm.apply(x, y, weight, bias, eps, dropout)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -46,22 +48,27 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         keep = keep_scale(y, dropout) if dropout else None
         total = x + y if keep is None else torch.addcmul(x, y, keep)
         out, mean, root = torch.native_layer_norm(total, total.shape[-1:], weight, bias, eps)
         ctx.save_for_backward(total, mean, root, weight, bias, keep)
-        return out
+        ctx.set_materialize_grads(False)
+        return total, out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, of_total: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         total, mean, root, weight, bias, keep = ctx.saved_tensors
         of_x, of_y, of_weight, of_bias, _, _ = ctx.needs_input_grad
-        wanted = [of_x or of_y, of_weight, of_bias]
-        d, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
-            grad, total, total.shape[-1:], mean, root, weight, bias, wanted
-        )
-        d_y = (d if keep is None else d * keep) if of_y else None
+        d, d_weight, d_bias = of_total, None, None
+        if grad is not None:
+            wanted = [of_x or of_y, of_weight, of_bias]
+            d, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+                grad, total, total.shape[-1:], mean, root, weight, bias, wanted
+            )
+            if of_total is not None and wanted[0]:
+                d += of_total
+        d_y = (d if keep is None or d is None else d * keep) if of_y else None
         return d if of_x else None, d_y, d_weight if of_weight else None, d_bias if of_bias else None, None, None
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.kernels.attention import Together
-from tunesmith.kernels.padding_free import Group, Layout, probe_batch
+from tunesmith.kernels.layout import Group, Layout
+from tunesmith.kernels.padding_free import probe_batch
 
 __all__ = ["Asking", "Tail", "asking", "tail_of"]
 

@@ -129,6 +129,7 @@ class EncoderDecoder:
             "input_ids": rows.padded(self.config.pad_token_id or 0),
             "attention_mask": rows.mask(),
             "decoder_input_ids": shifted(model, labels.padded(IGNORED)),
+            "decoder_attention_mask": labels.mask(),
             "use_cache": False,
         }
         row, place = labels.mask().nonzero(as_tuple=True)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from tunesmith.data.batches import Batch, Limits, collate, cut
 from tunesmith.data.encoded import Encoded, encode
-from tunesmith.kernels.padding_free import Layout, computes_without_padding, layout_in
+from tunesmith.kernels.layout import Layout
+from tunesmith.kernels.padding_free import computes_without_padding, layout_in
 from tunesmith.kernels.tail import Tail, asking
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.tasks import Task
@@ -75,8 +76,8 @@ def level_of(anatomy: Anatomy, learned: Sequence[str]) -> int:
 
 def use_features(model: Any, anatomy: Anatomy, level: int) -> None:
     """Let states stand in for the lowest `level` blocks of a padding-free model, where it is asked for."""
-    if not level or not computes_without_padding(model):
-        return
+    if not level or not computes_without_padding(model) or model.config.is_encoder_decoder:
+        return  # a decoder's embeddings stand above its encoder's blocks
     features = Features(level)
     for path in anatomy.embeddings:
         module = model.get_submodule(path)

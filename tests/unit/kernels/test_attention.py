@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from tunesmith.kernels import attention, padding_free
+from tunesmith.kernels import attention
+from tunesmith.kernels import layout as layout_module
 from tunesmith.kernels.attention import attend
-from tunesmith.kernels.padding_free import Layout
+from tunesmith.kernels.layout import Layout
 from tunesmith.kernels.tail import asking
 
 LENGTHS = ([12, 3, 7, 7, 1], [5, 5, 5], [9], [1, 2, 3, 40], [8, 8, 1, 1, 16])
@@ -110,7 +111,7 @@ def test_one_after_another_is_what_groups_give(
     lengths: list[int], causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "VARLEN_ATTN", _varlen)
-    monkeypatch.setattr(padding_free, "SEQUENCES_ON", ("cpu",))
+    monkeypatch.setattr(layout_module, "SEQUENCES_ON", ("cpu",))
     layout = _layout(lengths, causal_mask_function if causal else bidirectional_mask_function)
     half = dict(dtype=torch.bfloat16, requires_grad=True)
     q, k, v = (torch.randn(layout.total, width, **half) for width in (16, 8, 8))  # type: ignore[call-overload]
@@ -134,7 +135,7 @@ def test_what_has_no_kernel_goes_by_groups_everywhere(monkeypatch: pytest.Monkey
         raise AssertionError("it has no dropout, no prefix, no fp32 and no heads of 4")
 
     monkeypatch.setattr(attention, "VARLEN_ATTN", refuse)
-    monkeypatch.setattr(padding_free, "SEQUENCES_ON", ("cpu",))
+    monkeypatch.setattr(layout_module, "SEQUENCES_ON", ("cpu",))
     together = _layout([3, 5], causal_mask_function).together
     assert together.sequences is not None
     x = torch.randn(32, 8, dtype=torch.bfloat16)
