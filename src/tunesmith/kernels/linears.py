@@ -21,7 +21,17 @@ from torch import Tensor, nn
 
 from tunesmith.kernels.lora import lora_linear
 
-__all__ = ["ACTIVATIONS", "SLOPES", "Activation", "Part", "compute_dtype", "linears", "part_of", "plain_linears"]
+__all__ = [
+    "ACTIVATIONS",
+    "SLOPES",
+    "Activation",
+    "Part",
+    "compute_dtype",
+    "linears",
+    "mapped",
+    "part_of",
+    "plain_linears",
+]
 
 Activation = Literal["none", "gelu", "gelu_tanh", "relu", "silu"]
 
@@ -86,6 +96,15 @@ def linears(x: Tensor, parts: Sequence[Part], activation: Activation = "none") -
     flat = x.reshape(-1, x.shape[-1])
     found: tuple[Tensor, ...] = _Linears.apply(flat, compute_dtype(x), activation, scales, *tensors)  # type: ignore[no-untyped-call]
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in found)
+
+
+def mapped(x: Tensor, *modules: nn.Module, activation: Activation = "none") -> tuple[Tensor, ...]:
+    """What maps of one input give; a module that is no `Part` is called as it is."""
+    parts = [part_of(module) for module in modules]
+    if all(part is not None for part in parts):
+        return linears(x, parts, activation)  # type: ignore[arg-type]
+    x = ACTIVATIONS[activation](x)
+    return tuple(module(x[None])[0].to(x.dtype) for module in modules)
 
 
 def _narrow(x: Tensor, y: Tensor) -> Tensor:

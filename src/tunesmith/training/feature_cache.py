@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,21 @@ def use_features(model: Any, anatomy: Anatomy, level: int) -> None:
         block = model.get_submodule(path)
         tail = getattr(model, "block_tail", None) if place == len(anatomy.blocks) else None
         block.forward = _block(features, block.forward, tail, top=place == level)
+        if tail is not None and tail.reads in ("begin", "end") and not tail.offset:
+            model.register_forward_pre_hook(partial(_read_alone, features, tail.reads), with_kwargs=True)
     model.frozen_features = features
+
+
+def _read_alone(features: Features, reads: str, _: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Of a text whose blocks are all stood in for, the one token that the head reads."""
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    if features.states is None or ids is None or mask is None or args:
+        return None
+    place = torch.zeros_like(mask[:, :1]) if reads == "begin" else mask.sum(1, keepdim=True) - 1
+    return args, {
+        name: value.gather(1, place) if isinstance(value, Tensor) and value.shape == ids.shape else value
+        for name, value in kwargs.items()
+    }
 
 
 def _embedding(features: Features, path: str, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -157,7 +157,7 @@ def _accumulate(
     scale = engine.fp16_scale if engine.machine.autocast_dtype == torch.float16 else 1.0
     total = torch.zeros((), device=device)
     for index, (batch, examples) in enumerate(zip(micro, parts, strict=True)):
-        torch.manual_seed(_mix(engine.seed, number, index, batches.rank))
+        _seed(_mix(engine.seed, number, index, batches.rank), device)
         with engine.machine.autocast(), standing_in(engine.model, batches.examples(number), examples):
             loss = engine.task.loss(engine.model, batch.to(device), normalizers, engine.label_smoothing)
         (loss * scale if scale != 1.0 else loss).backward()
@@ -254,6 +254,15 @@ def set_modes(engine: Engine) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
     engine.modes_are_for = flags
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed what is drawn here; `torch.manual_seed` writes down the stack for each kind of device that is not there."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def _mix(*numbers: int) -> int:

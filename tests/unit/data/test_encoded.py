@@ -71,7 +71,7 @@ def test_fractions_are_never_cut_to_whole_numbers(tmp_path: Path, monkeypatch: p
 
 def test_files_are_mapped_and_cannot_be_written_through(tmp_path: Path) -> None:
     data = _encode(5, tmp_path / "e")
-    assert isinstance(data.column("input_ids"), np.memmap)
+    assert isinstance(data.column("input_ids").base, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
         data.column("input_ids")[0] = 1
 

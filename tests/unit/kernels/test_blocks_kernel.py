@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tunesmith import registry
-from tunesmith.kernels import blocks
+from tunesmith.kernels import block_parts
 from tunesmith.kernels.blocks import use_blocks
 from tunesmith.kernels.logits import logits_at
 from tunesmith.kernels.padding_free import use_padding_free_blocks
@@ -86,13 +86,13 @@ def test_a_loss_of_few_tokens_computes_the_last_block_there_alone(family: str, m
     expected = model(**batch).logits[row, place]
     assert _taken(model)
     seen: list[int] = []
-    mapped = blocks._mapped
+    mapped = block_parts.mapped
 
     def watched(x: Tensor, *modules: Any, **how: Any) -> tuple[Tensor, ...]:
         seen.append(len(x))
         return mapped(x, *modules, **how)
 
-    monkeypatch.setattr(blocks, "_mapped", watched)
+    monkeypatch.setattr(block_parts, "mapped", watched)
     found = logits_at(model, batch, row, place)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert seen[-1] == 3, "the MLP sees three tokens"
@@ -106,13 +106,13 @@ def test_what_is_computed_again_in_the_backward_pass_is_the_same(family: str, mo
     for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
         dropout.p = 0.2
     found, called = [], [0]
-    attend = blocks.attend
+    attend = block_parts.attend
 
     def counted(*args: Any, **how: Any) -> Tensor:
         called[0] += 1
         return attend(*args, **how)
 
-    monkeypatch.setattr(blocks, "attend", counted)
+    monkeypatch.setattr(block_parts, "attend", counted)
     for checkpointing in (False, True):
         if checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -10,8 +10,7 @@ import transformers
 from torch import Tensor
 
 from tunesmith import registry
-from tunesmith.kernels import blocks as blocks_module
-from tunesmith.kernels import padding_free
+from tunesmith.kernels import block_parts, padding_free
 from tunesmith.kernels.blocks import NormsAfter, NormsBefore, use_blocks
 from tunesmith.kernels.padding_free import use_padding_free_blocks, with_padding
 from tunesmith.models.anatomy import anatomy
@@ -109,13 +108,13 @@ def test_blocks_of_both_stacks_see_valid_tokens_alone(monkeypatch: pytest.Monkey
     model, seen = _model("marian"), list[tuple[int, int]]()
     _without_padding(model)
     assert _taken(model)
-    attended = blocks_module.Heads.attended
+    attended = block_parts.Heads.attended
 
     def watched(self: Any, asked: Tensor, x: Tensor, *args: Any) -> Tensor:
         seen.append((len(asked), len(x)))
         return attended(self, asked, x, *args)
 
-    monkeypatch.setattr(blocks_module.Heads, "attended", watched)
+    monkeypatch.setattr(block_parts.Heads, "attended", watched)
     with torch.no_grad():
         model(**_batch([30, 1, 2], [4, 24, 20]))
     assert seen == [(64, 64)] * 2 + [(64, 64), (64, 64)] * 2, "33 tokens and 48, rounded up to 64 each"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tunesmith import prepare, run
-from tunesmith.kernels import attention, fused, padding_free
+from tunesmith.kernels import attention, fused, layout
 from tunesmith.kernels.graphs import Graphs
 from tunesmith.models.anatomy import anatomy
 from tunesmith.talk import Talk
@@ -113,7 +113,7 @@ def test_the_way_of_a_gpu_played_here_gives_the_same_losses(tmp_path: Path, monk
 
     torch.compiler.reset()
     monkeypatch.setattr(attention, "VARLEN_ATTN", varlen)
-    monkeypatch.setattr(padding_free, "SEQUENCES_ON", ("cpu",))
+    monkeypatch.setattr(layout, "SEQUENCES_ON", ("cpu",))
     monkeypatch.setattr(fused, "FUSED_ON", ("cpu",))
     monkeypatch.setattr(fused, "BACKEND", "aot_eager")
     monkeypatch.setattr(fused, "_has_compiler", lambda: True)

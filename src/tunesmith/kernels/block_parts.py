@@ -1,0 +1,225 @@
+"""What a block is made of, and how it is recognised: by the roles of its parts, and by having nothing beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from tunesmith.kernels.attention import Together, attend
+from tunesmith.kernels.dropout import keep_scale
+from tunesmith.kernels.gates import gated
+from tunesmith.kernels.linears import ACTIVATIONS, Activation, mapped
+from tunesmith.kernels.rotation import rotated
+
+__all__ = ["Heads", "Parts", "Roles", "parts_of"]
+
+Roles = Mapping[str, Sequence[str]]
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""By transformers' names."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A share of dropout, as `nn.Dropout` has it or as a bare number of a module; without one, none."""
+
+    module: nn.Module | None = None
+    name: str = "p"
+
+    @property
+    def share(self) -> float:
+        """What is dropped now."""
+        return float(getattr(self.module, self.name)) if self.module is not None and self.module.training else 0.0
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The maps of one attention, and what of it is not a module."""
+
+    module: nn.Module
+    """What holds the query's map, and a prefix where there is one."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    output: nn.Module
+    width: int
+    """Of a head."""
+
+    dropped: Dropped
+    """Of the shares."""
+
+    def attended(
+        self,
+        asked: Tensor,
+        x: Tensor,
+        together: Together,
+        angles: tuple[Tensor, Tensor] | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """W_o attend(...) of the tokens that ask; with angles, these are those of x at `places`.  # (asking, width)"""
+        if asked is x:
+            q, k, v = mapped(x, self.query, self.key, self.value)
+        else:
+            (q,), (k, v) = mapped(asked, self.query), mapped(x, self.key, self.value)
+        if angles is not None:
+            cos, sin = (one.flatten(0, -2).to(x.dtype) for one in angles)
+            k = rotated(k, cos, sin)
+            q = rotated(q, *((cos, sin) if places is None else (cos[places], sin[places])))
+        prefix: Any = getattr(self.module, "prefix", None)
+        scaling = getattr(self.module, "scaling", None)
+        seen = attend(
+            q,
+            k,
+            v,
+            together,
+            width=self.width,
+            scaling=self.width**-0.5 if scaling is None else scaling,
+            dropout=self.dropped.share,
+            prefix=None if prefix is None else prefix(),
+        )
+        return mapped(seen, self.output)[0]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The maps of one block, and what of it is not a module."""
+
+    norms_before: ClassVar[bool]
+    """Whether norms stand before the sums; gates stand in such blocks alone."""
+
+    block: nn.Module
+    attention: Heads
+    across: Heads | None
+    """The attention to an encoder's states."""
+
+    mlp_up: nn.Module
+    mlp_gate: nn.Module | None
+    mlp_down: nn.Module
+    norms: tuple[Any, ...]
+    activation: Activation
+    dropouts: tuple[Dropped, Dropped, Dropped]
+    """Of what attention gives, of what is inside the MLP, of what the MLP gives."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """(asking, width) -> (asking, width)."""
+        if self.mlp_gate is not None:
+            gate, up = mapped(x, self.mlp_gate, self.mlp_up)
+            return mapped(gated(gate, up, self.activation), self.mlp_down)[0]
+        (up,) = mapped(x, self.mlp_up)
+        if share := self.dropouts[1].share:
+            up = ACTIVATIONS[self.activation](up)
+            return mapped(up * keep_scale(up, share), self.mlp_down)[0]
+        return mapped(up, self.mlp_down, activation=self.activation)[0]
+
+
+Kind = TypeVar("Kind", bound=Parts)
+
+
+def parts_of(model: Any, block: nn.Module, roles: Roles, kind: type[Kind]) -> Kind | None:
+    """The parts of a block, where they are those of the formula `kind` and it has no others.
+
+    `roles` are the paths inside the block.
+    """
+    settings = model.config
+    names = (getattr(settings, name, None) for name in ("hidden_act", "activation", "activation_function"))
+    activation = next((_ACTIVATIONS.get(name) for name in names if isinstance(name, str)), None)
+    modules = {role: [block.get_submodule(path) for path in paths] for role, paths in roles.items()}
+    maps = [modules.get(role, []) for role in ("query", "key", "value", "attention_output")]
+    single = [modules.get(role, []) for role in ("mlp_up", "mlp_down", *(["mlp_gate"] if "mlp_gate" in roles else []))]
+    heads = len(maps[0])
+    if activation is None or heads not in (1, 2) or {len(one) for one in maps} != {heads}:
+        return None
+    if {len(one) for one in single} != {1} or maps[0][0] is maps[1][0]:
+        return None
+    norms = modules.get("norm", [])
+    if len(norms) != heads + 1 or not _norms_fit(norms, kind, roles):
+        return None
+    attentions = [block.get_submodule(path.rpartition(".")[0]) for path in roles["query"]]
+    parts = [*chain(*maps, *single), *norms]
+    known = chain(parts, (getattr(attention, "prefix", nn.Identity()) for attention in attentions))
+    if {id(one) for one in block.parameters()} - {id(one) for module in known for one in module.parameters()}:
+        return None
+    dropouts = _dropouts(settings, block, roles, attentions, parts)
+    if dropouts is None:
+        return None
+    of_shares, others = dropouts
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    found = [
+        Heads(attention, query, key, value, output, getattr(attention, "head_dim", width), dropped)
+        for attention, query, key, value, output, dropped in zip(attentions, *maps, of_shares, strict=True)
+    ]
+    return kind(
+        block,
+        attention=found[0],
+        across=found[1] if heads == 2 else None,
+        mlp_up=single[0][0],
+        mlp_down=single[1][0],
+        mlp_gate=single[2][0] if single[2:] else None,
+        norms=tuple(norms),
+        activation=activation,
+        dropouts=others,
+    )
+
+
+def _norms_fit(norms: Sequence[Any], kind: type[Parts], roles: Roles) -> bool:
+    """Whether the formula has such norms."""
+    if any(norm._forward_hooks or norm._forward_pre_hooks for norm in norms):
+        return False  # an adapter around a norm
+    if all(type(norm) is nn.LayerNorm for norm in norms):
+        return "mlp_gate" not in roles and not (kind.norms_before and "last_norm" in roles)
+    plain = all(getattr(norm, "weight", None) is not None and not hasattr(norm, "bias") for norm in norms)
+    return plain and kind.norms_before and "mlp_gate" in roles
+
+
+def _dropouts(
+    settings: Any, block: nn.Module, roles: Roles, attentions: Sequence[nn.Module], parts: Sequence[nn.Module]
+) -> tuple[list[Dropped], tuple[Dropped, Dropped, Dropped]] | None:
+    """The dropout of each attention's shares, and the three of `Parts`; None where there is any elsewhere."""
+    of_shares = [_dropout_in(attention) for attention in attentions]
+    if getattr(settings, "attention_dropout", None) and any(one.module is None for one in of_shares):
+        return None
+    homes = [block.get_submodule(roles[role][0].rpartition(".")[0]) for role in ("attention_output", "mlp_down")]
+    output, of_mlp = (_dropout_in(block if home is attentions[0] else home) for home in homes)
+    inside = Dropped(block, "activation_dropout") if hasattr(block, "activation_dropout") else Dropped()
+    others = (output, inside, of_mlp)
+    if any(isinstance(part, nn.LayerNorm) for part in parts):
+        if of_mlp.module is None:
+            return None
+    else:  # the sums of RMS norms have none
+        others = (Dropped(), Dropped(), Dropped())
+    return (of_shares, others) if _dropouts_known(block, parts, [*of_shares, *others]) else None
+
+
+def _dropout_in(module: nn.Module) -> Dropped:
+    """The dropout that stands in a module, or its share as a number."""
+    if isinstance(getattr(module, "dropout", None), float):
+        return Dropped(module, "dropout")
+    return Dropped(next((child for child in module.children() if isinstance(child, nn.Dropout)), None))
+
+
+def _dropouts_known(block: nn.Module, parts: Sequence[nn.Module], placed: Sequence[Dropped]) -> bool:
+    """Whether a block's dropout is all where the formula has it: elsewhere it would be lost."""
+    inside = {id(module) for part in parts for module in part.modules()}
+    known = {(id(one.module), one.name) for one in placed}
+    for module in block.modules():
+        if id(module) in inside:
+            continue
+        numbers = [
+            name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float) and value
+        ]
+        numbers += ["p"] if isinstance(module, nn.Dropout) and module.p else []
+        if any((id(module), name) not in known for name in numbers):
+            return False
+    return True
