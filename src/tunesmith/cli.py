@@ -206,9 +206,12 @@ def train(
 ) -> None:
     """Train one run, or the stages of a recipe."""
     from tunesmith import recipe as recipes
-    from tunesmith.studies import stages
 
     recipe, pairs = recipe_and_pairs(words or [])
+    if resume is None and recipes.load_stages(recipe, pairs) is None:
+        recipes.load(recipe, pairs)  # refused, where it is, before seconds of imports
+    from tunesmith.studies import stages
+
     try:
         result = stages.train(
             recipe,

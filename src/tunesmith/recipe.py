@@ -144,6 +144,7 @@ class Stages:
 
 
 _SECTIONS = ("task", "data", "technique", "train")
+_PLUGINS: tuple[registry.Kind, ...] = ("task", "technique")
 
 
 def load(
@@ -353,14 +354,16 @@ def _build(leaves: Leaves) -> Recipe:
     if "name" not in tree["task"]:
         raise RecipeError("task: missing", hint=did_you_mean("", registry.names("task")))
     tree["technique"].setdefault("name", "lora")
-    data = checked(Data, tree["data"], ("data",), leaves)
-    technique = _plugin("technique", tree["technique"], leaves)
+    data, train = checked(Data, tree["data"], ("data",), leaves), checked(Train, tree["train"], ("train",), leaves)
+    for kind in _PLUGINS:  # both, before either is imported: that takes seconds
+        _check_name(kind, tree[kind], leaves)
+    task, technique = (_plugin(kind, tree[kind], leaves) for kind in _PLUGINS)
     built = {
-        "task": _plugin("task", tree["task"], leaves),
+        "task": task,
         "model": tree["model"],
         "data": data,
         "technique": technique,
-        "train": checked(Train, tree["train"], ("train",), leaves),
+        "train": train,
         "output": tree.get("output", f"runs/{Path(data.train or 'run').name.partition('.')[0]}-{technique.name}"),
     }
     return checked(Recipe, built, (), leaves)
@@ -370,18 +373,21 @@ def _top_level_names() -> list[str]:
     return [*Recipe.model_fields, *ALIASES, *BATCH, *Train.model_fields]
 
 
-def _plugin(kind: registry.Kind, values: dict[str, Any], leaves: Leaves) -> Plugin:
-    values = dict(values)
-    name = values.pop("name")
+def _check_name(kind: registry.Kind, values: dict[str, Any], leaves: Leaves) -> None:
+    name = str(values["name"])
     try:
-        plugin = registry.get(kind, str(name))
+        registry.check_name(kind, name)
     except RecipeError as error:
         where = place_of(leaves, (kind, "name")).removesuffix(".name")
-        kin = KIN.get(str(name).lower().replace("_", "-")) if kind == "technique" else None
+        kin = KIN.get(name.lower().replace("_", "-")) if kind == "technique" else None
         raise RecipeError(
             error.what, where=where, hint=f"technique={shlex.quote(kin)}" if kin else error.hint
         ) from None
-    return checked(plugin, values, (kind,), leaves)
+
+
+def _plugin(kind: registry.Kind, values: dict[str, Any], leaves: Leaves) -> Plugin:
+    keys = {key: value for key, value in values.items() if key != "name"}
+    return checked(registry.get(kind, str(values["name"])), keys, (kind,), leaves)
 
 
 def starter(task: str, technique: str) -> str:

@@ -102,6 +102,16 @@ def _imported(kind: Kind, name: str) -> About:
     return About(name, inspect.getdoc(plugin) or "", list(plugin.model_fields))
 
 
+def check_name(kind: Kind, name: str) -> None:
+    """Whether a name is known, without importing what it stands for.
+
+    Raises:
+        RecipeError: no plug-in has that name.
+    """
+    if name not in names(kind):
+        raise RecipeError(f"no {kind} is called '{name}'", hint=did_you_mean(name, names(kind)))
+
+
 @cache
 def get(kind: Kind, name: str) -> type[Plugin]:
     """The class behind a name.
@@ -109,8 +119,7 @@ def get(kind: Kind, name: str) -> type[Plugin]:
     Raises:
         RecipeError: no plug-in has that name.
     """
-    if name not in names(kind):
-        raise RecipeError(f"no {kind} is called '{name}'", hint=did_you_mean(name, names(kind)))
+    check_name(kind, name)
     if name in _points(kind):
         found: type[Plugin] = _points(kind)[name].load()
         found.name = name
