@@ -95,8 +95,8 @@ def use_features(model: Any, anatomy: Anatomy, level: int) -> None:
 def _read_alone(features: Features, reads: str, _: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Of a text whose blocks are all stood in for, the one token that the head reads."""
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    if features.states is None or ids is None or mask is None or args:
-        return None
+    if features.states is None or ids is None or mask is None or args or len(features.states) != len(ids):
+        return None  # on a GPU each token's states are kept
     place = torch.zeros_like(mask[:, :1]) if reads == "begin" else mask.sum(1, keepdim=True) - 1
     return args, {
         name: value.gather(1, place) if isinstance(value, Tensor) and value.shape == ids.shape else value

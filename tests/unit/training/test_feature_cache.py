@@ -78,6 +78,24 @@ def test_losses_and_scores_are_those_without(
     assert ours["metrics"]["validation"]["loss"] == pytest.approx(plain["metrics"]["validation"]["loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_head_alone_steps_over_the_token_that_it_reads(
+    family: str, watched: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed, tokens = feature_cache._placed, set[int]()
+
+    def seen(states: Any, layout: Any, places: Any) -> Any:
+        tokens.add(layout.tokens)
+        return placed(states, layout, places)
+
+    monkeypatch.setattr(feature_cache, "_placed", seen)
+    _run(tmp_path, "head", family, "text-classification", TECHNIQUES["head"])
+    assert watched == [True, True] and tokens == {1}
+    tokens.clear()
+    _run(tmp_path, "last", family, "text-classification", TECHNIQUES["last"])
+    assert tokens and 1 not in tokens, "a block that learns sees all of a text"
+
+
 def test_they_are_computed_once_for_all_runs_over_the_same_blocks(
     watched: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
