@@ -6,30 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from adapting import TECHNIQUES, adapt
 from torch import Tensor
 
-from tunesmith import registry
 from tunesmith.kernels import block_parts
 from tunesmith.kernels.blocks import use_blocks
 from tunesmith.kernels.logits import logits_at
 from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.models.anatomy import anatomy
-from tunesmith.testing import tiny_model, tiny_tokenizer
+from tunesmith.testing import tiny_model
 
 LENGTHS = ([12, 3, 7, 7, 1], [5, 5, 5], [9], [1, 2, 3, 40])
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "llama", "mistral", "qwen2")
 NOT_THERE = {"llama": ("bitfit",), "mistral": ("bitfit",)}
 """Techniques that a family has nothing for."""
-TECHNIQUES: dict[str, dict[str, Any]] = {
-    "full": {},
-    "lora": {"target_modules": "all-linear"},
-    "adapter": {},
-    "prefix": {"num_virtual_tokens": 5},
-    "prompt": {"num_virtual_tokens": 5},
-    "bitfit": {},
-    "ia3": {},
-    "freeze": {"last_n_blocks": 1},
-}
 
 
 def _batch(lengths: list[int]) -> dict[str, Tensor]:
@@ -63,12 +53,7 @@ def test_answers_and_gradients_are_those_of_the_model(family: str, technique: st
     if technique in NOT_THERE.get(family, ()):
         pytest.skip("it has no biases")
     model = tiny_model(family, f"AutoModelFor{head}", num_labels=3, sliding_window=4, pad_token_id=0)
-    torch.manual_seed(0)
-    adapt: Any = registry.get("technique", technique)
-    adapt(**TECHNIQUES[technique]).apply(model, anatomy(model), tiny_tokenizer())
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+    adapt(model, technique)
     padded = [_answers_and_gradients(model, lengths) for lengths in LENGTHS]
     assert _taken(model)
     read = "begin" if hasattr(model.base_model, "encoder") or family == "distilbert" else "end"

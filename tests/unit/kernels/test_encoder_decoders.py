@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from adapting import TECHNIQUES, adapt
 from torch import Tensor
 
 from tunesmith import registry
@@ -18,17 +19,6 @@ from tunesmith.testing import tiny_model, tiny_tokenizer
 
 LENGTHS = (([12, 3, 7, 7, 1], [2, 9, 7, 1, 5]), ([5, 5, 5], [5, 5, 5]), ([9], [4]), ([1, 2, 3, 40], [3, 8, 8, 8]))
 """Of texts that are read, and of those that are written."""
-
-TECHNIQUES: dict[str, dict[str, Any]] = {
-    "full": {},
-    "lora": {"target_modules": "all-linear"},
-    "adapter": {},
-    "prefix": {"num_virtual_tokens": 5},
-    "prompt": {"num_virtual_tokens": 5},
-    "bitfit": {},
-    "ia3": {},
-    "freeze": {"last_n_blocks": 1},
-}
 SIZES = {
     "vocab_size": 64,
     "d_model": 32,
@@ -91,12 +81,7 @@ def _same(model: Any, padded: list[tuple[Tensor, Tensor]]) -> None:
 @pytest.mark.parametrize("family", ["marian", "bart", "mbart", "m2m_100"])
 def test_answers_and_gradients_are_those_of_the_padded_model(family: str, technique: str) -> None:
     model = _model(family)
-    torch.manual_seed(0)
-    adapt: Any = registry.get("technique", technique)
-    adapt(**TECHNIQUES[technique]).apply(model, anatomy(model), tiny_tokenizer())
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+    adapt(model, technique)
     padded = [_answers_and_gradients(model, lengths) for lengths in LENGTHS]
     _without_padding(model)
     _same(model, padded)
