@@ -148,6 +148,9 @@ def parts_of(model: Any, block: nn.Module, roles: Roles, kind: type[Kind]) -> Ki
         return None
     attentions = [block.get_submodule(path.rpartition(".")[0]) for path in roles["query"]]
     parts = [*chain(*maps, *single), *norms]
+    called = {id(module) for part in chain(*maps, *single) for module in part.modules()} | {id(block)}
+    if any((one._forward_hooks or one._forward_pre_hooks) and id(one) not in called for one in block.modules()):
+        return None  # what a hook does to a module that is not called would be lost: an adapter around a norm
     known = chain(parts, (getattr(attention, "prefix", nn.Identity()) for attention in attentions))
     if {id(one) for one in block.parameters()} - {id(one) for module in known for one in module.parameters()}:
         return None
@@ -175,8 +178,6 @@ def parts_of(model: Any, block: nn.Module, roles: Roles, kind: type[Kind]) -> Ki
 
 def _norms_fit(norms: Sequence[Any], kind: type[Parts], roles: Roles) -> bool:
     """Whether the formula has such norms."""
-    if any(norm._forward_hooks or norm._forward_pre_hooks for norm in norms):
-        return False  # an adapter around a norm
     if all(type(norm) is nn.LayerNorm for norm in norms):
         return "mlp_gate" not in roles and not (kind.norms_before and "last_norm" in roles)
     plain = all(getattr(norm, "weight", None) is not None and not hasattr(norm, "bias") for norm in norms)

@@ -209,9 +209,14 @@ def test_dropout_that_the_formula_has_no_place_for_keeps_a_block_its_own_way() -
     assert not _taken(model)
 
 
-def test_adapters_around_norms_keep_a_block_its_own_way() -> None:
+def test_hooks_keep_a_block_its_own_way_where_it_would_not_call_them() -> None:
+    for kind, taken in (("pfeiffer", False), ("parallel", True), ("houlsby", True)):
+        model: Any = tiny_model("bert", "AutoModelForSequenceClassification", num_labels=3)
+        technique: Any = registry.get("technique", "adapter")
+        technique(kind=kind).apply(model, anatomy(model), tiny_tokenizer())
+        _without_padding(model)
+        assert _taken(model) == taken, kind
     model = tiny_model("bert", "AutoModelForSequenceClassification", num_labels=3)
-    adapt: Any = registry.get("technique", "adapter")
-    adapt(kind="pfeiffer").apply(model, anatomy(model), tiny_tokenizer())
     _without_padding(model)
-    assert not _taken(model), "what a hook adds to a norm would be lost"
+    model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: None)
+    assert not _taken(model)
