@@ -22,11 +22,23 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 }
 
 
-def adapt(model: Any, name: str) -> None:
-    """Apply a technique with these keys; LoRA's B is drawn, since at zero nothing would show."""
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *(("adapter", {"kind": kind}) for kind in ("pfeiffer", "parallel")),
+    ("lora", {"dora": True, "target_modules": "all-linear"}),
+    ("lora", {"rslora": True, "target_modules": ["attention_output", "mlp_down"]}),
+    ("lora", {"init": "pissa"}),
+    ("ia3", {"target_modules": ["query"], "feedforward_modules": ["mlp_up"]}),
+    ("prefix", {"num_virtual_tokens": 3, "reparameterize": 8}),
+    *(("peft", {"type": kind}) for kind in ("LOHA", "OFT", "LN_TUNING", "HRA")),
+]
+"""What else they can be told to do."""
+
+
+def adapt(model: Any, name: str, keys: dict[str, Any] | None = None) -> None:
+    """Apply a technique, by default with `TECHNIQUES`' keys; LoRA's B is drawn, since at zero nothing would show."""
     torch.manual_seed(0)
     technique: Any = registry.get("technique", name)
-    technique(**TECHNIQUES[name]).apply(model, anatomy(model), tiny_tokenizer())
+    technique(**(TECHNIQUES[name] if keys is None else keys)).apply(model, anatomy(model), tiny_tokenizer())
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.2)

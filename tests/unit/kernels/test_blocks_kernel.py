@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapting import TECHNIQUES, adapt
+from adapting import TECHNIQUES, VARIANTS, adapt
 from torch import Tensor
 
 from tunesmith.kernels import block_parts
@@ -62,6 +62,20 @@ def test_answers_and_gradients_are_those_of_the_model(family: str, technique: st
         ours = _answers_and_gradients(model, lengths)
         assert torch.allclose(ours[0], answers, atol=1e-5, rtol=1e-5)
         assert torch.dist(ours[1], gradients) < 1e-5 * gradients.norm()
+
+
+@pytest.mark.parametrize(("technique", "keys"), VARIANTS)
+@pytest.mark.parametrize("family", ["bert", "distilbert", "qwen2"])
+def test_whatever_a_technique_is_told_all_of_it_learns(family: str, technique: str, keys: dict[str, Any]) -> None:
+    model: Any = tiny_model(family, "AutoModelForSequenceClassification", num_labels=3, pad_token_id=0)
+    adapt(model, technique, keys)
+    answers, gradients = _answers_and_gradients(model, LENGTHS[0])
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    _taken(model)  # or not: where a technique stands in a way that is not known
+    ours = _answers_and_gradients(model, LENGTHS[0])
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == without
+    torch.testing.assert_close(ours[0], answers, atol=1e-5, rtol=1e-5)
+    assert torch.dist(ours[1], gradients) < 1e-5 * gradients.norm()
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
