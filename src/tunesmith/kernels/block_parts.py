@@ -53,9 +53,14 @@ class Heads:
     query: nn.Module
     key: nn.Module
     value: nn.Module
+    """One map may be all three."""
+
     output: nn.Module
     width: int
     """Of a head."""
+
+    heads: int
+    """How many ask."""
 
     dropped: Dropped
     """Of the shares."""
@@ -68,8 +73,13 @@ class Heads:
         angles: tuple[Tensor, Tensor] | None = None,
         places: Tensor | None = None,
     ) -> Tensor:
-        """W_o attend(...) of the tokens that ask; with angles, these are those of x at `places`.  # (asking, width)"""
-        if asked is x:
+        """W_o attend(...) of the tokens that ask, those of x at `places` or of another row.  # (asking, width)"""
+        if self.query is self.key:
+            (all_three,) = mapped(x, self.query)
+            keys = (all_three.shape[1] - self.heads * self.width) // 2
+            q, k, v = all_three.split([self.heads * self.width, keys, keys], 1)
+            q = q if places is None else q.index_select(0, places)
+        elif asked is x:
             q, k, v = mapped(x, self.query, self.key, self.value)
         else:
             (q,), (k, v) = mapped(asked, self.query), mapped(x, self.key, self.value)
@@ -115,7 +125,10 @@ class Parts:
     def mlp(self, x: Tensor) -> Tensor:
         """(asking, width) -> (asking, width)."""
         if self.mlp_gate is not None:
-            gate, up = mapped(x, self.mlp_gate, self.mlp_up)
+            if self.mlp_gate is self.mlp_up:
+                gate, up = mapped(x, self.mlp_up)[0].chunk(2, 1)
+            else:
+                gate, up = mapped(x, self.mlp_gate, self.mlp_up)
             return mapped(gated(gate, up, self.activation), self.mlp_down)[0]
         (up,) = mapped(x, self.mlp_up)
         if share := self.dropouts[1].share:
@@ -123,6 +136,9 @@ class Parts:
             return mapped(up * keep_scale(up, share), self.mlp_down)[0]
         return mapped(up, self.mlp_down, activation=self.activation)[0]
 
+
+ACTIVATION_NAMES = ("hidden_act", "hidden_activation", "activation", "activation_function")
+"""In a model's config."""
 
 Kind = TypeVar("Kind", bound=Parts)
 
@@ -133,7 +149,7 @@ def parts_of(model: Any, block: nn.Module, roles: Roles, kind: type[Kind]) -> Ki
     `roles` are the paths inside the block.
     """
     settings = model.config
-    names = (getattr(settings, name, None) for name in ("hidden_act", "activation", "activation_function"))
+    names = (getattr(settings, name, None) for name in ACTIVATION_NAMES)
     activation = next((_ACTIVATIONS.get(name) for name in names if isinstance(name, str)), None)
     modules = {role: [block.get_submodule(path) for path in paths] for role, paths in roles.items()}
     maps = [modules.get(role, []) for role in ("query", "key", "value", "attention_output")]
@@ -141,7 +157,7 @@ def parts_of(model: Any, block: nn.Module, roles: Roles, kind: type[Kind]) -> Ki
     heads = len(maps[0])
     if activation is None or heads not in (1, 2) or {len(one) for one in maps} != {heads}:
         return None
-    if {len(one) for one in single} != {1} or maps[0][0] is maps[1][0]:
+    if {len(one) for one in single} != {1} or len({id(one[0]) for one in maps[:3]}) == 2:
         return None
     norms = modules.get("norm", [])
     if len(norms) != heads + 1 or not _norms_fit(norms, kind, roles):
@@ -160,8 +176,8 @@ def parts_of(model: Any, block: nn.Module, roles: Roles, kind: type[Kind]) -> Ki
     of_shares, others = dropouts
     width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
     found = [
-        Heads(attention, query, key, value, output, getattr(attention, "head_dim", width), dropped)
-        for attention, query, key, value, output, dropped in zip(attentions, *maps, of_shares, strict=True)
+        Heads(attention, q, k, v, output, getattr(attention, "head_dim", width), settings.num_attention_heads, dropped)
+        for attention, q, k, v, output, dropped in zip(attentions, *maps, of_shares, strict=True)
     ]
     return kind(
         block,
@@ -177,37 +193,39 @@ def parts_of(model: Any, block: nn.Module, roles: Roles, kind: type[Kind]) -> Ki
 
 
 def _norms_fit(norms: Sequence[Any], kind: type[Parts], roles: Roles) -> bool:
-    """Whether the formula has such norms."""
-    if all(type(norm) is nn.LayerNorm for norm in norms):
-        return "mlp_gate" not in roles and not (kind.norms_before and "last_norm" in roles)
+    """Whether the formula has such norms; the first of ModernBERT is none."""
+    gate = "mlp_gate" in roles
+    if all(type(norm) in (nn.LayerNorm, nn.Identity) for norm in norms):
+        return not (gate and not kind.norms_before) and not (kind.norms_before and "last_norm" in roles)
     plain = all(getattr(norm, "weight", None) is not None and not hasattr(norm, "bias") for norm in norms)
-    return plain and kind.norms_before and "mlp_gate" in roles
+    return plain and kind.norms_before and gate
 
 
 def _dropouts(
     settings: Any, block: nn.Module, roles: Roles, attentions: Sequence[nn.Module], parts: Sequence[nn.Module]
 ) -> tuple[list[Dropped], tuple[Dropped, Dropped, Dropped]] | None:
     """The dropout of each attention's shares, and the three of `Parts`; None where there is any elsewhere."""
-    of_shares = [_dropout_in(attention) for attention in attentions]
+    of_shares = [_dropouts_in(attention)[0] for attention in attentions]
     if getattr(settings, "attention_dropout", None) and any(one.module is None for one in of_shares):
         return None
     homes = [block.get_submodule(roles[role][0].rpartition(".")[0]) for role in ("attention_output", "mlp_down")]
-    output, of_mlp = (_dropout_in(block if home is attentions[0] else home) for home in homes)
+    in_block, in_attention = _dropouts_in(block), _dropouts_in(attentions[0])[1:]
+    output = ([*in_attention, *in_block] if homes[0] is attentions[0] else _dropouts_in(homes[0]))[0]
+    of_mlp = _dropouts_in(homes[1])[0]
     inside = Dropped(block, "activation_dropout") if hasattr(block, "activation_dropout") else Dropped()
     others = (output, inside, of_mlp)
-    if any(isinstance(part, nn.LayerNorm) for part in parts):
-        if of_mlp.module is None:
-            return None
-    else:  # the sums of RMS norms have none
+    if "mlp_gate" in roles:  # such blocks have none but that of the shares, or it is nowhere known
         others = (Dropped(), Dropped(), Dropped())
+    elif of_mlp.module is None:
+        return None
     return (of_shares, others) if _dropouts_known(block, parts, [*of_shares, *others]) else None
 
 
-def _dropout_in(module: nn.Module) -> Dropped:
-    """The dropout that stands in a module, or its share as a number."""
+def _dropouts_in(module: nn.Module) -> list[Dropped]:
+    """The dropouts that stand in a module, or its share as a number; one that drops nothing where there is none."""
     if isinstance(getattr(module, "dropout", None), float):
-        return Dropped(module, "dropout")
-    return Dropped(next((child for child in module.children() if isinstance(child, nn.Dropout)), None))
+        return [Dropped(module, "dropout")]
+    return [Dropped(child) for child in module.children() if isinstance(child, nn.Dropout)] or [Dropped()]
 
 
 def _dropouts_known(block: nn.Module, parts: Sequence[nn.Module], placed: Sequence[Dropped]) -> bool:

@@ -4,8 +4,8 @@ Norms after the sums (BERT, Devlin 2019, arXiv 1810.04805; BART, Lewis 2020, arX
 
     h = norm(x + D (W_o attend(W_q x, W_k x, W_v x)))        z = norm(h + D (W_down f(W_up h)))
 
-Norms before them (mBART, Liu 2020, arXiv 2001.08210), with rotations R and a gate (LLaMA, Touvron 2023, arXiv
-2302.13971):
+Norms before them (GPT-2, Radford 2019; mBART, Liu 2020, arXiv 2001.08210), with rotations R and a gate (LLaMA, Touvron
+2023, arXiv 2302.13971):
 
     n = norm(x)    h = x + D (W_o attend(R W_q n, R W_k n, W_v n))    m = norm(h)    z = h + D (W_down f(W_up m))
                                                                           or z = h + W_down (f(W_gate m) * W_up m)
@@ -96,6 +96,8 @@ class NormsBefore(Parts):
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:
+    if isinstance(norm, nn.Identity):
+        return x
     if isinstance(norm, nn.LayerNorm):
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
     return rms_norm(x, norm.weight, _eps(norm))

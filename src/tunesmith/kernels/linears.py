@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tunesmith.kernels.lora import lora_linear
 
@@ -68,6 +69,8 @@ def part_of(module: Any) -> Part | None:
         return None
     if type(module) is nn.Linear:
         return Part(module.weight, module.bias)
+    if type(module) is Conv1D:
+        return Part(module.weight.t(), module.bias)
     part: Part | None = module.part() if hasattr(module, "part") else None
     return part
 

@@ -118,11 +118,12 @@ class LoraLinear(nn.Module):
 
     def part(self) -> Part | None:
         """This map, where it is no more than a product and a low-rank one."""
-        if self.transposed or isinstance(self.weight, Packed) or self.lora_magnitude_vector is not None:
+        if isinstance(self.weight, Packed) or self.lora_magnitude_vector is not None:
             return None
         if self.dropout and self.training:
             return None
-        return Part(self.weight, self.bias, *self.factors(), self.scaling)
+        weight = self.weight.t() if self.transposed else self.weight
+        return Part(weight, self.bias, *self.factors(), self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

@@ -17,8 +17,9 @@ from tunesmith.models.anatomy import anatomy
 from tunesmith.testing import tiny_model
 
 LENGTHS = ([12, 3, 7, 7, 1], [5, 5, 5], [9], [1, 2, 3, 40])
-FAMILIES = ("bert", "roberta", "distilbert", "electra", "llama", "mistral", "qwen2")
-NOT_THERE = {"llama": ("bitfit",), "mistral": ("bitfit",)}
+FAMILIES = ("bert", "roberta", "distilbert", "electra", "modernbert", "gpt2", "llama", "mistral", "qwen2", "phi3")
+READ_AT_THE_END = ("gpt2", "llama", "mistral", "qwen2", "phi3")
+NOT_THERE = {"llama": ("bitfit",), "mistral": ("bitfit",), "phi3": ("bitfit",), "modernbert": ("bitfit",)}
 """Techniques that a family has nothing for."""
 
 
@@ -56,7 +57,7 @@ def test_answers_and_gradients_are_those_of_the_model(family: str, technique: st
     adapt(model, technique)
     padded = [_answers_and_gradients(model, lengths) for lengths in LENGTHS]
     assert _taken(model)
-    read = "begin" if hasattr(model.base_model, "encoder") or family == "distilbert" else "end"
+    read = "end" if family in READ_AT_THE_END else "begin"
     assert model.block_tail.reads == (read if head == "SequenceClassification" else "each")
     for lengths, (answers, gradients) in zip(LENGTHS, padded, strict=True):
         ours = _answers_and_gradients(model, lengths)
@@ -120,6 +121,24 @@ def test_what_is_computed_again_in_the_backward_pass_is_the_same(family: str, mo
     assert called == [3 * len(anatomy(model).blocks)], "once, and then twice"
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("where", ["attn_pdrop", "resid_pdrop"])
+def test_dropout_falls_where_gpt2_has_it(where: str) -> None:
+    """Mean and spread of the answers over draws are those of the model's own blocks."""
+    model, found = tiny_model("gpt2", "AutoModelForCausalLM", **{where: 0.3}), []
+    batch = {name: one.repeat(800, 1) for name, one in _batch([5, 3]).items()}
+    model.train()
+    for taken in (False, True):
+        assert not taken or _taken(model)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            drawn = model(**batch).logits[batch["attention_mask"] == 1].view(800, 8, -1)
+        assert not torch.equal(drawn[0, 7], drawn[1, 7])
+        found.append((drawn.mean(0), drawn.std(0)))
+    (mean, spread), (ours, our_spread) = found
+    assert ((ours - mean).abs() < 5 * spread * (2 / 800) ** 0.5 + 1e-6).all()
+    assert ((our_spread - spread).abs() < 0.25 * spread + 1e-6).all()
 
 
 def test_dropout_that_the_formula_has_no_place_for_keeps_a_block_its_own_way() -> None:
