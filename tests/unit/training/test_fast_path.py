@@ -27,7 +27,11 @@ TRIALS: list[tuple[str, str, Any]] = [
     ("llama", "text-classification", "lora"),
     ("llama", "token-classification", "full"),
     ("gpt2", "text-classification", "lora"),
+    ("phi3", "text-generation", "lora"),
+    ("marian", "translation", "full"),
+    ("bart", "translation", {"name": "lora", "target_modules": "all-linear"}),
 ]
+BASES = {"translation": "AutoModelForSeq2SeqLM", "text-generation": "AutoModelForCausalLM"}
 
 
 def _losses(recipe: dict[str, Any], output: Path) -> list[float]:
@@ -47,7 +51,7 @@ def test_first_fifty_losses(
         "attention_dropout": 0.0,
     }
     without |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "seq_classif_dropout": 0.0}
-    tiny_model(family, "AutoModel", **without).save_pretrained(tmp_path / "base")
+    tiny_model(family, BASES.get(task, "AutoModel"), **without).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     rows = "".join(json.dumps(MADE_UP[task](number)) + "\n" for number in range(64))
     (tmp_path / "train.jsonl").write_text(rows)
