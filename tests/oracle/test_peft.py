@@ -129,6 +129,7 @@ def test_we_read_what_peft_saves(family: str, kind: str, variant: str, tmp_path:
     read, model = Lora.from_adapter(tmp_path), same_base(family, kind)
     read.apply(model, anatomy(model), None)
     read.load_adapter(model, load_file(tmp_path / "adapter_model.safetensors"))
+    model, theirs = model.double(), theirs.double()  # in fp32 processors round differently
     torch.testing.assert_close(answers(model), answers(theirs), atol=1e-5, rtol=1e-5)
     gradients, reference = learned(model), learned(theirs)
     assert {PEFT_PREFIX + name for name in gradients} == set(reference)
