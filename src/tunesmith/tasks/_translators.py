@@ -18,6 +18,7 @@ from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
 from tunesmith.data.texts import cut_texts, unknown_notes
 from tunesmith.kernels.logits import IGNORED, logits_at, shifted
+from tunesmith.kernels.padding_free import computes_without_padding
 from tunesmith.kernels.vocabulary import token_loss
 from tunesmith.models.directions import Direction
 from tunesmith.models.load import UNBOUNDED
@@ -129,10 +130,12 @@ class EncoderDecoder:
             "input_ids": rows.padded(self.config.pad_token_id or 0),
             "attention_mask": rows.mask(),
             "decoder_input_ids": shifted(model, labels.padded(IGNORED)),
-            "decoder_attention_mask": labels.mask(),
             "use_cache": False,
         }
-        row, place = labels.mask().nonzero(as_tuple=True)
+        mask = labels.mask()
+        if computes_without_padding(model):  # to others it says nothing, for no token looks at a later one
+            inputs["decoder_attention_mask"] = mask
+        row, place = mask.nonzero(as_tuple=True)
         return inputs, row, place
 
     def written(self, model: nn.Module, batch: Batch) -> list[str]:
