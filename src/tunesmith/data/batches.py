@@ -142,9 +142,11 @@ def cut(lengths: NDArray[np.int64], limits: Limits) -> list[tuple[int, int]]:
 
     Dynamic programming over the end of each run; a single row that exceeds `max_tokens` stands alone.
     """
-    padded = len(lengths) * int(lengths[-1]) if len(lengths) else 0
+    if not len(lengths):
+        return []
+    padded = len(lengths) * int(lengths[-1])
     if len(lengths) <= limits.max_examples and padded <= min(limits.max_tokens, limits.overhead_tokens):
-        return [(0, len(lengths))] if len(lengths) else []  # a second run costs more than it could save
+        return [(0, len(lengths))]  # a second run costs more than it could save
     best: list[float] = [0.0]
     start_of: list[int] = [0]
     for stop in range(1, len(lengths) + 1):
