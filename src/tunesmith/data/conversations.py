@@ -61,8 +61,8 @@ def conversation(row: Row, *, system: str | None = None, answered: bool = True) 
     own = row.values.get("system")
     if own is not None:
         if messages and messages[0]["role"] == "system":
-            raise _fault(row, "system: there is a system message among the messages too", "keep one of the two")
-        messages.insert(0, _message(row, "system", "system", own))
+            raise row.fault("system", "there is a system message among the messages too", "keep one of the two")
+        messages.insert(0, _message(row, row.named("system"), "system", own))
     elif system is not None and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": system})
     if not answered and messages and messages[-1]["role"] == "assistant":
@@ -95,7 +95,7 @@ def _fault(row: Row, what: str, hint: str) -> DataError:
 
 def _check_order(row: Row, messages: Sequence[Message], answered: bool) -> None:
     if not any(message["role"] != "system" for message in messages):
-        raise _fault(row, "messages: there is none", "remove the row")
+        raise row.fault("messages", "there is none", "remove the row")
     roles = [message["role"] for message in messages]
     for index, role in enumerate(roles):
         if index == 0 and role in ("system", "user"):
@@ -112,19 +112,20 @@ def _check_order(row: Row, messages: Sequence[Message], answered: bool) -> None:
         raise _fault(row, what, "remove it, or write the answer")
 
 
-def _listed(row: Row, column: str) -> list[Message]:
+def _listed(row: Row, role: str) -> list[Message]:
     """A column that holds a list of messages."""
-    given = row.values[column]
+    given = row.values[role]
     if isinstance(given, str):
         try:
             given = json.loads(given)
         except ValueError:
-            what = f"{column}: {shorten(given)} is no list of messages"
-            raise _fault(row, what, 'give [{"role": "user", "content": ...}, ...]') from None
+            what = f"{shorten(given)} is no list of messages"
+            raise row.fault(role, what, 'give [{"role": "user", "content": ...}, ...]') from None
     if not isinstance(given, list) or not given:
-        what = f"{column}: {'empty' if given == [] else shorten(given) + ' is no list of messages'}"
-        raise _fault(row, what, "remove the row" if given == [] else 'give [{"role": "user", "content": ...}, ...]')
-    return [_one(row, f"{column}[{index}]", message) for index, message in enumerate(given)]
+        what = "empty" if given == [] else f"{shorten(given)} is no list of messages"
+        hint = "remove the row" if given == [] else 'give [{"role": "user", "content": ...}, ...]'
+        raise row.fault(role, what, hint)
+    return [_one(row, f"{row.named(role)}[{index}]", message) for index, message in enumerate(given)]
 
 
 def _one(row: Row, where: str, message: Any) -> Message:
@@ -171,18 +172,19 @@ def _columns(row: Row, answered: bool) -> list[Message]:
         values["answer"] = _chosen(row, choices_of(row), values["answer"])
     messages: list[Message] = []
     for index, pair in enumerate(_pairs(row)):
-        messages += [_message(row, f"history[{index}]", role, text) for role, text in zip(_TURN, pair, strict=True)]
+        place = f"{row.named('history')}[{index}]"
+        messages += [_message(row, place, role, text) for role, text in zip(_TURN, pair, strict=True)]
     if "prompt" not in values:
         raise _fault(row, "no question: the column for prompt is empty or not there", "data.columns.prompt=NAME")
     if isinstance(values["prompt"], list):
         messages += _listed(row, "prompt")
     else:
         asked = [values[role] for role in ("prompt", "context") if role in values]
-        messages.append(_message(row, "prompt", "user", "\n\n".join(str(part).strip() for part in asked)))
+        messages.append(_message(row, row.named("prompt"), "user", "\n\n".join(str(part).strip() for part in asked)))
     if isinstance(values.get("answer"), list):
         messages += _listed(row, "answer")
     elif "answer" in values:
-        messages.append(_message(row, "answer", "assistant", values["answer"]))
+        messages.append(_message(row, row.named("answer"), "assistant", values["answer"]))
     elif answered:
         hint = "fill it in or remove the row; data.columns.answer=NAME if it is another column"
         raise _fault(row, "no answer: the column for answer is empty or not there", hint)
@@ -196,7 +198,7 @@ def choices_of(row: Row) -> list[str]:
     """The answers that a row offers, of which one is right; none where any text may be."""
     given = row.values.get("choices", [])
     if not isinstance(given, list) or not all(isinstance(one, str) and one.strip() for one in given) or len(given) == 1:
-        raise _fault(row, f"choices: {shorten(given)} are no texts to choose from", "give a list of two or more")
+        raise row.fault("choices", f"{shorten(given)} are no texts to choose from", "give a list of two or more")
     return [one.strip() for one in given]
 
 
@@ -211,21 +213,21 @@ def _chosen(row: Row, choices: list[str], answer: Any) -> str:
     if isinstance(place, int) and not isinstance(place, bool) and 0 <= place < len(choices):
         return choices[place]
     hint = f"give it as one of them, as 0 to {len(choices) - 1}, or as A to {chr(ord('A') + len(choices) - 1)}"
-    raise _fault(row, f"answer: {shorten(answer)} is none of the choices {shorten(choices)}", hint)
+    raise row.fault("answer", f"{shorten(answer)} is none of the choices {shorten(choices)}", hint)
 
 
 def _pairs(row: Row) -> list[Any]:
     """Earlier questions with their answers."""
     pairs = row.values.get("history") or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise _fault(row, f"history: {shorten(pairs)} is no list of pairs", "give [[question, answer], ...]")
+        raise row.fault("history", f"{shorten(pairs)} is no list of pairs", "give [[question, answer], ...]")
     return pairs
 
 
 def _instance(row: Row, instances: Any) -> dict[str, object]:
     one = instances[0] if isinstance(instances, list) and len(instances) == 1 else None
     if not isinstance(one, dict):
-        what = f"instances: {len(instances) if isinstance(instances, list) else shorten(instances)}, not one"
-        raise _fault(row, what, "give each a row of its own")
+        what = f"{len(instances) if isinstance(instances, list) else shorten(instances)}, not one"
+        raise row.fault("instances", what, "give each a row of its own")
     parts = {"context": one.get("input"), "answer": one.get("output")}
     return {role: value for role, value in parts.items() if isinstance(value, str) and value.strip()}

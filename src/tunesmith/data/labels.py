@@ -37,12 +37,12 @@ def read_label(row: Row, kind: LabelKind, classes: list[str] | None) -> Label:
     if parts is None and kind != "multi":
         return _known(_single(value, row, kind == "single"), row, classes)
     if kind == "single":
-        what = f"label: {shorten(value)} is a list, and the others are one class a text"
-        raise DataError(what, where=row.place, hint="set task.labels=multi")
+        what = f"{shorten(value)} is a list, and the others are one class a text"
+        raise row.fault("label", what, "set task.labels=multi")
     names = [class_name(part) for part in (_listed(str(value)) if parts is None else parts)]
     if len(names) > 2 and {"0", "1"}.issuperset(names):
-        what = f"label: {shorten(value)} looks like a flag for each class, of which no name is known"
-        raise DataError(what, where=row.place, hint="list the names of those that fit, such as ['a', 'c']")
+        what = f"{shorten(value)} looks like a flag for each class, of which no name is known"
+        raise row.fault("label", what, "list the names of those that fit, such as ['a', 'c']")
     return tuple(sorted({_known(name, row, classes) for name in names if name}))
 
 
@@ -50,22 +50,17 @@ def _single(value: object, row: Row, brackets: bool) -> str:
     """A class name; one in brackets is more likely a list, unless one class a text is asked for."""
     name = class_name(value)
     if not name:
-        raise DataError("label: nothing but invisible characters", where=row.place, hint="fill it in or remove the row")
+        raise row.fault("label", "nothing but invisible characters", "fill it in or remove the row")
     if name.startswith("[") and name.endswith("]") and not brackets:
-        raise DataError(
-            f"label: {shorten(name)} is a list written as text", where=row.place, hint="set task.labels=multi"
-        )
+        raise row.fault("label", f"{shorten(name)} is a list written as text", "set task.labels=multi")
     return name
 
 
 def _known(name: str, row: Row, classes: list[str] | None) -> str:
     if classes is None or name in classes:
         return name
-    raise DataError(
-        f"label: {shorten(name)} is none of the {len(classes)} classes that are learned",
-        where=row.place,
-        hint=did_you_mean(name, classes[:20]),
-    )
+    what = f"{shorten(name)} is none of the {len(classes)} classes that are learned"
+    raise row.fault("label", what, did_you_mean(name, classes[:20]))
 
 
 def class_name(value: object) -> str:
@@ -84,12 +79,10 @@ def _number(value: object, row: Row) -> float:
             hint = f"mend it{instead}, or data.on_bad_row=skip"
         else:
             hint = "task.labels=single if these are classes, else mend it, or data.on_bad_row=skip"
-        raise DataError(f"label: {shorten(value)} is not a finite number", where=row.place, hint=hint)
+        raise row.fault("label", f"{shorten(value)} is not a finite number", hint)
     number = float(str(value))
     if abs(number) > 1e9:
-        raise DataError(
-            f"label: {shorten(value)} is out of any scale", where=row.place, hint="mend it, or data.on_bad_row=skip"
-        )
+        raise row.fault("label", f"{shorten(value)} is out of any scale", "mend it, or data.on_bad_row=skip")
     return number
 
 

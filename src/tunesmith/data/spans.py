@@ -54,25 +54,22 @@ def read_tags(row: Row, names: Sequence[str] | None) -> tuple[str, ...]:
         assert isinstance(label, list)
         return _tags_of_spans(sentence, [_span(part, sentence, row) for part in label], row)
     if not isinstance(label, list):
-        what = f"label: {shorten(label)} is neither a list of tags nor of spans"
-        raise DataError(
-            what, where=row.place, hint='give a tag for each word, or {"start": 0, "end": 5, "label": "PER"}'
-        )
+        what = f"{shorten(label)} is neither a list of tags nor of spans"
+        raise row.fault("label", what, 'give a tag for each word, or {"start": 0, "end": 5, "label": "PER"}')
     if len(label) != len(sentence.words):
-        what = f"label: {counted(len(label), 'tag')} for {counted(len(sentence.words), 'word')}"
-        raise DataError(what, where=row.place, hint="give one for each word")
+        what = f"{counted(len(label), 'tag')} for {counted(len(sentence.words), 'word')}"
+        raise row.fault("label", what, "give one for each word")
     return tuple(_tag(part, index, row, names) for index, part in enumerate(label))
 
 
 def _tag(part: object, index: int, row: Row, names: Sequence[str] | None) -> str:
     if isinstance(part, int) and not isinstance(part, bool):
         if names is None or not 0 <= part < len(names):
-            what = f"label: {part} is the number of a tag that has no name"
-            raise DataError(what, where=row.place_of(index), hint="task.tags=[O, B-PER, ...] names them in their order")
+            what = f"{part} is the number of a tag that has no name"
+            raise row.fault("label", what, "task.tags=[O, B-PER, ...] names them in their order", index)
         return names[part]
     if not isinstance(part, str) or not part.strip():
-        what = f"label: {shorten(part)} is no tag"
-        raise DataError(what, where=row.place_of(index), hint="O is the tag of a word in no entity")
+        raise row.fault("label", f"{shorten(part)} is no tag", "O is the tag of a word in no entity", index)
     return sys.intern(part.strip())
 
 
@@ -85,19 +82,16 @@ def _span(part: Any, sentence: Sentence, row: Row) -> Span:
         found, said = list(part) if isinstance(part, list) and len(part) == 3 else [None] * 3, None
     start, end, label = found
     if not (_is_count(start) and _is_count(end) and isinstance(label, str) and label.strip()):
-        what = f"label: {shorten(part)} is no span"
-        raise DataError(what, where=row.place, hint='give {"start": 0, "end": 5, "label": "PER"}')
+        raise row.fault("label", f"{shorten(part)} is no span", 'give {"start": 0, "end": 5, "label": "PER"}')
     span = Span(start, end, sys.intern(label.strip()))
     if not 0 <= start < end or end > len(sentence.text):
-        what = f"label: the span {start}-{end} lies beyond the text of {counted(len(sentence.text), 'character')}"
+        what = f"the span {start}-{end} lies beyond the text of {counted(len(sentence.text), 'character')}"
         if not 0 <= start < end:
-            what = f"label: the span {start}-{end} holds no character"
-        raise DataError(
-            what, where=row.place, hint=_counted_otherwise(row) or "the end is the character after the last"
-        )
+            what = f"the span {start}-{end} holds no character"
+        raise row.fault("label", what, _counted_otherwise(row) or "the end is the character after the last")
     if isinstance(said, str) and said != sentence.text[start:end]:
-        what = f"label: the span {start}-{end} is {shorten(sentence.text[start:end])}, not {shorten(said)}"
-        raise DataError(what, where=row.place, hint=_counted_otherwise(row) or "count characters from 0")
+        what = f"the span {start}-{end} is {shorten(sentence.text[start:end])}, not {shorten(said)}"
+        raise row.fault("label", what, _counted_otherwise(row) or "count characters from 0")
     return span
 
 
@@ -112,10 +106,10 @@ def _tags_of_spans(sentence: Sentence, spans: list[Span], row: Row) -> tuple[str
         inside = [n for n, (start, end) in enumerate(sentence.offsets) if start < span.end and end > span.start]
         if (fault := _unaligned(span, inside, sentence)) is not None:
             hint = _counted_otherwise(row) or "count characters from 0; the end is the one after the last"
-            raise DataError(fault, where=row.place, hint=hint)
+            raise row.fault("label", fault, hint)
         if other := next((taken[n] for n in inside if n in taken), None):
-            what = f"label: the spans {_shown(other, sentence)} and {_shown(span, sentence)} overlap"
-            raise DataError(what, where=row.place, hint="keep one of them: a word has one tag")
+            what = f"the spans {_shown(other, sentence)} and {_shown(span, sentence)} overlap"
+            raise row.fault("label", what, "keep one of them: a word has one tag")
         for number in inside:
             tags[number] = f"{'B' if number == inside[0] else 'I'}-{span.label}"
             taken[number] = span
@@ -125,12 +119,12 @@ def _tags_of_spans(sentence: Sentence, spans: list[Span], row: Row) -> tuple[str
 def _unaligned(span: Span, inside: list[int], sentence: Sentence) -> str | None:
     """What is wrong where a span does not begin and end with a word; blanks around it are no matter."""
     if not inside:
-        return f"label: the span {span.start}-{span.end} holds no word"
+        return f"the span {span.start}-{span.end} holds no word"
     first, last = sentence.offsets[inside[0]], sentence.offsets[inside[-1]]
     for edge, (start, end) in ((span.start, first), (span.end, last)):
         if start < edge < end:
             word = shorten(sentence.text[start:end])
-            return f"label: the span {_shown(span, sentence)} breaks the word {word} in two"
+            return f"the span {_shown(span, sentence)} breaks the word {word} in two"
     return None
 
 
@@ -167,5 +161,5 @@ def split_edges(label: list[Any]) -> list[tuple[int, int]]:
 
 def unknown_tag(tag: str, index: int, row: Row, names: Sequence[str]) -> DataError:
     """The error of a tag that training does not have."""
-    what = f"label: {shorten(tag)} is none of the {len(names)} tags that are learned"
-    return DataError(what, where=row.place_of(index), hint=did_you_mean(tag, names[:20]))
+    what = f"{shorten(tag)} is none of the {len(names)} tags that are learned"
+    return row.fault("label", what, did_you_mean(tag, names[:20]), index)

@@ -54,7 +54,7 @@ def _encode(
     specials = processor.num_special_tokens_to_add(pair=len(roles) == 2)
     for row, mine in zip(rows, pieces, strict=True):
         if sum(len(coded["input_ids"][index]) for index in mine) <= specials:
-            raise DataError("text: nothing is left of it as tokens", where=row.place, hint="remove the row")
+            raise row.fault("text", "nothing is left of it as tokens", "remove the row")
     fields = [_fields(coded, mine, data.max_length, windows) for mine in pieces]
     for one, row, *parts in zip(fields, rows, *texts, strict=True):
         one["cut"] |= int(len(str(row.values["text"]).strip()) > most)

@@ -97,12 +97,11 @@ def sentence_of(row: Row, *, whole_text: bool = False) -> Sentence:
 
 def _words(tokens: object, row: Row) -> list[str]:
     if not isinstance(tokens, list):
-        what = f"tokens: {shorten(tokens)} is no list of words"
-        raise DataError(what, where=row.place, hint='give ["one", "word", "each"], or a text under `text`')
+        what = f"{shorten(tokens)} is no list of words"
+        raise row.fault("tokens", what, 'give ["one", "word", "each"], or a text under `text`')
     for index, token in enumerate(tokens):
         if not isinstance(token, str | int | float) or isinstance(token, bool) or not str(token):
-            what = f"tokens: {shorten(token)} is no word"
-            raise DataError(what, where=row.place_of(index), hint="give texts, none of them empty")
+            raise row.fault("tokens", f"{shorten(token)} is no word", "give texts, none of them empty", index)
     return [str(token) for token in tokens]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -118,7 +119,7 @@ class Task(Plugin):
 
     def asked(self, row: Row) -> Row:
         """A row as it is asked: without what it would be answered with."""
-        return Row(row.place, {role: value for role, value in row.values.items() if role not in ANSWERS})
+        return replace(row, values={role: value for role, value in row.values.items() if role not in ANSWERS})
 
     def others(self) -> dict[str, str]:
         """Data that is no split and is scored beside the splits: name -> file or folder."""

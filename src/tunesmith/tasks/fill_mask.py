@@ -26,7 +26,7 @@ from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import Row
 from tunesmith.data.masks import Tokens, hide
 from tunesmith.data.texts import unknown_notes
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import RecipeError
 from tunesmith.kernels.logits import logits_at
 from tunesmith.kernels.vocabulary import token_loss
 from tunesmith.metrics.language import TokenScores
@@ -132,7 +132,7 @@ class FillMask(Task):
         masked = [place for place, token in enumerate(ids) if token == processor.mask_token_id]
         if not masked:
             beyond = f" within the first {data.max_length} tokens" if processor.mask_token in text else ""
-            raise DataError(f"text: no {MASK}{beyond}", where=row.place, hint=f"write {MASK} where a word is missing")
+            raise row.fault("text", f"no {MASK}{beyond}", f"write {MASK} where a word is missing")
         cut = any(one.overflowing for one in coded.encodings or ())
         return {"input_ids": ids, "masked": masked, "cut": int(cut)}
 

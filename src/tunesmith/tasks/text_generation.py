@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -152,8 +153,8 @@ class TextGeneration(WritingTask):
     def asked(self, row: Row) -> Row:
         """A conversation up to its last question; a text alone is one, but where raw text was learned from."""
         if self.form == "text":
-            return Row(row.place, {"text": row.values["text"]})
-        asked = row if is_conversation(row) else Row(row.place, {"prompt": row.values["text"]})
+            return replace(row, values={"text": row.values["text"]})
+        asked = row if is_conversation(row) else replace(row, values={"prompt": row.values["text"]})
         messages = conversation(asked, system=self.system, answered=False)
         return Row(row.place, {"asked": messages, "choices": choices_of(row)})
 

@@ -69,7 +69,7 @@ class TokenClassification(Task):
         tags = read_tags(row, self.tags)
         if self.scheme != "auto":
             for fault in faults(tags, self.scheme):
-                raise DataError(f"label: {fault.what}", where=row.place_of(fault.index), hint=fault.hint)
+                raise row.fault("label", fault.what, fault.hint, fault.index)
         if self.tags is not None:
             for index, tag in enumerate(tags):
                 if tag not in self.tags:

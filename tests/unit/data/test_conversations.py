@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,17 @@ def test_what_is_asked_needs_no_answer_and_has_none() -> None:
     for messages in ([USER], [USER, ASSISTANT]):
         assert conversation(Row("x:1", {"messages": messages}), answered=False) == [USER]
     assert conversation(Row("x:1", {"prompt": "Is it?"}), answered=False) == [USER]
+
+
+def test_a_fault_names_the_column_as_the_file_does(tmp_path: Path) -> None:
+    for given, told in (
+        ({"conversations": [{"from": "narrator", "value": "x"}]}, "conversations[0].from: 'narrator' is no role"),
+        ({"instruction": "Is it?", "output": True}, "output: 'True' is not a text"),
+    ):
+        _json_lines(tmp_path / "data", given)
+        (row,) = _table(tmp_path / "data")
+        with pytest.raises(DataError, match=re.escape(f"data:1: {told}")):
+            conversation(row)
 
 
 def _chat(*messages: Any, **more: Any) -> dict[str, Any]:

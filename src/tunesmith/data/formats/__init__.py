@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
@@ -40,6 +40,17 @@ class Row:
     values: dict[str, object]
     by_line: bool = False
     """Whether the parts of its lists stand on a line each."""
+    columns: Mapping[str, str | int] = field(default_factory=dict)
+    """Role -> the column that it was read from, where columns have names."""
+
+    def named(self, role: str) -> str:
+        """A role as the file calls it."""
+        return _shown(self.columns.get(role, role))
+
+    def fault(self, role: str, what: str, hint: str, index: int | None = None) -> DataError:
+        """What is wrong with the value of a role, or with a part of its list."""
+        place = self.place if index is None else self.place_of(index)
+        return DataError(f"{self.named(role)}: {what}", where=place, hint=hint)
 
     def place_of(self, index: int) -> str:
         """Where the part of a list stands: its own line, or the row."""
@@ -116,7 +127,9 @@ class Table:
         values = raw if isinstance(raw, BadRow) else self._values(raw)
         if isinstance(values, BadRow):
             return values
-        return Row(self.place_of(raw), values, self.format == "conll")
+        if self.format == "conll":
+            return Row(self.place_of(raw), values, by_line=True)
+        return Row(self.place_of(raw), values, columns=self.columns)
 
     def place_of(self, raw: RawRow | BadRow) -> str:
         """File and line of a row."""
