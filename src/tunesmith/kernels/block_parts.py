@@ -223,7 +223,7 @@ def _dropouts(
 
 def _dropouts_in(module: nn.Module) -> list[Dropped]:
     """The dropouts that stand in a module, or its share as a number; one that drops nothing where there is none."""
-    if isinstance(getattr(module, "dropout", None), float):
+    if isinstance(getattr(module, "dropout", None), int | float):
         return [Dropped(module, "dropout")]
     return [Dropped(child) for child in module.children() if isinstance(child, nn.Dropout)] or [Dropped()]
 

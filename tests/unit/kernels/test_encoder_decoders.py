@@ -77,6 +77,11 @@ def _same(model: Any, padded: list[tuple[Tensor, Tensor]]) -> None:
         assert torch.dist(ours[1], gradients) < 1e-5 * gradients.norm()
 
 
+def test_no_dropout_may_be_written_as_a_whole_number() -> None:
+    none = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout"), 0)
+    assert _taken(tiny_model("marian", "AutoModelForSeq2SeqLM", **none))
+
+
 @pytest.mark.parametrize("technique", TECHNIQUES)
 @pytest.mark.parametrize("family", ["marian", "bart", "mbart", "m2m_100"])
 def test_answers_and_gradients_are_those_of_the_padded_model(family: str, technique: str) -> None:
