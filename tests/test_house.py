@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "tunesmith"
 FLOORS = [
     {"errors"},
-    {"registry", "recipe_names", "recipe_text"},
+    {"registry", "recipe_names", "recipe_text", "run_folder"},
     {"recipe_refusals", "recipe_values"},
     {"recipe", "talk"},
     {"data"},

@@ -32,9 +32,11 @@ from tunesmith.cli_options import (
     emit,
     new_talk,
     recipe_and_pairs,
+    refuse_early,
     verb,
 )
 from tunesmith.errors import RecipeError, UserError, counted
+from tunesmith.run_folder import check_run
 
 if TYPE_CHECKING:
     from tunesmith.deploy.inputs import Asked
@@ -208,8 +210,8 @@ def train(
     from tunesmith import recipe as recipes
 
     recipe, pairs = recipe_and_pairs(words or [])
-    if resume is None and recipes.load_stages(recipe, pairs) is None:
-        recipes.load(recipe, pairs)  # refused, where it is, before seconds of imports
+    if resume is None:
+        refuse_early(recipe, pairs, overwrite=overwrite)
     from tunesmith.studies import stages
 
     try:
@@ -245,6 +247,7 @@ def evaluate(
     offline: Offline = False,
 ) -> None:
     """Score a run."""
+    check_run(run)
     from tunesmith.studies import score
     from tunesmith.talk import scores_line
 
@@ -322,6 +325,7 @@ def predict(
         raise RecipeError("nothing to answer", hint='give texts, or --input FILE: tunesmith predict RUN "A text."')
     if output is not None:
         check_new(output)
+    check_run(run)
     from tunesmith.data.formats import Row
     from tunesmith.deploy.inputs import answer_rows, read_inputs
     from tunesmith.deploy.predict import load
@@ -365,6 +369,7 @@ def chat(
     offline: Offline = False,
 ) -> None:
     """Talk with a run of text-generation, line by line; /new begins anew, end of input (ctrl-D) ends it."""
+    check_run(run)
     from tunesmith.deploy import chat as conversation
     from tunesmith.deploy.predict import load
     from tunesmith.recipe_values import Generation

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli_options import Json, Offline, Quiet, check_new, emit, new_talk, recipe_and_pairs, verb
+from tunesmith.cli_options import Json, Offline, Quiet, check_new, emit, new_talk, recipe_and_pairs, refuse_early, verb
 from tunesmith.errors import CONTROL, counted
 
 app = typer.Typer(help="Look at data before a run does. Example: tunesmith data check reviews.csv")
@@ -47,9 +47,9 @@ def check(
     offline: Offline = False,
 ) -> None:
     """Say what is wrong with data, row by row; exit code 3 where it would stop a run or falsify its scores."""
+    target, pairs = _named(words)
     from tunesmith.studies import data_check as study
 
-    target, pairs = recipe_and_pairs(words)
     report = study.check(target, pairs, group=group, model=model, stage=stage, offline=offline)
     if as_json:
         emit(report)
@@ -59,6 +59,18 @@ def check(
             console.print(line, style=style)
     if report["errors"]:
         raise typer.Exit(3)
+
+
+def _named(words: list[str]) -> tuple[str | None, list[str]]:
+    """A file, a folder, a recipe or a run, and the pairs behind it; what is not there is refused at once."""
+    target, pairs = recipe_and_pairs(words)
+    if target is None or target.lower().endswith((".yaml", ".yml")):
+        refuse_early(target, pairs)
+    else:
+        from tunesmith.data.formats import check_there
+
+        check_there(Path(target))
+    return target, pairs
 
 
 def _page(report: dict[str, Any], examples: int, quiet: bool) -> Iterator[tuple[str, str]]:
@@ -143,10 +155,10 @@ def show(
     offline: Offline = False,
 ) -> None:
     """Show what a model sees of rows, token by token, and what of it carries loss."""
+    target, pairs = _named(words)
     from tunesmith.studies import data_show as study
     from tunesmith.training.files import atomic_write
 
-    target, pairs = recipe_and_pairs(words)
     if html is not None:
         check_new(html)
     found = study.show(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.errors import RecipeError
+from tunesmith.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
     from tunesmith.talk import Talk
@@ -67,6 +67,26 @@ def check_new(file: Path) -> None:
         raise RecipeError("there is a file already, and it is not overwritten", where=str(file), hint=hint)
     if not file.absolute().parent.is_dir():
         raise RecipeError("there is no such folder", where=str(file.parent), hint="make it first")
+
+
+def refuse_early(target: str | None, pairs: list[str], *, overwrite: bool | None = None) -> None:
+    """Refuse data that is not there, a recipe that cannot be meant and, where `overwrite` is told, an output that is
+    taken, before seconds of imports.
+    """
+    from tunesmith import recipe as recipes
+    from tunesmith.data.formats import check_there
+    from tunesmith.run_folder import claim
+
+    try:
+        data, output = recipes.paths_named(target, pairs)
+        for one in data:
+            check_there(one)
+        if overwrite is not None and output is not None and output.is_dir():
+            claim(output, resume=False, overwrite=overwrite)
+        if recipes.load_stages(target, pairs) is None:
+            recipes.load(target, pairs)
+    except UserError as error:
+        raise recipes.located(error, target, pairs) from error
 
 
 def recipe_and_pairs(words: list[str]) -> tuple[str | None, list[str]]:

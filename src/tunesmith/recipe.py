@@ -88,7 +88,7 @@ class Train(Keys):
     evaluate_every: Count | Literal["epoch"] = Field("epoch", description="steps, or epoch")
     save_every: Count | Literal["epoch"] = Field("epoch", description="steps, or epoch")
     keep_checkpoints: int = Field(2, ge=1, description="beside best and last")
-    metric: str | None = Field(None, description="what best is chosen by; default: the task's")
+    metric: str | None = Field(None, description="best is by this, then by the loss; default: the task's")
     early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without a better metric")
     gradient_checkpointing: bool | Literal["auto"] = Field("auto", description="auto: only when memory runs out")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over all classes")
@@ -188,6 +188,19 @@ def load_stages(
         recipe = _build(leaves)
         recipes.append(recipe.model_copy(update={"output": f"{recipe.output}/{number}-{recipe.task.name}"}))
     return Stages(recipes, found, local_path(into))
+
+
+def paths_named(path: str | Path | None, overrides: Iterable[str]) -> tuple[list[Path], Path | None]:
+    """What a recipe or its stages name as data and as output, before anything else of it is looked at."""
+    written = _written(path, overrides, None)
+    shared, stages = _of_stages(written)
+    parts = stages or [_leaves(written)]
+    data = [part.get(("data", split)) for part in parts for split in ("train", "validation", "test")]
+    found = [
+        Path(leaf[0]).expanduser() if leaf and isinstance(leaf[0], str) else None
+        for leaf in (*data, (shared if stages else parts[0]).get(("output",)))
+    ]
+    return [one for one in found[:-1] if one is not None], found[-1]
 
 
 def _of_stages(written: Sequence[Written]) -> tuple[Leaves, list[Leaves]]:

@@ -34,6 +34,8 @@ class Progress:
 
     step: int = 0
     best: float | None = None
+    best_loss: float | None = None
+    """At that step: of equal scores that with the lower loss is the better."""
     best_step: int | None = None
     stale: int = 0
     skips: int = 0

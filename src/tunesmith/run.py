@@ -24,15 +24,15 @@ from tunesmith.deploy import artefact, card, predict
 from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, ResourceError, UserError, counted
 from tunesmith.insight import hints, report
 from tunesmith.kernels.packed import numbers_in
-from tunesmith.models import sources
 from tunesmith.prepare import Prepared, prepare
 from tunesmith.recipe import Recipe, Train
 from tunesmith.record import Progress
+from tunesmith.run_folder import claim, clear, runs_in
 from tunesmith.talk import Talk, command, scores_line
 from tunesmith.tasks import LOW_IS_GOOD, WritingTask, guess_knows
 from tunesmith.training import checkpoint, evaluate, files, loop, machine, optimizer, parallel
 from tunesmith.training.machine import Machine
-from tunesmith.training.run_lock import RunLock, claim, clear
+from tunesmith.training.run_lock import RunLock
 from tunesmith.training.signals import Signals, Stopped
 
 
@@ -67,6 +67,7 @@ def train(
     with parallel.group(found.device.type), RunLock(folder, enabled=parallel.rank() == 0):
         if parallel.rank() == 0:
             claim(folder, resume=resume is not None, overwrite=overwrite)
+            files.sweep(folder)
         parallel.barrier()
         begun = resume is not None
         try:
@@ -102,7 +103,7 @@ def _recipe(given: Any, overrides: Collection[str], values: Mapping[str, Any], r
     if given is None and resume is not None:
         kept = Path(resume) / "recipe.yaml"
         if not kept.exists() and not (overrides or values):
-            hint = sources.runs_in(Path(resume)) or "leave --resume out"
+            hint = runs_in(Path(resume)) or "leave --resume out"
             raise CheckpointError("no run to resume in this folder", where=str(resume), hint=hint)
         given = kept if kept.exists() else None  # killed before it wrote its recipe, a run begins again
     if isinstance(given, Mapping):
@@ -330,11 +331,12 @@ def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], fo
             scores = evaluate.scores(prepared.model, task, split, prepared.machine, write=write)
         score = evaluate.pick(scores, metric)
         sign = -1 if metric in LOW_IS_GOOD else 1
-        better = math.isfinite(score) and (progress.best is None or sign * score > sign * progress.best)
+        higher = math.isfinite(score) and (progress.best is None or sign * score > sign * progress.best)
+        tied = score == progress.best and progress.best_loss is not None and scores["loss"] < progress.best_loss
+        better = higher or tied
+        progress.stale = 0 if higher else progress.stale + 1
         if better:
-            progress.best, progress.best_step, progress.stale = score, step.number, 0
-        else:
-            progress.stale += 1
+            progress.best, progress.best_loss, progress.best_step = score, scores["loss"], step.number
         line = {f"validation/{name}": _plain(value) for name, value in scores.items() if isinstance(value, float)}
         _log(folder, {"step": step.number, "epoch": round(step.epoch, 6), **line})
         words.append(f"{'validation ' if metric == 'loss' else ''}{metric} {score:.4f}")
@@ -403,6 +405,8 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
     best = checkpoint.best(folder / "checkpoints", talk.warn) if progress.best_step is not None else None
     if best is not None:
         artefact.put(prepared.model, best.tensors["learned"])
+        if best.step < progress.step:
+            talk.say(f"kept: step {best.step} of {progress.step}, the best on validation")
     if parallel.rank() == 0:
         _write_artefact(prepared, folder)
     parallel.barrier()

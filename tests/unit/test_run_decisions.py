@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,10 @@ def test_a_new_head_learns_at_the_rate_of_its_technique(
 def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`scored("accuracy", 0.5, 0.7)`: what the evaluations of the run will say, one after the other."""
 
-    def script(metric: str, *values: float) -> None:
-        coming: Iterator[float] = iter(values)
+    def script(metric: str, *values: float, losses: Iterable[float] = repeat(1.0)) -> None:
+        coming = ({"loss": loss, metric: value} for loss, value in zip(losses, values, strict=False))
         own = evaluate.scores
-        monkeypatch.setattr(evaluate, "scores", lambda *args, **how: own(*args, **how) | {metric: next(coming)})
+        monkeypatch.setattr(evaluate, "scores", lambda *args, **how: own(*args, **how) | next(coming))
 
     return script
 
@@ -88,21 +89,25 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 BEST = {
     "accuracy": ((0.5, 0.7, 0.6, 0.65), 4),
     "a tie is no better": ((0.5, 0.7, 0.7, 0.7), 4),
+    "but for a lower loss": ((0.5, 0.7, 0.7, 0.7), 6),
     "loss": ((0.5, 0.7, 0.4, 0.6), 6),
     "ece": ((0.1, 0.3, 0.2, 0.2), 2),
     "f1_macro": ((0.1, 0.2, math.nan, 0.15), 4),
 }
 
 
-@pytest.mark.parametrize("case", _few(BEST, "a tie is no better", "loss"))
-def test_best_is_kept_and_shipped(case: str, recipe_of: Any, scored: Callable[..., None], tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", _few(BEST, "a tie is no better", "but for a lower loss", "loss"))
+def test_best_is_kept_and_shipped(
+    case: str, recipe_of: Any, scored: Callable[..., None], tmp_path: Path, capsys: Any
+) -> None:
     values, best = BEST[case]
     metric = case if case in ("loss", "ece", "f1_macro") else "accuracy"
-    scored(metric, *values)
+    scored(metric, *values, losses=(1.2, 1.0, 0.8, 0.9) if case == "but for a lower loss" else repeat(1.0))
     settings = ["train.epochs=null", "train.max_steps=8", "train.evaluate_every=2", f"train.metric={metric}"]
     result = tunesmith.train(recipe_of(*settings, "train.keep_checkpoints=1"))
     run = tmp_path / "run"
     assert result["best_step"] == best and result["steps"] == 8
+    assert f"kept: step {best} of 8, the best on validation" in capsys.readouterr().out
     assert _saved(run) == sorted({best, 8}), "best and last, and no other"
     assert _same(_weights(run), _weights(run, best)), "what is shipped is the best"
     assert not _same(_weights(run), _weights(run, 8))

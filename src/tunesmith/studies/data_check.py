@@ -342,7 +342,9 @@ class _Check:
             return
         ids, more = looked if looked is not None else (None, [])
         self.findings.add(more)
-        self.findings.add(token_faults(file, rows, processor, limit, ids))
+        read = limit if task is None else task.tokens_read(processor, limit)
+        key = "data.max_length or task.windows" if hasattr(task, "windows") else "data.max_length"
+        self.findings.add(token_faults(file, rows, processor, read, key, ids))
 
     def _tokenizer(self) -> tuple[Any, int, Any] | None:
         """The model's tokenizer, how many tokens are read, its config; None where no model is named or to be had."""

@@ -95,10 +95,10 @@ def unknown_labels(file: File, known: set[str], rows: Iterator[tuple[str, Any]],
 
 
 def token_faults(
-    file: File, rows: Sequence[Row], processor: Any, limit: int, ids: list[list[int]] | None = None
+    file: File, rows: Sequence[Row], processor: Any, limit: int | None, key: str, ids: list[list[int]] | None = None
 ) -> Iterator[Fault]:
-    """Texts longer than what is read, and too many unknown tokens; the file's lengths are then in tokens (`ids`, where
-    they are not those of the text alone).
+    """Texts longer than the `limit` of what is read, which `key` raises, and too many unknown tokens; the file's
+    lengths are then in tokens (`ids`, where they are not those of the text alone).
     """
     ids = ids or [processor(*texts(row), verbose=False)["input_ids"] for row in rows]
     counts = np.array([len(one) for one in ids])
@@ -106,9 +106,9 @@ def token_faults(
     num_unknown = [one.count(unknown) for one in ids] if unknown is not None else [0]
     share = sum(num_unknown) / max(int(counts.sum()), 1)
     file.lengths = {"unit": "tokens", **spread(counts), "limit": limit, "rows": len(rows), "unknown": round(share, 6)}
-    fix = "raise data.max_length, read in windows, or shorten it: the rest is cut off"
+    fix = f"raise {key}, or shorten it: the rest is cut off"
     for row, count in zip(rows, counts.tolist(), strict=True):
-        if count > limit:
+        if limit is not None and count > limit:
             what = f"a text of {file.name} is longer than the {limit} tokens that are read"
             yield Fault("too-long", what, row.place, f"{counted(count, 'token')}: {text(row)}", fix)
     if share > UNKNOWN:

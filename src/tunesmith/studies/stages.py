@@ -23,10 +23,11 @@ from tunesmith import recipe as recipes
 from tunesmith import record, run
 from tunesmith.errors import RecipeError, UserError
 from tunesmith.recipe import Recipe, Stages
+from tunesmith.run_folder import claim, clear
 from tunesmith.talk import Talk
 from tunesmith.tasks import LOW_IS_GOOD
 from tunesmith.training import checkpoint, files
-from tunesmith.training.run_lock import RunLock, claim, clear
+from tunesmith.training.run_lock import RunLock
 
 NOISE = 2.0
 """How many standard errors a difference must exceed to be called one."""
@@ -67,6 +68,7 @@ def train(
     with RunLock(folder, enabled=first):
         if first:
             claim(folder, resume=resume is not None, overwrite=overwrite)
+            files.sweep(folder)
             if resume is None:
                 clear(folder)
             _keep(wanted, folder, override)

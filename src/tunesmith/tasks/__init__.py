@@ -155,6 +155,10 @@ class Task(Plugin):
         """What is wrong with rows in ways that only this task knows, for `data check`."""
         return iter(())
 
+    def tokens_read(self, processor: Any, max_length: int) -> int | None:
+        """Behind how many tokens a text is cut off; None where none is."""
+        return max_length
+
     def token_faults(
         self, rows: Sequence[Row], processor: Any, data: Data
     ) -> tuple[list[list[int]], list[Fault]] | None:

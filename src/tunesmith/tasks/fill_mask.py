@@ -125,6 +125,10 @@ class FillMask(Task):
         """
         return [dict(row.values) if "input_ids" in row.values else self._asked(row, processor, data) for row in rows]
 
+    def tokens_read(self, processor: Any, max_length: int) -> int | None:
+        """All: texts are joined and cut into blocks."""
+        return None
+
     def _asked(self, row: Row, processor: Any, data: Data) -> dict[str, Any]:
         text = str(row.values["text"]).replace(MASK, processor.mask_token)
         coded = processor(text, truncation=True, max_length=data.max_length)

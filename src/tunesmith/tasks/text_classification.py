@@ -109,6 +109,11 @@ class TextClassification(Task):
         ]
         return [text | label for text, label in zip(texts, labels, strict=True)]
 
+    def tokens_read(self, processor: Any, max_length: int) -> int | None:
+        """As many as its windows hold; each has its own special tokens, of which a text has one set."""
+        specials: int = processor.num_special_tokens_to_add(pair=False)
+        return specials + (self.windows or 1) * (max_length - specials)
+
     def notes(self, encoded: Encoded, processor: Any) -> list[str]:
         """Texts cut, and unknown tokens above 5 %."""
         return text_notes(encoded, processor, self.windows)

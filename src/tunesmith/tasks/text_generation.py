@@ -232,6 +232,10 @@ class TextGeneration(WritingTask):
             notes.append(f"{said} of {size} conversations spell special tokens of this model: read as plain words")
         return [*self._said, *notes]
 
+    def tokens_read(self, processor: Any, max_length: int) -> int | None:
+        """Of raw text all: it is joined and cut into blocks."""
+        return None if self.form == "text" else max_length
+
     def token_faults(
         self, rows: Sequence[Row], processor: Any, data: Data
     ) -> tuple[list[list[int]], list[Fault]] | None:

@@ -116,6 +116,10 @@ class TokenClassification(Task):
                 one |= self._labels(self.target(row), one, codes, weights)
         return fields
 
+    def tokens_read(self, processor: Any, max_length: int) -> int | None:
+        """All: longer sentences are read in windows."""
+        return None
+
     def _labels(
         self, tags: Sequence[str], fields: dict[str, Any], codes: dict[str, int], weights: dict[str, float]
     ) -> dict[str, list[Any]]:

@@ -332,20 +332,27 @@ def encode_split(split: Split, task: Task, data: Data, processor: Any, processor
     return encode(pieces, lambda rows: task.encode(rows, processor, data), cache / key)
 
 
+def check_changeable(read: Examples) -> None:
+    """Refuse to augment what has no example of one text, or of tagged words.
+
+    Raises:
+        RecipeError: it has none.
+    """
+    columns, tagged = read.splits["train"].table.columns, "tokens" in read.task.columns
+    changeable = "tokens" in columns if tagged else any(is_text(role) for role in columns.keys() - ANSWERS)
+    if not changeable or not read.task.rows_are_examples:
+        what = f"data.augment: {read.task.name} has no {'tokens with tags' if tagged else 'example of one text'} here"
+        raise RecipeError(what, hint="leave the key out")
+
+
 class Augmented:
     """The training split as it is in an epoch: changed and encoded anew into a folder of its own, one at a time."""
 
     def __init__(
         self, read: Examples, processor: Any, seed: int, cache: Path, otherwise: Mapping[str, str] | None = None
     ) -> None:
+        check_changeable(read)
         self._split, self._task, self._data = read.splits["train"], read.task, read.data
-        columns, tagged = self._split.table.columns, "tokens" in read.task.columns
-        changeable = "tokens" in columns if tagged else any(is_text(role) for role in columns.keys() - ANSWERS)
-        if not changeable or not read.task.rows_are_examples:
-            what = (
-                f"data.augment: {read.task.name} has no {'tokens with tags' if tagged else 'example of one text'} here"
-            )
-            raise RecipeError(what, hint="leave the key out")
         self._processor, self._cache = processor, cache
         self._augmenter = Augmenter.of(read.data.augment or (), seed, otherwise)
         self._now: tuple[int, Encoded] | None = None

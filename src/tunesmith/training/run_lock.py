@@ -1,7 +1,6 @@
 """One process at a time per run folder: `.lock` holds who, and is taken over when its holder is gone.
 
-It makes the folder, and takes along what is empty still: a run refused before it began leaves none. And who holds it
-never writes over an earlier run unless told to.
+It makes the folder, and takes along what is empty still: a run refused before it began leaves none.
 """
 
 from __future__ import annotations
@@ -10,19 +9,14 @@ import contextlib
 import fcntl
 import json
 import os
-import shlex
-import shutil
 import socket
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from tunesmith.errors import CheckpointError, RecipeError
-from tunesmith.training.files import make_folder, out_of_space, sweep
-
-RECIPES = ("recipe.yaml", "stages.yaml")
-"""What makes a folder that of a run, or of a recipe's stages."""
+from tunesmith.errors import CheckpointError
+from tunesmith.training.files import make_folder, out_of_space
 
 WRITING_S = 1.0
 """How long a lock may be empty: between its creation and its first byte lie microseconds."""
@@ -99,32 +93,6 @@ class RunLock:
         for folder in self._made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-
-
-def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """See that a locked folder may have this run: never write over what is there unless told to.
-
-    Raises:
-        RecipeError: there is something already, or both are asked for.
-    """
-    if resume and overwrite:
-        raise RecipeError("--overwrite: starts afresh, --resume goes on with what is there", hint="keep one")
-    taken = [path for path in folder.iterdir() if path.name != ".lock"]
-    if resume:
-        sweep(folder)
-    elif taken and not overwrite:
-        again = f"--resume {shlex.quote(str(folder))} goes on with it"
-        hint = f"{again}, --overwrite starts afresh, output=DIR puts the new run elsewhere"
-        raise RecipeError("output: the folder is not empty", where=str(folder), hint=hint)
-    elif taken and not any((folder / name).exists() for name in RECIPES):
-        raise RecipeError("output: not a run folder, so it is not overwritten", where=str(folder), hint="output=DIR")
-
-
-def clear(folder: Path) -> None:
-    """Remove an earlier run from a claimed folder, once the new one is known to be sound."""
-    taken = [path for path in folder.iterdir() if path.name != ".lock"]
-    for path in sorted(taken, key=lambda path: path.name in RECIPES):  # a kill leaves what may be overwritten
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _started(pid: int) -> str | None:

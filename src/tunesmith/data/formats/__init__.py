@@ -7,6 +7,7 @@ naming, by the usual names, or by what is in them where there is no header.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,18 @@ from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, Rows, 
 from tunesmith.data.formats.recognise import Format, format_of, unreachable
 from tunesmith.errors import DataError, counted, shorten
 
-__all__ = ["Row", "Table", "files_of", "find_splits", "holds_text", "is_folder", "read_lines", "read_raw", "read_table"]
+__all__ = [
+    "Row",
+    "Table",
+    "check_there",
+    "files_of",
+    "find_splits",
+    "holds_text",
+    "is_folder",
+    "read_lines",
+    "read_raw",
+    "read_table",
+]
 
 TAGGED = frozenset({"tokens", "label"})
 TOLD = frozenset({"messages", "prompt", "answer", "history", "instances", "choices"})
@@ -168,6 +180,16 @@ def _state(path: Path) -> tuple[int, int]:
     except OSError as error:
         raise unreachable(path, error) from None
     return sum(one.st_size for one in found), max((one.st_mtime_ns for one in found), default=0)
+
+
+def check_there(path: Path) -> None:
+    """See that there is something, whatever it is.
+
+    Raises:
+        DataError: there is not.
+    """
+    if not os.path.exists(path) and not parallel.sides_of(path):
+        format_of(path)  # says why
 
 
 def files_of(path: Path) -> list[Path]:

@@ -97,6 +97,7 @@ def unreachable(path: Path, error: OSError | ValueError) -> DataError:
             near = _called_nearly(path)
         except OSError:
             near = None
-        return DataError("no such file", where=where, hint=f"did you mean '{near}'?" if near else "check the path")
+        hint = "check the path" if path.is_absolute() else f"check the path, which counts from {Path.cwd()}"
+        return DataError("no such file", where=where, hint=f"did you mean '{near}'?" if near else hint)
     why = error.strerror if isinstance(error, OSError) else str(error)
     return DataError(f"cannot be read ({why})", where=where, hint="check path and rights")
