@@ -262,12 +262,11 @@ def evaluate(
         return
     probe = {f"{'linear probe on ' * result['probe']}the untouched base": result["metrics"]} if base else {}
     for who, scores in (probe | {str(run): result["run_metrics" if base else "metrics"]}).items():
-        print(
-            f"{who} on {result['split']} ({counted(result['examples'], 'example')}): {scores_line(scores, 'accuracy')}"
-        )
+        on = f"{result['split']} ({counted(result['examples'], 'example')})"
+        print(f"{who} on {on}: {scores_line(scores, result['metric'])}")
     if "baseline" in result:
         known = f"a guess that knows only the training {result['baseline_knows']}"
-        print(f"{known}: {scores_line(result['baseline'], 'accuracy')}")
+        print(f"{known}: {scores_line(result['baseline'], result['metric'])}")
 
 
 @app.command(epilog="Example: tunesmith merge runs/a runs/b --weights 0.7,0.3 --method ties --output runs/merged")

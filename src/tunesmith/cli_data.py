@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cli_options import Json, Offline, Quiet, check_new, emit, new_talk, recipe_and_pairs, refuse_early, verb
+from tunesmith.data.findings import SAID
 from tunesmith.errors import CONTROL, counted
 
 app = typer.Typer(help="Look at data before a run does. Example: tunesmith data check reviews.csv")
@@ -77,19 +78,29 @@ def _page(report: dict[str, Any], examples: int, quiet: bool) -> Iterator[tuple[
     """Lines and their styles: the files, then finding by finding."""
     for note in report["notes"] if not quiet else ():
         yield f"note: {note}", ""
+    if report["guessed"] and report["task"] and not quiet:
+        yield f"taken as data for {report['task']}; task=NAME says otherwise", ""
     for name, split in report["splits"].items() if not quiet else ():
         yield f"{name}: {', '.join(_about(split))}", "bold"
-    for finding in report["findings"]:
+    for number, finding in enumerate(report["findings"]):
         style = {"error": "bold red", "warning": "yellow"}[finding["level"]]
-        yield "", ""
+        if number or not quiet:
+            yield "", ""
         yield f"{finding['level']}: {finding['kind']}, {finding['count']:,}: {finding['what']}", style
-        for fault in finding["faults"][:examples]:
+        shown, quote = finding["faults"][:examples], "" if finding["kind"] in SAID else "'"
+        several = len({fault["fix"] for fault in shown}) > 1
+        for fault in shown:
             place = fault["file"] if fault["line"] is None else f"{fault['file']}:{fault['line']}"
-            value = f"  '{fault['value']}'" if fault["value"] else ""
+            value = f"  {quote}{fault['value']}{quote}" if fault["value"] else ""
             yield f"  {place}{value}{'  see ' + fault['see'] if 'see' in fault else ''}", ""
+            if several:
+                yield f"    way out: {fault['fix']}", ""
         if finding["count"] > examples > 0:
             yield f"  and {finding['count'] - examples:,} more (-n shows more, --json all)", "dim"
-        yield f"  way out: {finding['fix']}", ""
+        if not several:
+            yield f"  way out: {finding['fix']}", ""
+    if quiet:
+        return
     yield "", ""
     found = f"{counted(report['errors'], 'error')}, {counted(report['warnings'], 'warning')}"
     yield f"found in {report['seconds']:.1f} s: {found}", "bold"
@@ -119,6 +130,9 @@ def convert(
     header: Annotated[
         bool | None, typer.Option("--header/--no-header", help="Whether the first line names columns; default: seen.")
     ] = None,
+    spans: Annotated[
+        bool, typer.Option("--spans", help="Entities as spans of a text instead of a tag for each word.")
+    ] = False,
     skip: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Leave out and count rows that cannot be read.")
     ] = False,
@@ -128,11 +142,13 @@ def convert(
     """Write the rows of a file in another format; nothing is overwritten."""
     from tunesmith.studies import data_convert as study
 
-    result = study.convert(source, output, to=to, header=header, skip=skip)
+    result = study.convert(source, output, to=to, header=header, skip=skip, spans=spans)
     talk = new_talk(as_json, quiet)
     talk.say(
         f"wrote {counted(result['rows'], 'row')} as {result['format']} to {output}: {', '.join(result['columns'])}"
     )
+    if result["left_out"]:
+        talk.warn(f"left out, for want of a place beside the entities: {', '.join(result['left_out'])}")
     if result["skipped"]:
         talk.warn("skipped " + ", ".join(f"{count:,} ({reason})" for reason, count in result["skipped"].items()))
     if as_json:
@@ -182,7 +198,7 @@ def _print_row(console: Any, row: Any) -> None:
     console.print(row.place, style="bold")
     if row.target is not None:
         console.print(Text.assemble("  target: ", (row.target, "bold green"), " (carries the loss)"))
-    for window in row.windows:
+    for number, window in enumerate(row.windows, start=1):
         line = Text("  ")
         for token in window:
             style = "bold green" if token.target is not None else "dim" if token.special else ""
@@ -191,6 +207,5 @@ def _print_row(console: Any, row: Any) -> None:
             if token.target is not None and not itself:
                 line.append(f"<{token.target}>", style="green")
             line.append(" ")
-        console.print(
-            line.append(f"({counted(len(window), 'token')}{', the rest is cut off' if row.cut else ''})", style="dim")
-        )
+        cut = ", the rest is cut off" if row.cut and number == len(row.windows) else ""
+        console.print(line.append(f"({counted(len(window), 'token')}{cut})", style="dim"))

@@ -156,7 +156,7 @@ def answer_line(answer: dict[str, Any], asked: object) -> str:
         found = (f"{one['text']} ({one['label']} {one['score']:.3f})" for one in answer["entities"])
         said = ", ".join(found) or "no entity"
     elif "masks" in answer:
-        masks = (" ".join(f"{one['token']} {one['score']:.3f}" for one in mask) for mask in answer["masks"])
+        masks = (", ".join(f"'{one['token']}' {one['score']:.3f}" for one in mask) for mask in answer["masks"])
         said = "; ".join(masks)
     else:
         said = answer.get("label") or ", ".join(answer.get("labels", [])) or f"{answer.get('value', 0):.4g}"

@@ -141,10 +141,12 @@ def read_synonyms(path: str | Path) -> Synonyms:
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise DataError(
-            f"the synonyms cannot be read ({error})", where=str(path), hint="a UTF-8 text is wanted"
+            f"the synonyms cannot be read: {error.strerror}", where=str(path), hint="check data.augment"
         ) from None
+    except UnicodeDecodeError:
+        raise DataError("the synonyms are no UTF-8 text", where=str(path), hint="save them as UTF-8") from None
     found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for number, line in enumerate(lines, start=1):
         group = [tuple(split(part.strip())) for part in re.split(r"[,，\t]", line) if part.strip()]
@@ -156,6 +158,8 @@ def read_synonyms(path: str | Path) -> Synonyms:
         for words in group:
             key = tuple(word.lower() for word in words)
             found.setdefault(key, []).extend(other for other in group if other != words)
+    if not found:
+        raise DataError("there are no synonyms in it", where=str(path), hint="write lines such as: good, fine")
     return found
 
 

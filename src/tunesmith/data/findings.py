@@ -7,10 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tunesmith.errors import shorten
+from tunesmith.errors import CONTROL, shorten
 
+LONGEST = 160
+"""Characters of what is shown of a value; of a text 80."""
 Level = Literal["error", "warning"]
 """An error stops a run or falsifies its scores."""
+SAID = frozenset({"bad-row", "bad-label", "refused", "unreadable"})
+"""Kinds whose value is what an error says, with quotation marks of its own."""
 KEPT = 10_000
 """Of one finding so many faults are kept; the rest is counted."""
 
@@ -31,10 +35,11 @@ class Fault:
     see: str = ""
 
     def dump(self) -> dict[str, Any]:
-        """File, line (None where the fault is not of one row), value cut to 80 characters, fix."""
+        """File, line (None where the fault is not of one row), value cut to a line, fix."""
         file, _, line = self.place.rpartition(":")
         at = {"file": file, "line": int(line)} if line.isdigit() else {"file": self.place, "line": None}
-        told = at | {"value": shorten(self.value)[1:-1], "fix": self.fix}
+        value = str(self.value) if self.kind in SAID else shorten(self.value)[1:-1]
+        told = at | {"value": CONTROL.sub("?", value[:LONGEST]), "fix": self.fix}
         return told | ({"see": self.see} if self.see else {})
 
 

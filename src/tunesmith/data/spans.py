@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 from tunesmith.data.formats import Row
+from tunesmith.data.tags import split_tag
 from tunesmith.data.words import Sentence, sentence_of
 from tunesmith.errors import DataError, counted, did_you_mean, shorten
 
@@ -161,5 +162,9 @@ def split_edges(label: list[Any]) -> list[tuple[int, int]]:
 
 def unknown_tag(tag: str, index: int, row: Row, names: Sequence[str]) -> DataError:
     """The error of a tag that training does not have."""
-    what = f"{shorten(tag)} is none of the {len(names)} tags that are learned"
-    return row.fault("label", what, did_you_mean(tag, names[:20]), index)
+    what, type_ = f"{shorten(tag)} is none of the {len(names)} tags that are learned", split_tag(tag)[1]
+    types = {split_tag(name)[1] for name in names} - {""}
+    if type_ in types:
+        return row.fault("label", what, did_you_mean(tag, names[:20]), index)
+    hint = f"train has nothing of type {shorten(type_)}: add such sentences, or mend it; {did_you_mean(type_, types)}"
+    return row.fault("label", what, hint, index)

@@ -21,6 +21,7 @@ from tunesmith.data import duplicates, splits
 from tunesmith.data.findings import Fault, Findings, Level
 from tunesmith.data.formats import Row, is_folder
 from tunesmith.data.formats.raw import BadRow, RawRow
+from tunesmith.data.spans import words_of
 from tunesmith.errors import DataError, RecipeError, UserError, did_you_mean, shorten
 from tunesmith.models import load as models
 from tunesmith.prepare import max_length
@@ -75,6 +76,7 @@ def check(
     return {
         "data": target or str(looked.data.train),
         "task": looked.task.name if looked.task else None,
+        "guessed": looked.guess,
         "splits": {file.name: file.dump() for file in looked.files},
         "notes": looked.notes,
         "findings": found,
@@ -128,6 +130,7 @@ class _Check:
         self.findings, self.notes, self.seen = Findings(), [note] if note else list[str](), _Seen()
         self.data, named, self.are_splits = find_files(recipe.data, recipe.task, guess=guess)
         first = next(iter(named.values()))
+        self.guess = guess
         self.task, misfit = guessed_task(recipe.task, first, self.data) if guess else (recipe.task, None)
         self.fitted: Task | None = None
         self.files = list(self._opened(named))
@@ -229,9 +232,16 @@ class _Check:
         there = self.seen.target[earlier]
         labelled = self.task is not None and "label" in self.task.columns  # a text may have several translations
         if labelled and target is not None and there not in (self.seen.targets[target], -1):
-            labels = f"{_label(target)} here, {_label(list(self.seen.targets)[there])} there: "
+            labels = self._differing(row, target, list(self.seen.targets)[there])
             what, fix = "the same text has different labels", "decide on one of them"
-            yield Fault("label-conflict", what, row.place, labels + shown(row), fix, see=see)
+            yield Fault("label-conflict", what, row.place, f"{labels}: {shown(row)}", fix, see=see)
+
+    def _differing(self, row: Row, here: Any, there: Any) -> str:
+        """Two targets of one text; of tags the first that differ, with their word."""
+        if self.task is not None and "tokens" in self.task.columns and len(here) == len(there):
+            at = next(at for at, (mine, other) in enumerate(zip(here, there, strict=True)) if mine != other)
+            return f"{words_of(row).words[at]} is {here[at]} here, {there[at]} there"
+        return f"{_label(here)} here, {_label(there)} there"
 
     @property
     def _leak_level(self) -> Level:
@@ -297,7 +307,7 @@ class _Check:
         texts = self._second_look(set(pairs.ravel().tolist()))
         plain = {number: duplicates.plain(says) for number, says in texts.items()}
         found = [
-            (later, earlier, likeness) if self._is_train(parts, later, earlier) else (earlier, later, likeness)
+            (later, earlier, likeness) if parts[later] < parts[earlier] else (earlier, later, likeness)
             for earlier, later, likeness in duplicates.alike(pairs, plain, parts)
         ]
         leaks = Counter(int(parts[later]) for earlier, later, _ in found if parts[earlier] != parts[later])

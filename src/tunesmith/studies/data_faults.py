@@ -52,10 +52,8 @@ class Fields:
             if len(lines) == self.rows:
                 yield Fault("empty-field", f"{title} is empty in every row", str(path), "", "remove the column")
             elif name not in self.varies:
-                what, fix = (
-                    f"{title} says the same in every row",
-                    "remove the column: there is nothing to learn from it",
-                )
+                what = f"{title} says the same in every row"
+                fix = "is it the right column?" if name in roles else "remove the column: nothing is learned from it"
                 yield Fault("constant-field", what, str(path), self.first.get(name), fix)
             elif name not in roles:
                 what, fix = f"{title} is empty in some rows of {self.file.name}", "fill it in, if it is to be used"

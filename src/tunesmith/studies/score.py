@@ -51,6 +51,7 @@ def evaluate(
             chosen, notes = examples.read_other(data, tuned.task, tuned.data.model_copy(update={"limit": None}))
         encoded = _encode(tuned, chosen)
     about = {"run": str(run), "split": str(data or split), "base": base, "examples": len(encoded), "notes": notes}
+    about["metric"] = tuned.task.metric()
     try:
         with talk.during("reading the training labels"):
             train = _encode(tuned, _split(tuned, Path(run), "train"))

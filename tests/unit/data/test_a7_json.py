@@ -196,7 +196,7 @@ OTHERS = ('"so warm"', "42", "null", "true", "[]", '["so warm", "pos"]')
 @pytest.mark.parametrize("other", OTHERS)
 def test_a7_47_a_row_that_is_no_object_is_refused_or_skipped(other: str, form: str, refuse: Refuse, read: Read) -> None:
     said = refuse(_with(other, form))
-    hint = 'give {"text": ..., "label": ...}'
+    hint = "give one, with a key for each column"
     assert said == f"train.csv:3: '{other}' is not an object; {hint}{SKIP}"
     assert _is_skipped(read, _with(other, form), "not an object")
 
@@ -209,7 +209,7 @@ def test_a7_47_a_first_line_that_is_no_object_is_refused(other: str, refuse: Ref
 @pytest.mark.parametrize("rows", ([["so warm", "pos"], ["so dull", "neg"]], ["so warm", "so dull"]))
 def test_a7_47_arrays_without_any_object_are_refused(rows: list[Any], refuse: Refuse) -> None:
     said = refuse(json.dumps(rows))
-    assert said == f'train.csv:1: \'{json.dumps(rows[0])}\' is not an object; give {{"text": ..., "label": ...}}'
+    assert said == f"train.csv:1: '{json.dumps(rows[0])}' is not an object; give one, with a key for each column"
 
 
 NO_TEXTS = {

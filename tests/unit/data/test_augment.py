@@ -107,10 +107,13 @@ def test_tags_go_along_and_entities_stay() -> None:
         Augmenter.of(EACH, 0).row(Row("x:1", {"tokens": ["a", "b"], "label": [{"start": 0}]}), 0, 0)
 
 
-@pytest.mark.parametrize(("text", "said"), (("alone\n", "one word alone"), ("a, b c d e f\n", "more than 4 words")))
+@pytest.mark.parametrize(
+    ("text", "said"),
+    (("alone\n", "one word alone"), ("a, b c d e f\n", "more than 4 words"), ("\n", "there are no synonyms")),
+)
 def test_a_list_that_cannot_be_meant(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "synonyms.txt").write_text(text)
     with pytest.raises(DataError, match=said):
         read_synonyms(tmp_path / "synonyms.txt")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="none.txt: the synonyms cannot be read: No such file or directory; check"):
         read_synonyms(tmp_path / "none.txt")

@@ -173,6 +173,13 @@ def test_tokens_of_a_model_are_counted(tiny_bert: Path, checked: Checked, tmp_pa
     assert lengths["unit"] == "tokens" and lengths["longest"] == 82 and lengths["limit"] == 64
     too_long = _only(report, "too-long")["faults"]
     assert [fault["line"] for fault in too_long] == [2] and too_long[0]["value"].startswith("82 tokens: the plot")
+    assert "too-long" not in _kinds(checked(path, "--model", tiny_bert, "task=fill-mask")[1]), "it is cut into blocks"
+    task = ("task=text-classification", "data.max_length=32")
+    limits = {2: 2 + 2 * 30, 3: 2 + 3 * 30}
+    for windows, limit in limits.items():
+        _, report = checked(path, "--model", tiny_bert, *task, f"task.windows={windows}")
+        assert report["splits"]["train"]["lengths"]["limit"] == limit
+        assert _kinds(report).get("too-long", 0) == (limit < 82)
     _write(path, ({"text": f"zyx {text} wvu", "label": n % 2} for n, text in enumerate(texts[2:])))
     assert "unknown to this model" in _only(checked(path, "--model", tiny_bert)[1], "unknown-tokens")["what"]
 
@@ -260,7 +267,26 @@ def test_the_page_for_a_person(command: Any, tmp_path: Path) -> None:
     assert "train: 7 rows of" in out and "2 classes (1 4, 0 3)" in out
     assert f"  {path}:3  'the same film again'  see {path}:2\n" in out and "  and 3 more" in out
     assert "way out: decide on one of them" in out and out.endswith(": 0 errors, 3 warnings\n")
-    assert "train:" not in command("data", "check", str(path), "-q")[1]
+    assert "taken as data for text-classification; task=NAME says otherwise" in out
+    quiet = command("data", "check", str(path), "-q")[1]
+    assert quiet.startswith("warning: ") and "train:" not in quiet and "found in" not in quiet
+
+
+def test_unlike_faults_have_each_its_way_out(command: Any, tmp_path: Path) -> None:
+    path = _write(tmp_path / "train.csv", ["text,label", "fine film,1", "dull film", "a, b, c, 0", "warm film,0"])
+    code, out, _ = command("data", "check", str(path))
+    assert code == 3 and f"  {path}:3  1 field, but the header has 2" in out
+    assert out.count("    way out: ") == 2 and "    way out: quote a field that holds the delimiter" in out
+
+
+def test_a_conflict_of_tags_names_the_word(checked: Checked, tmp_path: Path) -> None:
+    rows = [
+        {"tokens": ["Ann", "saw", "Paris", "."], "tags": tags}
+        for tags in (["B-PER", "O", "B-LOC", "O"], ["B-PER", "O", "B-PER", "O"])
+    ]
+    code, report = checked(_write(tmp_path / "train.jsonl", [*rows, {"tokens": ["No", "."], "tags": ["O", "O"]}]))
+    (fault,) = _only(report, "label-conflict")["faults"]
+    assert code == 0 and fault["value"].startswith("Paris is B-PER here, B-LOC there: Ann saw Paris")
 
 
 @pytest.mark.parametrize(

@@ -140,12 +140,49 @@ def test_words_with_tags_there_and_back(tmp_path: Path) -> None:
     assert (tmp_path / "back.conll").read_text() == source.read_text().partition("O\n\n")[2].replace(" ", "\t") + "\n"
 
 
+def test_spans_and_tags_are_made_from_each_other(tmp_path: Path) -> None:
+    rows = [
+        {"text": "Ann lives in New York.", "spans": [[0, 3, "PER"], {"start": 13, "end": 21, "label": "LOC"}], "id": 7},
+        {"text": "nobody in 北京", "spans": [{"start": 10, "end": 12, "label": "LOC"}], "id": 8},
+    ]
+    source, conll, back = tmp_path / "rows.jsonl", tmp_path / "rows.conll", tmp_path / "back.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert convert(source, conll)["left_out"] == ["id"]
+    assert conll.read_text().startswith("Ann\tB-PER\nlives\tO\nin\tO\nNew\tB-LOC\nYork\tI-LOC\n.\tO\n\nnobody\tO\n")
+    assert convert(conll, back, spans=True)["columns"] == ["text", "spans"]
+    first = [{"start": 0, "end": 3, "label": "PER"}, {"start": 13, "end": 21, "label": "LOC"}]
+    assert _rows(back) == [
+        {"text": "Ann lives in New York .", "spans": first},
+        {key: rows[1][key] for key in ("text", "spans")},
+    ]
+    kept = convert(source, tmp_path / "kept.jsonl", spans=True)
+    assert kept["columns"] == ["text", "spans", "id"] and _rows(tmp_path / "kept.jsonl")[1] == rows[1]
+    with pytest.raises(RecipeError, match="CoNLL holds a tag for each word"):
+        convert(source, tmp_path / "more.conll", spans=True)
+
+
+@pytest.mark.parametrize("skip", (True, False))
+def test_a_row_whose_spans_fit_no_words_is_a_bad_one(skip: bool, tmp_path: Path) -> None:
+    source, output = tmp_path / "rows.jsonl", tmp_path / "rows.conll"
+    source.write_text('{"text": "a b", "spans": [[0, 1, "X"]]}\n{"text": "ab", "spans": [[0, 1, "X"]]}\n')
+    if skip:
+        assert (
+            convert(source, output, skip=True)["skipped"] == {"unusable tags": 1}
+            and output.read_text() == "a\tB-X\nb\tO\n\n"
+        )
+        return
+    with pytest.raises(DataError, match=rf"^{source}:2: spans: .* or --skip-bad-rows"):
+        convert(source, output)
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     (
-        ({"text": "a"}, "^{}: no columns tokens and tags"),
-        ({"tokens": ["a", "b"], "tags": ["O"]}, "^{}:1: tokens, tags are not lists of one length"),
+        ({"text": "a"}, "^{}:1: no column for label .*; words with their tags are wanted"),
+        ({"tokens": ["a", "b"], "tags": ["O"]}, "^{}:1: tags: 1 tag for 2 words; give one for each word, or --skip"),
         ({"tokens": ["a\tb"], "tags": ["O"]}, "^{}:1: .*a tab or a line end"),
+        ({"tokens": ["New York"], "tags": ["O"]}, "^{}:1: .*a blank, .*; .*split the word, or write jsonl"),
+        ({"text": "New York", "spans": [[0, 5, "X"]]}, "^{}:1: spans: .* breaks the word 'York' in two"),
     ),
 )
 def test_what_conll_cannot_hold(row: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -127,6 +127,21 @@ def test_tags_stand_at_first_sub_words_and_go_along(command: Any, tiny_bert: Pat
     assert code == 0 and out.count("great<B-FILM> film<I-FILM>") == 4 and out.count("very<O>") < 4
 
 
+@pytest.mark.parametrize(
+    ("row", "task"),
+    (({"text": "a great film", "spans": [[2, 7, "X"]]}, "token-classification"), ("a great film", "fill-mask")),
+)
+def test_what_a_run_would_not_change_is_not_shown_changed(
+    row: Any, task: str, command: Any, tiny_bert: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / ("train.txt" if isinstance(row, str) else "train.jsonl")
+    other = "the plot" if isinstance(row, str) else json.dumps({"text": "the plot", "spans": []})
+    data.write_text(f"{row if isinstance(row, str) else json.dumps(row)}\n{other}\n\n" * 30)
+    words = ("--augmented", f"task={task}", "data.augment=[{name: typos, probability: 0.5}]")
+    code, out, err = command("data", "show", str(data), "--model", str(tiny_bert), *words)
+    assert code == 2 and out == "" and f"data.augment: {task} has no " in err and "leave the key out" in err
+
+
 def test_a_character_of_several_tokens_stands_at_the_last_of_them() -> None:
     vocabulary = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}
     backend = Tokenizer(BPE(vocabulary, []))

@@ -104,6 +104,8 @@ def _missing(where: str, opened: Opened, roles: Roles, missing: Collection[str],
     elif any(name.strip().lower() in CHATS for name in opened.names):
         what = f"these are conversations ({shown}), without a column for {_and(missing, roles)}"
         way_out = f"write {_and(missing, roles)} into one row"
+    elif opened.sample and len(opened.names) == 1 and "tokens" in roles:
+        way_out = "give a word and its tag a line, a blank line behind each sentence, or JSON lines of tokens and tags"
     elif opened.sample and len(opened.names) == 1:
         way_out = "columns are told apart by comma, tab, semicolon or |; is the delimiter another one?"
     elif not named:

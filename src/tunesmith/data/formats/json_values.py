@@ -54,7 +54,7 @@ class Decoder:
             return BadRow(number, f"{what} in {shorten(text)}", hint, "not valid JSON")
         if not isinstance(value, dict):
             return BadRow(
-                number, f"{shorten(text)} is not an object", 'give {"text": ..., "label": ...}', "not an object"
+                number, f"{shorten(text)} is not an object", "give one, with a key for each column", "not an object"
             )
         half = next((key for key in value if _has_half_a_character([key, value[key]])), None) if "\\u" in text else None
         if half is not None:

@@ -118,21 +118,17 @@ def _filled(rows: Iterable[tuple[str, dict[str, Any]]], names: Sequence[str]) ->
 
 
 def _write_conll(path: Path, names: Sequence[str], rows: Table) -> None:
-    """A word and its tag a line, and what stands between them in other columns; a blank line behind each sentence."""
-    if not {"tokens", "tags"} <= set(names):
-        what = f"no columns tokens and tags among: {', '.join(names[:20])}"
-        raise DataError(what, hint="CoNLL holds words with a tag each")
-    ordered = ["tokens", *(name for name in names if name not in ("tokens", "tags")), "tags"]
+    """A word and what goes with it a line, its tag last; a blank line behind each sentence."""
     with _text(path) as file:
         for place, row in rows():
-            columns = [row.get(name) for name in ordered]
+            columns = [row.get(name) for name in names]
             if not all(isinstance(column, list) and len(column) == len(columns[0] or ()) for column in columns):
-                what = f"{', '.join(ordered)} are not lists of one length"
+                what = f"{', '.join(names)} are not lists of one length"
                 raise DataError(what, where=place, hint="CoNLL holds a line for each word")
             for parts in zip(*columns, strict=True):  # type: ignore[arg-type]
-                if any(not str(part).strip() or set(str(part)) & set("\t\n\r") for part in parts):
-                    what = f"{shorten(parts)} has an empty part, a tab or a line end"
-                    raise DataError(what, where=place, hint="CoNLL cannot hold it")
+                if any(not str(part).strip() or set(str(part)) & set(" \t\n\r") for part in parts):
+                    what = f"{shorten(parts)} has an empty part, a blank, a tab or a line end"
+                    raise DataError(what, where=place, hint="CoNLL cannot hold it: split the word, or write jsonl")
                 file.write("\t".join(map(str, parts)) + "\n")
             file.write("\n")
 
