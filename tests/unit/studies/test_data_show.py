@@ -136,10 +136,11 @@ def test_what_a_run_would_not_change_is_not_shown_changed(
 ) -> None:
     data = tmp_path / ("train.txt" if isinstance(row, str) else "train.jsonl")
     other = "the plot" if isinstance(row, str) else json.dumps({"text": "the plot", "spans": []})
-    data.write_text(f"{row if isinstance(row, str) else json.dumps(row)}\n{other}\n\n" * 30)
+    data.write_text(f"{row if isinstance(row, str) else json.dumps(row)}\n\n{other}\n" * 30)
     words = ("--augmented", f"task={task}", "data.augment=[{name: typos, probability: 0.5}]")
     code, out, err = command("data", "show", str(data), "--model", str(tiny_bert), *words)
-    assert code == 2 and out == "" and f"data.augment: {task} has no " in err and "leave the key out" in err
+    assert (code, out) == (2, ""), err
+    assert f"data.augment: {task} has no " in err and "leave the key out" in err
 
 
 def test_a_character_of_several_tokens_stands_at_the_last_of_them() -> None:
