@@ -67,7 +67,8 @@ def page() -> str:
     lines += [
         "A recipe is a YAML file, `KEY=VALUE` words (`train.epochs=1`), or keywords in Python; later ones win. Keys of",
         "`data` and `train` may stand at the top level too. `null` as a default means that the run derives the value;",
-        "the run folder's `recipe.yaml` holds what was used. `tunesmith schema` prints the same for editors.",
+        "the run folder's `recipe.yaml` holds what was used. Paths count from the folder one stands in, those of an",
+        "earlier run too. `tunesmith schema` prints the same for editors.",
         "",
     ]
     lines += ["| key | |", "|---|---|"]

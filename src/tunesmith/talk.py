@@ -42,6 +42,7 @@ class Talk:
     """-1 quiet, 0 normal, 1 verbose."""
     to_stderr: bool = False
     console: Console = field(init=False)
+    _warned: set[str] = field(default_factory=set, init=False, repr=False)
     _line: str = field(default="", init=False, repr=False)
     _written_s: float = field(default=0.0, init=False, repr=False)
 
@@ -61,8 +62,10 @@ class Talk:
             self._print(text)
 
     def warn(self, text: str) -> None:
-        """What should not pass unseen, even when quiet."""
-        self._print(f"warning: {text}", style="yellow")
+        """What should not pass unseen, even when quiet; the same once, whatever number of runs it holds for."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self._print(f"warning: {text}", style="yellow")
 
     @contextmanager
     def during(self, text: str) -> Iterator[None]:

@@ -44,6 +44,13 @@ def test_the_other_processes_of_a_group_say_nothing(
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_warning_that_holds_for_several_runs_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    talk = Talk(level=-1)
+    for text in ("rows are cut", "rows repeat", "rows are cut"):
+        talk.warn(text)
+    assert capsys.readouterr().out == "warning: rows are cut\nwarning: rows repeat\n"
+
+
 def test_text_is_said_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     lines = ["[bold]no markup[/bold] :smile: 'x' 1e-4 http://a/b", "long " * 100, "文本 🎉"]
     for line in lines:
