@@ -48,7 +48,7 @@ def check(
     offline: Offline = False,
 ) -> None:
     """Say what is wrong with data, row by row; exit code 3 where it would stop a run or falsify its scores."""
-    target, pairs = _named(words)
+    target, pairs = _named(words, stage)
     from tunesmith.studies import data_check as study
 
     report = study.check(target, pairs, group=group, model=model, stage=stage, offline=offline)
@@ -62,12 +62,12 @@ def check(
         raise typer.Exit(3)
 
 
-def _named(words: list[str]) -> tuple[str | None, list[str]]:
+def _named(words: list[str], stage: int | None) -> tuple[str | None, list[str]]:
     """A file, a folder, a recipe or a run, and the pairs behind it; what is not there is refused at once."""
     target, pairs = recipe_and_pairs(words)
     if target is None or target.lower().endswith((".yaml", ".yml")):
         refuse_early(target, pairs)
-    else:
+    elif stage is None:
         from tunesmith.data.formats import check_there
 
         check_there(Path(target))
@@ -171,7 +171,7 @@ def show(
     offline: Offline = False,
 ) -> None:
     """Show what a model sees of rows, token by token, and what of it carries loss."""
-    target, pairs = _named(words)
+    target, pairs = _named(words, stage)
     from tunesmith.studies import data_show as study
     from tunesmith.training.files import atomic_write
 

@@ -6,6 +6,7 @@ shows ours. How it is read is in `recipe_text.py`, how a value is refused in `re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -195,12 +196,16 @@ def paths_named(path: str | Path | None, overrides: Iterable[str]) -> tuple[list
     written = _written(path, overrides, None)
     shared, stages = _of_stages(written)
     parts = stages or [_leaves(written)]
-    data = [part.get(("data", split)) for part in parts for split in ("train", "validation", "test")]
-    found = [
-        Path(leaf[0]).expanduser() if leaf and isinstance(leaf[0], str) else None
-        for leaf in (*data, (shared if stages else parts[0]).get(("output",)))
-    ]
-    return [one for one in found[:-1] if one is not None], found[-1]
+    data = [_path(part, ("data", split)) for part in parts for split in ("train", "validation", "test")]
+    return [one for one in data if one is not None], _path(shared if stages else parts[0], ("output",))
+
+
+def _path(leaves: Leaves, key: Key) -> Path | None:
+    """A path as it stands; None where there is none, or one that is refused later."""
+    given, _ = leaves.get(key, (None, ""))
+    with contextlib.suppress(ValueError):
+        return Path(local_path(given)) if isinstance(given, str) else None
+    return None
 
 
 def _of_stages(written: Sequence[Written]) -> tuple[Leaves, list[Leaves]]:

@@ -163,8 +163,8 @@ def split_edges(label: list[Any]) -> list[tuple[int, int]]:
 def unknown_tag(tag: str, index: int, row: Row, names: Sequence[str]) -> DataError:
     """The error of a tag that training does not have."""
     what, type_ = f"{shorten(tag)} is none of the {len(names)} tags that are learned", split_tag(tag)[1]
-    types = {split_tag(name)[1] for name in names} - {""}
-    if type_ in types:
+    near = did_you_mean(type_, {split_tag(name)[1] for name in names} - {""})
+    if near.startswith("did"):  # the type is known or misspelt; a prefix in common makes no tag near
         return row.fault("label", what, did_you_mean(tag, names[:20]), index)
-    hint = f"train has nothing of type {shorten(type_)}: add such sentences, or mend it; {did_you_mean(type_, types)}"
+    hint = f"train has nothing of type {shorten(type_)}: add such sentences, or mend it; {near}"
     return row.fault("label", what, hint, index)
