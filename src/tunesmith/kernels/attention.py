@@ -1,6 +1,6 @@
 """Attention over groups of sequences of like length, with dropout, as one autograd function.
 
-    P = softmax(s Q K^T + mask)     O = (D * P) V        D: 0 with probability p, else 1 / (1 - p)
+    P = softmax(s Q K^T + mask + b)     O = (D * P) V        D: 0 with probability p, else 1 / (1 - p)
     dV = (D * P)^T dO    dP = D * (dO V^T)    dS = P * (dP - rowsum(P * dP))    dQ = s dS K    dK = s dS^T Q
 
 PyTorch's fused attention has no dropout on a CPU, and over short sequences it takes longer than these four products
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.distances import pairs
 from tunesmith.kernels.dropout import keep_scale
 from tunesmith.kernels.linears import compute_dtype
 
@@ -103,17 +104,20 @@ def attend(
     scaling: float,
     dropout: float = 0.0,
     prefix: Tensor | None = None,
+    distances: Tensor | None = None,
 ) -> Tensor:
-    """O of the module's formula, of heads `width` wide; a `prefix` (2, kv heads, length, width) is seen by all rows.
+    """O of the module's formula, of heads `width` wide; a `prefix` (2, kv heads, length, width) is seen by all rows, b
+    is of the `distances` between tokens (`distances.py`), where all of a sequence ask and there is no prefix.
 
     # (asking, heads * width), (total, kv heads * width) twice -> (asking, heads * width)
     """
     dtype = compute_dtype(v)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     groups, sequences = together
-    if sequences is not None and prefix is None and not dropout and sequences.take(dtype, width):
+    plain = prefix is None and distances is None and not dropout
+    if sequences is not None and plain and sequences.take(dtype, width):
         return sequences.attend(q, k, v, width, scaling)
-    found: Tensor = _Attend.apply(q, k, v, prefix, groups, width, scaling, dropout)  # type: ignore[no-untyped-call]
+    found: Tensor = _Attend.apply(q, k, v, prefix, distances, groups, width, scaling, dropout)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -125,6 +129,7 @@ class _Attend(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         prefix: Tensor | None,
+        distances: Tensor | None,
         groups: Sequence[Rows],
         width: int,
         scaling: float,
@@ -144,17 +149,21 @@ class _Attend(torch.autograd.Function):
                 )
             keys, values = (_repeated(x, shared) for x in (keys, values))
             bias = group.bias(q.dtype, length)
+            if distances is not None:
+                own = distances[:, pairs(distances, queries.shape[1])].to(q.dtype)[None]
+                bias = own if bias is None else bias + own
             if bias is None:
                 scores = torch.bmm(queries, keys.transpose(1, 2))
             else:
-                bias = bias.expand(-1, heads, -1, -1).reshape(-1, *bias.shape[2:]) if bias.shape[0] > 1 else bias[0]
+                alike = bias.shape[:2] == (1, 1)
+                bias = bias[0] if alike else bias.expand(group.rows, heads, -1, -1).flatten(0, 1)
                 scores = torch.baddbmm(bias, queries, keys.transpose(1, 2))
             shares = _softmax(scores)
             keep = keep_scale(shares, dropout) if dropout else None
             seen = torch.bmm(shares if keep is None else shares * keep, values)
             group.put_queries(_by_row(seen, group), out)
             kept += [queries, keys, values, shares, keep]
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*kept, distances)
         ctx.groups, ctx.width, ctx.scaling, ctx.shared, ctx.length = groups, width, scaling, shared, length
         ctx.shapes = q.shape, k.shape, None if prefix is None else (prefix.shape, prefix.dtype)
         return out
@@ -162,17 +171,23 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         of_q, of_k, of_v = (grad.new_zeros(ctx.shapes[place]) for place in (0, 1, 1))
-        of_prefix = None
+        *kept, distances = ctx.saved_tensors
+        of_prefix = of_distances = None
+        if ctx.needs_input_grad[4]:
+            of_distances = torch.zeros_like(distances, dtype=torch.float32)
         if ctx.shapes[2] is not None:
             of_prefix = grad.new_zeros(ctx.shapes[2][0], dtype=torch.float32)
         for number, group in enumerate(ctx.groups):
-            queries, keys, values, shares, keep = ctx.saved_tensors[5 * number : 5 * number + 5]
+            queries, keys, values, shares, keep = kept[5 * number : 5 * number + 5]
             d_seen = _by_head(group.take_queries(grad), group, ctx.width)
             d_values = torch.bmm((shares if keep is None else shares * keep).transpose(1, 2), d_seen)
             d_shares = torch.bmm(d_seen, values.transpose(1, 2))
             if keep is not None:
                 d_shares.mul_(keep)
             d_scores = _through_softmax(d_shares, shares)
+            if of_distances is not None:
+                of_pairs = d_scores.view(group.rows, -1, *d_scores.shape[1:]).sum(0, dtype=torch.float32).flatten(1)
+                of_distances.index_add_(1, pairs(distances, d_scores.shape[1]).flatten(), of_pairs)
             d_queries = torch.bmm(d_scores, keys).mul_(ctx.scaling)
             d_keys = torch.bmm(d_scores.transpose(1, 2), queries)
             group.put_queries(_by_row(d_queries, group), of_q)
@@ -185,7 +200,9 @@ class _Attend(torch.autograd.Function):
                 group.put(_by_row(d, group), out)
         if of_prefix is not None:
             of_prefix = of_prefix.to(ctx.shapes[2][1])
-        return of_q, of_k, of_v, of_prefix, None, None, None, None
+        if of_distances is not None:
+            of_distances = of_distances.to(distances.dtype)
+        return of_q, of_k, of_v, of_prefix, of_distances, None, None, None, None
 
 
 def _softmax(x: Tensor) -> Tensor:

@@ -38,9 +38,37 @@ class Dropped:
     name: str = "p"
 
     @property
+    def in_training(self) -> float:
+        """What is dropped in training."""
+        return float(getattr(self.module, self.name)) if self.module is not None else 0.0
+
+    @property
     def share(self) -> float:
         """What is dropped now."""
-        return float(getattr(self.module, self.name)) if self.module is not None and self.module.training else 0.0
+        return self.in_training if self.module is not None and self.module.training else 0.0
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a block is given beside the states of its tokens."""
+
+    together: Together
+    places: Tensor | None = None
+    """Of the tokens that ask; None where all do."""
+
+    angles: tuple[Tensor, Tensor] | None = None
+    distances: Tensor | None = None
+    """What a distance adds to scores (`distances.py`)."""
+
+    encoded: Encoded | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a decoder's block sees of its encoder."""
+
+    states: Tensor  # (total, width)
+    together: Together
 
 
 @dataclass(frozen=True)
@@ -65,15 +93,9 @@ class Heads:
     dropped: Dropped
     """Of the shares."""
 
-    def attended(
-        self,
-        asked: Tensor,
-        x: Tensor,
-        together: Together,
-        angles: tuple[Tensor, Tensor] | None = None,
-        places: Tensor | None = None,
-    ) -> Tensor:
-        """W_o attend(...) of the tokens that ask, those of x at `places` or of another row.  # (asking, width)"""
+    def attended(self, asked: Tensor, x: Tensor, around: Around) -> Tensor:
+        """W_o attend(...) of the tokens that ask, some of x or of another row.  # (asking, width)"""
+        places = around.places
         if self.query is self.key:
             (all_three,) = mapped(x, self.query)
             keys = (all_three.shape[1] - self.heads * self.width) // 2
@@ -83,8 +105,8 @@ class Heads:
             q, k, v = mapped(x, self.query, self.key, self.value)
         else:
             (q,), (k, v) = mapped(asked, self.query), mapped(x, self.key, self.value)
-        if angles is not None:
-            cos, sin = (one.flatten(0, -2).to(x.dtype) for one in angles)
+        if around.angles is not None:
+            cos, sin = (one.flatten(0, -2).to(x.dtype) for one in around.angles)
             k = rotated(k, cos, sin)
             q = rotated(q, *((cos, sin) if places is None else (cos[places], sin[places])))
         prefix: Any = getattr(self.module, "prefix", None)
@@ -93,11 +115,12 @@ class Heads:
             q,
             k,
             v,
-            together,
+            around.together,
             width=self.width,
             scaling=self.width**-0.5 if scaling is None else scaling,
             dropout=self.dropped.share,
             prefix=None if prefix is None else prefix(),
+            distances=around.distances,
         )
         return mapped(seen, self.output)[0]
 
@@ -129,7 +152,9 @@ class Parts:
                 gate, up = mapped(x, self.mlp_up)[0].chunk(2, 1)
             else:
                 gate, up = mapped(x, self.mlp_gate, self.mlp_up)
-            return mapped(gated(gate, up, self.activation), self.mlp_down)[0]
+            y = gated(gate, up, self.activation)
+            share = self.dropouts[1].share
+            return mapped(y * keep_scale(y, share) if share else y, self.mlp_down)[0]
         (up,) = mapped(x, self.mlp_up)
         if share := self.dropouts[1].share:
             up = ACTIVATIONS[self.activation](up)
@@ -137,8 +162,11 @@ class Parts:
         return mapped(up, self.mlp_down, activation=self.activation)[0]
 
 
-ACTIVATION_NAMES = ("hidden_act", "hidden_activation", "activation", "activation_function")
+ACTIVATION_NAMES = ("hidden_act", "hidden_activation", "activation", "activation_function", "dense_act_fn")
 """In a model's config."""
+
+BESIDE = ("prefix", "relative_attention_bias")
+"""What an attention may have beside its maps."""
 
 Kind = TypeVar("Kind", bound=Parts)
 
@@ -167,7 +195,8 @@ def parts_of(model: Any, block: nn.Module, roles: Roles, kind: type[Kind]) -> Ki
     called = {id(module) for part in chain(*maps, *single) for module in part.modules()} | {id(block)}
     if any((one._forward_hooks or one._forward_pre_hooks) and id(one) not in called for one in block.modules()):
         return None  # what a hook does to a module that is not called would be lost: an adapter around a norm
-    known = chain(parts, (getattr(attention, "prefix", nn.Identity()) for attention in attentions))
+    beside = [module for one in attentions for name in BESIDE if (module := getattr(one, name, None)) is not None]
+    known = chain(parts, beside)
     if {id(one) for one in block.parameters()} - {id(one) for module in known for one in module.parameters()}:
         return None
     dropouts = _dropouts(settings, block, roles, attentions, parts)
@@ -198,7 +227,7 @@ def _norms_fit(norms: Sequence[Any], kind: type[Parts], roles: Roles) -> bool:
     if all(type(norm) in (nn.LayerNorm, nn.Identity) for norm in norms):
         return not (gate and not kind.norms_before) and not (kind.norms_before and "last_norm" in roles)
     plain = all(getattr(norm, "weight", None) is not None and not hasattr(norm, "bias") for norm in norms)
-    return plain and kind.norms_before and gate
+    return plain and kind.norms_before
 
 
 def _dropouts(
@@ -208,6 +237,10 @@ def _dropouts(
     of_shares = [_dropouts_in(attention)[0] for attention in attentions]
     if getattr(settings, "attention_dropout", None) and any(one.module is None for one in of_shares):
         return None
+    if (found := _dropouts_of_layers(block, roles)) is not None:
+        *of_sums, inside, of_mlp = found
+        known = _dropouts_known(block, parts, [*of_shares, *found]) and len({one.in_training for one in of_sums}) == 1
+        return (of_shares, (of_sums[0], inside, of_mlp)) if known else None
     homes = [block.get_submodule(roles[role][0].rpartition(".")[0]) for role in ("attention_output", "mlp_down")]
     in_block, in_attention = _dropouts_in(block), _dropouts_in(attentions[0])[1:]
     output = ([*in_attention, *in_block] if homes[0] is attentions[0] else _dropouts_in(homes[0]))[0]
@@ -219,6 +252,20 @@ def _dropouts(
     elif of_mlp.module is None:
         return None
     return (of_shares, others) if _dropouts_known(block, parts, [*of_shares, *others]) else None
+
+
+def _dropouts_of_layers(block: nn.Module, roles: Roles) -> list[Dropped] | None:
+    """Where attention and MLP stand in a layer each, with the dropout of its sum (T5): those of the attentions' layers,
+    that inside the MLP, that of its layer.
+    """
+    mlp = roles["mlp_down"][0].rpartition(".")[0]
+    layers = [path.rpartition(".")[0] for path in (*(path.rpartition(".")[0] for path in roles["query"]), mlp)]
+    if not all(layers):
+        return None
+    of_layers = [_dropouts_in(block.get_submodule(path))[0] for path in layers]
+    if any(one.module is None for one in of_layers):
+        return None
+    return [*of_layers[:-1], _dropouts_in(block.get_submodule(mlp))[0], of_layers[-1]]
 
 
 def _dropouts_in(module: nn.Module) -> list[Dropped]:

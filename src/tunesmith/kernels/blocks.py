@@ -19,7 +19,6 @@ answer stays the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -27,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.kernels.attention import Together
-from tunesmith.kernels.block_parts import Parts, Roles, parts_of
+from tunesmith.kernels.block_parts import Around, Encoded, Parts, Roles, parts_of
+from tunesmith.kernels.distances import distances_of, has_distances
 from tunesmith.kernels.dropout import keep_scale
 from tunesmith.kernels.layout import Layout
 from tunesmith.kernels.linears import compute_dtype
@@ -38,16 +37,8 @@ from tunesmith.kernels.tail import Tail, asking, tail_of
 
 __all__ = ["use_blocks"]
 
-STATES = "encoder_hidden_states"
-"""The name under which a decoder's block is given its encoder's states."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What a decoder's block sees of its encoder."""
-
-    states: Tensor  # (total, width)
-    together: Together
+STATES, DISTANCES = "encoder_hidden_states", "position_bias"
+"""The names under which a block is given its encoder's states, and what distances add to scores."""
 
 
 class NormsAfter(Parts):
@@ -55,20 +46,13 @@ class NormsAfter(Parts):
 
     norms_before = False
 
-    def __call__(
-        self,
-        x: Tensor,
-        together: Together,
-        places: Tensor | None,
-        angles: tuple[Tensor, Tensor] | None,
-        encoded: Encoded | None,
-    ) -> Tensor:
+    def __call__(self, x: Tensor, around: Around) -> Tensor:
         """(total, width) -> (asking, width)."""
-        share = self.dropouts[0].share
-        asked = x if places is None else x.index_select(0, places)
-        _, h = _added(asked, self.attention.attended(asked, x, together, angles, places), self.norms[0], share)
+        share, encoded = self.dropouts[0].share, around.encoded
+        asked = x if around.places is None else x.index_select(0, around.places)
+        _, h = _added(asked, self.attention.attended(asked, x, around), self.norms[0], share)
         if self.across is not None and encoded is not None:
-            _, h = _added(h, self.across.attended(h, encoded.states, encoded.together), self.norms[1], share)
+            _, h = _added(h, self.across.attended(h, encoded.states, Around(encoded.together)), self.norms[1], share)
         return _added(h, self.mlp(h), self.norms[-1], self.dropouts[2].share)[1]
 
 
@@ -77,20 +61,14 @@ class NormsBefore(Parts):
 
     norms_before = True
 
-    def __call__(
-        self,
-        x: Tensor,
-        together: Together,
-        places: Tensor | None,
-        angles: tuple[Tensor, Tensor] | None,
-        encoded: Encoded | None,
-    ) -> Tensor:
+    def __call__(self, x: Tensor, around: Around) -> Tensor:
         """(total, width) -> (asking, width)."""
-        share, n = self.dropouts[0].share, _normed(x, self.norms[0])
+        share, encoded, places = self.dropouts[0].share, around.encoded, around.places
+        n = _normed(x, self.norms[0])
         asked, x = (n, x) if places is None else (n.index_select(0, places), x.index_select(0, places))
-        h, m = _added(x, self.attention.attended(asked, n, together, angles, places), self.norms[1], share)
+        h, m = _added(x, self.attention.attended(asked, n, around), self.norms[1], share)
         if self.across is not None and encoded is not None:
-            h, m = _added(h, self.across.attended(m, encoded.states, encoded.together), self.norms[2], share)
+            h, m = _added(h, self.across.attended(m, encoded.states, Around(encoded.together)), self.norms[2], share)
         y, share = self.mlp(m), self.dropouts[2].share
         return torch.addcmul(h, y, keep_scale(y, share)) if share else h + y
 
@@ -107,7 +85,7 @@ def _added(x: Tensor, y: Tensor, norm: Any, dropout: float) -> tuple[Tensor, Ten
     """The sum, and its norm."""
     if isinstance(norm, nn.LayerNorm):
         return add_norm(x, y, norm.weight, norm.bias, norm.eps, dropout)
-    return add_rms_norm(x, y, norm.weight, _eps(norm))
+    return add_rms_norm(x, y * keep_scale(y, dropout) if dropout else y, norm.weight, _eps(norm))
 
 
 def _eps(norm: Any) -> float:
@@ -140,7 +118,7 @@ def _taken(model: Any, ways: Sequence[NormsAfter | NormsBefore]) -> bool:
 
     if not same_answers(model, take, leave):
         return False
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder or any(has_distances(way.attention.module) for way in ways):
         return True
     last, recorded = ways[-1], list[tuple[Tensor, Layout]]()
     last.block.forward = MethodType(_forward(last, recorded=recorded), last.block)
@@ -156,32 +134,34 @@ def _forward(
 ) -> Any:
     """The block's own forward; `recorded` keeps what it gives."""
     plain = type(way.block).forward
-    names = argument_names(plain)
-    place = names.index(STATES) - 1 if STATES in names else None
+    names = argument_names(plain)[1:]  # behind the states
 
     def forward(block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout, across = layout_in(args, kwargs), across_in(args, kwargs)
-        states = kwargs.get(STATES) if place is None or place >= len(args) else args[place]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        states, distances = given.get(STATES), given.get(DISTANCES)
         if layout is None or hidden_states.shape[0] != 1 or (across is None) != (states is None):
             return plain(block, hidden_states, *args, **kwargs)
+        if distances is None and has_distances(way.attention.module):
+            distances = distances_of(way.attention.module, max(group.longest for group in layout.groups))
 
-        def computed(hidden_states: Tensor, states: Tensor | None) -> Tensor:
+        def computed(hidden_states: Tensor, states: Tensor | None, distances: Tensor | None) -> Tensor:
             dtype = compute_dtype(hidden_states)
             x = hidden_states[0].to(dtype)
             seen = None if states is None or across is None else Encoded(states[0].to(dtype), across.together)
             wanted = None if tail is None else tail.read_of(layout)
             places, together = (None, layout.together) if wanted is None else asking(layout, wanted)
-            out = way(x, together, places, kwargs.get("position_embeddings"), seen)
+            out = way(x, Around(together, places, kwargs.get("position_embeddings"), distances, seen))
             return out if places is None else out.new_zeros(layout.total, out.shape[1]).index_copy(0, places, out)
 
         # since 5.2x transformers checkpoints in the class's `forward`, which this one stands in the place of
         again = getattr(block, "gradient_checkpointing", False) and block.training and hasattr(plain, "__wrapped__")
         call = block._gradient_checkpointing_func if again else _called
-        out = call(computed, hidden_states, states)
+        out = call(computed, hidden_states, states, distances)
         if recorded is not None:
             out = out.detach().requires_grad_()
             recorded.append((out, layout))
-        return out[None]
+        return (out[None], distances, None) if DISTANCES in names else out[None]  # which the next block is given
 
     return forward
 

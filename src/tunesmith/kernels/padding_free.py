@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function
 
 from tunesmith.kernels.attention import attend
+from tunesmith.kernels.distances import has_distances, use_distances
 from tunesmith.kernels.dropout import keep_scale
 from tunesmith.kernels.layout import Across, Between, Group, Layout, Put
 from tunesmith.kernels.prefix import prefixed, takes_attention
@@ -70,14 +71,19 @@ def attention(
     """An attention function for transformers over (1, heads, total tokens, width).
 
     Raises:
-        ValueError: the model wants what is not computed here, a bias of places or sinks.
+        ValueError: the model wants what is not computed here, a bias for each pair of tokens or sinks.
     """
-    if wanted := [name for name in ("position_bias", "s_aux") if others.get(name) is not None]:
-        raise ValueError(f"attention without padding has no {wanted[0]}")
+    across, distances = isinstance(attention_mask, Across), others.get("position_bias")
+    if distances is not None and across and not has_distances(module):  # T5 has zeros there
+        distances = None
+    wrong = distances is not None and (distances.ndim != 2 or across or hasattr(module, "prefix"))
+    if wrong or others.get("s_aux") is not None:
+        raise ValueError(f"attention without padding has no such {'position_bias' if wrong else 's_aux'}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, heads, width)
     dropout = dropout if module.training else 0.0
     longest = max(group.longest for group in attention_mask.groups)
-    if softcap is None and (longest <= WRITTEN_OUT or attention_mask.together.sequences is not None):
+    written_out = longest <= WRITTEN_OUT or attention_mask.together.sequences is not None or distances is not None
+    if softcap is None and written_out:
         prefix: Any = getattr(module, "prefix", None)
         seen = attend(
             q.flatten(1),
@@ -88,6 +94,7 @@ def attention(
             scaling=q.shape[2] ** -0.5 if scaling is None else scaling,
             dropout=dropout,
             prefix=None if prefix is None else prefix(),
+            distances=distances,
         )
         return seen.view(1, *q.shape), None
     parts = [_attend(module, group, q, k, v, dropout, scaling, softcap) for group in attention_mask.groups]
@@ -143,8 +150,11 @@ def use_padding_free_blocks(model: Any, blocks: Sequence[nn.Module]) -> bool:
     last = {paths[block].rpartition(".")[0]: block for block in blocks}  # of each stack
     before: str = model.config._attn_implementation
     hooks: list[Any] = []
+    of_distances: list[Any] = [module for module in model.modules() if has_distances(module)]
 
     def take() -> None:
+        for module in of_distances:
+            use_distances(module, lambda: computes_without_padding(model))
         hooks.extend(block.register_forward_pre_hook(_drop_padding, with_kwargs=True) for block in blocks)
         hooks.extend(block.register_forward_hook(_put_back, with_kwargs=True) for block in last.values())
         model.attention_with_padding = before
@@ -155,6 +165,8 @@ def use_padding_free_blocks(model: Any, blocks: Sequence[nn.Module]) -> bool:
         del model.attention_with_padding
         for hook in hooks:
             hook.remove()
+        for module in of_distances:
+            del module.compute_bias
 
     return same_answers(model, take, leave)
 
@@ -244,7 +256,7 @@ def _drop_padding(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if isinstance(value, tuple):
             return tuple(flat(name, part) for part in value)
         if across is not None and name.startswith(SEEN):
-            if not isinstance(value, Tensor):
+            if not isinstance(value, Tensor) or value.ndim != 3:
                 return across if value is seen else value
             return across.seen.flat(value) if again else across.states(value)
         padded = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == own.tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -30,11 +31,14 @@ SIZES = {
     **{"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "init_std": 0.2, "pad_token_id": 0, "eos_token_id": 3},
     **{"max_position_embeddings": 64, "decoder_start_token_id": 0, "forced_bos_token_id": None},
 }
+OF_T5 = {"num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 64, "dropout_rate": 0.0}
+OF_T5 |= {"relative_attention_num_buckets": 12, "relative_attention_max_distance": 20}
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
 
 
 def _model(family: str, **more: Any) -> Any:
-    settings = NO_DROPOUT | {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0} | more
+    settings = NO_DROPOUT | {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+    settings = (OF_T5 if family.endswith("t5") else settings) | more
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **(SIZES | settings))
     model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager")
@@ -82,8 +86,12 @@ def test_no_dropout_may_be_written_as_a_whole_number() -> None:
     assert _taken(tiny_model("marian", "AutoModelForSeq2SeqLM", **none))
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
-@pytest.mark.parametrize("family", ["marian", "bart", "mbart", "m2m_100"])
+CASES = [*itertools.product(("marian", "bart", "mbart", "m2m_100"), TECHNIQUES)]
+CASES += itertools.product(("t5", "mt5"), [name for name in TECHNIQUES if name not in ("bitfit", "prefix")])
+"""T5 has no biases, and counts distances to virtual tokens too: with a prefix it keeps its padding."""
+
+
+@pytest.mark.parametrize(("family", "technique"), CASES)
 def test_answers_and_gradients_are_those_of_the_padded_model(family: str, technique: str) -> None:
     model = _model(family)
     adapt(model, technique)
@@ -91,6 +99,14 @@ def test_answers_and_gradients_are_those_of_the_padded_model(family: str, techni
     _without_padding(model)
     _same(model, padded)
     assert _taken(model)
+    _same(model, padded)
+
+
+def test_a_prefix_of_t5_keeps_its_padding() -> None:
+    model = _model("t5")
+    adapt(model, "prefix")
+    padded = [_answers_and_gradients(model, lengths) for lengths in LENGTHS]
+    assert not use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
     _same(model, padded)
 
 
@@ -121,8 +137,7 @@ def test_a_classifier_on_both_answers_as_before(family: str) -> None:
     batch["input_ids"][torch.arange(3), torch.tensor([11, 2, 6])] = 3
     expected = model(**batch).logits
     taken = use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
-    assert taken == (family == "bart")
-    assert _taken(model) == taken
+    assert taken and _taken(model)
     torch.testing.assert_close(model(**batch).logits, expected, atol=2e-5, rtol=2e-5)
 
 
@@ -148,8 +163,10 @@ def _noted(init: Any, ways: list[Any]) -> Any:
     return noted
 
 
-@pytest.mark.parametrize("family", ["marian", "mbart"])
-@pytest.mark.parametrize("where", NO_DROPOUT)
+@pytest.mark.parametrize(
+    ("family", "where"),
+    [*itertools.product(("marian", "mbart"), NO_DROPOUT), ("t5", "dropout_rate"), ("mt5", "dropout_rate")],
+)
 def test_dropout_falls_where_the_model_has_it(family: str, where: str) -> None:
     """Mean and spread of the answers over draws are those of the padded model's."""
     model, found = _model(family, **{where: 0.3}), []
@@ -170,8 +187,9 @@ def test_dropout_falls_where_the_model_has_it(family: str, where: str) -> None:
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_what_is_computed_again_in_the_backward_pass_is_the_same(fast: bool) -> None:
-    model, found = _model("marian", attention_dropout=0.2), []
+@pytest.mark.parametrize("family", ["marian", "t5"])
+def test_what_is_computed_again_in_the_backward_pass_is_the_same(family: str, fast: bool) -> None:
+    model, found = _model(family, **{"dropout_rate" if family == "t5" else "attention_dropout": 0.2}), []
     _without_padding(model)
     assert not fast or _taken(model)
     model.train()
@@ -192,8 +210,9 @@ def test_long_texts_go_to_the_fused_attention(monkeypatch: pytest.MonkeyPatch) -
     _same(model, padded)
 
 
-def test_it_writes_as_it_did() -> None:
-    model = _model("marian").eval()
+@pytest.mark.parametrize("family", ["marian", "t5"])
+def test_it_writes_as_it_did(family: str) -> None:
+    model = _model(family).eval()
     batch = {name: value for name, value in _batch([7, 3], [1, 1]).items() if "decoder" not in name}
     how = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}
     expected = model.generate(**batch, **how)
