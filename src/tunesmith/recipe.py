@@ -191,6 +191,12 @@ def load_stages(
     return Stages(recipes, found, local_path(into))
 
 
+def paths_needed(recipe: Recipe) -> list[str]:
+    """What a run reads, of what may be files of the user."""
+    data = (recipe.data.train, recipe.data.validation, recipe.data.test)
+    return [recipe.model, *(one for one in data if isinstance(one, str))]
+
+
 def paths_named(path: str | Path | None, overrides: Iterable[str]) -> tuple[list[Path], Path | None]:
     """What a recipe or its stages name as data and as output, before anything else of it is looked at."""
     written = _written(path, overrides, None)

@@ -9,6 +9,7 @@ recipe -> data -> model -> technique -> loop (evaluate, checkpoint) -> artefact 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -66,7 +67,8 @@ def train(
         )
     with parallel.group(found.device.type), RunLock(folder, enabled=parallel.rank() == 0):
         if parallel.rank() == 0:
-            claim(folder, resume=resume is not None, overwrite=overwrite)
+            needed = (recipe if isinstance(recipe, str | Path) else None, *recipes.paths_needed(wanted))
+            claim(folder, resume=resume is not None, overwrite=overwrite, needed=needed)
             files.sweep(folder)
         parallel.barrier()
         begun = resume is not None
@@ -329,7 +331,7 @@ def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], fo
             split, task = prepared.encoded["validation"], prepared.task
             write = isinstance(task, WritingTask) and metric in task.text_scores
             scores = evaluate.scores(prepared.model, task, split, prepared.machine, write=write)
-        score = evaluate.pick(scores, metric)
+        score = float(scores.get(metric, math.nan))  # a correlation of answers that are all the same is none
         sign = -1 if metric in LOW_IS_GOOD else 1
         higher = math.isfinite(score) and (progress.best is None or sign * score > sign * progress.best)
         tied = score == progress.best and progress.best_loss is not None and scores["loss"] < progress.best_loss
@@ -377,6 +379,9 @@ def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Co
     overridden = checkpoint.check_same_run(saved.identity, prepared.identity(), override, known)
     checkpoint.check_fits(artefact.learned(prepared.model, prepared.learned), saved.tensors["learned"], overridden)
     progress = Progress(**saved.state)
+    if any(key == "train.metric" or key.startswith("data") for key in overridden):  # scores are of something else now
+        progress.best = progress.best_loss = progress.best_step = None
+        progress.stale = 0
     progress.overridden += [key for key in overridden if key not in progress.overridden]
     _put(prepared, engine, saved.tensors)
     engine.limits = replace(engine.limits, max_examples=min(progress.max_examples, engine.limits.max_examples))
@@ -441,6 +446,7 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
 
 def _write_artefact(prepared: Prepared, folder: Path) -> None:
     if prepared.technique.artefact == "adapter":
+        shutil.rmtree(folder / "model", ignore_errors=True)  # of a run before, merged for another to start from
         artefact.write_adapter(
             folder, prepared.model, prepared.anatomy, prepared.technique, prepared.source, prepared.processor
         )

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from tunesmith.errors import RecipeError
 
 RECIPES = ("recipe.yaml", "stages.yaml")
 """What makes a folder that of a run, or of a recipe's stages."""
+
+REPLACED = ".replaced"
+"""Where what is overwritten lies until what replaces it has begun."""
+
+WRITTEN = re.compile(
+    r"recipe\.yaml|stages\.(yaml|json)|run\.json|metrics\.jsonl|predictions-test\.jsonl|report\.html|README\.md"
+    r"|checkpoints|adapter|base|model|\d+-[a-z-]+(-seed-\d+)?|without-seed-\d+|\.(lock|replaced|tmp-.*)"
+)
+"""All that a run, or a recipe's stages, put into their folder."""
 
 
 def runs_in(folder: Path) -> str:
@@ -30,8 +41,9 @@ def check_run(folder: Path) -> None:
         raise RecipeError("no run in this folder", where=str(folder), hint=hint)
 
 
-def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """See that a folder may have this run: never write over what is there unless told to.
+def claim(folder: Path, *, resume: bool, overwrite: bool, needed: Iterable[str | Path | None] = ()) -> None:
+    """See that a folder may have this run: never write over what is there unless told to, and then over runs alone that
+    hold nothing that this one has `needed`: its recipe, its data, its model.
 
     Raises:
         RecipeError: there is something already, or both are asked for.
@@ -47,6 +59,31 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise RecipeError("output: the folder is not empty", where=str(folder), hint=hint)
     if taken and not any((folder / name).exists() for name in RECIPES):
         raise RecipeError("output: not a run folder, so it is not overwritten", where=str(folder), hint="output=DIR")
+    other = next((path.name for path in sorted(taken) if not WRITTEN.fullmatch(path.name)), None)
+    if other is not None:
+        what = f"output: no run has written {other} there, so the folder is not overwritten"
+        raise RecipeError(what, where=str(folder), hint="move it away, or output=DIR")
+    home = folder.resolve()
+    paths = [Path(one).expanduser() for one in needed if one is not None] if taken else []
+    inside = next((path for path in paths if path.exists() and path.resolve().is_relative_to(home)), None)
+    if inside is not None:
+        what = f"output: {inside} lies in it and is needed, so the folder is not overwritten"
+        raise RecipeError(what, where=str(folder), hint="output=DIR")
+
+
+def put_aside(folder: Path) -> None:
+    """Move what is overwritten into a folder of its own, from which `put_back` takes it."""
+    for path in [path for path in folder.iterdir() if path.name not in (".lock", REPLACED)]:
+        (folder / REPLACED).mkdir(exist_ok=True)
+        path.replace(folder / REPLACED / path.name)
+
+
+def put_back(folder: Path) -> None:
+    """The inverse of `put_aside`, where nothing has taken its place."""
+    if (folder / REPLACED).exists():
+        for path in (folder / REPLACED).iterdir():
+            path.replace(folder / path.name)
+        (folder / REPLACED).rmdir()
 
 
 def clear(folder: Path) -> None:

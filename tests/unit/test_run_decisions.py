@@ -113,6 +113,32 @@ def test_best_is_kept_and_shipped(
     assert not _same(_weights(run), _weights(run, 8))
 
 
+def test_under_another_metric_the_best_is_sought_anew(
+    recipe_of: Any, scored: Callable[..., None], tmp_path: Path
+) -> None:
+    settings = ["train.epochs=null", "train.evaluate_every=2"]
+    scored("accuracy", 0.9, 0.8, 0.5, 0.5, losses=(1.0, 0.9, 0.7, 0.6))
+    tunesmith.train(recipe_of(*settings, "train.max_steps=4", "train.metric=accuracy"))
+    again = recipe_of(*settings, "train.max_steps=8", "train.metric=loss")
+    result = tunesmith.train(again, resume=tmp_path / "run", override=["train.metric", "train.max_steps"])
+    assert result["best_step"] == 8
+
+
+def test_a_score_that_there_is_not_is_no_better(recipe_of: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """A correlation of answers that are all the same."""
+    own, left = evaluate.scores, iter((0.5, None, 0.4))
+
+    def scores(*args: Any, **how: Any) -> dict[str, Any]:
+        found, value = own(*args, **how), next(left)
+        return {name: one for name, one in found.items() if name != "pearson"} | ({"pearson": value} if value else {})
+
+    monkeypatch.setattr(evaluate, "scores", scores)
+    settings = ["train.epochs=null", "train.max_steps=6", "train.evaluate_every=2", "train.metric=pearson"]
+    task = {"name": "text-classification", "labels": "regression"}
+    recipe = recipe_of(*settings, task=task, data={"train": str(_numbers(tmp_path)), "validation": 0.2})
+    assert tunesmith.train(recipe)["best_step"] == 2
+
+
 @pytest.mark.parametrize(
     ("metric", "values"), (("accuracy", (0.5, 0.7, 0.6, 0.7, 0.9)), ("rmse", (0.5, 0.3, 0.4, 0.3, 0.1)))
 )

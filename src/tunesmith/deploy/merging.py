@@ -73,7 +73,7 @@ def merge(
         hint = "--overwrite replaces a run, --output DIR puts the new one elsewhere"
         raise UserError("--output: the folder is not empty", where=str(output), hint=hint)
     folders = [Path(run) for run in runs]
-    parts = [_merged(folder, offline) for folder in folders]
+    parts = [_merged(folder, offline, exact=True) for folder in folders]
     first, source = parts[0]
     _check_alike(folders, parts)
     base, anatomy = _base(first, source)
@@ -134,12 +134,18 @@ def fold(run: Path, *, offline: bool = False, allow_pickle: bool = False) -> Non
     artefact.save(run / "model", tuned.model, tuned.processor, unused)
 
 
-def _merged(folder: Path, offline: bool, allow_pickle: bool = False) -> tuple[predict.Tuned, sources.Source]:
-    """A run's model with everything folded in, on the CPU, and where its base is from."""
+def _merged(
+    folder: Path, offline: bool, allow_pickle: bool = False, *, exact: bool = False
+) -> tuple[predict.Tuned, sources.Source]:
+    """A run's model with everything folded in, on the CPU, and where its base is from; `exact`: in fp32, however it is
+    stored.
+    """
     tuned = predict.load(folder, device="cpu", offline=offline, allow_pickle=allow_pickle, to_merge=True)
     technique = tuned.recipe.technique
     assert isinstance(technique, Technique)
     source = sources.resolve(tuned.recipe.model, offline=offline, allow_pickle=allow_pickle)
+    if exact:
+        tuned.model.float()
     if (folder / "adapter").exists():
         try:
             technique.merge(tuned.model)

@@ -33,6 +33,9 @@ class Tail:
     reads: str
     """'begin', 'end', or 'each': every token has logits."""
 
+    off: bool = False
+    """While what stands before the text is taken away."""
+
     active: bool = False
     asked: tuple[Tensor, Tensor] | None = None
     """Rows and places of the only tokens whose logits are wanted for now."""
@@ -62,13 +65,22 @@ class Tail:
         """Be active while the model is called as a whole."""
 
         def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            self.active = not kwargs.get("output_hidden_states")
+            told = kwargs.get("output_hidden_states") or (self.reads == "end" and _holds_padding(model, kwargs))
+            self.active = not (told or self.off)
 
         def end(*_: Any) -> None:
             self.active = False
 
         model.register_forward_pre_hook(begin, with_kwargs=True)
         model.register_forward_hook(end, always_call=True)
+
+
+def _holds_padding(model: Any, given: dict[str, Any]) -> bool:
+    """Whether the token that pads is one of a text too: a head that looks for the last other one reads elsewhere."""
+    ids, mask, pad = given.get("input_ids"), given.get("attention_mask"), model.config.pad_token_id
+    if ids is None or pad is None or ids.device.type != "cpu":
+        return False
+    return bool(((ids == pad) & (True if mask is None else mask.bool())).any())
 
 
 def tail_of(model: nn.Module, recorded: list[tuple[Tensor, Layout]]) -> Tail | None:

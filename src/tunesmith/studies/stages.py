@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +22,12 @@ from typing import Any
 
 from tunesmith import recipe as recipes
 from tunesmith import record, run
+from tunesmith.data.formats.columns import ANSWERS
 from tunesmith.errors import RecipeError, UserError
 from tunesmith.recipe import Recipe, Stages
-from tunesmith.run_folder import claim, clear
+from tunesmith.run_folder import REPLACED, claim, put_aside, put_back
 from tunesmith.talk import Talk
-from tunesmith.tasks import LOW_IS_GOOD
+from tunesmith.tasks import LOW_IS_GOOD, Task
 from tunesmith.training import checkpoint, files
 from tunesmith.training.run_lock import RunLock
 
@@ -62,28 +64,37 @@ def train(
         )
     if override and resume is None:
         raise RecipeError("--override: names what may differ from an earlier run", hint="give --resume RUN with it")
-    if wanted.gain and wanted.recipes[-1].data.validation is None and wanted.recipes[-1].data.test is None:
-        raise RecipeError("gain: the last stage holds out no rows to compare on", hint="data.test=0.2, or leave it out")
+    if wanted.gain:
+        _check_gain(wanted)
     folder, first = Path(wanted.output), os.environ.get("RANK", "0") in ("", "0")
     with RunLock(folder, enabled=first):
         if first:
-            claim(folder, resume=resume is not None, overwrite=overwrite)
+            needed = {path for one in wanted.recipes for path in recipes.paths_needed(one)}
+            needed -= {one.output for one in wanted.recipes}
+            written = recipe if isinstance(recipe, str | Path) else None
+            claim(folder, resume=resume is not None, overwrite=overwrite, needed=(written, *needed))
             files.sweep(folder)
             if resume is None:
-                clear(folder)
+                put_aside(folder)
             _keep(wanted, folder, override)
         options |= {"talk": talk}
-        results = []
+        results: list[dict[str, Any]] = []
         for number, stage in enumerate(wanted.recipes, start=1):
             talk.say(f"stage {number} of {len(wanted.recipes)}: {stage.task.name}")
             mine = [key.removeprefix(f"stages.{number}.") for key in override if key.startswith(f"stages.{number}.")]
+            if first and (mine or not _is_done(stage)):
+                _forget(wanted, number, talk)
             try:
                 results.append(_run(stage, mine, options))
             except UserError as error:
                 error.stage = number
-                if first and resume is None and {path.name for path in folder.iterdir()} == {record.STAGES, ".lock"}:
-                    (folder / record.STAGES).unlink()  # refused before anything stood: no folder is left
+                if first and resume is None and not Path(wanted.recipes[0].output).exists():
+                    (folder / record.STAGES).unlink()  # refused before anything stood: what was there is there again
+                    put_back(folder)
                 raise
+            finally:
+                if first and Path(wanted.recipes[0].output).exists():
+                    shutil.rmtree(folder / REPLACED, ignore_errors=True)
         result = results[-1] | {"stages": results}
         if wanted.gain is not None:
             result["gain"] = _gain(wanted, wanted.gain.seeds, results[-1], options)
@@ -93,6 +104,23 @@ def train(
         if first:
             files.atomic_write(folder / "stages.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
+
+
+def _check_gain(wanted: Stages) -> None:
+    """Refuse a gain for which there is nothing to compare on, or only rows whose answers an earlier stage may have
+    learned: other seeds hold out other rows of a file.
+    """
+    last = wanted.recipes[-1].data
+    if last.validation is None and last.test is None:
+        raise RecipeError("gain: the last stage holds out no rows to compare on", hint="data.test=0.2, or leave it out")
+    drawn = isinstance(last.validation, float) or isinstance(last.test, float)
+    for number, one in enumerate(wanted.recipes[:-1], start=1):
+        assert isinstance(one.task, Task)
+        if drawn and one.data.train == last.train and ANSWERS & one.task.columns.keys():
+            what = (
+                f"gain: stage {number} learns the answers of {last.train} too, and each seed holds out other rows of it"
+            )
+            raise RecipeError(what, hint="give the last stage's data.validation and data.test as files, or gain=null")
 
 
 def _stages(given: Any, overrides: Collection[str], values: Mapping[str, Any], resume: Any) -> Stages | None:
@@ -123,12 +151,27 @@ def _identity(stages: Stages) -> dict[str, Any]:
     return {"stages": {str(number): part for number, part in enumerate(stages.dump()["stages"], start=1)}}
 
 
+def _is_done(recipe: Recipe) -> bool:
+    return bool(files.read_json(Path(recipe.output) / "run.json").get("outcome") == "done")
+
+
+def _forget(wanted: Stages, number: int, talk: Talk) -> None:
+    """Remove what stands on a stage that is run now: the later stages, and the last one's runs of other seeds."""
+    output = Path(wanted.output)
+    stale = [Path(later.output) for later in wanted.recipes[number:]]
+    stale += [*output.glob(f"{Path(wanted.recipes[-1].output).name}-seed-*"), *output.glob("without-seed-*")]
+    for folder in stale:
+        if folder.exists():
+            talk.say(f"{folder} stands on what is run again, so it is too")
+            shutil.rmtree(folder)
+
+
 def _run(recipe: Recipe, override: Collection[str], options: dict[str, Any]) -> dict[str, Any]:
     """One run: its result where it is finished, else from where it was."""
     folder = Path(recipe.output)
-    about = files.read_json(folder / "run.json")
-    if about.get("outcome") == "done" and not override:
+    if _is_done(recipe) and not override:
         options["talk"].say(f"{folder} is finished")
+        about = files.read_json(folder / "run.json")
         return {key: about[key] for key in record.RESULT}
     begun = folder.exists() and any(folder.iterdir())
     return run.train(recipe, resume=folder if begun else None, override=override if begun else (), **options)

@@ -183,7 +183,7 @@ class FillMask(Task):
     ) -> Tensor:
         """This batch's share of the mean over the step's tokens."""
         labels = batch.ragged("label").values
-        return token_loss(model, *_asked_of(model, batch), labels, label_smoothing) / normalizers["tokens"]
+        return token_loss(model, *_asked_of(model, batch), labels, label_smoothing) / normalizers["tokens"].clamp_min(1)
 
     def metrics(self) -> Metrics:
         """Loss, perplexity, accuracy."""

@@ -129,7 +129,8 @@ class TokenClassification(Task):
         if self.sub_words == "all":
             found["rest_tags"] = [codes[tag] for tag in inside]
         if weights:
-            found["weight"] = [weights.get(tag, 1.0) for tag in (*tags, *inside)]
+            owners = [tags[word] for word in fields.get("owner", ())]  # a word counts by its own tag, in all its parts
+            found["weight"] = [weights.get(tag, 1.0) for tag in (*tags, *owners)]
         return found
 
     def notes(self, encoded: Encoded, processor: Any) -> list[str]:

@@ -103,12 +103,16 @@ class Prompt(Technique):
     @contextmanager
     def absent(self, model: nn.Module) -> Iterator[None]:
         """No vectors."""
-        prompt = _prompt(model)
+        prompt, tail = _prompt(model), getattr(model, "block_tail", None)
         prompt.present = False
+        if tail is not None:
+            tail.off = True  # it counts places from behind the vectors
         try:
             yield
         finally:
             prompt.present = True
+            if tail is not None:
+                tail.off = False
 
     def _start(self, embedding: Any, processor: Any) -> Tensor:
         """The tokens that the vectors start as."""

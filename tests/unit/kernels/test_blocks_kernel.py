@@ -9,6 +9,7 @@ import torch
 from adapting import TECHNIQUES, VARIANTS, adapt
 from torch import Tensor
 
+from tunesmith import registry
 from tunesmith.kernels import block_parts
 from tunesmith.kernels.blocks import use_blocks
 from tunesmith.kernels.logits import logits_at
@@ -63,6 +64,30 @@ def test_answers_and_gradients_are_those_of_the_model(family: str, technique: st
         ours = _answers_and_gradients(model, lengths)
         assert torch.allclose(ours[0], answers, atol=1e-5, rtol=1e-5)
         assert torch.dist(ours[1], gradients) < 1e-5 * gradients.norm()
+
+
+def test_a_head_that_takes_an_end_for_padding_reads_what_it_read() -> None:
+    """Qwen's tokenizers may end a text with the token that pads: such a head reads the last other one."""
+    model: Any = tiny_model("qwen2", "AutoModelForSequenceClassification", num_labels=3, pad_token_id=0)
+    batch = _batch([12, 3, 7])
+    batch["input_ids"][torch.arange(3), torch.tensor([11, 2, 6])] = 0
+    expected = model(**batch).logits
+    assert _taken(model) and model.block_tail.reads == "end"
+    torch.testing.assert_close(model(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("technique", ["prompt", "prefix"])
+def test_without_what_stands_before_a_text_it_answers_as_the_base(family: str, technique: str) -> None:
+    heads = {"bert": "MaskedLM", "llama": "CausalLM"}
+    model: Any = tiny_model(family, f"AutoModelFor{heads[family]}", pad_token_id=0)
+    batch, row, place = _batch([12, 3, 7]), torch.tensor([0, 1, 2, 2]), torch.tensor([11, 2, 0, 6])
+    expected = logits_at(model, batch, row, place)
+    adapt(model, technique)
+    assert _taken(model)
+    assert not torch.allclose(logits_at(model, batch, row, place), expected, atol=1e-3)
+    with registry.get("technique", technique)().absent(model):  # type: ignore[attr-defined]
+        torch.testing.assert_close(logits_at(model, batch, row, place), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("technique", "keys"), VARIANTS)

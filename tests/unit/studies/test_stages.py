@@ -101,6 +101,28 @@ def test_other_stages_are_not_resumed(written: Path, tmp_path: Path) -> None:
     assert result["stages"][0]["steps"] == 1
 
 
+def test_what_stands_on_a_stage_that_is_run_again_is_run_again(written: Path, tmp_path: Path) -> None:
+    stages.train(written, "gain.seeds=2", talk=QUIET)
+    key = "stages.1.train.max_steps"
+    again = stages.train(written, "gain.seeds=2", f"{key}=6", resume=tmp_path / "out", override=[key], talk=QUIET)
+    assert [one["steps"] for one in again["stages"]] == [6, 3]
+    about = json.loads((tmp_path / "out" / "2-text-classification" / "run.json").read_text())
+    assert about["model"]["lineage"][0]["steps"] == 6
+    key = "stages.2.train.max_steps"
+    words = ("gain.seeds=2", "stages.1.train.max_steps=6", f"{key}=5")
+    stages.train(written, *words, resume=tmp_path / "out", override=[key], talk=QUIET)
+    runs = (path for path in (tmp_path / "out").glob("*/run.json") if "fill-mask" not in str(path))
+    assert [json.loads(path.read_text())["steps"] for path in runs] == [5] * 4
+
+
+def test_a_gain_on_rows_whose_answers_were_learned_is_refused(written: Path, reviews_csv: Path) -> None:
+    learned = ("stages.1.task=text-classification", f"stages.1.data.train={reviews_csv}", "gain.seeds=2")
+    with pytest.raises(
+        RecipeError, match=r"gain: stage 1 learns the answers of .*reviews.csv too.*as files, or gain=null"
+    ):
+        stages.train(written, *learned, talk=QUIET)
+
+
 def test_the_gain_is_paired_and_has_its_noise(written: Path, tmp_path: Path, capsys: Any) -> None:
     result = stages.train(written, "gain.seeds=2", "train.max_steps=2")
     gain, out = result["gain"], tmp_path / "out"
