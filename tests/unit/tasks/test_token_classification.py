@@ -151,18 +151,8 @@ def test_class_weights_and_smoothing_are_those_of_torch(fitted: Any) -> None:
     torch.testing.assert_close(smooth, F.cross_entropy(logits, tags, label_smoothing=0.1))
 
 
-def test_all_sub_words_of_a_word_have_its_weight() -> None:
-    """Tags that only other sub-words have are counted nowhere, and would weigh more than the rarest."""
-    rows = _rows(SENTENCES)
-    task, data = _fit(rows, Data(max_length=32, class_weights="balanced"), sub_words="all")
-    found = task.encode(rows, TOKENIZER, data)
-    assert any(one["owner"] for one in found)
-    for one in found:
-        assert one["weight"][len(one["tags"]) :] == [one["weight"][word] for word in one["owner"]]
-
-
 def test_other_sub_words_go_on_with_what_a_word_begins() -> None:
-    task, data = _fit(_rows(SENTENCES), sub_words="all")
+    task, data = _fit(_rows(SENTENCES), Data(class_weights="balanced"), sub_words="all")
 
     class Halves:
         unk_token_id = eos_token_id = pad_token_id = 1
@@ -175,6 +165,8 @@ def test_other_sub_words_go_on_with_what_a_word_begins() -> None:
     (fields,) = task.encode(_rows([("fine film", "B-PRAISE O")]), Halves(), data)
     names = [task.tags[tag] for tag in (*fields["tags"], *fields["rest_tags"])]  # type: ignore[index]
     assert names == ["B-PRAISE", "O", "I-PRAISE", "O"] and fields["first"] == [0, 2] and fields["rest"] == [1, 3]
+    weights = fields["weight"]  # I-PRAISE is counted in no word, and would weigh more than any tag
+    assert weights[2:] == weights[:2] and weights[0] != weights[1]
 
 
 def test_words_in_windows_have_the_logits_of_their_window(fitted: Any) -> None:
