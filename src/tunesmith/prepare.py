@@ -109,7 +109,7 @@ class Prepared:
             folder = home / fingerprint(encoded.folder.name, of_model)
             with talk.during(f"computing once what the frozen blocks give for {name}"), parallel.first_alone():
                 kept = feature_cache.keep_features(self.model, self.task, encoded, self.machine, folder, talk.say)
-            if not kept:
+            if parallel.largest(int(not kept), self.machine.device):  # what one has no room for, none goes on with
                 break
         feature_cache.prune(home)
         return time.perf_counter() - began

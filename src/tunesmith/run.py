@@ -213,8 +213,9 @@ def _fit(
             if last or _due(train.evaluate_every, step.number, batches.steps_per_epoch):
                 improved = _evaluate(prepared, progress, since, folder, talk)
                 since = []
-            stop = _enough(train, progress)
-            asked = parallel.largest(int(signals.requested is not None), prepared.machine.device)
+            # scores may differ in their last bits: what all have to do alike is decided by all
+            state = improved, _enough(train, progress), signals.requested is not None
+            improved, stop, asked = parallel.any_of(state, prepared.machine.device)
             _score_before(prepared, progress, folder, talk)
             prepared.thaw(step.number)
             if last or stop or asked or improved or _due(train.save_every, step.number, batches.steps_per_epoch):

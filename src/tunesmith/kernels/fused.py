@@ -37,4 +37,4 @@ def _has_compiler() -> bool:
 
 @cache
 def _compiled(formula: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    return torch.compile(formula, dynamic=True, fullgraph=True, backend=backend)
+    return torch.compile(formula, dynamic=True, backend=backend)  # plainly, where that cannot be

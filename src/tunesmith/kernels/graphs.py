@@ -121,8 +121,9 @@ class Graphs:
             expected, found = (_answered(call, _with_padding(given, plain.names), learning) for call in (plain, graph))
             off = float(torch.dist(found, expected) / expected.norm())
             trouble = "" if off <= CLOSE else f"a graph's answer and gradients are off by {off:.0%}"
-        except torch.OutOfMemoryError:
-            raise
+        except torch.OutOfMemoryError:  # each holds a set of gradients: without them there is more room
+            self.graphs.clear()
+            trouble = "they take more memory than there is"
         except RuntimeError as error:
             trouble = str(error).partition("\n")[0]
         if trouble:
@@ -139,8 +140,11 @@ class _Cuda:
         self.pool: Any = None
 
     def __call__(self, module: nn.Module, sample: tuple[Tensor, ...]) -> Any:
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        return torch.cuda.make_graphed_callables(module, sample, allow_unused_input=True, pool=self.pool)
+        self.pool, stream = self.pool or torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
+        try:
+            return torch.cuda.make_graphed_callables(module, sample, allow_unused_input=True, pool=self.pool)
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
 
 
 def use_graphs(model: Any, longest: int) -> bool:

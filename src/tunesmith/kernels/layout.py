@@ -54,7 +54,7 @@ class Layout:
     def together(self) -> Together:
         """How its tokens attend; on a GPU as one row of sequences, and what is spare is one more."""
         known = self.may_see in (causal_mask_function, bidirectional_mask_function)
-        if not known or self.device.type not in SEQUENCES_ON:
+        if not known or self.device.type not in SEQUENCES_ON or _is_old(self.device):
             return Together(self.groups)
         starts = [*self.starts, self.total] if self.spare else self.starts
         ends = torch.tensor(starts, dtype=torch.int32).to(self.device, non_blocking=True)
@@ -193,6 +193,11 @@ class Between:
     def mask(self) -> Tensor | None:
         """Which keys there are.  # (rows, 1, 1, longest)"""
         return self._seen.mask
+
+
+def _is_old(device: torch.device) -> bool:
+    """Whether a GPU is older than PyTorch's kernel for sequences (FlashAttention-2) needs."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def _places(lengths: Any, tokens: int) -> Tensor:

@@ -23,6 +23,9 @@ CHUNK_BYTES = 30 * 2**20
 """Of the logits that are there at once: 320 tokens over 49,152 words in bf16. The weight is repacked for each chunk;
 from 32 MiB on the system hands out fresh pages each time, and filling those takes longer than the arithmetic."""
 
+CHUNK_BYTES_OF_GPU = 512 * 2**20
+"""There the weight is read twice for each chunk, and pages are no matter."""
+
 CHUNK_IF_WEIGHT_LEARNS = 1024
 """Tokens at least: the gradient of the whole weight is added up once for each chunk."""
 
@@ -86,7 +89,8 @@ class _LossSum(torch.autograd.Function):
         learns, count, words = ctx.needs_input_grad, len(labels), len(weight)
         with torch.autocast(device, enabled=False):
             states, weight_ = F.pad(hidden.to(dtype), (0, 0, 0, -count % ROUND)), weight.to(dtype)
-            rows = max(CHUNK_BYTES // dtype.itemsize // words, CHUNK_IF_WEIGHT_LEARNS if learns[1] else ROUND)
+            most = CHUNK_BYTES if device == "cpu" else CHUNK_BYTES_OF_GPU
+            rows = max(most // dtype.itemsize // words, CHUNK_IF_WEIGHT_LEARNS if learns[1] else ROUND)
             rows = max(1, min(len(states), rows // ROUND * ROUND))
             logits_ = torch.empty(rows, words, dtype=dtype, device=hidden.device)
             total = torch.zeros((), dtype=wide, device=hidden.device)

@@ -28,7 +28,7 @@ from tunesmith.recipe import Recipe, Stages
 from tunesmith.run_folder import REPLACED, claim, put_aside, put_back
 from tunesmith.talk import Talk
 from tunesmith.tasks import LOW_IS_GOOD, Task
-from tunesmith.training import checkpoint, files
+from tunesmith.training import checkpoint, files, machine, parallel
 from tunesmith.training.run_lock import RunLock
 
 NOISE = 2.0
@@ -67,7 +67,8 @@ def train(
     if wanted.gain:
         _check_gain(wanted)
     folder, first = Path(wanted.output), os.environ.get("RANK", "0") in ("", "0")
-    with RunLock(folder, enabled=first):
+    device = machine.find(wanted.recipes[0].train.device).device.type
+    with parallel.group(device), RunLock(folder, enabled=first):  # of all stages, since to meet anew may fail
         if first:
             needed = {path for one in wanted.recipes for path in recipes.paths_needed(one)}
             needed -= {one.output for one in wanted.recipes}
@@ -77,6 +78,7 @@ def train(
             if resume is None:
                 put_aside(folder)
             _keep(wanted, folder, override)
+        parallel.barrier()
         options |= {"talk": talk}
         results: list[dict[str, Any]] = []
         for number, stage in enumerate(wanted.recipes, start=1):
@@ -84,6 +86,7 @@ def train(
             mine = [key.removeprefix(f"stages.{number}.") for key in override if key.startswith(f"stages.{number}.")]
             if first and (mine or not _is_done(stage)):
                 _forget(wanted, number, talk)
+            parallel.barrier()
             try:
                 results.append(_run(stage, mine, options))
             except UserError as error:

@@ -158,7 +158,7 @@ def standing_in(model: Any, encoded: Encoded, indices: NDArray[np.int64]) -> Ite
     states = torch.from_numpy(flat)
     assert features.dtype is not None, "it was recorded"
     states = states.view(features.dtype) if features.dtype != states.dtype else states
-    features.states = states.view(-1, features.width)
+    features.states = states.view(-1, features.width).to(next(model.parameters()).device)
     try:
         yield
     finally:
@@ -222,7 +222,7 @@ def _record(
     order = indices[np.argsort(encoded.lengths[indices], kind="stable")]
     for first, last in cut(encoded.lengths[order], limits):
         own = order[first:last]
-        batch = collate(encoded, own)
+        batch = collate(encoded, own).to(machine.device)
         states = _flat_states(model, task, batch, machine)
         counts = None if states is None else _counts(batch, len(states))
         if states is None or counts is None:
@@ -242,7 +242,7 @@ def _flat_states(model: Any, task: Task, batch: Batch, machine: Machine) -> Tens
     finally:
         features.recording = False
     states, features.recorded = features.recorded, None
-    return states
+    return None if states is None else states.cpu()
 
 
 def _counts(batch: Batch, rows: int) -> list[int] | None:
@@ -257,7 +257,7 @@ def _counts(batch: Batch, rows: int) -> list[int] | None:
 @torch.no_grad()
 def _same(model: Any, task: Task, encoded: Encoded, machine: Machine, indices: NDArray[np.int64]) -> bool:
     """Whether the model answers as before with states standing in."""
-    batch = collate(encoded, indices)
+    batch = collate(encoded, indices).to(machine.device)
     with machine.autocast():
         kept = model.frozen_features.kept.pop(encoded.folder)
         expected = task.forward(model, batch)

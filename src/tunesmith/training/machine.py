@@ -88,6 +88,8 @@ def find(device: str = "auto", precision: str = "auto", *, named: str = "train.d
         RecipeError: the processor cannot compute in that format.
     """
     found = _device(device, named)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)  # whose seeds, streams and graphs are meant where none is named
     if precision == "auto":
         return Machine(found, torch.bfloat16 if _has_bf16(found) else None)
     if precision == "fp16" and found.type == "cpu":

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,12 @@ from tunesmith import talk
 from tunesmith.errors import RecipeError, ResourceError
 
 BUCKET_BYTES = 25 * 2**20
+
+PATIENCE = timedelta(days=1)
+"""How long the others wait while the first fetches a model or encodes texts; an exchange of gradients takes seconds."""
+
+_waiting: Any = None
+"""The group of processes that wait for each other, by a way that needs no GPU."""
 
 
 @contextmanager
@@ -36,14 +43,17 @@ def group(device_type: str) -> Iterator[None]:
     if world == 1 or dist.is_initialized():
         yield
         return
+    global _waiting
     try:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
+        _waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         hint = "start them with torchrun --nproc-per-node N, or unset WORLD_SIZE"
         raise ResourceError(f"{world} processes did not find each other ({_reason(error)})", hint=hint) from error
     try:
         yield
     finally:
+        _waiting = None
         dist.destroy_process_group()
 
 
@@ -109,7 +119,7 @@ def barrier() -> None:
     """Wait for the others."""
     if world_size() > 1:
         with _with_all():
-            dist.barrier()
+            dist.barrier(group=_waiting)
 
 
 @contextmanager
@@ -130,6 +140,16 @@ def largest(value: int, device: torch.device) -> int:
     with _with_all():
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return int(shared.item())
+
+
+def any_of(values: Sequence[bool], device: torch.device) -> list[bool]:
+    """Of each value whether any process has it."""
+    if world_size() == 1:
+        return list(values)
+    shared = torch.tensor(values, dtype=torch.int32, device=device)
+    with _with_all():
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return [bool(one) for one in shared.tolist()]
 
 
 def sum_all(values: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
