@@ -61,6 +61,7 @@ def train(
     wanted = _recipe(recipe, overrides, values, resume)
     folder = Path(resume or wanted.output)
     found = machine.find(wanted.train.device, wanted.train.precision)
+    found.take()
     if found.is_slow:
         talk.warn(
             f"train.precision: this processor only emulates {found.precision}, many times slower than fp32; use auto"

@@ -135,6 +135,7 @@ def load(
     """
     folder, found = Path(run), machine.find(device, named="--device")
     check_run(folder)
+    found.take()
     recipe = load_recipe(folder / "recipe.yaml")
     if to_merge:
         assert isinstance(recipe.technique, Technique)

@@ -72,6 +72,11 @@ class Machine:
         overhead = NEVER_CUT if padding_free else OVERHEAD_TOKENS.get(self.device.type, 2048)
         return Limits(batch_size, max_tokens, overhead)
 
+    def take(self) -> None:
+        """Let this GPU be the one that is meant where none is named: by seeds, by streams, by graphs."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def peak_memory_bytes(self) -> int:
         """The most this process has held: resident memory, or the allocator's on a GPU."""
         if self.device.type == "cuda":
@@ -88,8 +93,6 @@ def find(device: str = "auto", precision: str = "auto", *, named: str = "train.d
         RecipeError: the processor cannot compute in that format.
     """
     found = _device(device, named)
-    if found.type == "cuda":
-        torch.cuda.set_device(found)  # whose seeds, streams and graphs are meant where none is named
     if precision == "auto":
         return Machine(found, torch.bfloat16 if _has_bf16(found) else None)
     if precision == "fp16" and found.type == "cpu":

@@ -16,10 +16,11 @@ from tunesmith.testing import CLASSIFYING, tiny_model, tiny_tokenizer
 LENGTHS = ([12, 3, 7, 7, 1], [5, 5, 5], [9], [1, 2, 3, 40])
 
 
-KEEP_PADDING = ("deberta", "deberta-v2", "t5")
-"""Two compute attention in their own way, and one adds a learned number for each distance."""
+KEEP_PADDING = ("deberta", "deberta-v2")
+"""They compute attention in their own way."""
 
-TAKEN = [family for family in CLASSIFYING if family not in (*KEEP_PADDING, "bart")]  # test_encoder_decoders.py has it
+TAKEN = [family for family in CLASSIFYING if family not in (*KEEP_PADDING, "bart", "t5")]
+"""Those two are in test_encoder_decoders.py."""
 
 
 def _batch(lengths: list[int]) -> dict[str, Tensor]:
