@@ -3,7 +3,8 @@
     python -m bench.ours --model FOLDER --data sst2 --data-root build/splits --technique lora --seed 0
 
 Prints one JSON line with the keys of the peer (`peer_classification.py`, `peer_entities.py`). `head` and `last-2` are
-`freeze`.
+`freeze`. `--plain` leaves the model as transformers made it: padded batches, its own blocks, PyTorch's dropout and
+cross-entropy, LoRA by its formula. It is what the faster mathematics is held to.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import torch
 
 import tunesmith
 from bench.splits import ENTITIES
-from tunesmith import recipe
+from tunesmith import prepare, recipe
+from tunesmith.techniques.lora import LoraLinear
 
 TECHNIQUES: dict[str, Any] = {
     "full": "full",
@@ -35,8 +37,16 @@ TECHNIQUES: dict[str, Any] = {
 LIBRARIES = ("tunesmith", "torch", "transformers")
 
 
+def leave_plain() -> None:
+    """No run of this process is made faster."""
+    prepare._speed_up = lambda *_: False
+    LoraLinear.part = lambda *_: None  # type: ignore[method-assign]
+
+
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """Train and return the scores of the artefact as it is shipped."""
+    if given.plain:
+        leave_plain()
     folder = Path(given.data_root) / given.data
     entities = given.data in ENTITIES
     suffix, main = ("conll", "f1") if entities else ("csv", "accuracy")
@@ -97,6 +107,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--plain", action="store_true", help="without what makes it faster")
     parser.add_argument("--test", action="store_true", help="score the test split too")
     return parser.parse_args()
 

@@ -3,9 +3,10 @@
     python -m bench.quality --model FOLDER --jobs 2 --results build/quality.jsonl --report build/quality.md
 
 Per data set and technique: the peer runs a grid of four learning rates (seed 0, validation only); its best rate, and
-our default, then run with five seeds and are scored on test once. Each run is a process of its own. Finished runs stand
-in the JSONL file and are not repeated, so a stopped bench goes on where it was; a new machine or version takes a new
-file. Times are those of runs side by side on one device: they compare nothing.
+our default, then run with five seeds and are scored on test once. The arm `plain` is ours without what makes it faster
+(`bench.ours --plain`), and has to be as good. Each run is a process of its own. Finished runs stand in the JSONL file
+and are not repeated, so a stopped bench goes on where it was; a new machine or version takes a new file. Times are
+those of runs side by side on one device: they compare nothing.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ class Job:
         words += ["--data", self.data, "--technique", self.technique, "--seed", str(self.seed)]
         words += ["--epochs", str(EPOCHS[self.data, self.technique])]
         words += ["--device", given.device, "--precision", given.precision]
+        words += ["--plain"] if self.arm == "plain" else []
         words += ["--learning-rate", str(self.learning_rate)] if self.learning_rate is not None else []
         return words + (["--test"] if self.test else [])
 
@@ -191,6 +193,21 @@ def compare(results: Results, pairs: list[tuple[str, str]], seeds: int, arms: Se
     return "\n".join(lines) + "\n"
 
 
+def parity(results: Results, pairs: list[tuple[str, str]], seeds: int) -> str:
+    """As Markdown: ours beside itself without what makes it faster, where both are finished."""
+    lines = ["| data | technique | score | plain | fast | difference | 2 standard errors | holds |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for data, technique in pairs:
+        sides = [results.all_of(finals(arm, data, technique, None, seeds)) for arm in ("plain", "ours")]
+        for score in scores_of(data) if all(sides) else ():
+            (plain, plain_error), (fast, fast_error) = (percent(runs, score) for runs in sides if runs)
+            allowed = 2 * (plain_error**2 + fast_error**2) ** 0.5
+            cells = [data, technique, score.replace("_", " "), *(_cell(runs, score) for runs in sides)]
+            cells += [f"{fast - plain:+.2f}", f"{allowed:.2f}", "yes" if abs(fast - plain) <= allowed else "**no**"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def costs(results: Results, pairs: list[tuple[str, str]], seeds: int) -> str:
     """What each technique gives and takes: the table of the README."""
     lines = [
@@ -237,6 +254,9 @@ def write_report(results: Results, pairs: list[tuple[str, str]], given: argparse
     text += compare(results, pairs, given.seeds, given.arms)
     text += "\nWhat ours gives and takes, medians over runs, beside the peer's score:\n\n"
     text += costs(results, pairs, given.seeds)
+    if "plain" in given.arms:
+        text += "\nOurs beside itself without what makes it faster, both at the default rate:\n\n"
+        text += parity(results, pairs, given.seeds)
     for arm in given.arms:
         of_arm = [record for record in records if record["job"]["arm"] == arm]
         for key in ("device", "versions"):
@@ -252,7 +272,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="folder of a pretrained model")
     parser.add_argument("--data-root", default="build/splits", help="what bench/splits.py wrote")
     parser.add_argument("--only", nargs="*", default=[], help="data sets or techniques or both, e.g. sst2 lora")
-    parser.add_argument("--arms", nargs="*", default=["peer", "ours"], choices=("peer", "ours"))
+    parser.add_argument("--arms", nargs="*", default=["peer", "ours"], choices=("peer", "ours", "plain"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
         "--our-grid", action="store_true", help="run the grid of rates of ours too: to choose a default"
@@ -269,10 +289,11 @@ def main() -> int:
     given.stop_at = time.monotonic() + given.stop_after
     results = Results(Path(given.results))
     pairs = [pair for pair in EPOCHS if _wanted(pair, set(given.only))]
-    gridded = [arm for arm in given.arms if arm == "peer" or given.our_grid]
+    gridded = [arm for arm in given.arms if arm == "peer" or (arm == "ours" and given.our_grid)]
     first = [job for pair in pairs for arm in gridded for job in grid(arm, *pair)]
     if not given.only_grids:
-        first += [job for pair in pairs if "ours" in given.arms for job in finals("ours", *pair, None, given.seeds)]
+        own = [arm for arm in given.arms if arm != "peer"]
+        first += [job for pair in pairs for arm in own for job in finals(arm, *pair, None, given.seeds)]
     failed = run_all(first, results, given)
     rates = {pair: best_rate(results, *pair) for pair in pairs if "peer" in given.arms}
     chosen = {} if given.only_grids else {pair: rate for pair, rate in rates.items() if rate}
