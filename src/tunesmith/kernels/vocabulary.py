@@ -1,4 +1,5 @@
-"""The last map of a language model, which can be asked for a loss instead of logits (`kernels/losses.py`).
+"""The last map of a language model, which can be asked for a loss, or for scores, instead of logits
+(`kernels/losses.py`).
 
 What a model does to the numbers that its last map gives out (a scale, a bias, a soft cap) is found by giving it
 others in their place: `use_chunked_loss` takes the map only where one of these explains what comes out.
@@ -6,8 +7,9 @@ others in their place: `use_chunked_loss` takes the map only where one of these 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,41 +17,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.kernels.logits import logits_at
-from tunesmith.kernels.losses import loss_sum
+from tunesmith.kernels.losses import log_shares, loss_sum, shares_said
 
-__all__ = ["Vocabulary", "token_loss", "use_chunked_loss"]
+__all__ = ["Vocabulary", "token_loss", "token_shares", "use_chunked_loss"]
 
 WORTH_IT = 2**20
 """Weights from which it is worth it."""
 
 
 class Vocabulary(nn.Linear):
-    """The last map of a language model, which can be asked for a loss instead of logits."""
+    """The last map of a language model, which can be asked for what is made of its logits instead of these."""
 
     scale: float
     softcap: float | None
     shift: Tensor | None
     """What the model adds to what this map gives.  # (vocabulary,)"""
 
-    asked: tuple[Tensor, float] | None = None
+    asked: Callable[..., Tensor] | None = None
+    """(hidden, weight, bias, scale=, softcap=) -> what is wanted."""
+
     given: Tensor | None = None
     cast: tuple[Any, Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
-        """(..., hidden) -> (..., vocabulary), or, asked for a loss, nothing worth having."""
+        """(..., hidden) -> (..., vocabulary), or, asked for something else, nothing worth having."""
         weight = self._multiplied(input.device.type)
         if self.asked is None:
             return F.linear(input, weight, self.bias)
-        labels, label_smoothing = self.asked
-        self.given = loss_sum(
-            input.flatten(0, -2),
-            weight,
-            self._shifted(),
-            labels,
-            label_smoothing=label_smoothing,
-            scale=self.scale,
-            softcap=self.softcap,
-        )
+        self.given = self.asked(input.flatten(0, -2), weight, self._shifted(), scale=self.scale, softcap=self.softcap)
         return input.new_zeros(1, 1, 1)
 
     def _shifted(self) -> Tensor | None:
@@ -60,9 +55,9 @@ class Vocabulary(nn.Linear):
         return self.bias + shift
 
     @contextmanager
-    def instead_of_logits(self, labels: Tensor, label_smoothing: float) -> Iterator[None]:
-        """For a while the loss of its input's tokens is `given`."""
-        self.asked, self.given = (labels, label_smoothing), None
+    def instead_of_logits(self, ask: Callable[..., Tensor]) -> Iterator[None]:
+        """For a while what `ask` makes of its input is `given`."""
+        self.asked, self.given = ask, None
         try:
             yield
         finally:
@@ -85,14 +80,29 @@ def token_loss(
     model: Any, inputs: dict[str, Any], row: Tensor, place: Tensor, labels: Tensor, label_smoothing: float = 0.0
 ) -> Tensor:
     """The sum of the cross-entropies of the tokens at (row, place), each against its label."""
+    ask = partial(loss_sum, labels=labels, label_smoothing=label_smoothing)
+    if (given := _given(model, inputs, row, place, ask)) is not None:
+        return given
+    logits = logits_at(model, inputs, row, place)
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+
+
+def token_shares(model: Any, inputs: dict[str, Any], row: Tensor, place: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of the label of each token at (row, place), and of the likeliest word there."""  # (tokens, 2)
+    given = _given(model, inputs, row, place, partial(log_shares, labels=labels))
+    return shares_said(logits_at(model, inputs, row, place), labels) if given is None else given
+
+
+def _given(model: Any, inputs: dict[str, Any], row: Tensor, place: Tensor, ask: Callable[..., Tensor]) -> Tensor | None:
+    """What the model's last map makes of these tokens; None where it can only be asked for logits."""
     output = model.get_output_embeddings()
     if not isinstance(output, Vocabulary):
-        logits = logits_at(model, inputs, row, place)
-        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-    with output.instead_of_logits(labels, label_smoothing):
+        return None
+    with output.instead_of_logits(ask):
         logits_at(model, inputs, row, place)
     assert output.given is not None, "the model has not called its output map"
-    return output.given
+    given, output.given = output.given, None  # a graph hangs on it
+    return given
 
 
 def use_chunked_loss(model: Any) -> bool:

@@ -17,9 +17,9 @@ from tunesmith.data.encoded import Encoded
 from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
 from tunesmith.data.texts import cut_texts, unknown_notes
-from tunesmith.kernels.logits import IGNORED, logits_at, shifted
+from tunesmith.kernels.logits import IGNORED, shifted
 from tunesmith.kernels.padding_free import computes_without_padding
-from tunesmith.kernels.vocabulary import token_loss
+from tunesmith.kernels.vocabulary import token_loss, token_shares
 from tunesmith.models.directions import Direction
 from tunesmith.models.load import UNBOUNDED
 from tunesmith.models.writing import write
@@ -114,9 +114,7 @@ class EncoderDecoder:
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-probabilities of each token of the targets, and of the one that was likeliest there."""  # (tokens, 2)
-        logits, labels = logits_at(model, *self._asked(model, batch)), batch.ragged("label").values
-        found = torch.stack([logits.gather(1, labels[:, None])[:, 0], logits.amax(1)], 1)
-        return found - logits.logsumexp(1, keepdim=True)
+        return token_shares(model, *self._asked(model, batch), batch.ragged("label").values)
 
     def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float) -> Tensor:
         """This batch's share of the mean over the step's tokens."""

@@ -30,9 +30,8 @@ from tunesmith.data.formats import Row
 from tunesmith.data.templates import PLAIN, template_text
 from tunesmith.data.texts import as_bytes, model_inputs, unknown_notes
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.kernels.logits import logits_at
 from tunesmith.kernels.padding_free import computes_without_padding
-from tunesmith.kernels.vocabulary import token_loss
+from tunesmith.kernels.vocabulary import token_loss, token_shares
 from tunesmith.metrics.language import SurpriseScores
 from tunesmith.metrics.texts import TextScores
 from tunesmith.models.load import length_limit
@@ -265,9 +264,7 @@ class TextGeneration(WritingTask):
         labels = _labels(batch)
         found = torch.empty(len(labels), 2, device=labels.device)
         for which, asked in _asked_of(model, batch):
-            logits = logits_at(model, *asked)
-            said = torch.stack([logits.gather(1, labels[which, None])[:, 0], logits.amax(1)], 1)
-            found[which] = said - logits.logsumexp(1, keepdim=True)
+            found[which] = token_shares(model, *asked, labels[which])
         return found
 
     def loss(

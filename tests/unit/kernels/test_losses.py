@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels import losses
-from tunesmith.kernels.losses import loss_sum, plain_loss_sum
+from tunesmith.kernels.losses import log_shares, loss_sum, plain_loss_sum, shares_said
 
 FORMS: tuple[dict[str, Any], ...] = (
     {},
@@ -67,6 +67,20 @@ def test_in_fp64_all_of_it_is_in_fp64() -> None:
     ours, plain = (_all(form, given, (True, True, True), softcap=2.0) for form in (loss_sum, plain_loss_sum))
     for one, expected in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("keys", [{}, {"scale": 0.25}, {"scale": 2.0, "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shares_are_those_of_the_logits(shape: tuple[int, int, int], keys: dict[str, float], biased: bool) -> None:
+    states, weight, bias, labels = _drawn(shape, torch.float32, biased=biased)
+    logits = (states @ weight.T + (0 if bias is None else bias)) * keys.get("scale", 1.0)
+    if "softcap" in keys:
+        logits = keys["softcap"] * torch.tanh(logits / keys["softcap"])
+    log_probabilities = torch.log_softmax(logits, -1)
+    expected = torch.stack([log_probabilities.gather(1, labels[:, None])[:, 0], log_probabilities.amax(1)], 1)
+    torch.testing.assert_close(shares_said(logits, labels), expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(log_shares(states, weight, bias, labels, **keys), expected, rtol=1e-6, atol=1e-5)
 
 
 def test_under_autocast_it_is_the_plain_form_under_autocast() -> None:

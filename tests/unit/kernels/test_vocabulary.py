@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tunesmith import testing
 from tunesmith.kernels import vocabulary
 from tunesmith.kernels.logits import logits_at
-from tunesmith.kernels.vocabulary import Vocabulary, token_loss, use_chunked_loss
+from tunesmith.kernels.vocabulary import Vocabulary, token_loss, token_shares, use_chunked_loss
 from tunesmith.testing import FAMILIES, tiny_model
 
 CAUSAL, MASKED, BOTH = "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"
@@ -45,6 +45,19 @@ def _loss_and_gradients(model: nn.Module, label_smoothing: float) -> tuple[Tenso
     loss = token_loss(model, *_asked(model), label_smoothing)
     (loss / 3).backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("family", "model_class"), MODELS)
+def test_shares_of_tokens_are_those_of_their_logits(family: str, model_class: str) -> None:
+    plain: Any = tiny_model(family, model_class)
+    if family == "marian":
+        plain.final_logits_bias.normal_()
+    ours = copy.deepcopy(plain)
+    assert use_chunked_loss(ours)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            token_shares(ours, *_asked(ours)), token_shares(plain, *_asked(plain)), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(("family", "model_class"), MODELS)
