@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from tunesmith import registry, run
+from tunesmith.data.formats import Row
 from tunesmith.errors import UserError
+from tunesmith.prepare import Prepared
 from tunesmith.recipe import Data, Recipe, Train, load
 from tunesmith.talk import Talk
 from tunesmith.testing import MADE_UP, tiny_model, tiny_tokenizer
@@ -94,6 +96,7 @@ KEYS: dict[str, Change] = {
     "task.token-classification.tags": (ENTITIES, "task.tags=[B-PRAISE, I-PRAISE, B-BLAME, I-BLAME, O]", "classes"),
     "task.token-classification.scheme": (ENTITIES, "task.scheme=BIOES", "error"),
     "task.token-classification.sub_words": (ENTITIES, "task.sub_words=all", "losses"),
+    "task.token-classification.inner_marks": (ENTITIES, "task.inner_marks='-'", "asked"),
     "task.translation.source_lang": (PAIRS, "task.source_lang=fr", "error"),
     "task.translation.target_lang": (PAIRS, "task.target_lang=fr", "error"),
     "task.translation.prefix": (PAIRS, "task.prefix='great '", "losses"),
@@ -241,7 +244,15 @@ def _trained(folder: Path, *words: str) -> dict[str, Any]:
         "saved": sorted(path.name for path in folder.glob("checkpoints/step-*")),
         "weights": hashlib.sha256(weights).hexdigest(),
         "checkpointing": engine.checkpointing,
+        "asked": _asked(prepared),
     }
+
+
+def _asked(prepared: Prepared) -> list[dict[str, Any]] | None:
+    """A raw text as a model of words is asked it."""
+    if "tokens" not in prepared.task.columns:
+        return None
+    return prepared.task.encode([Row("x:1", {"text": "a great-film"})], prepared.processor, prepared.recipe.data)
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -25,7 +25,8 @@ MAX_WORDS = 4
 """Of a synonym's other side: `put up with` is three."""
 Random = np.random.Generator
 Synonyms = Mapping[tuple[str, ...], Sequence[tuple[str, ...]]]
-_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+"""Scripts that have no blanks between words."""
 _WORD = re.compile(rf"([{_CJK}]|[^\s{_CJK}]+)(\s*)")
 _EDGES = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -164,7 +165,7 @@ def read_synonyms(path: str | Path) -> Synonyms:
 
 
 def split(text: str) -> list[str]:
-    """A text as words: between blanks, and each Chinese, Japanese or Korean character for itself."""
+    """A text as words: between blanks, and each Chinese or Japanese character for itself."""
     return [match[1] for match in _WORD.finditer(text)]
 
 
@@ -225,7 +226,8 @@ class Augmenter:
         if not isinstance(tags, list) or len(tags) != len(tokens) or not all(isinstance(tag, str) for tag in tags):
             what = "data.augment: words can be changed where each has its tag, as a text"
             raise RecipeError(what, where=row.place, hint="give tokens and tags, or leave the key out")
-        after = self.words(Words.of([str(word) for word in tokens], [tag != "O" for tag in tags]), epoch, index)
+        keep = [tag != "O" or _parts(following) for tag, following in zip(tags, [*tags[1:], "O"], strict=True)]
+        after = self.words(Words.of([str(word) for word in tokens], keep), epoch, index)
         values = {role: value for role, value in row.values.items() if role != "text"}  # it says the words as they were
         values |= {"tokens": list(after.words), "label": [tags[origin] for origin in after.origins]}
         return Row(row.place, values)
@@ -241,6 +243,11 @@ class Augmenter:
         places = sorted(after.origins)  # where nothing is dropped or put in, words change places and blanks do not
         joined = [f"{word}{_gap(parts, places, at)}" for at, word in enumerate(after.words)]
         return "".join(joined).rstrip()
+
+
+def _parts(following: str) -> bool:
+    """Whether a word in no entity is all that parts the next one, which no tag begins, from the one before (IO)."""
+    return following != "O" and not following.startswith(("B-", "S-", "U-"))
 
 
 def _gap(parts: Sequence[tuple[str, str]], places: Sequence[int], at: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from datetime import date
 
@@ -26,6 +27,7 @@ _HAN = re.compile("[\u4e00-\u9fff]")
 
 def private(text: str) -> Iterator[tuple[str, str]]:
     """(kind, masked value) of each find; what one kind has taken is not counted as another too."""
+    text = unicodedata.normalize("NFKC", text)  # digits and @ may be of the width of Chinese characters
     if not _HINT.search(text):
         return
     for kind, (pattern, holds) in KINDS.items():
@@ -111,6 +113,10 @@ KINDS: dict[str, tuple[re.Pattern[str], Callable[[re.Match[str]], bool]]] = {
         _form(r"(?<![0-9A-Za-z.])(?:(?:\+|00)?86[ -]?)?1[3-9]\d(?:\d{8}|[ -]\d{4}[ -]\d{4})(?![0-9A-Za-z])"),
         _is_chinese_mobile,
     ),
+    "us-ssn": (
+        _form(r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])"),
+        lambda found: True,
+    ),
     "ip": (
         _form(
             r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)|(?<![\w:])[0-9a-fA-F]{0,4}(?::[0-9a-fA-F]{0,4}){2,7}(?![\w:])"
@@ -121,7 +127,7 @@ KINDS: dict[str, tuple[re.Pattern[str], Callable[[re.Match[str]], bool]]] = {
         _form(
             r"(?<![\w.+-])(?<!\d )(?:\+\d{1,3}(?:[ .-]?\(?\d{1,4}\)?){2,6}"  # +44 20 7946 0958
             rf"|{_TOLL_FREE.pattern}"
-            r"|(?:1[ .-])?\(\d{3}\) ?\d{3}[ .-]\d{4}|(?:1[ .-])?\d{3}([.-])\d{3}\1\d{4}"  # (212) 555-0123
+            r"|(?:1[ .-])?\([2-9]\d{2}\) ?\d{3}[ .-]\d{4}|(?:1[ .-])?[2-9]\d{2}([.-])\d{3}\1\d{4}"  # (212) 555-0123
             r"|0\d{2,3}-\d{7,8}|0\d{2,4}(?: \d{3,4}){2}|0\d(?: \d{2}){4})(?! ?\d)(?![\w-])"  # 010-62345678
         ),
         _is_phone,

@@ -35,13 +35,13 @@ def has_spans(row: Row) -> bool:
     return any(isinstance(part, dict | list) for part in label) or (not label and "tokens" not in row.values)
 
 
-def words_of(row: Row) -> Sentence:
-    """The words of a row: what its spans count in, its tokens, or its text.
+def words_of(row: Row, marks: str = "") -> Sentence:
+    """The words of a row: what its spans count in, its tokens, or its text, in which `marks` part no word.
 
     Raises:
         DataError: there are none.
     """
-    return sentence_of(row, whole_text=has_spans(row))
+    return sentence_of(row, whole_text=has_spans(row), marks=marks)
 
 
 def read_tags(row: Row, names: Sequence[str] | None) -> tuple[str, ...]:

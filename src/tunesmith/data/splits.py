@@ -6,6 +6,7 @@ import hashlib
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,10 +90,12 @@ def _whole_texts(
     return np.asarray(drawn, dtype=np.int64)
 
 
-def digest(row: Row) -> int:
-    """64 bits of what a row says beside its label, but for case, white space and the way accents are coded."""
+def digest(row: Row, form: Literal["NFC", "NFKC"] = "NFC") -> int:
+    """64 bits of what a row says beside its label, but for case, white space and the way accents are coded; by NFKC
+    also but for the width of characters.
+    """
     texts = [str(value) for role, value in sorted(row.values.items()) if role not in (*ANSWERS, "group")]
-    return _digest("\0".join(texts))
+    return _digest("\0".join(texts), form)
 
 
 def group_digest(row: Row) -> int:
@@ -100,8 +103,8 @@ def group_digest(row: Row) -> int:
     return _digest(str(row.values["group"]))
 
 
-def _digest(text: str) -> int:
-    plain = " ".join(unicodedata.normalize("NFC", text).lower().split())
+def _digest(text: str, form: Literal["NFC", "NFKC"] = "NFC") -> int:
+    plain = " ".join(unicodedata.normalize(form, text).lower().split())
     return int.from_bytes(hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 

@@ -2,14 +2,16 @@
 
 A sentence longer than the model reads is cut into windows of whole words that overlap by a quarter; a word in two of
 them is answered in the one where it stands further from the edge. A text is split into runs of letters and digits,
-single marks, and, where no blanks stand between words (Chinese, Japanese, Korean), single characters.
+single marks, and, in Chinese, Japanese and Korean, single characters; a model that has learned words with marks inside
+(`O'Neil`, `www.who.int`, `@who`) is shown such words.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,6 @@ import numpy as np
 
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import Row
-from tunesmith.data.formats.conll import MAX_WORDS
 from tunesmith.data.texts import unknown_notes
 from tunesmith.errors import DataError, counted, shorten
 
@@ -25,6 +26,13 @@ BY_CHARACTER = re.compile(
     "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
 """Kana, Han and Hangul."""
+_HANGUL = re.compile("[\uac00-\ud7af]")
+
+INSIDE, BEFORE = "-.&_/'\u2019", "@#"
+"""Marks that may stand between the letters of a word, or before them."""
+SHARE = 0.02
+"""Of a mark that often stands alone, so few inside words are none by chance."""
+_LINK = re.compile(r"(?:https?://|www\.)[!-~]*[\w/=&#-]", re.ASCII)
 
 OVERLAP = 4
 """Windows overlap by this part of what fits, and no word takes more of it."""
@@ -39,8 +47,8 @@ class Sentence:
     words: list[str]
 
 
-def split_words(text: str) -> list[tuple[int, int]]:
-    """Start and end of each word of a text."""
+def split_words(text: str, marks: str = "") -> list[tuple[int, int]]:
+    """Start and end of each word of a text; `marks` are those that stay in a word (`inner_marks`)."""
     found: list[tuple[int, int]] = []
     start = None
     for index, character in enumerate(text):
@@ -53,7 +61,59 @@ def split_words(text: str) -> list[tuple[int, int]]:
             start = None
         if not character.isspace():
             found.append((index, index + 1))
-    return found if start is None else [*found, (start, len(text))]
+    found = found if start is None else [*found, (start, len(text))]
+    return _joined(text, found, marks) if marks else found
+
+
+def _joined(text: str, pieces: list[tuple[int, int]], marks: str) -> list[tuple[int, int]]:
+    """Pieces between which a mark stands that stays in a word, and what a link is made of, as one."""
+    links = [match.span() for match in _LINK.finditer(text)] if "/" in marks else []
+    found: list[tuple[int, int]] = []
+    for start, end in pieces:
+        while links and links[0][1] <= start:
+            links.pop(0)
+        if (
+            found
+            and found[-1][1] == start
+            and ((links and links[0][0] < start) or _one_word(text, found[-1], start, marks))
+        ):
+            found[-1] = found[-1][0], end
+        else:
+            found.append((start, end))
+    return found
+
+
+def _one_word(text: str, before: tuple[int, int], at: int, marks: str) -> bool:
+    """Whether what begins at a place of the text goes on with the word before it."""
+    last, here, after = text[at - 1], text[at], text[at + 1 : at + 2]
+    if here in marks and here not in BEFORE:
+        return _is_of_words(last) and _is_of_words(after)
+    if last in marks and last not in BEFORE:
+        return before[1] - before[0] > 1 and _is_of_words(here)
+    alone = before[1] - before[0] == 1 and not (before[0] and _is_of_words(text[before[0] - 1]))
+    return last in marks and alone and _is_of_words(here)
+
+
+def _is_of_words(character: str) -> bool:
+    return (character.isalnum() or character == "_") and not BY_CHARACTER.match(character)
+
+
+def inner_marks(sentences: Iterable[Sequence[str]]) -> str:
+    """The marks that words have inside, or before them: of a corpus that parts words at hyphens no hyphen."""
+    whole, apart = Counter[str](), Counter[str]()
+    for words in sentences:
+        for word in words:
+            if len(word) == 1:
+                apart[word] += 1
+            elif not word.isalnum():
+                inside = {m for a, m, b in zip(word, word[1:], word[2:], strict=False) if a.isalnum() and b.isalnum()}
+                whole.update(inside | {word[0]} & set(BEFORE))
+                apart.update({word[0]} & set("'\u2019"))  # `'s`: such a corpus parts words there
+    return "".join(
+        mark
+        for mark in INSIDE + BEFORE
+        if whole[mark] > apart[mark] * (SHARE if mark in INSIDE and mark not in "'\u2019" else 1)
+    )
 
 
 def _belongs_to_the_one_before(character: str) -> bool:
@@ -64,34 +124,50 @@ def _belongs_to_the_one_before(character: str) -> bool:
 def join_words(words: Sequence[str]) -> Sentence:
     """Words as a text, with blanks between them where such words have any."""
     text, offsets = "", list[tuple[int, int]]()
-    for word in words:
-        between = bool(text) and not (BY_CHARACTER.match(word[:1]) and BY_CHARACTER.match(text[-1]))
-        text += " " * between + word
+    for before, word in zip(["", *words], words, strict=False):
+        text += " " * _are_parted(before, word) + word
         offsets.append((len(text) - len(word), len(text)))
     return Sentence(text, offsets, list(words))
 
 
-def sentence_of(row: Row, *, whole_text: bool = False) -> Sentence:
-    """The words of a row: its `tokens`, else its `text` split; `whole_text`: the text even where there are tokens.
+def _are_parted(before: str, word: str) -> bool:
+    """Whether a blank stands between two words; between Korean ones of several syllables it does."""
+    if not before or not (BY_CHARACTER.match(word[:1]) and BY_CHARACTER.match(before[-1])):
+        return bool(before)
+    return bool(_HANGUL.match(word) and _HANGUL.match(before[-1])) and len(before) + len(word) > 2
+
+
+def _found_in(words: list[str], text: str) -> Sentence | None:
+    """Words as they stand one behind the other in a text; None where they do not."""
+    offsets, end = list[tuple[int, int]](), 0
+    for word in words:
+        if (start := text.find(word, end)) < 0:
+            return None
+        end = start + len(word)
+        offsets.append((start, end))
+    return Sentence(text, offsets, words)
+
+
+def sentence_of(row: Row, *, whole_text: bool = False, marks: str = "") -> Sentence:
+    """The words of a row: its `tokens`, where its `text` has them if it has one, else its `text` split, without parting
+    words at `marks`; `whole_text`: the text even where there are tokens.
 
     Raises:
         DataError: it has neither, or no words.
     """
     tokens, text = row.values.get("tokens"), row.values.get("text")
     if isinstance(text, str) and (whole_text or tokens is None):
-        offsets = split_words(text)
+        offsets = split_words(text, "" if whole_text else marks)
         found = Sentence(text, offsets, [text[start:end] for start, end in offsets])
     elif tokens is None or whole_text:
         what = "spans count the characters of a text, and there is none" if whole_text else "neither text nor tokens"
         hint = "data.columns.text=NAME, or data.columns.tokens=NAME for lists of words"
         raise DataError(what, where=row.place, hint=hint)
     else:
-        found = join_words(_words(tokens, row))
+        words = _words(tokens, row)
+        found = (_found_in(words, text) if isinstance(text, str) else None) or join_words(words)
     if not found.words:
         raise DataError("there is no word in it", where=row.place, hint="remove the row")
-    if len(found.words) > MAX_WORDS:
-        what = f"{len(found.words):,} words in one sentence, and {MAX_WORDS:,} at most are read"
-        raise DataError(what, where=row.place, hint="split it into sentences")
     return found
 
 

@@ -25,7 +25,7 @@ Asked = Row | DataError
 
 def read_inputs(file: Path, task: Task, columns: Mapping[str, str | int] | None) -> list[Asked]:
     """The rows of a table, or the lines of a plain text: a `.txt`, or what is named after a language (`test.en`), is a
-    table only if it names its columns.
+    table only if it names its columns, or has words with tags.
 
     Raises:
         DataError: not a file we can read.
@@ -35,7 +35,8 @@ def read_inputs(file: Path, task: Task, columns: Mapping[str, str | int] | None)
     plain = file.suffix == ".txt" or language_of(file) is not None
     try:
         table = read_table(file, roles, required=task.required - ANSWERS, columns=chosen)
-        if not plain or chosen or any(isinstance(column, str) for column in table.columns.values()):
+        named = any(isinstance(column, str) for column in table.columns.values())
+        if not plain or chosen or named or table.format == "conll":
             return list(table.every_row())
     except DataError:
         if not plain:

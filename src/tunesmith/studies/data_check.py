@@ -200,7 +200,7 @@ class _Check:
             seen.text[mine] = raw.file
         seen.target.append(code)
         seen.group.append(seen.groups.setdefault(group, len(seen.groups)) if group else -1)
-        earlier = seen.by_digest.setdefault(splits.digest(row), mine)
+        earlier = seen.by_digest.setdefault(splits.digest(row, "NFKC"), mine)
         if earlier != mine:
             self.findings.add(self._repeats(file, row, target, earlier))
         return earlier == mine
@@ -320,8 +320,16 @@ class _Check:
                 kind, fix = "near-leak", "keep such rows on one side, or remove one of them"
                 level = "error" if share[int(parts[later])] >= LEAK else "warning"
                 what += " (as the recipe draws them)" if {mine, other} & self.files[0].drawn.keys() else ""
-            see = f"{self._place(earlier)} ({likeness:.0%} alike)"
+            see = f"{self._place(earlier)} ({likeness:.0%} alike{self._other_label(later, earlier)})"
             self.findings.add([Fault(kind, what, self._place(later), texts[later], fix, level, see)])  # type: ignore[arg-type]
+
+    def _other_label(self, row: int, other: int) -> str:
+        """The labels of two rows that are nearly the same, where they differ."""
+        here, there = self.seen.target[row], self.seen.target[other]
+        if self.task is None or "label" not in self.task.columns or "tokens" in self.task.columns or here == there:
+            return ""
+        names = list(self.seen.targets)
+        return f", {_label(names[here])} here and {_label(names[there])} there" if min(here, there) >= 0 else ""
 
     def _is_train(self, parts: splits.Indices, row: int, other: int) -> bool:
         """Whether the first of two rows on two sides is the one that is learned from."""

@@ -31,8 +31,13 @@ from tunesmith.tasks import LOW_IS_GOOD, Task
 from tunesmith.training import checkpoint, files, machine, parallel
 from tunesmith.training.run_lock import RunLock
 
-NOISE = 2.0
-"""How many standard errors a difference must exceed to be called one."""
+_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
+"""Student's t, two-sided 95 %, for 1, 2, 3 ... degrees of freedom."""
+
+
+def noise(pairs: int) -> float:
+    """How many standard errors a mean difference of some pairs must exceed to be called one (95 %, Student's t)."""
+    return _T[pairs - 2] if pairs - 2 < len(_T) else 2.09  # from 20 on it is 2.09 to 1.96
 
 
 def train(
@@ -219,7 +224,7 @@ def gain_of(
         "without": list(without),
         "mean": mean,
         "standard_error": error,
-        "within_noise": abs(mean) <= NOISE * error,
+        "within_noise": abs(mean) <= noise(len(gains)) * error,
     }
 
 
@@ -231,6 +236,7 @@ def _say_gain(gain: dict[str, Any], talk: Talk) -> None:
     talk.say(f"{metric} on {gain['split']}, mean of {seeds} seeds: {means}")
     said = f"gain {gain['mean']:+.4f}, standard error {gain['standard_error']:.4f}"
     if gain["within_noise"]:
-        talk.say(f"{said}: within noise ({NOISE:g} standard errors), so it is not shown that the earlier stages matter")
+        noise_ = f"within noise ({noise(seeds):.3g} standard errors)"
+        talk.say(f"{said}: {noise_}, so it is not shown that the earlier stages matter")
     else:
         talk.say(f"{said}: beyond noise; the earlier stages {'help' if gain['mean'] > 0 else 'harm'}")

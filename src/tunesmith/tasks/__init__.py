@@ -85,6 +85,10 @@ class Task(Plugin):
         """The task with what the names of its training data's columns say."""
         return self
 
+    def seen(self, rows: Iterable[Row]) -> Self:
+        """The task with what its training rows say beside their targets."""
+        return self
+
     @abstractmethod
     def target(self, row: Row) -> Any:
         """The row's target, hashable, as `fit` wants it.

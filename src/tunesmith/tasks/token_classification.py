@@ -10,6 +10,7 @@ import contextlib
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -23,16 +24,18 @@ from tunesmith.data.batches import Batch
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import Row
 from tunesmith.data.labels import class_weights
-from tunesmith.data.spans import read_tags, unknown_tag, words_of
+from tunesmith.data.spans import has_spans, read_tags, unknown_tag, words_of
 from tunesmith.data.tags import Scheme, TagSet, belongs, faults, faults_of_rows, scheme_of, split_tag, tags_of_types
 from tunesmith.data.texts import model_inputs
-from tunesmith.data.words import encode_words, words_notes
+from tunesmith.data.words import Sentence, encode_words, inner_marks, words_notes
 from tunesmith.errors import DataError, counted, shorten
 from tunesmith.metrics.entities import EntityScores
 from tunesmith.recipe import Data
 from tunesmith.tasks import Metrics, Task
 
 _WORD = zlib.crc32
+LOOKED_AT = 10_000
+"""Rows of which the words are looked at."""
 
 
 class TokenClassification(Task):
@@ -41,6 +44,9 @@ class TokenClassification(Task):
     tags: list[str] | None = Field(None, description="their names in the order of the outputs; default: from train")
     scheme: Literal["auto"] | Scheme = Field("auto", description="how tags mark entities; auto: from train")
     sub_words: Literal["first", "all"] = Field("first", description="which sub-words of a word carry loss")
+    inner_marks: str | None = Field(
+        None, description="marks that part no word of a raw text that is asked; default: those inside words of train"
+    )
 
     model_class: ClassVar[str] = "AutoModelForTokenClassification"
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -76,6 +82,16 @@ class TokenClassification(Task):
                     raise unknown_tag(tag, index, row, self.tags)
         return tags
 
+    def seen(self, rows: Iterable[Row]) -> Self:
+        """With the marks that stand inside words, of words that are given as such."""
+        if self.inner_marks is not None:
+            return self
+        sentences = []
+        for row in islice(rows, LOOKED_AT):
+            with contextlib.suppress(DataError):  # one that cannot be read is told by its target
+                sentences += [] if has_spans(row) else [words_of(row).words]
+        return self.model_copy(update={"inner_marks": inner_marks(sentences)})
+
     def fit(self, targets: Sequence[tuple[str, ...]], data: Data, where: str) -> tuple[Self, Data]:
         """Scheme, tags and their weights from the training targets."""
         counts = Counter(tag for tags in targets for tag in tags)
@@ -106,7 +122,7 @@ class TokenClassification(Task):
     def encode(self, rows: Sequence[Row], processor: Any, data: Data) -> list[dict[str, Any]]:
         """The fields of the words (`encode_words`), a number for each word, and where there are labels its tag."""
         assert data.max_length is not None, "the run resolves max_length"
-        sentences = [words_of(row).words for row in rows]
+        sentences = [self._words_of(row).words for row in rows]
         fields = encode_words(sentences, processor, data.max_length, inside=self.sub_words == "all")
         codes = {name: index for index, name in enumerate(self._names)}
         weights = data.class_weights if isinstance(data.class_weights, dict) else {}
@@ -234,7 +250,7 @@ class TokenClassification(Task):
 
     def completed(self, answer: dict[str, Any], row: Row) -> dict[str, Any]:
         """With the entities as they stand in the text, `text[start:end]`; a score is the mean over the words."""
-        sentence = words_of(row)
+        sentence = self._words_of(row)
         entities = [
             {
                 "text": sentence.text[sentence.offsets[first][0] : sentence.offsets[after - 1][1]],
@@ -246,10 +262,13 @@ class TokenClassification(Task):
             for first, after, label in TagSet(self._names).spans(answer["tags"])
         ]
         read = {"text": sentence.text, "tokens": sentence.words}
-        return {name: value for name, value in read.items() if name not in row.values} | {
+        return {name: value for name, value in read.items() if row.values.get(name) != value} | {
             "entities": entities,
             **answer,
         }
+
+    def _words_of(self, row: Row) -> Sentence:
+        return words_of(row, self.inner_marks or "")
 
 
 def _inside(tag: str, codes: dict[str, int]) -> str:

@@ -113,6 +113,7 @@ def read(task: Task, data: Data, seed: int) -> Examples:
             found[name] = open_split(value, task, data)
             splits.refuse_same_file(Path(data.train), Path(value), name)
     _check_same_roles(found)
+    task = task.seen(found["train"].rows())
     every = _usable(found["train"], task, data)
     _check_places(every, task)
     task, data = task.fit(every.targets, data, str(data.train))
@@ -167,9 +168,12 @@ def _check_same_roles(found: dict[str, Split]) -> None:
     """Refuse a second text, say, that some splits have and others lack: they would be read in different ways."""
     for name, split in found.items():
         for other in found.values():
-            if more := sorted(split.table.columns.keys() - other.table.columns.keys() - {"group"}):
+            beside = {"group"} | ({"text"} if "tokens" in split.table.columns else set())  # which says the same again
+            if more := sorted(split.table.columns.keys() - other.table.columns.keys() - beside):
                 what = f"no column for {more[0]}, which {name} has ({shorten(split.table.columns[more[0]])})"
                 hint = f"data.columns.{more[0]}=NAME, or rename it in {name} if it is none"
+                if "tokens" in more:
+                    hint = f"tunesmith data convert {other.table.path} NAME.conll makes words with tags of spans"
                 raise DataError(what, where=str(other.table.path), hint=hint)
 
 
@@ -342,7 +346,8 @@ def check_changeable(read: Examples) -> None:
     changeable = "tokens" in columns if tagged else any(is_text(role) for role in columns.keys() - ANSWERS)
     if not changeable or not read.task.rows_are_examples:
         what = f"data.augment: {read.task.name} has no {'tokens with tags' if tagged else 'example of one text'} here"
-        raise RecipeError(what, hint="leave the key out")
+        hint = "tunesmith data convert makes words with tags of spans" if tagged else "leave the key out"
+        raise RecipeError(what, hint=hint)
 
 
 class Augmented:

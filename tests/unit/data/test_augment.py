@@ -107,6 +107,13 @@ def test_tags_go_along_and_entities_stay() -> None:
         Augmenter.of(EACH, 0).row(Row("x:1", {"tokens": ["a", "b"], "label": [{"start": 0}]}), 0, 0)
 
 
+def test_a_word_that_parts_two_entities_stays() -> None:
+    row = Row("x:1", {"tokens": "ann and the bob O".split(), "label": ["I-PER", "O", "O", "I-PER", "O"]})
+    for index in range(50):
+        after = Augmenter.of([Augmentation(name="word-dropout", probability=0.9)], 0).row(row, 0, index).values
+        assert "the" in after["tokens"] and after["label"].index("O") == 1  # type: ignore[attr-defined,operator]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     (("alone\n", "one word alone"), ("a, b c d e f\n", "more than 4 words"), ("\n", "there are no synonyms")),

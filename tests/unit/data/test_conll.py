@@ -36,6 +36,10 @@ LAYOUTS: dict[str, str | bytes] = {
     "documents": f"-DOCSTART-\tO\n\n{PLAIN}",
     "documents of four columns": "-DOCSTART- -X- -X- O\n\n" + PLAIN.replace("\t", " X Y "),
     "comments": f"# id = 1\n# text = He lives\n{PLAIN.replace('in', '# text = in New York' + chr(10) + 'in', 1)}",
+    "blanks behind tabs": PLAIN.replace("\n", " \n"),
+    "a tab more": PLAIN.replace("O\n", "O\t\n").replace("LOC\n", "LOC\t\n"),
+    "old Mac line ends": PLAIN.replace("\n", "\r"),
+    "a line of names": "Word\tNER\n" + PLAIN,
     "three columns": PLAIN.replace("\t", "\tNN\t"),
     "many blank lines": PLAIN.replace("\n\n", "\n\n\n\n"),
     "no last line end": PLAIN.strip(),
@@ -49,6 +53,20 @@ def test_layouts(text: str | bytes, tmp_path: Path) -> None:
     assert [table.columns["tokens"], table.columns["label"]] == [0, 1 if "columns" not in str(table.note) else -1] or (
         "columns" in str(table.note) or "X" in str(text) or "NN" in str(text)
     )
+
+
+def test_a_mark_or_a_blank_of_chinese_width_is_a_word_and_names_are_none(tmp_path: Path) -> None:
+    table = _read(tmp_path / "a", "word\ttag\n#Apple\tORG\nis\tO\n\n#1\tO\nhere\tO\n\nParis\tLOC\n!\tO\n")
+    assert [words for words, _ in _sentences(table)] == [["#Apple", "is"], ["#1", "here"], ["Paris", "!"]]
+    table = _read(tmp_path / "a", "\u3000 O\nAnn B-PER\n\nis O\n")
+    assert [words for words, _ in _sentences(table)] == [["\u3000", "Ann"], ["is"]]
+
+
+def test_tags_before_words_and_numbered_words(tmp_path: Path) -> None:
+    table = _read(tmp_path / "a", "O\tHe\nO\tlives\n\nO\tin\nB-LOC\tNew\nI-LOC\tYork\n")
+    assert _sentences(table) == SENTENCES and "words from column 1 and tags from column 0" in str(table.note)
+    table = _read(tmp_path / "a", "1\tHe\tO\n2\tlives\tO\n\n1\tin\tO\n2\tNew\tB-LOC\n3\tYork\tI-LOC\n")
+    assert _sentences(table) == SENTENCES and "words from column 1 and tags from column 2" in str(table.note)
 
 
 def test_types_without_prefixes_and_a_mark_as_a_word(tmp_path: Path) -> None:

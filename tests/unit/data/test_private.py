@@ -29,6 +29,9 @@ from tunesmith.data.private import masked, private
         ("phone", "212-555-0123"),
         ("phone", "+44 20 7946 0958"),
         ("phone", "座机010-62345678"),
+        ("chinese-mobile", "电话１３８１２３４５６７８"),
+        ("e-mail", "joe＠example.com"),
+        ("us-ssn", "SSN 123-45-6789"),
         ("phone", "appelez le 01 23 45 67 89"),
     ),
 )
@@ -52,6 +55,7 @@ def test_each_kind_is_found_once_and_masked(kind: str, text: str) -> None:
         "1,000,000,000 or 123456789012",
         "3.14159265358979",
         "ISBN 978-3-16-148410-0",
+        "100-200-3000 and 900-12-3456",
         "@handle and #2024",
     ),
 )

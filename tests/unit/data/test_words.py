@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tunesmith.data.words import cut_windows, encode_words, join_words, split_words
+from tunesmith.data.formats import Row
+from tunesmith.data.words import cut_windows, encode_words, inner_marks, join_words, sentence_of, split_words
 from tunesmith.testing import tiny_tokenizer
 
 TEXTS = {
@@ -50,6 +51,48 @@ def test_words_are_joined_as_they_are_written() -> None:
     joined = join_words(["我", "爱", "New", "York", "。"])
     assert joined.text == "我爱 New York 。"
     assert [joined.text[start:end] for start, end in joined.offsets] == joined.words
+
+
+def test_korean_has_blanks_between_words_and_none_between_syllables() -> None:
+    assert join_words(["나는", "학교에", "간다"]).text == "나는 학교에 간다"
+    assert join_words(["나", "는", "我"]).text == "나는我"
+
+
+TWEETS = [
+    "I met Mary-Jane O'Neil , in the U.S. .".split(),
+    "@who_x see http://t.co/a-b #tag R&D and/or it .".split(),
+    "Wnt - signaling".split(),
+]
+PARTED = ["Wnt - signaling of APC - / - , 3 . 5 .".split(), "Mary 's".split()]
+
+
+def test_marks_stay_in_words_where_words_have_them() -> None:
+    assert set(inner_marks(TWEETS)) == set("-.&_/'@#") and inner_marks(PARTED) == ""
+    text = "I met Mary-Jane O'Neil (A.B.C.) at www.who.int/x-y. @who_x, #tag a@b.com -x- 我在ABC-D公司 3.5"
+    words = (
+        "I met Mary-Jane O'Neil ( A.B.C . ) at www.who.int/x-y . @who_x , #tag a @ b.com - x - 我 在 ABC-D 公 司 3.5"
+    )
+    assert [text[start:end] for start, end in split_words(text, inner_marks(TWEETS))] == words.split()
+    assert split_words(text, inner_marks(PARTED)) == split_words(text)
+
+
+@settings(max_examples=50)
+@given(st.text("ab -'.@#/_我", max_size=30))
+def test_with_marks_nothing_but_blanks_is_left_out(text: str) -> None:
+    offsets = split_words(text, "-.&_/'@#")
+    assert "".join(text[start:end] for start, end in offsets) == "".join(text.split())
+    assert not any(" " in text[start:end] for start, end in offsets)
+
+
+def test_words_stand_in_the_text_that_is_given_with_them() -> None:
+    sentence = sentence_of(Row("a:1", {"tokens": ["John", "'s", "dog", "(", "Rex", ")"], "text": "John's dog (Rex)"}))
+    assert [sentence.text[start:end] for start, end in sentence.offsets] == sentence.words
+    assert sentence.text == "John's dog (Rex)"
+    assert sentence_of(Row("a:1", {"tokens": ["a", "b"], "text": "b a"})).text == "a b"
+
+
+def test_a_text_may_have_any_number_of_words() -> None:
+    assert len(sentence_of(Row("a:1", {"text": "字" * 6000})).words) == 6000
 
 
 @settings(max_examples=50)

@@ -84,6 +84,23 @@ def test_bad_rows_are_all_named_and_stop_a_run(checked: Checked, tmp_path: Path)
     assert checked(tmp_path / "train.csv", "data.on_bad_row=skip")[0] == 0
 
 
+def test_texts_of_another_width_are_the_same_and_labels_of_near_ones_are_told(
+    sentences: list[str], checked: Checked, tmp_path: Path
+) -> None:
+    near = sentences[0] + " " + sentences[1]
+    rows = [
+        ("Ａ１２好，", "pos"),
+        ("a12好,", "neg"),
+        (near, "pos"),
+        (near + "!", "neg"),
+        *((t, "pos") for t in sentences[2:9]),
+    ]
+    _write(tmp_path / "train.jsonl", [{"text": text, "label": label} for text, label in rows])
+    _, report = checked(tmp_path)
+    assert _only(report, "label-conflict")["faults"][0]["value"].startswith("neg here, pos there")
+    assert _only(report, "near-duplicate")["faults"][0]["see"].endswith("alike, neg here and pos there)")
+
+
 def test_fields_classes_and_labels(sentences: list[str], checked: Checked, tmp_path: Path) -> None:
     rows = [{"text": text, "label": "a" if n else "b", "lang": "en", "note": "" if n < 3 else "x", "old": None}
             for n, text in enumerate(sentences[:40])]  # fmt: skip

@@ -140,6 +140,21 @@ def test_words_with_tags_there_and_back(tmp_path: Path) -> None:
     assert (tmp_path / "back.conll").read_text() == source.read_text().partition("O\n\n")[2].replace(" ", "\t") + "\n"
 
 
+def test_a_word_that_looks_like_a_comment_comes_back(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    rows = [{"tokens": ["#", "#Ann", "x"], "tags": ["ORG", "PER", "O"]}, {"tokens": ["y"], "tags": ["O"]}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    convert(source, tmp_path / "rows.conll")
+    convert(tmp_path / "rows.conll", tmp_path / "back.jsonl")
+    assert _rows(tmp_path / "back.jsonl") == rows
+
+
+def test_a_name_above_two_columns_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,label,label\na,x,y\n")
+    with pytest.raises(DataError, match=r"rows.csv:1: the column 'label' is there twice"):
+        convert(tmp_path / "rows.csv", tmp_path / "rows.jsonl")
+
+
 def test_spans_and_tags_are_made_from_each_other(tmp_path: Path) -> None:
     rows = [
         {"text": "Ann lives in New York.", "spans": [[0, 3, "PER"], {"start": 13, "end": 21, "label": "LOC"}], "id": 7},
@@ -181,6 +196,7 @@ def test_a_row_whose_spans_fit_no_words_is_a_bad_one(skip: bool, tmp_path: Path)
         ({"text": "a"}, "^{}:1: no column for label .*; words with their tags are wanted"),
         ({"tokens": ["a", "b"], "tags": ["O"]}, "^{}:1: tags: 1 tag for 2 words; give one for each word, or --skip"),
         ({"tokens": ["a\tb"], "tags": ["O"]}, "^{}:1: .*a tab or a line end"),
+        ({"tokens": ["-DOCSTART-"], "tags": ["O"]}, "^{}:1: .*as a line that parts documents does; .*or write jsonl"),
         ({"tokens": ["New York"], "tags": ["O"]}, "^{}:1: .*a blank, .*; .*split the word, or write jsonl"),
         ({"text": "New York", "spans": [[0, 5, "X"]]}, "^{}:1: spans: .* breaks the word 'York' in two"),
     ),

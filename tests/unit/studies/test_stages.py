@@ -162,7 +162,11 @@ def test_the_gain_is_paired_and_has_its_noise(written: Path, tmp_path: Path, cap
 
 @pytest.mark.parametrize(
     ("gains", "said"),
-    (((0.1, 0.12, 0.11), "beyond noise; the earlier stages help"), ((0.1, -0.1, 0.01), "it is not shown that")),
+    (
+        ((0.1, 0.3, 0.2), "within noise (4.3 standard errors)"),
+        ((0.1, 0.12, 0.11), "beyond noise; the earlier stages help"),
+        ((0.1, -0.1, 0.01), "it is not shown that"),
+    ),
 )
 def test_what_a_gain_says(gains: tuple[float, ...], said: str, capsys: Any) -> None:
     stages._say_gain(stages.gain_of("accuracy", "test", [0, 1, 2], gains, (0.0, 0.0, 0.0)), Talk())

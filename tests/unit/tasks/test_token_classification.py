@@ -88,6 +88,20 @@ def test_every_scheme_is_learned_as_it_is_written(tags: str, scheme: str, names:
     assert task.scheme == scheme and task.tags == names
 
 
+def test_a_raw_text_is_split_as_the_words_of_train_are() -> None:
+    rows = _rows([("Mary-Jane ran", "B-PER O"), ("he ran", "O O")])
+    task = TokenClassification().seen(rows)
+    assert task.inner_marks == "-"
+    task, data = task.fit([task.target(row) for row in rows], Data(max_length=32), "train")
+    asked = Row("a:1", {"text": "Ann-Lee ran."})
+    assert len(task.encode([asked], TOKENIZER, data)[0]["first"]) == 3
+    answer = task.completed({"tags": ["B-PER", "O", "O"], "scores": [1.0, 1.0, 1.0]}, asked)
+    assert answer["entities"][0]["text"] == "Ann-Lee" and answer["tokens"] == ["Ann-Lee", "ran", "."]
+    spans = [Row("a:1", {"text": "Ann-Lee ran", "label": [{"start": 0, "end": 3, "label": "PER"}]})]
+    assert TokenClassification().seen(spans).inner_marks == "", "a span may end at any mark"
+    assert TokenClassification(inner_marks="'").seen(rows).inner_marks == "'"
+
+
 def test_the_scheme_is_said(fitted: Any) -> None:
     task, _, encoded = fitted()
     assert task.notes(encoded, TOKENIZER) == ["tags are read as BIO, 2 types (BLAME, PRAISE)"]

@@ -19,7 +19,7 @@ from typing import Literal
 
 from tunesmith.data.encoded import file_sha256
 from tunesmith.data.formats import conll, delimited, json_array, json_lines, parallel, parquet, plain
-from tunesmith.data.formats.columns import find_columns, has_header, is_text
+from tunesmith.data.formats.columns import find_columns, has_header, is_text, refuse_twice
 from tunesmith.data.formats.folders import find_splits, holds_text, is_folder
 from tunesmith.data.formats.json_values import list_in
 from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
@@ -272,7 +272,7 @@ def read_raw(path: str | Path, header: bool | None = None) -> tuple[Sequence[str
     """Names (numbers, where there is no header) of all columns, and a reader of the rows as they stand.
 
     Raises:
-        DataError: not a file we can read.
+        DataError: not a file we can read, or a name stands above two columns.
     """
     path = Path(path)
     if not path.exists() and (sides := parallel.sides_of(path)):
@@ -287,6 +287,7 @@ def read_raw(path: str | Path, header: bool | None = None) -> tuple[Sequence[str
     if kind == "conll":
         return conll.named(opened)
     if opened.by_number is None or (has_header(opened) if header is None else header):
+        refuse_twice(opened.names, f"{path}:{opened.line}")
         return opened.names, opened.rows
     return range(len(opened.names)), opened.by_number
 

@@ -51,9 +51,7 @@ def find_columns(
         raise DataError(what, where=where, hint=hint)
     if len(numbers) == len(chosen) and opened.sample and not _looks_like_header(opened, roles):
         return _without_header(where, opened, roles, required, numbers)
-    twice = next((name for name in names if name and names.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f"the column {shorten(twice)} is there twice", where=where, hint="rename one of them")
+    refuse_twice(names, where)
     found: Columns = {role: _named(column, names, where) for role, column in chosen.items()}
     found |= _by_usual_name(where, names, {role: roles[role] for role in roles if role not in found}, found)
     found |= _other_language(names, {role: roles[role] for role in required - found.keys()}, found)
@@ -63,12 +61,23 @@ def find_columns(
     return found, note if numbers and opened.sample and not plain_names(names, roles) else None, True
 
 
+def refuse_twice(names: list[str], where: str) -> None:
+    """Refuse a name that stands above two columns: one of them would be lost.
+
+    Raises:
+        DataError: there is one.
+    """
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"the column {shorten(twice)} is there twice", where=where, hint="rename one of them")
+
+
 def _without_header(
     where: str, opened: Opened, roles: Roles, required: frozenset[str], numbers: dict[str, int]
 ) -> tuple[Columns, str | None, bool]:
     if numbers and required <= numbers.keys():
         return dict(numbers), None, False
-    below = next((row for row in opened.sample[1:20] if required <= plain_names(row, roles).keys()), None)
+    below = next((row for row in opened.sample[1:20] if required and required <= plain_names(row, roles).keys()), None)
     if below is not None:
         what = f"the names of the columns stand below something else: {shorten(', '.join(below))}"
         raise DataError(what, where=where, hint="remove the lines above them")

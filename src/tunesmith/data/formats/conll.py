@@ -1,14 +1,15 @@
-"""Words with tags, one a line, a blank line between sentences (CoNLL): the word first, its tag last, by tab or blanks.
+"""Words with tags, one a line, a blank line between sentences (CoNLL): the word first, its tag last, by tab or blanks;
+or the tag first, or a number before the word.
 
-`-DOCSTART-` lines, and comments before a sentence (`# id = 1`), are passed over. A row is a sentence, and stands where
-its first word does; the word after it stands a line below.
+`-DOCSTART-` lines, comments before a sentence (`# id = 1`) and a line that names the columns are passed over. A row
+is a sentence, and stands where its first word does; the word after it stands a line below.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -21,33 +22,43 @@ MAX_WORDS = 5000
 
 SAMPLE_CHARS = 65536
 _MARKED = re.compile(r"\D[0-9]")
-_DOCUMENT = "-DOCSTART-"
+_LINE_ENDS = re.compile(r"\r\n|\r|\n")
+_WORD_NAMES = {"word", "words", "token", "tokens", "text", "form"}
+_TAG_NAMES = {"tag", "tags", "label", "labels", "ner", "ner_tag", "ner_tags", "entity"}
+DOCUMENT = "-DOCSTART-"
 _BLANKS = re.compile(r"[ \t]+")
 Columns = dict[str, str | int]
 
 
 def looks_tagged(sample: str) -> bool:
     """Whether a file that begins so holds words with tags, one a line."""
-    if sample.lstrip("\ufeff\n\r\t ").startswith(_DOCUMENT):
+    if sample.lstrip("\ufeff\n\r\t ").startswith(DOCUMENT):
         return True
-    text = [line.rstrip("\r") for line in sample.split("\n")]
+    text = _LINE_ENDS.split(sample)
     text = text[:-1] if len(text) > 2 and len(sample) >= SAMPLE_CHARS else text
-    words = [line for line in text if line.strip() and not line.startswith(("#", _DOCUMENT))]
+    words = [line for line in text if line.strip() and not line.startswith(("#", DOCUMENT))]
     rows = [_fields(line, "\t" in line) for line in words]
     last = Counter(row[-1] for row in rows if len(row) > 1 and row[0] and not _BLANKS.search(row[0]))
+    if len(rows) > 1 and _are_tags([row[0] for row in rows if len(row) == 2 and not _BLANKS.search(row[1])], len(rows)):
+        return True
     if "O" not in last or sum(last.values()) < 0.9 * len(rows):
         return False
-    if sum(times for tag, times in last.items() if TAG.fullmatch(tag)) >= 0.9 * len(rows):
+    if _are_tags(list(last.elements()), len(rows)):
         return True
     blank = any(not line.strip() for line in text[:-1])
     return blank and last["O"] >= 0.3 * len(rows) and len(last) <= 50  # types without prefixes
+
+
+def _are_tags(values: Sequence[str], count: int) -> bool:
+    """Whether nearly all of `count` values are tags with a prefix, some of them O."""
+    return "O" in values and sum(bool(TAG.fullmatch(value)) for value in values) >= 0.9 * count
 
 
 def open_rows(path: Path) -> Opened:
     """The columns by number, and a reader of sentences: column number -> what stands there, a list as long as it."""
     with open_text(path) as file:
         sample = file.read(SAMPLE_CHARS)
-    text = [line.strip("\r") for line in sample.split("\n") if line.strip() and not line.startswith(("#", _DOCUMENT))]
+    text = [line for line in _LINE_ENDS.split(sample) if line.strip() and not line.startswith(("#", DOCUMENT))]
     tabs = sum("\t" in line for line in text) > len(text) / 2
     widths = Counter(len(_fields(line, tabs)) for line in text[:1000])
     width = max((count for count in widths if count > 1), key=widths.__getitem__, default=0)
@@ -59,7 +70,7 @@ def open_rows(path: Path) -> Opened:
 def find_columns(
     path: Path, opened: Opened, roles: dict[str, tuple[str, ...]], chosen: Columns
 ) -> tuple[Columns, str | None]:
-    """The words' column is the first, the tags' the last, unless `data.columns` says otherwise; and what to say of it.
+    """The columns of words and tags (`_places`), unless `data.columns` says otherwise; and what to say of them.
 
     Raises:
         RecipeError: a role that is none, or a column that is not there.
@@ -71,16 +82,34 @@ def find_columns(
         if not isinstance(column, int) or not 0 <= column < width:
             what = f"data.columns.{role}: no column {shorten(column)}"
             raise DataError(what, where=str(path), hint=f"columns have no names here: 0 to {width - 1}")
-    found: Columns = {role: column for role, column in {"tokens": 0, "label": width - 1}.items() if role in roles}
+    usual = _places(opened)
+    found: Columns = {role: column for role, column in usual.items() if role in roles}
     found |= chosen
     said = " and ".join(
         f"{what} from column {found[role]}" for role, what in (("tokens", "words"), ("label", "tags")) if role in found
     )
-    notes = [f"{width} columns: {said}, counted from 0"] if width > 2 and not chosen else []
+    plain = width == 2 and usual["tokens"] == 0
+    notes = [f"{width} columns: {said}, counted from 0"] if not plain and not chosen else []
     if "tokens" in found and _have_marks(opened, found["tokens"]):
         what = "a digit stands behind each character and is read as part of the word, but in texts to be asked is none"
         notes.append(rf"{what}: sed -E 's/^(.)[0-9]/\1/' takes it away")
     return found, f"{path}: {'; '.join(notes)}" if notes else None
+
+
+def _places(opened: Opened) -> dict[str, int]:
+    """Words in the first column and tags in the last, but for tags before their words, and for numbers before them."""
+    last = len(opened.names) - 1
+    some = [raw.values for raw in islice(opened.rows(), 20) if isinstance(raw, RawRow)]
+    first = [value for values in some for value in values[0]]
+    if last == 1 and _are_tags(first, len(first)) and not any(_are_tags(values[1], len(values[1])) for values in some):
+        return {"tokens": 1, "label": 0}
+    numbered = last > 1 and len(first) > 1 and all(_counts(values[0]) for values in some)
+    return {"tokens": 1 if numbered else 0, "label": last}
+
+
+def _counts(values: Sequence[str]) -> bool:
+    """Whether values are 1, 2, 3 ... (CoNLL-U)."""
+    return list(values) == [str(number) for number in range(1, len(values) + 1)]
 
 
 def _have_marks(opened: Opened, column: str | int) -> bool:
@@ -91,9 +120,9 @@ def _have_marks(opened: Opened, column: str | int) -> bool:
 
 
 def named(opened: Opened) -> tuple[list[str | int], Rows]:
-    """The columns under names: the first holds `tokens`, the last `tags`."""
-    width = len(opened.names)
-    names: list[str | int] = ["tokens", *(f"column_{number}" for number in range(1, width - 1)), "tags"]
+    """The columns under names: `tokens` and `tags` where these are."""
+    told = {column: {"tokens": "tokens", "label": "tags"}[role] for role, column in _places(opened).items()}
+    names: list[str | int] = [told.get(number, f"column_{number}") for number in range(len(opened.names))]
 
     def rows() -> Iterator[RawRow | BadRow]:
         for raw in opened.rows():
@@ -105,7 +134,11 @@ def named(opened: Opened) -> tuple[list[str | int], Rows]:
 
 
 def _fields(line: str, tabs: bool) -> list[str]:
-    return line.rstrip("\n").split("\t") if tabs else _BLANKS.split(line.strip())
+    """The values of a line; behind them there may be blanks, or one more tab."""
+    if not tabs:
+        return _BLANKS.split(line.strip(" \t\r\n"))
+    fields = [field.strip(" \r\n") for field in line.split("\t")]
+    return fields[:-1] if len(fields) > 2 and not fields[-1] else fields
 
 
 def _rows(path: Path, tabs: bool, width: int) -> Iterator[RawRow | BadRow]:
@@ -114,13 +147,13 @@ def _rows(path: Path, tabs: bool, width: int) -> Iterator[RawRow | BadRow]:
         for number, line in enumerate(lines(file), start=1):
             line = line.rstrip("\r\n")
             fields = _fields(line, tabs)
-            if not line.strip() or line.startswith(_DOCUMENT):
+            if not line.strip() or line.startswith(DOCUMENT):
                 if words or bad:
                     yield bad or _sentence(begin, words, width)
                 words, bad = [], None
-            elif (
-                line.startswith("#") and not (words or bad) and not (len(fields) == width and TAG.fullmatch(fields[-1]))
-            ):
+            elif line.startswith("#") and not (words or bad) and not _is_word(fields, width, tabs):
+                continue
+            elif not begin and fields[0].lower() in _WORD_NAMES and fields[-1].lower() in _TAG_NAMES:
                 continue
             else:
                 begin = begin if words else number
@@ -130,6 +163,11 @@ def _rows(path: Path, tabs: bool, width: int) -> Iterator[RawRow | BadRow]:
                     bad, words = bad or _endless(begin), words[:1]
         if words or bad:
             yield bad or _sentence(begin, words, width)
+
+
+def _is_word(fields: list[str], width: int, tabs: bool) -> bool:
+    """Whether a line that begins as a comment does is one of a word: comments have no tabs."""
+    return len(fields) == width and (tabs or bool(TAG.fullmatch(fields[-1])))
 
 
 def _sentence(begin: int, words: list[list[str]], width: int) -> RawRow:

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tunesmith.data.formats.conll import DOCUMENT
 from tunesmith.data.formats.parquet import BATCH_ROWS
 from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
 
@@ -126,6 +127,9 @@ def _write_conll(path: Path, names: Sequence[str], rows: Table) -> None:
                 what = f"{', '.join(names)} are not lists of one length"
                 raise DataError(what, where=place, hint="CoNLL holds a line for each word")
             for parts in zip(*columns, strict=True):  # type: ignore[arg-type]
+                if str(parts[0]).startswith(DOCUMENT):
+                    what = f"the word {shorten(parts[0])} begins as a line that parts documents does"
+                    raise DataError(what, where=place, hint="CoNLL cannot hold it: leave the word out, or write jsonl")
                 if any(not str(part).strip() or set(str(part)) & set(" \t\n\r") for part in parts):
                     what = f"{shorten(parts)} has an empty part, a blank, a tab or a line end"
                     raise DataError(what, where=place, hint="CoNLL cannot hold it: split the word, or write jsonl")
