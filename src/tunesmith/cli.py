@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 import traceback
 import warnings
@@ -28,6 +29,7 @@ from tunesmith.cli_options import (
     Pairs,
     Quiet,
     Verbose,
+    Version,
     check_new,
     emit,
     new_talk,
@@ -35,7 +37,7 @@ from tunesmith.cli_options import (
     refuse_early,
     verb,
 )
-from tunesmith.errors import RecipeError, UserError, counted
+from tunesmith.errors import Interrupted, RecipeError, UserError, counted
 from tunesmith.run_folder import check_run
 
 if TYPE_CHECKING:
@@ -79,6 +81,8 @@ def main() -> NoReturn:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by libraries when they are imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.showwarning = _say_warning
+    if (trains := "train" in sys.argv[1:2]) and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until the run looks after both
     try:
         sys.exit(app(prog_name="tunesmith", standalone_mode=False) or 0)
     except UserError as error:
@@ -87,7 +91,10 @@ def main() -> NoReturn:
         print(f"error: {error}" if error.exit_code != 75 else str(error), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        if not trains:
+            sys.exit(130)
+        print("stopped before anything was begun; go on with: the same command", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
     except Exception as error:  # noqa: BLE001 - the last resort: a bug, said to be one
         if hasattr(error, "format_message"):  # what was typed is no command
             _say_usage(error)
@@ -133,20 +140,8 @@ def _say_usage(error: Any) -> None:
         print(f"error: {what[0].lower()}{what[1:]}; {hint}", file=sys.stderr)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        print(f"tunesmith {version('tunesmith')}")
-        raise typer.Exit
-
-
 @app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None: ...
+def _root(version: Version = False) -> None: ...
 
 
 @app.command(epilog="Example: tunesmith demo")
@@ -235,7 +230,9 @@ def train(
 @verb
 def evaluate(
     run: Run,
-    data: Annotated[Path | None, typer.Option(help="Another file to score on.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Another file to score on, or a folder with a file of the split.")
+    ] = None,
     split: Annotated[
         str | None, typer.Option(help="train, validation or test of the run; default: test, where it has one.")
     ] = None,
@@ -282,6 +279,7 @@ def merge(
     density: Annotated[float | None, typer.Option(help="Share of entries kept; default: ties 0.2, dare 0.5.")] = None,
     seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in that folder.")] = False,
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
     offline: Offline = False,
 ) -> None:
@@ -294,7 +292,15 @@ def merge(
     except ValueError:
         raise RecipeError(f"--weights: {weights} are not numbers with commas", hint="--weights 0.7,0.3") from None
     result = merging.merge(
-        runs, output, weights=shares, method=method, density=density, seed=seed, offline=offline, overwrite=overwrite
+        runs,
+        output,
+        weights=shares,
+        method=method,
+        density=density,
+        seed=seed,
+        offline=offline,
+        allow_pickle=allow_pickle,
+        overwrite=overwrite,
     )
     if as_json:
         emit(result)

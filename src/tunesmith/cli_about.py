@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli_options import Json, Offline, Quiet, Verbose, emit, new_talk, verb
+from tunesmith.cli_options import AllowPickle, Json, Offline, Quiet, Verbose, emit, new_talk, verb
 
 if TYPE_CHECKING:
     from tunesmith import registry
@@ -79,11 +79,13 @@ def models_path(
     quiet: Quiet = False,
     verbose: Verbose = False,
     offline: Offline = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Print the folder of a model, fetching it where needed."""
     from tunesmith.models import sources
 
-    found = sources.resolve(spec, offline=offline, on_fetch=new_talk(True, quiet, verbose).say)
+    say = new_talk(True, quiet, verbose).say
+    found = sources.resolve(spec, offline=offline, allow_pickle=allow_pickle, on_fetch=say)
     if as_json:
         emit({"model": spec, "folder": str(found.folder), "revision": found.revision})
         return

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli_options import Json, Offline, Quiet, check_new, emit, new_talk, recipe_and_pairs, refuse_early, verb
+from tunesmith.cli_options import (
+    AllowPickle,
+    Json,
+    Offline,
+    Quiet,
+    check_new,
+    emit,
+    new_talk,
+    recipe_and_pairs,
+    refuse_early,
+    verb,
+)
 from tunesmith.data.findings import SAID
 from tunesmith.errors import CONTROL, counted
 
@@ -43,6 +54,7 @@ def check(
     model: Model = None,
     stage: Stage = None,
     examples: Annotated[int, typer.Option("-n", help="Examples shown of each finding.", min=0)] = 3,
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
@@ -51,7 +63,8 @@ def check(
     target, pairs = _named(words, stage)
     from tunesmith.studies import data_check as study
 
-    report = study.check(target, pairs, group=group, model=model, stage=stage, offline=offline)
+    allowed = {"offline": offline, "allow_pickle": allow_pickle}
+    report = study.check(target, pairs, group=group, model=model, stage=stage, **allowed)
     if as_json:
         emit(report)
     else:
@@ -166,6 +179,7 @@ def show(
     row: Annotated[int | None, typer.Option(help="One row, counted from 1.", min=1)] = None,
     augmented: Annotated[bool, typer.Option("--augmented", help="And what data.augment makes of each.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page of HTML here.")] = None,
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
@@ -176,9 +190,18 @@ def show(
     from tunesmith.training.files import atomic_write
 
     if html is not None:
-        check_new(html)
+        check_new(html, "--html")
     found = study.show(
-        target, pairs, model=model, split=split, rows=rows, row=row, augmented=augmented, stage=stage, offline=offline
+        target,
+        pairs,
+        model=model,
+        split=split,
+        rows=rows,
+        row=row,
+        augmented=augmented,
+        stage=stage,
+        offline=offline,
+        allow_pickle=allow_pickle,
     )
     talk = new_talk(as_json, quiet)
     if html is not None:

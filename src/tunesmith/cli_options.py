@@ -23,7 +23,25 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Open no connection.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights (weights_only).")]
-COMMON = {"as_json": Json, "quiet": Quiet, "verbose": Verbose, "debug": Debug, "offline": Offline}
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"tunesmith {version('tunesmith')}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
+COMMON = {
+    "as_json": Json,
+    "quiet": Quiet,
+    "verbose": Verbose,
+    "debug": Debug,
+    "offline": Offline,
+    "version": Version,
+}
 Pairs = Annotated[
     list[str] | None,
     typer.Argument(help="A recipe file, then KEY=VALUE overrides.", metavar="[RECIPE.yaml] [KEY=VALUE ...]"),
@@ -56,14 +74,14 @@ def new_talk(as_json: bool, quiet: bool, verbose: bool = False) -> Talk:
 
 def emit(result: Any) -> None:
     """The one JSON object of `--json`; other processes of a group stay silent."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "") in ("", "0"):
         print(json.dumps(result, ensure_ascii=False))
 
 
-def check_new(file: Path) -> None:
+def check_new(file: Path, option: str = "--output") -> None:
     """Refuse to write over a file, or where there is no folder, before any work is done."""
     if file.exists():
-        hint = "--output NAME says another"
+        hint = f"{option} NAME says another"
         raise RecipeError("there is a file already, and it is not overwritten", where=str(file), hint=hint)
     if not file.absolute().parent.is_dir():
         raise RecipeError("there is no such folder", where=str(file.parent), hint="make it first")

@@ -345,11 +345,18 @@ def _own_name(key: Key, value: Any) -> tuple[Key, Any]:
     return key, value
 
 
+LENGTHS: tuple[Key, Key] = (("train", "epochs"), ("train", "max_steps"))
+"""Keys of which a run has one: what is said later drops the other."""
+
+
 def _merge(leaves: Leaves, later: Leaves) -> None:
     for key in later:
         replaced = key[:-1] if key[-1] == "name" and key[0] in ("task", "technique") else key
         for old in [old for old in leaves if old[: len(replaced)] == replaced or replaced[: len(old)] == old]:
             del leaves[old]
+    for one, other in (LENGTHS, LENGTHS[::-1]):
+        if later.get(one, (None, ""))[0] is not None:
+            leaves.pop(other, None)
     leaves.update(later)
 
 
@@ -464,7 +471,9 @@ def schema() -> dict[str, Any]:
     definitions.pop("Plugin", None)
     change = definitions["Augmentation"]
     definitions["Augmentation"] = {"anyOf": [{"enum": change["properties"]["name"]["enum"]}, change]}
-    tree["properties"] |= {"stages": {"type": "array", "items": {"type": "object"}}, "gain": Gain.model_json_schema()}
+    of_a_stage = {key: about for key, about in tree["properties"].items() if key != "output"}
+    stage = {"type": "object", "properties": of_a_stage, "additionalProperties": False}
+    tree["properties"] |= {"stages": {"type": "array", "items": stage}, "gain": Gain.model_json_schema()}
     tree["anyOf"] = [{"type": "object", "required": names} for names in (["task", "model"], ["stages"])]
     tree.pop("required", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}

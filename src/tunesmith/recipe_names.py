@@ -15,6 +15,15 @@ def _targets(given: Any) -> Any:
     return "all-linear" if given == "all" else [name.strip() for name in given.split(",")]
 
 
+NEVER = 10**9
+"""Steps after which a run is over: what is due then is done at the end alone."""
+
+
+def _strategy(given: Any) -> Any:
+    """Hugging Face's `no`; its `best` is saved by us whatever is asked for."""
+    return {"no": NEVER, "best": "epoch"}.get(given, given) if isinstance(given, str) else given
+
+
 ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "num_train_epochs": ("train.epochs", SAME),
     "num_epochs": ("train.epochs", SAME),
@@ -22,9 +31,10 @@ ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "lr_scheduler_type": ("train.schedule", lambda name: "constant" if name == "constant_with_warmup" else name),
     "optim": ("train.optimizer", lambda name: "adamw" if str(name).startswith("adamw") else name),
     "eval_steps": ("train.evaluate_every", SAME),
-    "eval_strategy": ("train.evaluate_every", SAME),
+    "eval_strategy": ("train.evaluate_every", _strategy),
+    "evaluation_strategy": ("train.evaluate_every", _strategy),
     "save_steps": ("train.save_every", SAME),
-    "save_strategy": ("train.save_every", SAME),
+    "save_strategy": ("train.save_every", _strategy),
     "save_total_limit": ("train.keep_checkpoints", SAME),
     "metric_for_best_model": ("train.metric", SAME),
     "label_smoothing_factor": ("train.label_smoothing", SAME),
@@ -48,9 +58,11 @@ ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "lora_target": ("technique.target_modules", _targets),
     "use_rslora": ("technique.rslora", SAME),
     "use_dora": ("technique.dora", SAME),
+    "init_lora_weights": ("technique.init", lambda how: "default" if how is True else how),
+    "loraplus_lr_ratio": ("technique.lora_plus_ratio", SAME),
 }
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-STEPS = {"eval_strategy": "eval_steps", "save_strategy": "save_steps"}
+STEPS = {"eval_strategy": "eval_steps", "evaluation_strategy": "eval_steps", "save_strategy": "save_steps"}
 
 KIN = {
     "qlora": "{name: lora, bits: 4}",

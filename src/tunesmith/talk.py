@@ -97,7 +97,7 @@ class Talk:
     ) -> Iterator[Callable[[int, str], None]]:
         """A bar on a terminal, a line now and then in a file. Call with (units done, text)."""
         drawn = self.level >= 0 and not self.console.quiet and not os.environ.get("CI")
-        if drawn and self.console.is_terminal:
+        if drawn and self.console.is_terminal and self.console.file.isatty():  # FORCE_COLOR makes a file no terminal
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),

@@ -123,6 +123,8 @@ VALUES: dict[str, Any] = {
     "technique.target_modules": ["key"],
     "technique.rslora": True,
     "technique.dora": True,
+    "technique.init": "pissa",
+    "technique.lora_plus_ratio": 8.0,
 }
 """Our key -> a value that is not its default."""
 SPECIAL = {"bf16": (True, "bf16"), "fp16": (True, "fp16")}
@@ -166,6 +168,11 @@ def test_a_name_of_others_is_ours(theirs: str, read: Any) -> None:
         ("eval_strategy: steps\neval_steps: 50\n", "train.evaluate_every", 50),
         ("train: {save_strategy: steps, save_steps: 50}\n", "train.save_every", 50),
         ("eval_strategy: epoch\n", "train.evaluate_every", "epoch"),
+        ("evaluation_strategy: steps\neval_steps: 50\n", "train.evaluate_every", 50),
+        ("eval_strategy: 'no'\n", "train.evaluate_every", 10**9),
+        ("save_strategy: best\n", "train.save_every", "epoch"),
+        ("init_lora_weights: pissa\n", "technique.init", "pissa"),
+        ("init_lora_weights: true\n", "technique.init", "default"),
         ("bf16: false\nfp16: false\n", "train.precision", "auto"),
         ("fp16: false\nbf16: true\n", "train.precision", "bf16"),
         ("lora_target: all\n", "technique.target_modules", "all-linear"),
@@ -225,6 +232,12 @@ def test_a_size_per_device_may_be_two_words(read: Any) -> None:
 
 def test_null_on_the_command_line_takes_a_key_back(read: Any) -> None:
     assert read(f"{HEAD}train: {{max_steps: 5}}\n", "max_steps=null", "epochs=2").train.max_steps is None
+
+
+def test_how_long_is_said_last_holds(read: Any) -> None:
+    assert read(f"{HEAD}train: {{max_steps: 5}}\n", "epochs=2").train.max_steps is None
+    assert read(f"{HEAD}train: {{epochs: 5}}\n", "max_steps=2").train.epochs is None
+    assert "both say how long" in _refusal(read, f"{HEAD}train: {{epochs: 5, max_steps: 2}}\n")
 
 
 @pytest.mark.parametrize("words", ((), ("technique=lora",), ("technique={name: freeze, last_n_blocks: 1}",)))

@@ -20,6 +20,8 @@ from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
 LabelKind = Literal["auto", "single", "multi", "regression"]
 """`auto`: from the data."""
 Label = str | tuple[str, ...] | float
+IGNORED = "-100"
+"""The class that says that there is none, as PyTorch has it."""
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _INVISIBLE = string.whitespace + "\u00a0\u3000\u200b\u2060\ufeff"
 

@@ -67,7 +67,10 @@ def _tag(part: object, index: int, row: Row, names: Sequence[str] | None) -> str
     if isinstance(part, int) and not isinstance(part, bool):
         if names is None or not 0 <= part < len(names):
             what = f"{part} is the number of a tag that has no name"
-            raise row.fault("label", what, "task.tags=[O, B-PER, ...] names them in their order", index)
+            hint = "task.tags=[O, B-PER, ...] names them in their order"
+            if part == -100:
+                hint = "it marks sub-words without loss: give words with a tag for each; sub-words follow"
+            raise row.fault("label", what, hint, index)
         return names[part]
     if not isinstance(part, str) or not part.strip():
         raise row.fault("label", f"{shorten(part)} is no tag", "O is the tag of a word in no entity", index)

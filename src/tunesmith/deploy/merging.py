@@ -47,6 +47,7 @@ def merge(
     density: float | None = None,
     seed: int = 0,
     offline: bool = False,
+    allow_pickle: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a run folder whose `model/` is the merged one; it can be evaluated, asked, and trained on like any other.
@@ -73,7 +74,7 @@ def merge(
         hint = "--overwrite replaces a run, --output DIR puts the new one elsewhere"
         raise UserError("--output: the folder is not empty", where=str(output), hint=hint)
     folders = [Path(run) for run in runs]
-    parts = [_merged(folder, offline, exact=True) for folder in folders]
+    parts = [_merged(folder, offline, allow_pickle, exact=True) for folder in folders]
     first, source = parts[0]
     _check_alike(folders, parts)
     base, anatomy = _base(first, source)

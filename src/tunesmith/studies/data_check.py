@@ -21,6 +21,7 @@ from tunesmith.data import duplicates, splits
 from tunesmith.data.findings import Fault, Findings, Level
 from tunesmith.data.formats import Row, is_folder
 from tunesmith.data.formats.raw import BadRow, RawRow
+from tunesmith.data.labels import IGNORED
 from tunesmith.data.spans import words_of
 from tunesmith.errors import DataError, RecipeError, UserError, did_you_mean, shorten
 from tunesmith.models import load as models
@@ -58,6 +59,7 @@ def check(
     model: str | None = None,
     stage: int | None = None,
     offline: bool = False,
+    allow_pickle: bool = False,
 ) -> dict[str, Any]:
     """Findings about a file, a folder or what a recipe names, and counts; `errors` stop a run or falsify its scores.
 
@@ -68,7 +70,7 @@ def check(
         DataError: there is no such file.
     """
     began = time.perf_counter()
-    looked = _Check(asked(target, overrides, model, stage), group, offline)
+    looked = _Check(asked(target, overrides, model, stage), group, {"offline": offline, "allow_pickle": allow_pickle})
     looked.read()
     looked.compare()
     found = looked.findings.dump()
@@ -123,10 +125,10 @@ class _Seen:
 class _Check:
     """One look at some files."""
 
-    def __init__(self, asked: Asked, group: str | None, offline: bool) -> None:
+    def __init__(self, asked: Asked, group: str | None, allowed: dict[str, bool]) -> None:
         recipe, guess, self.model, note = asked
         assert isinstance(recipe.task, Task)
-        self.recipe, self.group, self.offline = recipe, group or recipe.data.group, offline
+        self.recipe, self.group, self.allowed = recipe, group or recipe.data.group, allowed
         self.findings, self.notes, self.seen = Findings(), [note] if note else list[str](), _Seen()
         self.data, named, self.are_splits = find_files(recipe.data, recipe.task, guess=guess)
         first = next(iter(named.values()))
@@ -214,6 +216,8 @@ class _Check:
             labelled = "label" in self.task.columns
             kind, what = ("bad-label", "a label cannot be read") if labelled else ("bad-row", "nothing can be learned")
             self.findings.add([Fault(kind, what, row.place, error.what, error.hint, self.row_level)])
+            return None
+        if target == IGNORED:  # a run leaves it out
             return None
         if "label" in self.task.columns and isinstance(target, str | tuple):
             file.classes.update([target] if isinstance(target, str) else target)
@@ -371,7 +375,7 @@ class _Check:
         if self.model is None:
             return None
         try:
-            source = source_of(self.model, offline=self.offline)
+            source = source_of(self.model, **self.allowed)
             processor = models.load_processor(source, task.model_class, task.added_tokens)
             shape = models.load_shape(source, task.model_class, processor)
             return processor, max_length(self.data.max_length, shape, processor, technique), shape.config

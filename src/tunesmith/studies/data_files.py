@@ -119,12 +119,12 @@ def _is_there(stages: Stages, number: int) -> bool:
     return (Path(stages.recipes[number].model) / "run.json").exists()
 
 
-def source_of(spec: str, *, offline: bool) -> sources.Source:
+def source_of(spec: str, *, offline: bool, allow_pickle: bool) -> sources.Source:
     """Where tokenizer and shape of a model are: of a run that left an adapter in its `base/`."""
     base = Path(spec).expanduser() / "base"
     if (base / "config.json").exists():
         return sources.Source(spec, "run", base)
-    return sources.resolve(spec, offline=offline)
+    return sources.resolve(spec, offline=offline, allow_pickle=allow_pickle)
 
 
 def find_files(data: Data, task: Task, *, guess: bool = False) -> tuple[Data, dict[str, Path], bool]:

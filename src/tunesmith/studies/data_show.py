@@ -69,6 +69,7 @@ def show(
     augmented: bool = False,
     stage: int | None = None,
     offline: bool = False,
+    allow_pickle: bool = False,
 ) -> list[Shown]:
     """The first `rows` of a split, or the one numbered `row` (from 1), as they are encoded for a run.
 
@@ -89,7 +90,7 @@ def show(
         raise RecipeError(
             f"there is no {split} split", where="--split", hint=f"there is {', '.join(sorted(read.splits))}"
         )
-    source = source_of(spec, offline=offline)
+    source = source_of(spec, offline=offline, allow_pickle=allow_pickle)
     processor = models.load_processor(source, read.task.model_class, read.task.added_tokens)
     shape = models.load_shape(source, read.task.model_class, processor)
     longest = max_length(read.data.max_length, shape, processor, recipe.technique)

@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from tunesmith.data.encoded import Encoded
+from tunesmith.data.formats import find_splits, is_folder
 from tunesmith.deploy import predict
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.studies import probe
 from tunesmith.talk import Talk
-from tunesmith.tasks import WritingTask, guess_knows
+from tunesmith.tasks import Task, WritingTask, guess_knows
 from tunesmith.training import evaluate as evaluation
 from tunesmith.training import examples
 
@@ -31,8 +32,8 @@ def evaluate(
     allow_pickle: bool = False,
     talk: Talk | None = None,
 ) -> dict[str, Any]:
-    """The scores of a run on one of its splits (by default test, else validation), or on another file (`notes`: what
-    was left out of that).
+    """The scores of a run on one of its splits (by default test, else validation), or on another file, or a folder's
+    file of that split (`notes`: what was left out of that).
 
     `baseline` is what a guess scores there that knows only the training labels (or texts: `baseline_knows`). With
     `base`, `metrics` are those of a linear probe on the features of the untouched base, what the model knew before, or
@@ -48,6 +49,7 @@ def evaluate(
         if data is None:
             chosen, notes = _split(tuned, Path(run), split), list[str]()
         else:
+            data = _in_folder(Path(data), split, tuned.task)
             chosen, notes = examples.read_other(data, tuned.task, tuned.data.model_copy(update={"limit": None}))
         encoded = _encode(tuned, chosen)
     about = {"run": str(run), "split": str(data or split), "base": base, "examples": len(encoded), "notes": notes}
@@ -69,6 +71,15 @@ def evaluate(
         with talk.during("fitting a linear probe on the untouched base"):
             return about | {"metrics": scored or probe.scores(tuned, source, train, encoded)}
     return about | {"metrics": own}
+
+
+def _in_folder(data: Path, split: str, task: Task) -> Path:
+    """The file itself, or that of the split in a folder of several."""
+    found = find_splits(data, pairs="target" in task.columns) if is_folder(data) else {}
+    if found and split not in found:
+        hint = f"--split {' or '.join(sorted(found))}"
+        raise DataError(f"no file for {split} in this folder", where=str(data), hint=hint)
+    return found.get(split, data)
 
 
 def _scores(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, talk: Talk, what: str) -> dict[str, Any]:

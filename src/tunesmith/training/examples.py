@@ -24,6 +24,7 @@ from tunesmith.data.formats import Row, Table, find_splits, is_folder, read_tabl
 from tunesmith.data.formats.columns import ANSWERS, is_number, is_text
 from tunesmith.data.formats.folders import data_files, no_train
 from tunesmith.data.formats.plain import texts_in
+from tunesmith.data.labels import IGNORED
 from tunesmith.errors import DataError, RecipeError, counted, shorten
 from tunesmith.recipe import Data
 from tunesmith.tasks import Task
@@ -201,11 +202,11 @@ class _Part:
 
 
 def _usable(split: Split, task: Task, data: Data) -> _Part:
-    """A row whose target cannot be read stops the run, or is left out and counted."""
+    """A row whose target cannot be read stops the run, or is left out and counted; one labelled -100 is left out."""
     targets: list[Any] = []
     digests, groups = array("Q"), array("Q")
     first: DataError | None = None
-    kept, unusable, kind = array("q"), 0, "label" if "label" in task.columns else "row"
+    kept, unusable, unlabelled, kind = array("q"), 0, 0, "label" if "label" in task.columns else "row"
     main, only_numbers = next(iter(task.columns)), True
     for index, row in enumerate(split.rows()):
         try:
@@ -215,19 +216,22 @@ def _usable(split: Split, task: Task, data: Data) -> _Part:
                 raise
             unusable, first = unusable + 1, first or error
             continue
+        if target == IGNORED:
+            unlabelled += 1
+            continue
         targets.append(sys.intern(target) if type(target) is str else target)  # a class is one object, not one a row
         kept.append(index)
         digests.append(splits.digest(row))
         if "group" in row.values:
             groups.append(splits.group_digest(row))
         only_numbers = only_numbers and is_number(str(row.values.get(main)))
-    skipped = split.table.skipped + Counter({f"unusable {kind}": unusable} if unusable else {})
+    skipped = split.table.skipped + Counter({f"unusable {kind}": unusable, f"label {IGNORED}": unlabelled})
     if not targets:
         what, hint = f"no row can be used, left out: {_reasons(skipped)}", "data check names what is wrong with each"
         if first is not None:
             what, hint = f"{what}, the first for {first.what}", first.hint.removesuffix(", or data.on_bad_row=skip")
         raise DataError(what, where=str(split.table.path), hint=hint)
-    split = replace(split, indices=np.frombuffer(kept, dtype=np.int64)) if unusable else split
+    split = replace(split, indices=np.frombuffer(kept, dtype=np.int64)) if unusable or unlabelled else split
     known = np.frombuffer(groups, dtype=np.uint64) if groups else None
     return _Part(split, targets, np.frombuffer(digests, dtype=np.uint64), skipped, only_numbers, known)
 

@@ -67,6 +67,15 @@ def test_another_file_is_scored_by_its_labels(finished: Any, tmp_path: Path) -> 
     assert scored["metrics"]["f1_macro"] == pytest.approx(f1_score(labels, said, average="macro"))
 
 
+def test_a_folder_gives_its_file_of_the_split(finished: Any, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\nthe film was great,positive\n")
+    (tmp_path / "test.csv").write_text("text,label\nthe film was bad,negative\nit was great,positive\n")
+    assert tunesmith.evaluate(finished[0], data=tmp_path)["examples"] == 2
+    assert tunesmith.evaluate(finished[0], data=tmp_path, split="train")["examples"] == 1
+    with pytest.raises(DataError, match=f"{tmp_path}: no file for validation in this folder; --split test or train"):
+        tunesmith.evaluate(finished[0], data=tmp_path, split="validation")
+
+
 def test_a_limit_for_trials_is_none_of_another_file(finished: Any, tmp_path: Path) -> None:
     run = shutil.copytree(finished[0], tmp_path / "run")
     recipe = (run / "recipe.yaml").read_text()

@@ -107,6 +107,13 @@ def test_a_fraction_is_of_the_rows_that_can_be_used(written: Any) -> None:
     assert read.notes == ["train: skipped 8 rows (unusable label), 1 row (empty text), 1 row (empty label)"]
 
 
+def test_a_row_without_a_label_is_left_out(written: Any) -> None:
+    read = _read(written([*_reviews(8), ("who knows", "-100")]))
+    assert read.rows == {"train": 8} and read.task.classes == ["neg", "pos"]
+    assert "train: skipped 1 row (label -100)" in read.notes
+    assert "who knows" not in _texts(read)["train"]
+
+
 def test_a_limit_is_of_each_file(written: Any) -> None:
     test = written(_reviews(30, 100), "test.csv")
     read = _read(written(_reviews(80)), validation=0.25, test=test, limit=12)
