@@ -71,6 +71,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_data.app, name="data")
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
 Run = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/reviews.")]
 
 
@@ -81,8 +82,9 @@ def main() -> NoReturn:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by libraries when they are imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.showwarning = _say_warning
-    if (trains := "train" in sys.argv[1:2]) and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until the run looks after both
+    before = {number: signal.getsignal(number) for number in STOPS if sys.argv[1:2] == ["train"]}
+    for number in [number for number, was in before.items() if was is not signal.SIG_IGN]:  # nohup's wish
+        signal.signal(number, _leave)
     try:
         sys.exit(app(prog_name="tunesmith", standalone_mode=False) or 0)
     except UserError as error:
@@ -91,10 +93,7 @@ def main() -> NoReturn:
         print(f"error: {error}" if error.exit_code != 75 else str(error), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        if not trains:
-            sys.exit(130)
-        print("stopped before anything was begun; go on with: the same command", file=sys.stderr)
-        sys.exit(Interrupted.exit_code)
+        sys.exit(130)
     except Exception as error:  # noqa: BLE001 - the last resort: a bug, said to be one
         if hasattr(error, "format_message"):  # what was typed is no command
             _say_usage(error)
@@ -107,6 +106,17 @@ def main() -> NoReturn:
             file=sys.stderr,
         )
         sys.exit(1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, frame: Any) -> NoReturn:
+    """End at once, with nothing begun; a run looks after signals itself. (An exception here, amid an import of compiled
+    code, would abort.)
+    """
+    os.write(2, b"stopped before anything was begun; go on with: the same command\n")
+    os._exit(Interrupted.exit_code)
 
 
 def _say_warning(

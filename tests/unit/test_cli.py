@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import typing
 import warnings
@@ -27,7 +28,7 @@ from tunesmith.talk import Talk
 
 Command = Callable[..., tuple[int, str, str]]
 QUICK = ("train.max_steps=2", "train.batch_size=8", "train.precision=fp32", "train.device=cpu")
-EVERYWHERE = {"--json", "--quiet", "--verbose", "--debug", "--offline", "--help"}
+EVERYWHERE = {"--json", "--quiet", "--verbose", "--debug", "--offline", "--version", "--help"}
 RESULT = {
     "run", "task", "technique", "steps", "seconds", "examples_per_second", "tokens_per_second", "trainable_parameters",
     "total_parameters", "peak_memory_bytes", "metrics",
@@ -526,3 +527,17 @@ def test_shell_completion(
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().out.split() == ["train", "techniques", "tasks"]
+
+
+@pytest.mark.parametrize("verb", ("train", "predict"))
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_a_signal_before_a_run_has_begun(verb: str, number: signal.Signals) -> None:
+    code = (
+        "import os, signal, sys; from tunesmith import cli; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"cli.app = lambda **_: os.kill(os.getpid(), {int(number)}); sys.argv = ['tunesmith', '{verb}']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if verb == "train":
+        assert (done.returncode, done.stdout) == (75, "") and done.stderr.endswith("go on with: the same command\n")
+    else:
+        assert done.returncode in (130, -signal.SIGTERM) and done.stderr == ""
