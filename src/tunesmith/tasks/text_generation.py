@@ -132,8 +132,9 @@ class TextGeneration(WritingTask):
         ready._processor = processor
         if self.form != "text":
             if self.chat_template is None and own_template(processor) is None:
+                ready = ready.model_copy(update={"chat_template": PLAIN})
                 ready._said = [f"this model has no chat template: the {PLAIN} one is used (task.chat_template)"]
-            ready._chats = Chats.of(processor, self.chat_template, self.train_on, self.system)
+            ready._chats = Chats.of(processor, ready.chat_template, self.train_on, self.system)
             processor.chat_template = ready._chats.template
         return ready
 

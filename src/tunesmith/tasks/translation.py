@@ -58,7 +58,6 @@ class Translation(WritingTask):
     chat_template: Annotated[str, AfterValidator(template_text)] | None = Field(
         None, description="of a decoder: plain, chatml ..., or a Jinja file; default: the model's own, else plain"
     )
-    _prefix: str = PrivateAttr("")
     _translator: Translator | None = PrivateAttr(None)
 
     model_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
@@ -123,10 +122,9 @@ class Translation(WritingTask):
         Raises:
             RecipeError: it has to be told a language that is not given, or that it does not know.
         """
-        ready = self.model_copy()
         told = direction(processor, config, self.source_lang, self.target_lang, self.prefix)
+        ready = self.model_copy(update={"prefix": told.prefix})
         how = Generation.model_validate({"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams})
-        ready._prefix = told.prefix
         ready._translator = (
             EncoderDecoder(processor, config, told, how)
             if config.is_encoder_decoder
@@ -160,7 +158,7 @@ class Translation(WritingTask):
             values: dict[str, object] = {
                 role: str(row.values[role]).strip() for role in self.columns if role in row.values
             }
-            found.append(Row(row.place, values | {"source": f"{self._prefix}{values['source']}"}))
+            found.append(Row(row.place, values | {"source": f"{self.prefix or ''}{values['source']}"}))
         return found
 
     def notes(self, encoded: Encoded, processor: Any) -> list[str]:
