@@ -73,7 +73,14 @@ def page() -> str:
     ]
     lines += ["| key | |", "|---|---|"]
     lines += [f"| `{name}` | {field.description} |" for name, field in Recipe.model_fields.items()]
-    lines += [""]
+    lines += [
+        "",
+        "A model that is a run with an adapter is merged once into the run's own `model/` and started from.",
+        "`technique: {name: lora, continue: true}` trains that adapter on instead, over the same base, by the same",
+        "technique and for the same task and classes; what cannot be merged (`adapter`, `prompt`, `prefix`) goes on so",
+        "alone.",
+        "",
+    ]
     for title, model in (("data", Data), ("data.augment: each of the list", Augmentation), ("train", Train)):
         lines += [f"## {title}", "", *table(model)]
     said = "`stages` is a list of recipes, each on the run of the one before it; `gain` measures what they are worth"

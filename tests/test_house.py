@@ -16,6 +16,7 @@ FLOORS = [
     {"registry", "recipe_names", "recipe_text", "run_folder"},
     {"recipe_refusals", "recipe_values"},
     {"recipe", "talk"},
+    {"recipe_forms"},
     {"data"},
     {"metrics", "kernels"},
     {"models"},

@@ -183,7 +183,7 @@ def init(
     verbose: Verbose = False,
 ) -> None:
     """Write a commented starter recipe."""
-    from tunesmith.recipe import starter
+    from tunesmith.recipe_forms import starter
     from tunesmith.talk import command
     from tunesmith.training.files import atomic_write
 

@@ -96,9 +96,9 @@ def models_path(
 @verb
 def schema(as_json: Json = False) -> None:
     """The recipe's JSON schema, for editors."""
-    from tunesmith import recipe
+    from tunesmith import recipe_forms
 
-    print(json.dumps(recipe.schema(), indent=None if as_json else 2, ensure_ascii=False))
+    print(json.dumps(recipe_forms.schema(), indent=None if as_json else 2, ensure_ascii=False))
 
 
 @app.command(epilog="Example: tunesmith doctor")

@@ -17,7 +17,7 @@ from torch import nn
 from tunesmith.data import augment
 from tunesmith.data.batches import Batches
 from tunesmith.data.encoded import Encoded, fingerprint
-from tunesmith.deploy import merging
+from tunesmith.deploy import continuing, merging
 from tunesmith.deploy.back_translation import fingerprints as translators
 from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import RecipeError, counted
@@ -66,6 +66,8 @@ class Prepared:
     """Whether the blocks compute on valid tokens only."""
     augmented: Augmented | None
     """The training examples as they are in an epoch, where the recipe changes them."""
+    continued: Path | None = None
+    """The run whose adapter is gone on with."""
 
     @property
     def head_alone_steps(self) -> int:
@@ -131,6 +133,7 @@ class Prepared:
 
 def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool, talk: Talk) -> Prepared:
     """Data, then model, then technique: what can be refused is refused before anything is fetched."""
+    recipe, run = continuing.earlier(recipe) if recipe.continues else (recipe, None)
     task, technique = recipe.task, recipe.technique
     assert isinstance(task, Task) and isinstance(technique, Technique)
     missing = task.fetch(talk.say, offline=offline)
@@ -142,10 +145,14 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     if recipe.train.early_stopping_patience and "validation" not in read.splits:
         what = "train.early_stopping_patience: there is no validation split to watch"
         raise RecipeError(what, hint="data.validation=0.1, or leave the key out")
-    _fold_adapter(recipe.model, offline, allow_pickle, talk)
+    if run is None:
+        _fold_adapter(recipe.model, offline, allow_pickle, talk)
+    else:
+        talk.say(f"goes on with the adapter of {run}")
     with parallel.first_alone():  # it fetches and converts, the others find what it left
         source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
-    processor = models.load_processor(source, read.task.model_class, read.task.added_tokens)
+    dress = source if run is None else continuing.dressed(source, run)
+    processor = models.load_processor(dress, read.task.model_class, read.task.added_tokens)
     config = models.load_config(source, read.task.model_class, processor)
     read = replace(read, task=read.task.for_processor(processor, config))
     model, anatomy = load_task_model(read.task, source, processor, recipe.train.seed)
@@ -154,6 +161,8 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     models.check_vocabulary(model, processor, recipe.model)
     longest = max_length(read.data.max_length, model, processor, technique)
     technique.apply(model, anatomy, processor)
+    if run is not None:
+        continuing.put_back(model, read.task, technique, source, run)
     learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     kept = model.state_dict().keys()
     learned += tuple(name for name, _ in model.named_buffers() if name not in before and name in kept)
@@ -180,6 +189,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
         learned,
         padding_free,
         changed,
+        run,
     )
 
 

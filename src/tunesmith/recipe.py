@@ -7,7 +7,6 @@ shows ours. How it is read is in `recipe_text.py`, how a value is refused in `re
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, PrivateAttr, SerializeAsAny, model_validator
 
 from tunesmith import recipe_text, registry
 from tunesmith.errors import RecipeError, UserError, did_you_mean, shorten
@@ -26,7 +25,7 @@ from tunesmith.recipe_text import Key, Written, to_yaml
 from tunesmith.recipe_values import Augmentation, Local, local_path
 from tunesmith.registry import Keys, Plugin
 
-__all__ = ["Data", "Recipe", "Train", "load", "located", "schema", "starter", "to_yaml"]
+__all__ = ["Data", "Recipe", "Train", "load", "located", "to_yaml"]
 
 E = TypeVar("E", bound=UserError)
 
@@ -116,11 +115,25 @@ class Recipe(Keys):
     train: Train = Field(description="how long and how fast")
     output: Local = Field(min_length=1, description="the run folder; default: runs/DATA-TECHNIQUE")
 
+    _continues: bool = PrivateAttr(False)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the adapter of the run that is the model is trained on (`technique: {..., continue: true}`)."""
+        return self._continues
+
+    def over(self, model: str, technique: Plugin) -> Self:
+        """The recipe by a technique over another model; nothing is gone on with."""
+        found = self.model_copy(update={"model": model, "technique": technique})
+        found._continues = False
+        return found
+
     def dump(self) -> dict[str, Any]:
         """Plain values, as they are written to `recipe.yaml`."""
         tree = self.model_dump()
         for kind in ("task", "technique"):
             tree[kind] = {"name": getattr(self, kind).name, **tree[kind]}
+        tree["technique"] |= {"continue": True} if self._continues else {}
         return {key: tree[key] for key in ("task", "model", "data", "technique", "train", "output")}
 
 
@@ -385,6 +398,9 @@ def _build(leaves: Leaves) -> Recipe:
     if "name" not in tree["task"]:
         raise RecipeError("task: missing", hint=did_you_mean("", registry.names("task")))
     tree["technique"].setdefault("name", "lora")
+    if not isinstance(continues := tree["technique"].pop("continue", False), bool):
+        where = place_of(leaves, ("technique", "continue"))
+        raise RecipeError(f"must be true or false, not {shorten(continues)}", where=where)
     data, train = checked(Data, tree["data"], ("data",), leaves), checked(Train, tree["train"], ("train",), leaves)
     for kind in _PLUGINS:  # both, before either is imported: that takes seconds
         _check_name(kind, tree[kind], leaves)
@@ -397,7 +413,9 @@ def _build(leaves: Leaves) -> Recipe:
         "train": train,
         "output": tree.get("output", f"runs/{Path(data.train or 'run').name.partition('.')[0]}-{technique.name}"),
     }
-    return checked(Recipe, built, (), leaves)
+    found = checked(Recipe, built, (), leaves)
+    found._continues = continues
+    return found
 
 
 def _top_level_names() -> list[str]:
@@ -419,61 +437,3 @@ def _check_name(kind: registry.Kind, values: dict[str, Any], leaves: Leaves) -> 
 def _plugin(kind: registry.Kind, values: dict[str, Any], leaves: Leaves) -> Plugin:
     keys = {key: value for key, value in values.items() if key != "name"}
     return checked(registry.get(kind, str(values["name"])), keys, (kind,), leaves)
-
-
-def starter(task: str, technique: str) -> str:
-    """A recipe to begin with: what must be said, and every other key with its default as a comment."""
-    chosen: dict[str, Any] = {"task": registry.get("task", task), "technique": registry.get("technique", technique)}
-    lines = [
-        "# yaml-language-server: $schema=tunesmith.schema.json",
-        f"# tunesmith train THIS_FILE     a starter for {task} by {technique}; what is commented out is the default",
-        "task:",
-        f"  name: {task}",
-        *_defaults(chosen["task"]),
-        f"model: {chosen['task'].example_model}   # or a folder, org/name on the Hub, an earlier run",
-        "data:",
-        "  train: train.csv   # a file or folder in any format that the task reads; format and columns are recognised",
-        *_defaults(Data, without=("train",)),
-        "technique:",
-        f"  name: {technique}",
-        *_defaults(chosen["technique"]),
-        "train:",
-        "  seed: 0",
-        *_defaults(Train, without=("seed",)),
-        f"output: runs/{task}-{technique}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _defaults(section: type[Keys], without: tuple[str, ...] = ()) -> list[str]:
-    lines, unsaid = [], section.model_validate({})  # a default may follow from others
-    for name, field in section.model_fields.items():
-        if name not in without:
-            value = json.dumps(getattr(unsaid, name), ensure_ascii=False)
-            remark = f"   # {field.description}" if field.description else ""
-            lines.append(f"  # {name}: {value}{remark}")
-    return lines
-
-
-def schema() -> dict[str, Any]:
-    """The recipe's JSON schema, for editors: each task and technique with its own keys."""
-    tree = Recipe.model_json_schema()
-    definitions = tree.setdefault("$defs", {})
-    for kind in ("task", "technique"):
-        options: list[dict[str, Any]] = [{"enum": registry.names(kind)}]
-        for name in registry.names(kind):
-            plugin = registry.get(kind, name).model_json_schema()
-            definitions.update(plugin.pop("$defs", {}))
-            plugin["properties"] = {"name": {"const": name}, **plugin.get("properties", {})}
-            plugin["required"] = ["name", *plugin.get("required", [])]
-            options.append(plugin)
-        tree["properties"][kind] = {"oneOf": options}
-    definitions.pop("Plugin", None)
-    change = definitions["Augmentation"]
-    definitions["Augmentation"] = {"anyOf": [{"enum": change["properties"]["name"]["enum"]}, change]}
-    of_a_stage = {key: about for key, about in tree["properties"].items() if key != "output"}
-    stage = {"type": "object", "properties": of_a_stage, "additionalProperties": False}
-    tree["properties"] |= {"stages": {"type": "array", "items": stage}, "gain": Gain.model_json_schema()}
-    tree["anyOf"] = [{"type": "object", "required": names} for names in (["task", "model"], ["stages"])]
-    tree.pop("required", None)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}

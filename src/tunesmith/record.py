@@ -14,7 +14,6 @@ from typing import Any
 
 from tunesmith.errors import ResourceError, redact
 from tunesmith.kernels.packed import numbers_in
-from tunesmith.models.sources import Source
 from tunesmith.prepare import Prepared
 from tunesmith.tasks import WritingTask
 from tunesmith.training import evaluate, files, loop, machine, parallel
@@ -92,6 +91,7 @@ def result(prepared: Prepared, progress: Progress, folder: Path, metrics: dict[s
 def write_run(folder: Path, prepared: Prepared, progress: Progress, outcome: dict[str, Any]) -> None:
     """`run.json`: everything that is needed to know what was done with what, and to go on."""
     source, before = prepared.source, files.read_json(folder / "run.json")
+    lineage = _lineage(prepared.continued or (source.folder.parent if source.kind == "run" else None))
     about = {
         **outcome,
         "command": before.get("command") or redact(shlex.join(sys.argv)),  # a resume is no other run
@@ -107,7 +107,7 @@ def write_run(folder: Path, prepared: Prepared, progress: Progress, outcome: dic
             "package_license": source.package_license,
             "sha256": source.sha256(),
             "family": prepared.anatomy.family,
-            "lineage": _lineage(source),
+            "lineage": lineage or before.get("model", {}).get("lineage", []),
         },
         "data": {
             "rows": prepared.examples.rows,
@@ -121,9 +121,9 @@ def write_run(folder: Path, prepared: Prepared, progress: Progress, outcome: dic
     files.atomic_write(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
-def _lineage(source: Source) -> list[dict[str, Any]]:
-    """Where an earlier run that is the base came from, and what that came from: the youngest first."""
-    earlier = files.read_json(source.folder.parent / "run.json") if source.kind == "run" else {}
+def _lineage(run: Path | None) -> list[dict[str, Any]]:
+    """Where an earlier run, the base or gone on with, came from, and what that came from: the youngest first."""
+    earlier = files.read_json(run / "run.json") if run is not None else {}
     if "model" not in earlier:  # no run, or one that was merged from several
         return []
     about = {key: earlier.get(key) for key in ("run", "task", "technique", "steps")}

@@ -20,7 +20,7 @@ import pytest
 import typer
 
 import tunesmith
-from tunesmith import cli, recipe, registry
+from tunesmith import cli, recipe, recipe_forms, registry
 from tunesmith.data.batches import Batches
 from tunesmith.models.package_index import FETCHED
 from tunesmith.studies import doctor
@@ -352,8 +352,8 @@ def test_models(command: Command, home: Path, tiny_bert: Path) -> None:
 
 def test_schema(command: Command) -> None:
     code, out, err = command("schema")
-    assert code == 0 and err == "" and json.loads(out) == recipe.schema()
-    assert json.loads(command("schema", "--json")[1]) == recipe.schema()
+    assert code == 0 and err == "" and json.loads(out) == recipe_forms.schema()
+    assert json.loads(command("schema", "--json")[1]) == recipe_forms.schema()
 
 
 def test_doctor(command: Command) -> None:
@@ -405,7 +405,7 @@ def test_init_writes_over_nothing(command: Command, tmp_path: Path) -> None:
     for place, said in ((target, "there is a file already"), (tmp_path / "none" / "a.yaml", "there is no such folder")):
         code, out, err = command("init", "text-classification", "--output", str(place))
         assert code == 2 and out == "" and said in err and "; " in err
-    assert target.read_text(encoding="utf-8") == recipe.starter("text-classification", "lora")
+    assert target.read_text(encoding="utf-8") == recipe_forms.starter("text-classification", "lora")
 
 
 def test_a_bug_of_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

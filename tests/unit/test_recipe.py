@@ -14,7 +14,8 @@ from ruamel.yaml import YAML
 
 from tunesmith import registry
 from tunesmith.errors import CheckpointError, DataError, RecipeError, UserError
-from tunesmith.recipe import ALIASES, Recipe, load, load_stages, located, schema, starter, to_yaml
+from tunesmith.recipe import ALIASES, Recipe, load, load_stages, located, to_yaml
+from tunesmith.recipe_forms import schema, starter
 from tunesmith.recipe_names import KIN
 
 HEAD = "task: text-classification\nmodel: tiny\n"

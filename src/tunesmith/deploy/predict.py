@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.data.batches import collate
 from tunesmith.data.encoded import encode
@@ -155,24 +155,32 @@ def load(
 
 def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device: torch.device) -> Tuned:
     assert isinstance(recipe.task, Task)
-    if adapter is not None:
-        with _reading(adapter / origin.FILE) as file:
-            known = origin.read(file)
-        origin.check(known, source, adapter.parent / "base", adapter)
+    tensors = None if adapter is None else read_adapter(adapter, source)
     processor = models.load_processor(source if adapter is None else replace(source, folder=adapter.parent / "base"))
     task = recipe.task
     config = models.load_config(source, task.model_class, processor)
     recipe = recipe.model_copy(update={"task": task.for_processor(processor, config)})
     assert isinstance(recipe.task, Task)
     model, anatomy = load_task_model(recipe.task, source, processor, recipe.train.seed, folded=adapter is None)
-    if adapter is not None:
+    if tensors is not None:
         assert isinstance(recipe.technique, Technique)
         recipe.technique.apply(model, anatomy, processor)
-        with _reading(adapter / "adapter_model.safetensors") as file:
-            tensors = artefact.own_names(load_file(file))
         recipe.technique.load_adapter(model, tensors)
     model.to(device).eval()
     return Tuned(model, processor, anatomy, recipe, Machine(device, None))
+
+
+def read_adapter(adapter: Path, source: sources.Source) -> dict[str, Tensor]:
+    """What an adapter holds, if this is the base that it belongs to.
+
+    Raises:
+        CheckpointError: it is not, or the adapter is damaged.
+    """
+    with _reading(adapter / origin.FILE) as file:
+        known = origin.read(file)
+    origin.check(known, source, adapter.parent / "base", adapter)
+    with _reading(adapter / "adapter_model.safetensors") as file:
+        return artefact.own_names(load_file(file))
 
 
 def base_of(tuned: Tuned, source: sources.Source) -> tuple[nn.Module, Anatomy]:

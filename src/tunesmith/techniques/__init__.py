@@ -88,7 +88,8 @@ class Technique(Plugin):
             RecipeError: that cannot be; says why.
         """
         if self.cannot_merge:
-            raise RecipeError(f"{self.name} cannot be merged: {self.cannot_merge}", hint="keep base and adapter apart")
+            hint = f"keep base and adapter apart; technique={{name: {self.name}, continue: true}} trains it on"
+            raise RecipeError(f"{self.name} cannot be merged: {self.cannot_merge}", hint=hint)
 
     @abstractmethod
     def learning_rate(self, anatomy: Anatomy) -> float:
