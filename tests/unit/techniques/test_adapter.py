@@ -172,7 +172,8 @@ def test_a_model_whose_parts_are_not_known_is_refused(kind: Any) -> None:
 def test_it_cannot_be_merged_and_says_why() -> None:
     with pytest.raises(RecipeError) as caught:
         Adapter().merge(shaken("bert"))
-    said = "adapter cannot be merged: a non-linearity stands between its two maps; keep base and adapter apart"
+    said = "adapter cannot be merged: a non-linearity stands between its two maps; keep base and adapter apart; "
+    said += "technique={name: adapter, continue: true} trains it on"
     assert str(caught.value) == said
 
 
