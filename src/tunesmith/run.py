@@ -183,7 +183,7 @@ def _say_head(prepared: Prepared, talk: Talk) -> None:
     new, unused = (
         sorted({name.rpartition(".")[0] for name in names}) for names in (prepared.anatomy.new, prepared.anatomy.unused)
     )
-    if new:
+    if new and prepared.continued is None:
         alone = f", which learns alone for {counted(count, 'step')}" if (count := prepared.head_alone_steps) else ""
         dropped = f"; without use here: {', '.join(unused)}" if unused else ""
         talk.say(f"a new head ({', '.join(new)}){alone}{dropped}")
