@@ -138,10 +138,10 @@ def _are_parted(before: str, word: str) -> bool:
 
 
 def _found_in(words: list[str], text: str) -> Sentence | None:
-    """Words as they stand one behind the other in a text; None where they do not."""
+    """Words where they stand in a text of nothing but them and blanks; None if it is none."""
     offsets, end = list[tuple[int, int]](), 0
     for word in words:
-        if (start := text.find(word, end)) < 0:
+        if (start := text.find(word, end)) < 0 or text[end:start].strip():
             return None
         end = start + len(word)
         offsets.append((start, end))

@@ -88,7 +88,8 @@ def test_words_stand_in_the_text_that_is_given_with_them() -> None:
     sentence = sentence_of(Row("a:1", {"tokens": ["John", "'s", "dog", "(", "Rex", ")"], "text": "John's dog (Rex)"}))
     assert [sentence.text[start:end] for start, end in sentence.offsets] == sentence.words
     assert sentence.text == "John's dog (Rex)"
-    assert sentence_of(Row("a:1", {"tokens": ["a", "b"], "text": "b a"})).text == "a b"
+    for text in ("b a", "Anna b", "a c b"):
+        assert sentence_of(Row("a:1", {"tokens": ["a", "b"], "text": text})).text == "a b"
 
 
 def test_a_text_may_have_any_number_of_words() -> None:
