@@ -112,10 +112,10 @@ def main() -> NoReturn:
 
 
 def _leave(number: int, frame: Any) -> NoReturn:
-    """End at once, with nothing begun; a run looks after signals itself. (An exception here, amid an import of compiled
-    code, would abort.)
+    """End at once; within a run that looks after signals itself. (An exception here, amid an import of compiled code,
+    would abort.)
     """
-    os.write(2, b"stopped before anything was begun; go on with: the same command\n")
+    os.write(2, b"stopped outside of a run; go on with: the same command, with --resume RUN if there is one by now\n")
     os._exit(Interrupted.exit_code)
 
 

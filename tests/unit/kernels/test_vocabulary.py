@@ -40,6 +40,16 @@ def _asked(model: Any) -> tuple[Any, ...]:
     return inputs, torch.tensor([0, 0, 1]), torch.tensor([1, 3, 0]), torch.tensor([11, 3, 60])
 
 
+def _both(family: str, model_class: str) -> tuple[Any, Any]:
+    """A model as it is, and one that can be asked for what is made of its logits."""
+    plain: Any = tiny_model(family, model_class)
+    if family == "marian":
+        plain.final_logits_bias.normal_()
+    ours = copy.deepcopy(plain)
+    assert use_chunked_loss(ours)
+    return plain, ours
+
+
 def _loss_and_gradients(model: nn.Module, label_smoothing: float) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     loss = token_loss(model, *_asked(model), label_smoothing)
@@ -49,11 +59,7 @@ def _loss_and_gradients(model: nn.Module, label_smoothing: float) -> tuple[Tenso
 
 @pytest.mark.parametrize(("family", "model_class"), MODELS)
 def test_shares_of_tokens_are_those_of_their_logits(family: str, model_class: str) -> None:
-    plain: Any = tiny_model(family, model_class)
-    if family == "marian":
-        plain.final_logits_bias.normal_()
-    ours = copy.deepcopy(plain)
-    assert use_chunked_loss(ours)
+    plain, ours = _both(family, model_class)
     with torch.inference_mode():
         torch.testing.assert_close(
             token_shares(ours, *_asked(ours)), token_shares(plain, *_asked(plain)), rtol=1e-5, atol=1e-5
@@ -62,11 +68,7 @@ def test_shares_of_tokens_are_those_of_their_logits(family: str, model_class: st
 
 @pytest.mark.parametrize(("family", "model_class"), MODELS)
 def test_the_loss_of_tokens_is_that_of_their_logits(family: str, model_class: str) -> None:
-    plain: Any = tiny_model(family, model_class)
-    if family == "marian":
-        plain.final_logits_bias.normal_()
-    ours = copy.deepcopy(plain)
-    assert use_chunked_loss(ours)
+    plain, ours = _both(family, model_class)
     for label_smoothing in (0.0, 0.1):
         loss, gradients = _loss_and_gradients(ours, label_smoothing)
         expected, plain_gradients = _loss_and_gradients(plain, label_smoothing)
