@@ -23,6 +23,7 @@ from torch import Tensor
 from tunesmith.kernels.distances import pairs
 from tunesmith.kernels.dropout import keep_scale
 from tunesmith.kernels.linears import compute_dtype
+from tunesmith.kernels.rectangles import Rectangles
 
 __all__ = ["Rows", "Sequences", "Together", "attend"]
 
@@ -44,20 +45,8 @@ class Rows(Protocol):
 
     rows: int
 
-    def take(self, x: Tensor) -> Tensor:
-        """(total, width) -> (rows * longest, width), zero where there is padding."""
-
-    def put(self, x: Tensor, out: Tensor) -> None:
-        """(rows * longest, width) into the group's rows of (total, width)."""
-
-    def take_queries(self, x: Tensor) -> Tensor:
-        """As `take`, where fewer ask than answer: (asking, width) -> (rows * most, width)."""
-
-    def put_queries(self, x: Tensor, out: Tensor) -> None:
-        """As `put`."""
-
     def bias(self, dtype: torch.dtype, prefix: int) -> Tensor | None:
-        """0 where a query may see a key, else very low.  # (rows or 1, 1, queries or 1, prefix + longest)"""
+        """0 where a query may see a key, else very low.  # (rows or 1, 1, queries or 1, prefix + keys)"""
 
 
 @dataclass(frozen=True)
@@ -91,6 +80,12 @@ class Together(NamedTuple):
     """Who attends to whom: groups of like length, and all in one where there is a kernel for that."""
 
     groups: Sequence[Rows]
+    asking: Rectangles
+    """Their queries."""
+
+    seen: Rectangles
+    """Their keys and values."""
+
     sequences: Sequences | None = None
 
 
@@ -113,11 +108,10 @@ def attend(
     """
     dtype = compute_dtype(v)
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    groups, sequences = together
     plain = prefix is None and distances is None and not dropout
-    if sequences is not None and plain and sequences.take(dtype, width):
-        return sequences.attend(q, k, v, width, scaling)
-    found: Tensor = _Attend.apply(q, k, v, prefix, distances, groups, width, scaling, dropout)  # type: ignore[no-untyped-call]
+    if together.sequences is not None and plain and together.sequences.take(dtype, width):
+        return together.sequences.attend(q, k, v, width, scaling)
+    found: Tensor = _Attend.apply(q, k, v, prefix, distances, together, width, scaling, dropout)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -130,19 +124,18 @@ class _Attend(torch.autograd.Function):
         v: Tensor,
         prefix: Tensor | None,
         distances: Tensor | None,
-        groups: Sequence[Rows],
+        together: Together,
         width: int,
         scaling: float,
         dropout: float,
     ) -> Tensor:
-        heads, shared = q.shape[1] // width, q.shape[1] // k.shape[1]
-        out, kept = torch.zeros_like(q), []
-        length = 0 if prefix is None else prefix.shape[2]
-        for group in groups:
-            queries, keys, values = (
-                _by_head(x, group, width) for x in (group.take_queries(q), group.take(k), group.take(v))
-            )
-            queries.mul_(scaling)
+        groups, asking, seen, _ = together
+        shared, length = q.shape[1] // k.shape[1], 0 if prefix is None else prefix.shape[2]
+        padded = asking.take(q), seen.take(k), seen.take(v)
+        out, kept = asking.like(q), []
+        for group, asks, answers in zip(groups, asking.groups, seen.groups, strict=True):
+            queries = _by_head(padded[0][asks], group, width, scaling)
+            keys, values = (_by_head(x[answers], group, width) for x in padded[1:])
             if prefix is not None:
                 keys, values = (
                     _behind(own.to(x.dtype), x, group) for own, x in zip(prefix, (keys, values), strict=True)
@@ -156,30 +149,32 @@ class _Attend(torch.autograd.Function):
                 scores = torch.bmm(queries, keys.transpose(1, 2))
             else:
                 alike = bias.shape[:2] == (1, 1)
-                bias = bias[0] if alike else bias.expand(group.rows, heads, -1, -1).flatten(0, 1)
+                bias = bias[0] if alike else bias.expand(group.rows, len(queries) // group.rows, -1, -1).flatten(0, 1)
                 scores = torch.baddbmm(bias, queries, keys.transpose(1, 2))
             shares = _softmax(scores)
             keep = keep_scale(shares, dropout) if dropout else None
-            seen = torch.bmm(shares if keep is None else shares * keep, values)
-            group.put_queries(_by_row(seen, group), out)
+            _put_rows(torch.bmm(shares if keep is None else shares * keep, values), out[asks], group)
             kept += [queries, keys, values, shares, keep]
         ctx.save_for_backward(*kept, distances)
-        ctx.groups, ctx.width, ctx.scaling, ctx.shared, ctx.length = groups, width, scaling, shared, length
-        ctx.shapes = q.shape, k.shape, None if prefix is None else (prefix.shape, prefix.dtype)
-        return out
+        ctx.together, ctx.width, ctx.scaling, ctx.shared, ctx.length = together, width, scaling, shared, length
+        ctx.prefix = None if prefix is None else (prefix.shape, prefix.dtype)
+        return asking.put(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        of_q, of_k, of_v = (grad.new_zeros(ctx.shapes[place]) for place in (0, 1, 1))
+        groups, asking, seen, _ = ctx.together
         *kept, distances = ctx.saved_tensors
         of_prefix = of_distances = None
         if ctx.needs_input_grad[4]:
             of_distances = torch.zeros_like(distances, dtype=torch.float32)
-        if ctx.shapes[2] is not None:
-            of_prefix = grad.new_zeros(ctx.shapes[2][0], dtype=torch.float32)
-        for number, group in enumerate(ctx.groups):
+        if ctx.prefix is not None:
+            of_prefix = grad.new_zeros(ctx.prefix[0], dtype=torch.float32)
+        padded = asking.take(grad, zeros=True)
+        of_q = asking.like(grad)
+        of_k, of_v = (seen.like(grad[:, : grad.shape[1] // ctx.shared]) for _ in range(2))
+        for number, (group, asks, answers) in enumerate(zip(groups, asking.groups, seen.groups, strict=True)):
             queries, keys, values, shares, keep = kept[5 * number : 5 * number + 5]
-            d_seen = _by_head(group.take_queries(grad), group, ctx.width)
+            d_seen = _by_head(padded[asks], group, ctx.width)
             d_values = torch.bmm((shares if keep is None else shares * keep).transpose(1, 2), d_seen)
             d_shares = torch.bmm(d_seen, values.transpose(1, 2))
             if keep is not None:
@@ -188,21 +183,20 @@ class _Attend(torch.autograd.Function):
             if of_distances is not None:
                 of_pairs = d_scores.view(group.rows, -1, *d_scores.shape[1:]).sum(0, dtype=torch.float32).flatten(1)
                 of_distances.index_add_(1, pairs(distances, d_scores.shape[1]).flatten(), of_pairs)
-            d_queries = torch.bmm(d_scores, keys).mul_(ctx.scaling)
+            _put_rows(torch.bmm(d_scores, keys), of_q[asks], group, ctx.scaling)
             d_keys = torch.bmm(d_scores.transpose(1, 2), queries)
-            group.put_queries(_by_row(d_queries, group), of_q)
-            for place, (d, out) in enumerate(((d_keys, of_k), (d_values, of_v))):
+            for place, (d, rows) in enumerate(((d_keys, of_k), (d_values, of_v))):
                 d = _summed(d, ctx.shared)
                 if of_prefix is not None:
                     own = d.view(group.rows, -1, *d.shape[1:])
                     of_prefix[place] += own[:, :, : ctx.length].sum(0, dtype=torch.float32)
                     d = own[:, :, ctx.length :].flatten(0, 1)
-                group.put(_by_row(d, group), out)
+                _put_rows(d, rows[answers], group)
         if of_prefix is not None:
-            of_prefix = of_prefix.to(ctx.shapes[2][1])
+            of_prefix = of_prefix.to(ctx.prefix[1])
         if of_distances is not None:
             of_distances = of_distances.to(distances.dtype)
-        return of_q, of_k, of_v, of_prefix, of_distances, None, None, None, None
+        return asking.put(of_q), seen.put(of_k), seen.put(of_v), of_prefix, of_distances, None, None, None, None
 
 
 def _softmax(x: Tensor) -> Tensor:
@@ -219,15 +213,18 @@ def _through_softmax(grad: Tensor, shares: Tensor) -> Tensor:
     return torch._softmax_backward_data(grad, shares, -1, shares.dtype)
 
 
-def _by_head(x: Tensor, group: Rows, width: int) -> Tensor:
-    """(rows * tokens, heads * width) -> (rows * heads, tokens, width), always a copy."""
+def _by_head(x: Tensor, group: Rows, width: int, scale: float | None = None) -> Tensor:
+    """(rows * tokens, heads * width) -> (rows * heads, tokens, width), a copy, times `scale`."""
     by_head = x.view(group.rows, len(x) // group.rows, -1, width).transpose(1, 2)
-    return by_head.clone(memory_format=torch.contiguous_format).flatten(0, 1)
+    out = by_head.new_empty(by_head.shape)
+    return (out.copy_(by_head) if scale is None else torch.mul(by_head, scale, out=out)).flatten(0, 1)
 
 
-def _by_row(x: Tensor, group: Rows) -> Tensor:
-    """(rows * heads, tokens, width) -> (rows * tokens, heads * width)."""
-    return x.view(group.rows, -1, *x.shape[1:]).transpose(1, 2).reshape(group.rows * x.shape[1], -1)
+def _put_rows(x: Tensor, rows: Tensor, group: Rows, scale: float | None = None) -> None:
+    """(rows * heads, tokens, width), times `scale`, into (rows * tokens, heads * width)."""
+    by_row = rows.view(group.rows, x.shape[1], -1, x.shape[2]).transpose(1, 2)
+    x = x.view(by_row.shape)
+    by_row.copy_(x) if scale is None else torch.mul(x, scale, out=by_row)
 
 
 def _behind(own: Tensor, x: Tensor, group: Rows) -> Tensor:

@@ -18,6 +18,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from tunesmith.data.batches import Limits, cut
 from tunesmith.kernels.attention import Sequences, Together
+from tunesmith.kernels.rectangles import Rectangles
 
 __all__ = ["Across", "Group", "Layout", "Put"]
 
@@ -40,26 +41,32 @@ class Layout:
         self.batch_size, self.tokens, self.may_see, self.lengths = batch_size, tokens, may_see, lengths
         self.device = torch.device("cpu") if mask is None else mask.device
         self.starts = starts = np.concatenate([[0], np.cumsum(lengths)])
+        order = np.argsort(lengths, kind="stable")
+        self.sorted_already = bool((np.diff(order) == 1).all())
+        self.groups = [Group(self, order[a:b]) for a, b in cut(lengths[order] ** 2, GROUPS)]
         self.spare = -int(starts[-1]) % ROUND_TOKENS
         if batch_size > 1 and starts[-1] + self.spare == tokens:
             self.spare += ROUND_TOKENS  # what is flat already must not look like one row of a batch
         self.total = int(starts[-1]) + self.spare
         self.places = _places(lengths, tokens).to(self.device)
-        order = np.argsort(lengths, kind="stable")
-        self.sorted_already = bool((np.diff(order) == 1).all())
-        self.groups = [Group(self, order[a:b]) for a, b in cut(lengths[order] ** 2, GROUPS)]
         self._across: Across | None = None
+
+    @cached_property
+    def padded_groups(self) -> Rectangles:
+        """Its tokens as the groups have them."""
+        return Rectangles([group.rectangle() for group in self.groups], self.total, self.device)
 
     @cached_property
     def together(self) -> Together:
         """How its tokens attend; on a GPU as one row of sequences, and what is spare is one more."""
         known = self.may_see in (causal_mask_function, bidirectional_mask_function)
         if not known or self.device.type not in SEQUENCES_ON or _is_old(self.device):
-            return Together(self.groups)
+            return Together(self.groups, self.padded_groups, self.padded_groups)
         starts = [*self.starts, self.total] if self.spare else self.starts
         ends = torch.tensor(starts, dtype=torch.int32).to(self.device, non_blocking=True)
         longest = max(int(self.lengths.max()), self.spare)
-        return Together(self.groups, Sequences(ends, longest, self.may_see is causal_mask_function))
+        sequences = Sequences(ends, longest, self.may_see is causal_mask_function)
+        return Together(self.groups, self.padded_groups, self.padded_groups, sequences)
 
     def across(self, seen: Layout) -> Across:
         """How its tokens attend to those of another layout, sequence to sequence."""
@@ -92,14 +99,26 @@ class Group:
         self.rows, self.longest = len(lengths), longest + -longest % ROUND_LENGTH
         self.even = bool((lengths == self.longest).all())
         self.tokens = slice(int(starts[0]), int(starts[0]) + int(lengths.sum())) if whole else None
-        self.indices = torch.from_numpy(
-            np.concatenate([s + np.arange(n) for s, n in zip(starts, lengths, strict=True)])
-        ).to(self.device)
-        self.places = _places(lengths, self.longest).to(self.device)
-        self.lengths = torch.from_numpy(lengths).to(self.device)
+        self._starts, self._lengths = starts, lengths
         self._biases: dict[Any, Tensor] = {}
         self.causal = self.may_see is causal_mask_function
         """Whether nothing sees what comes later, so that no valid token sees padding."""
+
+    def rectangle(self) -> Any:
+        """Where its tokens are, -1 where there is padding.  # (rows, longest)"""
+        positions = np.arange(self.longest)
+        return np.where(positions < self._lengths[:, None], self._starts[:, None] + positions, -1)
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """Where its valid tokens are."""
+        places = self.rectangle()
+        return torch.from_numpy(places[places >= 0]).to(self.device)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Which of its rectangle they are."""
+        return _places(self._lengths, self.longest).to(self.device)
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -109,8 +128,8 @@ class Group:
         if self.may_see is not bidirectional_mask_function:
             seen = self.may_see(first, first, positions[:, None], positions[None, :])
             mask = torch.as_tensor(seen).expand(self.longest, self.longest)[None, None]
-        if not self.even:
-            valid = (positions < self.lengths[:, None])[:, None, None, :]
+        if not self.even and not self.causal:
+            valid = (positions < torch.from_numpy(self._lengths).to(self.device)[:, None])[:, None, None, :]
             mask = valid if mask is None else mask & valid
         return mask
 
@@ -124,23 +143,6 @@ class Group:
             low = torch.finfo(dtype).min / 2  # twice as low as that, and a score would make it infinite
             self._biases[key] = torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill_(~mask, low)
         return self._biases[key]
-
-    def take(self, x: Tensor) -> Tensor:
-        """(total, width) -> (rows * longest, width), zero where there is padding; without gradient."""
-        own = x[self.tokens] if self.tokens is not None else x.index_select(0, self.indices)
-        if self.even:
-            return own
-        return x.new_zeros(self.rows * self.longest, x.shape[1]).index_copy_(0, self.places, own)
-
-    def put(self, x: Tensor, out: Tensor) -> None:
-        """(rows * longest, width) into the group's rows of (total, width); without gradient."""
-        own = x if self.even else x.index_select(0, self.places)
-        if self.tokens is not None:
-            out[self.tokens] = own
-        else:
-            out.index_copy_(0, self.indices, own)
-
-    take_queries, put_queries = take, put
 
     def gather(self, x: Tensor) -> Tensor:
         """(total, heads, width) -> (rows, heads, longest, width)."""
@@ -162,10 +164,10 @@ class Across:
 
     def __init__(self, asking: Layout, seen: Layout) -> None:
         self.seen, self.total, self.spare = seen, asking.total, asking.spare
-        self.groups = [
-            Between(group, Group(seen, group.members, whole=group.tokens is not None)) for group in asking.groups
-        ]
-        self.together = Together(self.groups)
+        groups = [Group(seen, group.members, whole=group.tokens is not None) for group in asking.groups]
+        self.groups = [Between(own, group) for own, group in zip(asking.groups, groups, strict=True)]
+        padded = Rectangles([group.rectangle() for group in groups], seen.total, seen.device)
+        self.together = Together(self.groups, asking.padded_groups, padded)
         self._padded: Tensor | None = None
         self._flat: Tensor | None = None
 
@@ -184,9 +186,8 @@ class Between:
     def __init__(self, asking: Group, seen: Group) -> None:
         self.rows, self.tokens, self.indices = asking.rows, asking.tokens, asking.indices
         self.longest = max(asking.longest, seen.longest)
-        self.take_queries, self.put_queries, self.gather_queries = asking.take, asking.put, asking.gather
-        self.release = asking.release
-        self.take, self.put, self.gather, self.bias = seen.take, seen.put, seen.gather, seen.bias
+        self.gather_queries, self.release = asking.gather, asking.release
+        self.gather, self.bias = seen.gather, seen.bias
         self._seen = seen
 
     @property

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tunesmith.kernels.attention import Together
 from tunesmith.kernels.layout import Group, Layout
 from tunesmith.kernels.padding_free import probe_batch
+from tunesmith.kernels.rectangles import Rectangles
 
 __all__ = ["Asking", "Tail", "asking", "tail_of"]
 
@@ -116,24 +117,12 @@ class Asking:
 
     def __init__(self, group: Group, places: list[Any], firsts: Any) -> None:
         counts = np.array([len(own) for own in places])
-        self.rows, self.take, self.put = group.rows, group.take, group.put
-        self._group, self._most = group, max(1, int(counts.max()))
-        self._filled = torch.from_numpy(np.flatnonzero(np.arange(self._most) < counts[:, None]))
-        ordinals = [first + np.arange(count) for first, count in zip(firsts, counts, strict=True)]
-        self._ordinals = torch.from_numpy(np.concatenate(ordinals))
-        self._places = torch.zeros(self.rows * self._most, dtype=torch.long)
-        self._places[self._filled] = torch.from_numpy(np.concatenate(places)).long()
-
-    def take_queries(self, x: Tensor) -> Tensor:
-        """(asking, width) -> (rows * most, width), zero where there is none."""
-        own = x.index_select(0, self._ordinals)
-        if len(self._filled) == self.rows * self._most:
-            return own
-        return x.new_zeros(self.rows * self._most, x.shape[1]).index_copy_(0, self._filled, own)
-
-    def put_queries(self, x: Tensor, out: Tensor) -> None:
-        """(rows * most, width) into the group's rows of (asking, width)."""
-        out.index_copy_(0, self._ordinals, x.index_select(0, self._filled))
+        self.rows, self._group, self._most = group.rows, group, max(1, int(counts.max()))
+        filled = np.arange(self._most) < counts[:, None]
+        self.rectangle = np.where(filled, firsts[:, None] + np.arange(self._most), -1)
+        """Which of all that ask these are, -1 where there is none.  # (rows, most)"""
+        self._places = torch.zeros(self.rows, self._most, dtype=torch.long)
+        self._places[torch.from_numpy(filled)] = torch.from_numpy(np.concatenate(places)).long()
 
     def bias(self, dtype: torch.dtype, prefix: int) -> Tensor | None:
         """Of the group's mask, the queries that ask.  # (rows or 1, 1, most or 1, prefix + longest)"""
@@ -155,4 +144,5 @@ def asking(layout: Layout, wanted: Tensor) -> tuple[Tensor, Together]:
     firsts = np.searchsorted(rows, np.arange(layout.batch_size + 1))
     by_row = [places[a:b] for a, b in zip(firsts[:-1], firsts[1:], strict=True)]
     groups = [Asking(group, [by_row[m] for m in group.members], firsts[group.members]) for group in layout.groups]
-    return torch.from_numpy(layout.starts[rows] + places), Together(groups)
+    padded = Rectangles([group.rectangle for group in groups], len(rows), layout.device)
+    return torch.from_numpy(layout.starts[rows] + places), Together(groups, padded, layout.padded_groups)
