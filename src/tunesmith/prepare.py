@@ -25,6 +25,7 @@ from tunesmith.kernels.blocks import use_blocks
 from tunesmith.kernels.dropout import use_fast_dropout
 from tunesmith.kernels.embedding import use_kept_gradients
 from tunesmith.kernels.graphs import use_graphs
+from tunesmith.kernels.kept import keep_memory
 from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.kernels.vocabulary import use_chunked_loss
 from tunesmith.models import added_tokens, sources
@@ -219,6 +220,7 @@ def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine, longest: int) 
     settings: Any = model.config
     if found.device.type == "cpu":
         use_fast_dropout(model)
+        keep_memory(model)
         if parallel.world_size() == 1:  # others would add to rows that this process has not looked up
             use_kept_gradients(model)
     elif found.device.type != "cuda":

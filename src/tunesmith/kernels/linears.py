@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tunesmith.kernels.kept import kept_of
 from tunesmith.kernels.lora import lora_linear
 
 __all__ = [
@@ -117,6 +118,11 @@ def _narrow(x: Tensor, y: Tensor) -> Tensor:
     return (y.t() @ x.t()).t() if x.dtype == torch.float32 and x.device.type == "cpu" else x @ y
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    keeps = kept_of(tensor) if tensor.dtype != dtype else None
+    return tensor.to(dtype) if keeps is None else keeps.cast(tensor, dtype)
+
+
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -127,7 +133,7 @@ class _Linears(torch.autograd.Function):
         outputs, kept = [], []
         for number, scale in enumerate(scales):
             weight, bias, A, B = (
-                None if tensor is None else tensor.to(dtype) for tensor in tensors[4 * number : 4 * number + 4]
+                None if tensor is None else _cast(tensor, dtype) for tensor in tensors[4 * number : 4 * number + 4]
             )
             assert weight is not None, "a part has a weight"
             y = F.linear(inside, weight, bias)
@@ -138,7 +144,7 @@ class _Linears(torch.autograd.Function):
             outputs.append(y)
             kept += [weight, A, B, low]
         learns = ctx.needs_input_grad[4:]
-        ctx.activation, ctx.scales = activation, scales
+        ctx.activation, ctx.scales, ctx.parameters = activation, scales, tensors[::4]
         ctx.dtypes = x.dtype, tuple(None if tensor is None else tensor.dtype for tensor in tensors)
         ctx.save_for_backward(own if activation != "none" or any(learns) else None, *kept)
         return tuple(outputs)
@@ -158,9 +164,13 @@ class _Linears(torch.autograd.Function):
                 grad_x = dy @ weight if grad_x is None else grad_x.addmm_(dy, weight)
                 if back is not None:
                     grad_x.addmm_(back, A)
+            parameter = ctx.parameters[number]
+            keeps = kept_of(parameter)
+            if keeps is not None and inside is not None:
+                keeps.add_gradient(parameter, dy, inside)
             found += [
-                dy.t() @ inside if of_weight and inside is not None else None,
-                dy.sum(0, dtype=torch.float32) if of_bias else None,
+                dy.t() @ inside if of_weight and inside is not None and keeps is None else None,
+                dy.sum(0) if of_bias else None,
                 back.t() @ inside if of_A and back is not None and inside is not None else None,
                 (low.t() @ dy).t() * scale if of_B else None,
             ]

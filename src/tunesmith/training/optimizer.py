@@ -23,6 +23,11 @@ MOST_ROWS = 0.5
 """Share of a table up to which its rows are moved apart from it: they are copied out and back."""
 
 
+MOMENTA = ("exp_avg", "exp_avg_sq")
+ROWS = "rows"
+"""Beside the momenta of a table: which of its rows they are of, one after another; None where they are of all."""
+
+
 class RowwiseAdamW(torch.optim.AdamW):
     """Fused AdamW that passes over those rows of a looked-up table alone that any step has looked up.
 
@@ -47,25 +52,32 @@ class RowwiseAdamW(torch.optim.AdamW):
             table.grad = grad
 
     def _rows(self, table: Any, group: dict[str, Any]) -> Tensor | None:
-        """The rows that are moved; None where all are."""
+        """The rows that are moved; None where all are. Their momentum stands in this order, one after another."""
         known: Rows | None = getattr(table, "rows", None)
-        if table.grad is None or known is None or group["weight_decay"]:
-            return None
         state = self.state[table]
-        if state["step"] > 0 and not state.get("rows_known"):  # resumed
-            known.ever |= ((state["exp_avg"] != 0) | (state["exp_avg_sq"] != 0)).any(1)
-        state["rows_known"] = True
-        rows = known.ever.nonzero().flatten()
-        return rows if len(rows) <= MOST_ROWS * len(table) else None
+        if table.grad is None or known is None or group["weight_decay"] or state.get(ROWS, known) is None:
+            return None
+        if ROWS not in state:  # the first step, or the first of a resumed run
+            if state["step"] > 0:
+                known.ever |= ((state["exp_avg"] != 0) | (state["exp_avg_sq"] != 0)).any(1)
+            rows = known.ever.nonzero().flatten()
+            state.update({kind: _apart(state[kind], rows) for kind in MOMENTA} | {ROWS: rows})
+        new = known.ever.index_fill(0, state[ROWS], False).nonzero().flatten()
+        rows = torch.cat([state[ROWS], new])
+        if len(rows) <= MOST_ROWS * len(table):
+            state[ROWS] = rows
+            return rows
+        state.update({kind: _in_place(state[kind], state[ROWS]) for kind in MOMENTA} | {ROWS: None})
+        return None
 
     def _move(self, table: Tensor, rows: Tensor, group: dict[str, Any]) -> None:
         state, grad = self.state[table], table.grad
         assert grad is not None, "its rows were asked for"
-        moving = table, state["exp_avg"], state["exp_avg_sq"]
-        weights, first, second = ([one.index_select(0, rows)] for one in moving)
+        weights = table.index_select(0, rows)
+        first, second = ([state[kind][: len(rows)]] for kind in MOMENTA)
         state["step"] += 1
         torch._fused_adamw_(
-            weights,
+            [weights],
             [grad.index_select(0, rows)],
             first,
             second,
@@ -80,10 +92,21 @@ class RowwiseAdamW(torch.optim.AdamW):
             maximize=False,
             grad_scale=self.grad_scale,
         )
-        for whole, (moved,) in zip(moving, (weights, first, second), strict=True):
-            whole.index_copy_(0, rows, moved)
+        table.index_copy_(0, rows, weights)
 
     grad_scale: Tensor | None = None
+
+
+def _apart(whole: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of a table first, and then zeros, whose pages nobody has written."""
+    moved = zeros_like(whole)
+    moved[: len(rows)] = whole.index_select(0, rows)
+    return moved
+
+
+def _in_place(moved: Tensor, rows: Tensor) -> Tensor:
+    """The inverse of `_apart`."""
+    return zeros_like(moved).index_copy_(0, rows, moved[: len(rows)])
 
 
 def build(model: nn.Module, anatomy: Anatomy, technique: Technique, train: Train) -> torch.optim.Optimizer:
@@ -179,8 +202,11 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
     """The optimizer's state as `kind/parameter name` -> tensor."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        for kind, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
+        state = optimizer.state.get(parameter, {})
+        for kind, value in state.items():
+            if kind in MOMENTA and state.get(ROWS) is not None:
+                value = _in_place(value, state[ROWS])
+            if kind != ROWS and isinstance(value, Tensor):
                 tensors[f"{kind}/{name}"] = value
     return tensors
 
@@ -192,4 +218,5 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
         kind, _, name = key.partition("/")
         state = optimizer.state[parameters[name]]
         if kind in state:
+            state.pop(ROWS, None)
             state[kind] = value.to(state[kind].device, copy=True)

@@ -232,3 +232,34 @@ def test_rows_that_were_looked_up_move_as_the_whole_table_would(
     trial.model(input_ids=torch.tensor([[5]])).logits.sum().backward()
     optimizer.take_step(again)
     assert torch.equal(table.rows.ever, ever), "a resumed run knows the rows by their momentum"
+
+
+def test_momenta_are_those_of_the_whole_table_wherever_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "WORTH_IT", 1)
+    trial = _trial(tmp_path, learning_rate=0.01)
+    models = [copy.deepcopy(trial.model) for _ in range(2)]
+    embedding.use_kept_gradients(models[0])
+    ours, plain = (optimizer.build(one, trial.anatomy, trial.technique, trial.recipe.train) for one in models)
+    count = models[0].get_input_embeddings().weight.shape[0]
+    for step, share in enumerate((0.1, 0.2, 0.1, 0.9, 0.1)):  # from the fourth on most rows have been looked up
+        torch.manual_seed(step)
+        ids = torch.randperm(count)[: int(share * count)][None, :64]
+        for model, own in zip(models, (ours, plain), strict=True):
+            for part in (ids[:, :8], ids[:, 8:]) if ids.shape[1] > 8 else (ids,):
+                (10 * model(input_ids=part).logits).square().sum().backward()
+            optimizer.take_step(own)
+            own.zero_grad(set_to_none=True)
+        found, expected = (optimizer.state_tensors(own, one) for own, one in zip((ours, plain), models, strict=True))
+        assert found.keys() == expected.keys()
+        for name in (
+            "exp_avg/bert.embeddings.word_embeddings.weight",
+            "exp_avg_sq/bert.embeddings.word_embeddings.weight",
+        ):
+            assert torch.dist(found[name], expected[name]) <= 1e-5 * expected[name].norm() > 0, (step, name)
+        again = optimizer.build(models[0], trial.anatomy, trial.technique, trial.recipe.train)
+        optimizer.load_state_tensors(again, models[0], found)
+        optimizer.load_state_tensors(ours, models[0], found)  # into one that has stepped, too
+        for name, tensor in optimizer.state_tensors(again, models[0]).items():
+            assert torch.equal(tensor, found[name])
