@@ -29,7 +29,7 @@ def _table() -> Tensor:
 
 def _draw(count: int) -> Tensor:
     """Uniform numbers of 16 bits, of which the lowest are negative.  # (count,)"""
-    seeds = torch.empty(-(-count // STRETCH), dtype=torch.int64).random_().tolist()
+    seeds = torch.empty(max(1, -(-count // STRETCH)), dtype=torch.int64).random_().tolist()
     parts = []
     for number, seed in enumerate(seeds):
         start, odd = seed % STRETCH, seed // STRETCH % 2**15 * 2 + 1 - 2**15

@@ -1,7 +1,7 @@
 """Memory that large matrices keep from one training step to the next: of their gradient, and of themselves in bf16.
 
 PyTorch asks for fresh memory for both in each step, and the system hands it out page by page, zeroed: for 10 million
-weights a tenth of a training step on a CPU.
+weights a tenth of a training step on a CPU. A gradient goes straight to `weight.grad`, `torch.autograd.grad` has none.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ class Kept:
         if weight.grad is not None:
             weight.grad += dy.t() @ x
             return
-        if self.gradient is None or self.gradient.shape != weight.shape:
-            self.gradient = torch.empty_like(weight)
+        own = self.gradient
+        if own is None or (own.shape, own.dtype, own.device) != (weight.shape, weight.dtype, weight.device):
+            own = self.gradient = torch.empty_like(weight)
         if dy.dtype == weight.dtype:
-            torch.mm(dy.t(), x, out=self.gradient)
+            torch.mm(dy.t(), x, out=own)
         else:
-            self.gradient.copy_(dy.t() @ x)
-        weight.grad = self.gradient
+            own.copy_(dy.t() @ x)
+        weight.grad = own
 
 
 def keep_memory(model: nn.Module) -> None:

@@ -118,8 +118,14 @@ def _narrow(x: Tensor, y: Tensor) -> Tensor:
     return (y.t() @ x.t()).t() if x.dtype == torch.float32 and x.device.type == "cpu" else x @ y
 
 
+def _sum(dy: Tensor) -> Tensor:
+    """Over the rows, in fp32 where that costs nothing: a CPU adds in fp32 anyway, and would copy all of them first."""
+    return dy.sum(0) if dy.device.type == "cpu" else dy.sum(0, dtype=torch.float32)
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    keeps = kept_of(tensor) if tensor.dtype != dtype else None
+    """The same in another format; in inference mode anew, since nothing could be learned from what is made there."""
+    keeps = kept_of(tensor) if tensor.dtype != dtype and not torch.is_inference_mode_enabled() else None
     return tensor.to(dtype) if keeps is None else keeps.cast(tensor, dtype)
 
 
@@ -144,7 +150,8 @@ class _Linears(torch.autograd.Function):
             outputs.append(y)
             kept += [weight, A, B, low]
         learns = ctx.needs_input_grad[4:]
-        ctx.activation, ctx.scales, ctx.parameters = activation, scales, tensors[::4]
+        ctx.activation, ctx.scales = activation, scales
+        ctx.keeping = [tensor if kept_of(tensor) is not None else None for tensor in tensors[::4]]
         ctx.dtypes = x.dtype, tuple(None if tensor is None else tensor.dtype for tensor in tensors)
         ctx.save_for_backward(own if activation != "none" or any(learns) else None, *kept)
         return tuple(outputs)
@@ -164,13 +171,12 @@ class _Linears(torch.autograd.Function):
                 grad_x = dy @ weight if grad_x is None else grad_x.addmm_(dy, weight)
                 if back is not None:
                     grad_x.addmm_(back, A)
-            parameter = ctx.parameters[number]
-            keeps = kept_of(parameter)
+            keeps = kept_of(ctx.keeping[number]) if of_weight else None
             if keeps is not None and inside is not None:
-                keeps.add_gradient(parameter, dy, inside)
+                keeps.add_gradient(ctx.keeping[number], dy, inside)
             found += [
                 dy.t() @ inside if of_weight and inside is not None and keeps is None else None,
-                dy.sum(0) if of_bias else None,
+                _sum(dy) if of_bias else None,
                 back.t() @ inside if of_A and back is not None and inside is not None else None,
                 (low.t() @ dy).t() * scale if of_B else None,
             ]

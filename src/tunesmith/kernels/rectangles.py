@@ -54,6 +54,8 @@ class Rectangles:
 
         # (total, width) -> (size, width); without gradient
         """
+        if not self.total:
+            return x.new_zeros(self.size, x.shape[-1])
         if self._there is None:
             return x[: self.size]
         rows = x.index_select(0, self._there)

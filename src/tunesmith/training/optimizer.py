@@ -73,12 +73,12 @@ class RowwiseAdamW(torch.optim.AdamW):
     def _move(self, table: Tensor, rows: Tensor, group: dict[str, Any]) -> None:
         state, grad = self.state[table], table.grad
         assert grad is not None, "its rows were asked for"
-        weights = table.index_select(0, rows)
+        weights, gradients = table.index_select(0, rows), grad.index_select(0, rows)
         first, second = ([state[kind][: len(rows)]] for kind in MOMENTA)
         state["step"] += 1
         torch._fused_adamw_(
             [weights],
-            [grad.index_select(0, rows)],
+            [gradients],
             first,
             second,
             [],

@@ -89,6 +89,15 @@ def test_few_ask_and_are_answered_the_same(lengths: list[int], causal: bool) -> 
     assert places.tolist() == expected
 
 
+def test_nobody_asks() -> None:
+    layout = _layout([3, 5], bidirectional_mask_function)
+    places, together = asking(layout, torch.zeros(0, 2, dtype=torch.long))
+    q, k, v = (torch.randn(n, 8, requires_grad=True) for n in (0, layout.total, layout.total))
+    seen = attend(q, k, v, together, width=4, scaling=0.5, dropout=0.1)
+    seen.sum().backward()
+    assert len(places) == 0 and seen.shape == (0, 8) and k.grad is not None and k.grad.eq(0).all()
+
+
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, most: int, longest: int, **how: Any
 ) -> Tensor:

@@ -18,6 +18,10 @@ def test_a_share_p_is_dropped_and_the_rest_scaled(p: float, dtype: torch.dtype) 
     assert torch.equal(scales[kept].unique(), torch.tensor([1 / (1 - p)], dtype=dtype))
 
 
+def test_of_nothing_nothing_is_dropped() -> None:
+    assert keep_scale(torch.ones(0, 3), 0.5).shape == (0, 3)
+
+
 def test_the_seed_decides_the_draw() -> None:
     x = torch.ones(64, 64)
     torch.manual_seed(7)

@@ -59,6 +59,19 @@ def test_a_changed_weight_is_cast_anew_and_what_needs_the_old_one_says_so() -> N
         assert mapped(x, linear)[0].eq(0).all()
 
 
+def test_what_was_scored_before_the_first_step_learns() -> None:
+    linear, x = nn.Linear(6, 5), torch.randn(4, 6)
+    keep_memory(linear)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            mapped(x, linear)
+        mapped(x, linear)[0].sum().backward()
+        with torch.inference_mode():
+            mapped(x, linear)
+        mapped(x, linear)[0].sum().backward()
+    assert linear.weight.grad is not None and linear.weight.grad.ne(0).any()
+
+
 def test_what_does_not_learn_keeps_nothing() -> None:
     linear = nn.Linear(6, 5)
     keep_memory(linear)
