@@ -240,6 +240,14 @@ def test_what_is_left_out_of_a_folder_is_said(sentences: list[str], checked: Che
     assert report["notes"] == [f"not looked at in {tmp_path}: more.jsonl, photo.png"]
 
 
+def test_a_sentence_with_the_name_of_a_column_between_commas_is_no_header(checked: Checked, tmp_path: Path) -> None:
+    long = "one word follows another until nobody would take all of them for what a column is called by those who"
+    _write(tmp_path / "a.txt", [f"{long} write tables, target, sees"])
+    _write(tmp_path / "b.txt", ["a second text", "", "and a third"])
+    code, report = checked(tmp_path)
+    assert code == 0 and report["task"] == "fill-mask" and set(report["splits"]) == {"train"}
+
+
 @pytest.mark.parametrize("one_file", (True, False))
 def test_raw_text_is_no_table(one_file: bool, sentences: list[str], checked: Checked, tmp_path: Path) -> None:
     parts = [" ".join(sentences[n : n + 3]).replace(" the ", ", ") for n in range(0, 30, 3)]

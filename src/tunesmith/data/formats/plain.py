@@ -17,12 +17,17 @@ ABOUT = frozenset({"readme", "license", "licence", "notice", "source", "changelo
 SUFFIXES = (".txt", ".text", ".md", ".txt.gz", ".text.gz", ".md.gz")
 
 
+LONGEST_NAME = 100
+"""Characters of a column's name, at most: a sentence with `, target, ` in it is no header."""
+
+
 def is_plain(path: Path, roles: Roles) -> bool:
     """Whether what could be a table is text."""
     with open_text(path) as file:
         sample = file.read(SAMPLE_CHARS)
     first = sample.lstrip().partition("\n")[0]
-    named = any(plain_names(first.split(delimiter), roles) for delimiter in DELIMITERS)
+    headers = (first.split(delimiter) for delimiter in DELIMITERS)
+    named = any(plain_names(names, roles) for names in headers if max(map(len, names)) <= LONGEST_NAME)
     return not named and not looks_like_table(sample)
 
 
