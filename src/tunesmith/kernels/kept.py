@@ -1,7 +1,7 @@
 """Memory that large matrices keep from one training step to the next: of their gradient, and of themselves in bf16.
 
 PyTorch asks for fresh memory for both in each step, and the system hands it out page by page, zeroed: for 10 million
-weights a tenth of a training step on a CPU. A gradient goes straight to `weight.grad`, `torch.autograd.grad` has none.
+weights a twentieth of a step on a CPU. A gradient goes straight to `weight.grad`, `torch.autograd.grad` has none.
 """
 
 from __future__ import annotations

@@ -200,11 +200,16 @@ class Between:
     causal = False
 
     def __init__(self, asking: Group, seen: Group) -> None:
-        self.rows, self.tokens, self.indices = asking.rows, asking.tokens, asking.indices
+        self.rows, self.tokens = asking.rows, asking.tokens
         self.longest = max(asking.longest, seen.longest)
         self.gather_queries, self.release = asking.gather, asking.release
         self.gather, self.bias = seen.gather, seen.bias
-        self._seen = seen
+        self._asking, self._seen = asking, seen
+
+    @property
+    def indices(self) -> Tensor:
+        """Where the tokens that ask are."""
+        return self._asking.indices
 
     @property
     def mask(self) -> Tensor | None:

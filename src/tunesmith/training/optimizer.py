@@ -22,7 +22,6 @@ MOMENTUM = 0.9
 MOST_ROWS = 0.5
 """Share of a table up to which its rows are moved apart from it: they are copied out and back."""
 
-
 MOMENTA = ("exp_avg", "exp_avg_sq")
 ROWS = "rows"
 """Beside the momenta of a table: which of its rows they are of, one after another; None where they are of all."""
