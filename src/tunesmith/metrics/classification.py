@@ -15,6 +15,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, r
 from torch import Tensor
 
 from tunesmith.data.batches import Batch
+from tunesmith.data.encoded import Encoded
 from tunesmith.errors import NumericError
 
 Array = NDArray[Any]
@@ -25,16 +26,24 @@ MAX_CLASSES_SHOWN = 50
 class ClassScores:
     """One class an example: accuracy, F1, AUROC, calibration error, confusion matrix."""
 
+    primary = "accuracy"
+    of_answers: frozenset[str] = frozenset()
+
     def __init__(self, classes: list[str]) -> None:
         self.classes = classes
         self._probabilities: list[Array] = []
         self._labels: list[Array] = []
         self._loss = 0.0
 
-    def update(self, outputs: Tensor, batch: Batch) -> None:
+    def answers_needed(self, encoded: Encoded) -> int:
+        """None."""
+        return 0
+
+    def update(self, batch: Batch, outputs: Tensor | None = None, answers: Any = None) -> None:
         """Take in logits (examples, classes)."""
+        assert outputs is not None, "these scores are of outputs"
         check_finite(outputs)
-        labels = batch.scalar("label")
+        labels = batch.tensor("label")
         self._loss += float(F.cross_entropy(outputs, labels, reduction="sum"))
         self._probabilities.append(outputs.softmax(-1).float().cpu().numpy())
         self._labels.append(labels.cpu().numpy())
@@ -64,14 +73,22 @@ class ClassScores:
 class LabelScores:
     """Several labels an example, each yes or no at 0.5."""
 
+    primary = "f1_micro"
+    of_answers: frozenset[str] = frozenset()
+
     def __init__(self, classes: list[str]) -> None:
         self.classes = classes
         self._probabilities: list[Array] = []
         self._labels: list[Array] = []
         self._loss = 0.0
 
-    def update(self, outputs: Tensor, batch: Batch) -> None:
+    def answers_needed(self, encoded: Encoded) -> int:
+        """None."""
+        return 0
+
+    def update(self, batch: Batch, outputs: Tensor | None = None, answers: Any = None) -> None:
         """Take in logits (examples, labels)."""
+        assert outputs is not None, "these scores are of outputs"
         check_finite(outputs)
         wanted = batch.ragged("label").values.view_as(outputs)
         self._loss += float(F.binary_cross_entropy_with_logits(outputs, wanted, reduction="none").mean(1).sum())
@@ -101,15 +118,23 @@ class LabelScores:
 class NumberScores:
     """A number an example: error, explained variance, correlations."""
 
+    primary = "rmse"
+    of_answers: frozenset[str] = frozenset()
+
     def __init__(self) -> None:
         self._guesses: list[Array] = []
         self._labels: list[Array] = []
 
-    def update(self, outputs: Tensor, batch: Batch) -> None:
+    def answers_needed(self, encoded: Encoded) -> int:
+        """None."""
+        return 0
+
+    def update(self, batch: Batch, outputs: Tensor | None = None, answers: Any = None) -> None:
         """Take in predictions (examples, 1)."""
+        assert outputs is not None, "these scores are of outputs"
         check_finite(outputs)
         self._guesses.append(outputs.squeeze(-1).float().cpu().numpy())
-        self._labels.append(batch.scalar("label").float().cpu().numpy())
+        self._labels.append(batch.tensor("label").float().cpu().numpy())
 
     def compute(self) -> dict[str, Any]:
         """The scores so far; a correlation is left out where either side is constant."""
