@@ -264,7 +264,7 @@ def _score_before(run: Run) -> None:
         for name in held_out:
             scored[name] = evaluate.scores_and_answers(model, bound, prepared.encoded[name], prepared.machine)
     progress.before = {name: scores for name, (scores, _) in scored.items()}
-    if bound.generator is not None and "validation" in scored:
+    if bound.generator is not None and bound.rows_are_examples and "validation" in scored:
         progress.said_before = record.first_answers(prepared, scored["validation"][1])
     for name, scores in progress.before.items():
         numbers = {score: value for score, value in scores.items() if isinstance(value, float)}

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tunesmith import recipe as recipes
+from tunesmith import registry
 from tunesmith.data.batches import Batch, Batches, Limits, collate
 from tunesmith.data.encoded import Encoded, encode
 from tunesmith.data.formats import Row
@@ -39,7 +40,7 @@ from tunesmith.techniques import Technique
 from tunesmith.training import loop, optimizer
 from tunesmith.training.machine import NEVER_CUT, Machine
 
-__all__ = ["FAMILIES", "Case", "case", "check", "tiny_model", "tiny_tokenizer"]
+__all__ = ["FAMILIES", "Case", "case", "check", "sample_row", "tiny_model", "tiny_tokenizer"]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -88,6 +89,16 @@ CLASSIFYING = tuple(family for family in FAMILIES if family != "marian")
 """The families of which transformers has a model that classifies texts."""
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def sample_row(task: str, number: int) -> dict[str, object]:
+    """The made-up row of that number (from 0) of a task."""
+    row: dict[str, object] = _task(task)().sample_row(number)
+    return row
+
+
+def _task(name: str) -> Any:
+    return registry.get("task", name)
 
 
 def tiny_model(family: str, model_class: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
@@ -208,6 +219,7 @@ def case(
     keys = {"train": "made-up.csv", "max_length": 32, **(data or {})}
     train = {"learning_rate": 5e-3, "warmup_ratio": 0.0, **train}
     train.setdefault("head_learning_rate", train["learning_rate"])
+    task = {"name": task, **_task(task).sample_keys} if isinstance(task, str) else task
     given = {"task": task, "model": "tiny", "technique": technique, "data": keys, "train": train}
     recipe = recipes.load(None, (), given)
     task = recipe.task

@@ -65,7 +65,7 @@ def test_the_examples_train_and_answer(installed: None, tiny_bert: Path, tmp_pat
         writer = csv.writer(file)
         writer.writerow(("text", "share"))
         for number in range(40):
-            row = MADE_UP["text-classification"](number)
+            row = sample_row("text-classification", number)
             writer.writerow((row["text"], 0.9 if row["label"] == "positive" else 0.2))
     result = tunesmith.train(
         task="text-share",

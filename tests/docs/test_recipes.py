@@ -10,7 +10,7 @@ import pytest
 from tunesmith import recipe as recipes
 from tunesmith.studies import stages
 from tunesmith.talk import Talk
-from tunesmith.testing import MADE_UP
+from tunesmith.testing import sample_row
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -18,46 +18,47 @@ SHRUNK = ("train.epochs=null", "train.max_steps=2", "train.batch_size=4", "train
 
 
 def _reviews(number: int) -> str:
-    row = MADE_UP["text-classification"](number)
+    row = sample_row("text-classification", number)
     return f"{row['text']},{row['label']}"
 
 
 def _ratings(number: int) -> str:
-    return f"{number}\t{math.sin(number):.3f}\t{MADE_UP['text-classification'](number)['text']}"
+    return f"{number}\t{math.sin(number):.3f}\t{sample_row('text-classification', number)['text']}"
 
 
 def _comments(number: int) -> str:
     labels = [name for bit, name in enumerate(("price", "service", "room")) if number >> bit & 1]
-    return json.dumps({"text": MADE_UP["text-classification"](number)["text"], "labels": labels})
+    return json.dumps({"text": sample_row("text-classification", number)["text"], "labels": labels})
 
 
 def _documents(number: int) -> str:
-    row = MADE_UP["text-classification"](number)
+    row = sample_row("text-classification", number)
     return json.dumps({"text": " . ".join([str(row["text"])] * (1 + number % 9)), "label": row["label"]})
 
 
 def _clauses(number: int) -> str:
-    return json.dumps(MADE_UP["text-classification"](number) | {"contract": f"contract {number % 16}"})
+    return json.dumps(sample_row("text-classification", number) | {"contract": f"contract {number % 16}"})
 
 
 def _questions(number: int) -> str:
-    row = MADE_UP["text-classification"](number)
-    return json.dumps({"question": row["text"], "answer": MADE_UP["fill-mask"](number)["text"], "qtype": row["label"]})
+    row = sample_row("text-classification", number)
+    answer = sample_row("fill-mask", number)["text"]
+    return json.dumps({"question": row["text"], "answer": answer, "qtype": row["label"]})
 
 
 def _sentence(number: int) -> str:
-    row = MADE_UP["token-classification"](number)
+    row = sample_row("token-classification", number)
     words = zip(row["tokens"], row["label"], strict=True)  # type: ignore[call-overload]
     return "".join(f"{word}\t{tag}\n" for word, tag in words)
 
 
 def _asked(number: int) -> str:
-    row = MADE_UP["translation"](number)
+    row = sample_row("translation", number)
     return json.dumps({"question": row["source"], "answer": row["target"], "focus": f"{number}"})
 
 
 def _side(role: str) -> Any:
-    return lambda number: MADE_UP["translation"](number)[role]
+    return lambda number: sample_row("translation", number)[role]
 
 
 DATA: dict[str, tuple[list[str], Any]] = {
@@ -66,15 +67,15 @@ DATA: dict[str, tuple[list[str], Any]] = {
     "comments.jsonl": ([], _comments),
     "documents.jsonl": ([], _documents),
     "symptoms.csv": (["text,label"], _reviews),
-    "contracts": ([], lambda number: f"{MADE_UP['fill-mask'](number)['text']}\n"),
+    "contracts": ([], lambda number: f"{sample_row('fill-mask', number)['text']}\n"),
     "clauses.jsonl": ([], _clauses),
     "medquad.jsonl": ([], _questions),
-    "tatoeba.tsv": ([], lambda number: "{source}\t{target}".format(**MADE_UP["translation"](number))),
+    "tatoeba.tsv": ([], lambda number: "{source}\t{target}".format(**sample_row("translation", number))),
     "questions.jsonl": ([], _asked),
-    "dialogues.jsonl": ([], lambda number: json.dumps(MADE_UP["text-generation"](number))),
+    "dialogues.jsonl": ([], lambda number: json.dumps(sample_row("text-generation", number))),
     "instructions.jsonl": ([], _asked),
     "instructions-zh.jsonl": ([], _asked),
-    "chats.jsonl": ([], lambda number: json.dumps(MADE_UP["text-generation"](number))),
+    "chats.jsonl": ([], lambda number: json.dumps(sample_row("text-generation", number))),
     **{
         f"multi30k_en_de/{stem}.{language}": ([], _side(role))
         for stem in ("train", "val", "test_2016_flickr")

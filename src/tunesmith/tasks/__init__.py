@@ -107,6 +107,9 @@ class Task(Plugin):
     base_has_head: ClassVar[bool] = False
     """Whether bases come with this task's head, so that they are scored as they are (`evaluate --base`)."""
 
+    sample_keys: ClassVar[Mapping[str, Any]] = {}
+    """Recipe keys of the task that go with `sample_row`."""
+
     targets_need_fit: ClassVar[bool] = False
     """Whether faulty targets show only after `fit`: training rows are then read a second time."""
 

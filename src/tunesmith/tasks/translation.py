@@ -68,6 +68,7 @@ class Translation(Task):
     example_model: ClassVar[str] = "Helsinki-NLP/opus-mt-en-de"
     baseline_name: ClassVar[str] = "token-frequency baseline"
     base_has_head: ClassVar[bool] = True
+    sample_keys: ClassVar[Mapping[str, Any]] = {"source_lang": "en", "target_lang": "de"}
 
     @property
     def columns(self) -> Sequence[Column]:
