@@ -66,10 +66,10 @@ def page() -> str:
     ]
     lines += [
         "A recipe is a YAML file, `KEY=VALUE` words (`train.epochs=1`), or keyword arguments in Python; later sources",
-        "override earlier ones. Keys of `data` and `train` are also accepted at the top level. If the default is `null`,",
-        "the run derives the value, and the run folder's `recipe.yaml` has the value that was used. Relative paths start",
-        "at the working directory, also in the recipe of an earlier run. `tunesmith schema` prints a JSON schema for",
-        "editors.",
+        "override earlier ones. Keys of `data` and `train` are also accepted at the top level. If a default is `null`,",
+        "the run derives the value, and the run folder's `recipe.yaml` has the value that was used. Relative paths",
+        "start at the working directory, also in the recipe of an earlier run. `tunesmith schema` prints a JSON schema",
+        "for editors.",
         "",
     ]
     lines += ["| key | |", "|---|---|"]
