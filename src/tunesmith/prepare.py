@@ -125,21 +125,29 @@ class Prepared:
         train = self.recipe.train
         return train.max_steps or math.ceil((train.epochs or EPOCHS) * self.batches.steps_per_epoch)
 
+    @property
+    def draws(self) -> int | None:
+        """The number of different draws of the inputs; None where each epoch has its own."""
+        return feature_cache.draws_of(self.bound, feature_cache.level_of(self.anatomy, self.learned))
+
     def keep_features(self, talk: Talk) -> float:
-        """Compute once what the frozen lower blocks give, where examples are read again; the seconds it took."""
-        began, again = time.perf_counter(), self.total_steps > self.batches.steps_per_epoch
-        features: Any = getattr(self.model, "frozen_features", None)
-        if features is None or not again or self.augmented or not self.bound.deterministic_inputs:
+        """Cache the features of the frozen blocks, where examples are read again; returns the seconds it took."""
+        began, features = time.perf_counter(), feature_cache.features_of(self.model)
+        epochs, draws = self.total_steps / self.batches.steps_per_epoch, self.draws
+        if features is None or draws is None or epochs <= draws or self.augmented:
             return 0.0
         home = sources.cache_home() / "features"
         base = models.base_hash(self.base.source), models.processor_hash(self.base.processor), self.machine.precision
-        of_model = (*base, self.task.name, self.technique.model_dump(), features.level)
-        for name in ("train", "validation"):
+        of_model = (*base, self.task.name, self.technique.model_dump(), sorted(features.blocks))
+        seed = 0 if self.bound.deterministic_inputs else self.recipe.train.seed
+        sets = [("train", seed, draw) for draw in range(draws)] + [("validation", 0, 0)]
+        for name, seed, draw in sets:
             if (encoded := self.encoded.get(name)) is None:
                 continue
-            folder = home / fingerprint(encoded.key, of_model)
-            with talk.during(f"computing once what the frozen blocks give for {name}"), parallel.first_alone():
-                kept = feature_cache.keep_features(self.model, self.bound, encoded, self.machine, folder, talk.say)
+            folder = home / fingerprint(encoded.key, of_model, seed, draw)
+            with talk.during(f"caching frozen features for {name}"), parallel.first_alone():
+                args = self.model, self.bound, encoded, self.machine, folder, talk.say, seed, draw
+                kept = feature_cache.keep_features(*args)
             if parallel.largest(int(not kept), self.machine.device):  # what one has no room for, none goes on with
                 break
         feature_cache.prune(home)

@@ -167,6 +167,7 @@ def _engine(prepared: Prepared, talk: Talk) -> loop.Engine:
         ),
         seed=train.seed,
         max_grad_norm=train.max_grad_norm,
+        draws=prepared.draws,
         may_checkpoint=train.gradient_checkpointing == "auto",
         say=talk.warn,
     )

@@ -117,9 +117,8 @@ def tiny_model(family: str, model_class: str, *, seed: int = 0, **config: Any) -
         what = f"a {family} model has no {model_class.removeprefix('AutoModelFor')}"
         raise RecipeError(what, where="model", hint="choose another model or task")
     keys = {config_class.attribute_map.get(key, key): value for key, value in _SIZES.items()}
-    keys |= (FAMILIES | IMAGE_FAMILIES)[family] | {
-        config_class.attribute_map.get(key, key): value for key, value in config.items()
-    }
+    keys |= (FAMILIES | IMAGE_FAMILIES)[family]
+    keys |= {config_class.attribute_map.get(key, key): value for key, value in config.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = getattr(transformers, model_class).from_config(config_class(**keys))
