@@ -110,9 +110,9 @@ class Prepared:
             if (encoded := self.encoded.get(name)) is None:
                 continue
             folder = home / fingerprint(encoded.folder.name, of_model)
-            with talk.during(f"computing once what the frozen blocks give for {name}"), parallel.first_alone():
+            with talk.during(f"computing once what the frozen blocks give for {name}"), parallel.main_process_first():
                 kept = feature_cache.keep_features(self.model, self.task, encoded, self.machine, folder, talk.say)
-            if parallel.largest(int(not kept), self.machine.device):  # what one has no room for, none goes on with
+            if parallel.all_reduce_max(int(not kept), self.machine.device):  # one without space stops all
                 break
         feature_cache.prune(home)
         return time.perf_counter() - began
@@ -150,7 +150,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
         _fold_adapter(recipe.model, offline, allow_pickle, talk)
     else:
         talk.say(f"goes on with the adapter of {run}")
-    with parallel.first_alone():  # it fetches and converts, the others find what it left
+    with parallel.main_process_first():  # it fetches and converts, the others find what it left
         source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
     dress = source if run is None else continuing.dressed(source, run)
     processor = models.load_processor(dress, read.task.model_class, read.task.added_tokens)
@@ -208,7 +208,7 @@ def _fold_adapter(model: str, offline: bool, allow_pickle: bool, talk: Talk) -> 
     """A run that left an adapter gets a `model/`, once, before another starts from it."""
     run = Path(model).expanduser()
     if (run / "adapter" / "adapter_config.json").exists() and not (run / "model").exists():
-        with parallel.first_alone():
+        with parallel.main_process_first():
             if not (run / "model").exists():
                 merging.fold(run, offline=offline, allow_pickle=allow_pickle)
                 talk.say(f"merged the adapter of {run} into {run / 'model'}")
@@ -241,7 +241,7 @@ def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, En
     cache = sources.cache_home() / "encoded"
     processor_hash = models.processor_hash(processor)
     rows = counted(sum(read.rows.values()), "row")
-    with talk.during(f"encoding {rows}"), parallel.first_alone():  # it encodes, the others open what it wrote
+    with talk.during(f"encoding {rows}"), parallel.main_process_first():  # it encodes, the others open what it wrote
         encoded = examples.encode_splits(read, processor, processor_hash, cache)
     notes = ((name, f": {note}") for name, split in encoded.items() for note in read.task.notes(split, processor))
     for note in examples.said_once(notes):
@@ -251,7 +251,7 @@ def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, En
 
 def _augmented(read: examples.Examples, processor: Any, recipe: Recipe, offline: bool, talk: Talk) -> Augmented:
     cache, steps = sources.cache_home(), read.data.augment or []
-    with parallel.first_alone():  # it translates, the others read what it wrote
+    with parallel.main_process_first():  # it translates, the others read what it wrote
         texts, device = augment.texts_of(read.splits["train"].rows()), recipe.train.device
         kept = cache / "translated-back"
         otherwise = translated_back(texts, steps, kept, device=device, offline=offline, say=talk.say)

@@ -70,7 +70,7 @@ def train(
         if parallel.rank() == 0:
             needed = (recipe if isinstance(recipe, str | Path) else None, *recipes.paths_needed(wanted))
             claim(folder, resume=resume is not None, overwrite=overwrite, needed=needed)
-            files.sweep(folder)
+            files.remove_leftovers(folder)
         parallel.barrier()
         begun = resume is not None
         try:
@@ -93,7 +93,7 @@ def _told(error: BaseException, folder: Path, begun: bool) -> BaseException:
         again = record.resume_command(folder) if begun and (folder / "recipe.yaml").exists() else "the same command"
         return Interrupted(f"stopped by {error}; go on with: {again}")
     if isinstance(error, OSError | SafetensorError):
-        return files.out_of_space(error, Path(getattr(error, "filename", None) or folder))
+        return files.disk_error(error, Path(getattr(error, "filename", None) or folder))
     if machine.is_out_of_memory(error):
         hint = "use technique=lora or freeze, a smaller model, or device=cpu"
         return ResourceError(f"out of memory ({error})", hint=hint)
@@ -216,7 +216,7 @@ def _fit(
                 since = []
             # scores may differ in their last bits: what all have to do alike is decided by all
             state = improved, _enough(train, progress), signals.requested is not None
-            improved, stop, asked = parallel.any_of(state, prepared.machine.device)
+            improved, stop, asked = parallel.all_reduce_any(state, prepared.machine.device)
             _score_before(prepared, progress, folder, talk)
             prepared.thaw(step.number)
             if last or stop or asked or improved or _due(train.save_every, step.number, batches.steps_per_epoch):
@@ -287,7 +287,7 @@ def _not_finite(
     if train.on_nan == "stop" or progress.skips > train.max_skips:
         hint = f"a lower learning rate than {step.learning_rate:.1e}, precision=fp32, or on_nan=skip"
         raise NumericError(what, hint=hint)
-    with parallel.first_alone():  # it sets damaged ones aside before the others look
+    with parallel.main_process_first():  # it sets damaged ones aside before the others look
         saved = checkpoint.newest(folder / "checkpoints", talk.warn) if train.on_nan == "rollback" else None
     if saved is not None:
         _put(prepared, engine, saved.tensors)
@@ -360,9 +360,9 @@ def _save(prepared: Prepared, engine: loop.Engine, progress: Progress, folder: P
             "optimizer": optimizer.state_tensors(engine.optimizer, prepared.model),
         }
         saved = checkpoint.save(where, progress.step, tensors, asdict(progress), prepared.identity())
-        checkpoint.point(where, "last", saved)
+        checkpoint.write_pointer(where, "last", saved)
         if progress.best_step == progress.step:
-            checkpoint.point(where, "best", saved)
+            checkpoint.write_pointer(where, "best", saved)
         checkpoint.rotate(where, prepared.recipe.train.keep_checkpoints)
     parallel.barrier()
 
@@ -370,7 +370,7 @@ def _save(prepared: Prepared, engine: loop.Engine, progress: Progress, folder: P
 def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Collection[str], talk: Talk) -> Progress:
     """Put the newest checkpoint that can be trusted back; an empty folder starts from the beginning."""
     where = folder / "checkpoints"
-    with parallel.first_alone():
+    with parallel.main_process_first():
         saved = checkpoint.newest(where, talk.warn)
     if saved is None:
         talk.say("no checkpoint yet: starting from the beginning")
@@ -393,8 +393,8 @@ def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Co
     if parallel.rank() == 0:
         files.truncate_metrics(folder / "metrics.jsonl", saved.step)
         for name, step in (("last", saved.step), ("best", progress.best_step)):  # a kill came before they were set
-            if step is not None and checkpoint.place(where, step).exists():
-                checkpoint.point(where, name, checkpoint.place(where, step))
+            if step is not None and checkpoint.path_of(where, step).exists():
+                checkpoint.write_pointer(where, name, checkpoint.path_of(where, step))
     talk.say(f"resumed after step {saved.step} of {prepared.total_steps}")
     if progress.threads != torch.get_num_threads():
         talk.say(f"on {progress.threads} threads, as before: another number would not give the same bits")
