@@ -29,7 +29,7 @@ from tunesmith.data.texts import unknown_notes
 from tunesmith.errors import RecipeError
 from tunesmith.kernels.logits import logits_at
 from tunesmith.kernels.vocabulary import token_loss
-from tunesmith.metrics.language import TokenScores
+from tunesmith.metrics.language import MaskedTokenMetrics
 from tunesmith.models.snippets import fetch_general, general_files
 from tunesmith.models.sources import cache_home
 from tunesmith.recipe import Data
@@ -187,7 +187,7 @@ class FillMask(Task):
 
     def metrics(self) -> Metrics:
         """Loss, perplexity, accuracy."""
-        return TokenScores()
+        return MaskedTokenMetrics()
 
     def metric(self) -> str:
         """The loss."""

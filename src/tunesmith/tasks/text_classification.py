@@ -22,7 +22,7 @@ from tunesmith.data.formats import Row
 from tunesmith.data.labels import Label, LabelKind, class_name, class_weights, fit_labels, label_fields, read_label
 from tunesmith.data.texts import encode_texts, mean_of_windows, model_inputs, text_notes
 from tunesmith.errors import RecipeError, shorten
-from tunesmith.metrics.classification import ClassScores, LabelScores, NumberScores
+from tunesmith.metrics.classification import ClassificationMetrics, MultiLabelMetrics, RegressionMetrics
 from tunesmith.recipe import Data
 from tunesmith.tasks import Metrics, Task
 
@@ -153,9 +153,9 @@ class TextClassification(Task):
     def metrics(self) -> Metrics:
         """Scores of the kind of problem this is."""
         if self.labels == "regression":
-            return NumberScores()
+            return RegressionMetrics()
         assert self.classes is not None, "fit comes first"
-        return LabelScores(self.classes) if self.labels == "multi" else ClassScores(self.classes)
+        return MultiLabelMetrics(self.classes) if self.labels == "multi" else ClassificationMetrics(self.classes)
 
     def metric(self) -> str:
         """Accuracy; micro F1 for several labels; error for numbers."""

@@ -32,8 +32,8 @@ from tunesmith.data.texts import as_bytes, model_inputs, unknown_notes
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.kernels.padding_free import computes_without_padding
 from tunesmith.kernels.vocabulary import token_loss, token_shares
-from tunesmith.metrics.language import SurpriseScores
-from tunesmith.metrics.texts import TextScores
+from tunesmith.metrics.language import PerplexityMetrics
+from tunesmith.metrics.texts import TextMetrics
 from tunesmith.models.load import length_limit
 from tunesmith.models.snippets import fetch_general, general_files
 from tunesmith.models.writing import Spoken, likeliest, write
@@ -117,7 +117,7 @@ class TextGeneration(WritingTask):
             what = f"task.form: {self.form}, but the rows are raw text"
             raise RecipeError(what, hint="data.columns.prompt=NAME data.columns.answer=NAME, or leave the key out")
         if self.generate is not None:
-            TextScores(SCORES)
+            TextMetrics(SCORES)
         return self.model_copy(update={"form": form}), data
 
     def for_processor(self, processor: Any, config: Any = None) -> Self:
@@ -343,7 +343,7 @@ class TextGeneration(WritingTask):
 
     def metrics(self) -> Metrics:
         """Loss, perplexity, accuracy; and of texts."""
-        return SurpriseScores(TextScores(SCORES) if self.generate is not None else None)
+        return PerplexityMetrics(TextMetrics(SCORES) if self.generate is not None else None)
 
     def metric(self) -> str:
         """The loss."""

@@ -29,7 +29,7 @@ from tunesmith.data.tags import Scheme, TagSet, belongs, faults, faults_of_rows,
 from tunesmith.data.texts import model_inputs
 from tunesmith.data.words import Sentence, encode_words, inner_marks, words_notes
 from tunesmith.errors import DataError, counted, shorten
-from tunesmith.metrics.entities import EntityScores
+from tunesmith.metrics.entities import EntityMetrics
 from tunesmith.recipe import Data
 from tunesmith.tasks import Metrics, Task
 
@@ -212,7 +212,7 @@ class TokenClassification(Task):
 
     def metrics(self) -> Metrics:
         """Scores of entities."""
-        return EntityScores(self._names)
+        return EntityMetrics(self._names)
 
     def metric(self) -> str:
         """F1 of entities."""

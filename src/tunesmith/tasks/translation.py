@@ -26,8 +26,8 @@ from tunesmith.data.pairs import pair_faults
 from tunesmith.data.templates import template_text
 from tunesmith.data.texts import as_bytes
 from tunesmith.errors import DataError, RecipeError, shorten
-from tunesmith.metrics.language import SurpriseScores
-from tunesmith.metrics.texts import TextScores
+from tunesmith.metrics.language import PerplexityMetrics
+from tunesmith.metrics.texts import TextMetrics
 from tunesmith.models.directions import direction
 from tunesmith.recipe import Data
 from tunesmith.recipe_values import Generation
@@ -104,7 +104,7 @@ class Translation(WritingTask):
         """Nothing is read off the pairs, but most of them must be translations, in the direction that was said."""
         if data.class_weights is not None:
             raise RecipeError("data.class_weights: translation has no classes", hint="leave the key out")
-        TextScores(SCORES)  # whose library may be missing
+        TextMetrics(SCORES)  # whose library may be missing
         same = sum(copied for _, _, copied in targets)
         if same > len(targets) / 2:
             what = f"the target of {same:,} of {len(targets):,} rows is the source itself"
@@ -209,7 +209,7 @@ class Translation(WritingTask):
     def metrics(self) -> Metrics:
         """Loss, perplexity, accuracy of the next token; BLEU and chrF of what is written."""
         known = languages.language(self.target_lang or "")
-        return SurpriseScores(TextScores(SCORES, tokenize=BLEU_TOKENS.get(known.two if known else "", "13a")))
+        return PerplexityMetrics(TextMetrics(SCORES, tokenize=BLEU_TOKENS.get(known.two if known else "", "13a")))
 
     def metric(self) -> str:
         """The loss."""
