@@ -34,7 +34,7 @@ from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Recipe
 from tunesmith.talk import Talk
 from tunesmith.tasks import Task, WritingTask
-from tunesmith.techniques import Technique, learn_only
+from tunesmith.techniques import Technique, set_trainable
 from tunesmith.training import evaluate, examples, feature_cache, machine, parallel
 from tunesmith.training.examples import Augmented
 from tunesmith.training.machine import Machine
@@ -80,9 +80,9 @@ class Prepared:
         if self.head_alone_steps:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name in self.learned)
-        self.technique.thaw(self.model, self.anatomy, step / self.total_steps)
+        self.technique.update_trainable(self.model, self.anatomy, step / self.total_steps)
         if step < self.head_alone_steps:
-            learn_only(self.model, self.anatomy.new)
+            set_trainable(self.model, self.anatomy.new)
 
     @property
     def batches(self) -> Batches:

@@ -239,7 +239,7 @@ def _score_before(prepared: Prepared, progress: Progress, folder: Path, talk: Ta
     held_out = [name for name in ("validation", *task.others()) if name in prepared.encoded]
     unlearned = "anything but a head" if progress.step else "anything"
     saying = talk.during(f"scoring {' and '.join(held_out)} before {unlearned} has learned")
-    with saying, prepared.technique.absent(model):
+    with saying, prepared.technique.disabled(model):
         scored = {name: evaluate.scored(model, task, prepared.encoded[name], prepared.machine) for name in held_out}
     progress.before = {name: scores for name, (scores, _) in scored.items()}
     progress.said_before = record.first_said(scored["validation"][1]) if "validation" in scored else {}
@@ -447,7 +447,7 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
 
 
 def _write_artefact(prepared: Prepared, folder: Path) -> None:
-    if prepared.technique.artefact == "adapter":
+    if prepared.technique.artifact == "adapter":
         shutil.rmtree(folder / "model", ignore_errors=True)  # of a run before, merged for another to start from
         artefact.write_adapter(
             folder, prepared.model, prepared.anatomy, prepared.technique, prepared.source, prepared.processor
