@@ -42,6 +42,7 @@ from tunesmith.run_folder import check_run
 
 if TYPE_CHECKING:
     from tunesmith.deploy.inputs import Asked
+    from tunesmith.deploy.predict import Tuned as FineTunedModel
 
 
 class Verbs(TyperGroup):
@@ -272,8 +273,7 @@ def evaluate(
         on = f"{result['split']} ({counted(result['examples'], 'example')})"
         print(f"{who} on {on}: {scores_line(scores, result['metric'])}")
     if "baseline" in result:
-        known = f"a guess that knows only the training {result['baseline_knows']}"
-        print(f"{known}: {scores_line(result['baseline'], result['metric'])}")
+        print(f"{result['baseline_name']}: {scores_line(result['baseline'], result['metric'])}")
 
 
 @app.command(epilog="Example: tunesmith merge runs/a runs/b --weights 0.7,0.3 --method ties --output runs/merged")
@@ -348,18 +348,18 @@ def predict(
 
     talk = new_talk(True, quiet, verbose)
     tuned = load(run, device=device, offline=offline, allow_pickle=allow_pickle)
-    main_role = next(iter(tuned.task.columns))
+    main_role = tuned.task.columns[0].name
     rows: list[Asked] = [Row(f"input {number}", {main_role: text}) for number, text in enumerate(inputs or [], start=1)]
     if file is not None:
         rows += read_inputs(file, tuned.task, tuned.data.columns)
     alone = rows[0] if len(rows) == 1 else None
-    if isinstance(alone, Row) and tuned.writes and not as_json and output is None:
+    if isinstance(alone, Row) and tuned.generates and not as_json and output is None:
         tuned.stream(alone.values, lambda text: print(text, end="", flush=True))
         print()
         return
     with talk.progress(len(rows), of="answering", unit="row") as show:
         answers = answer_rows(tuned, rows, talk.warn, lambda done: show(done, "answering"))
-    lines = _answer_lines(rows, answers, as_json or output is not None)
+    lines = _answer_lines(tuned, rows, answers, as_json or output is not None)
     if output is not None:
         atomic_write(output, "".join(f"{line}\n" for line in lines))
         talk.say(f"wrote {counted(len(answers), 'answer')} to {output}")
@@ -409,13 +409,21 @@ def _typed(prompt: str) -> Iterator[str]:
             return
 
 
-def _answer_lines(rows: list[Asked], answers: list[dict[str, Any]], as_json: bool) -> Iterator[str]:
-    from tunesmith.talk import answer_line
-
+def _answer_lines(
+    tuned: FineTunedModel, rows: list[Asked], answers: list[dict[str, Any]], as_json: bool
+) -> Iterator[str]:
+    """A line for each answer; behind a class or a number stands the beginning of its input."""
     for row, answer in zip(rows, answers, strict=True):
         values = {} if isinstance(row, UserError) else row.values
-        as_line = json.dumps(values | answer, ensure_ascii=False) if as_json else ""
-        yield as_line or answer_line(answer, next(iter(values.values()), ""))
+        if as_json:
+            yield json.dumps(values | answer, ensure_ascii=False)
+        elif isinstance(row, UserError) or "error" in answer:
+            yield f"(no answer: {answer['error']})"
+        else:
+            shown = next(iter(values.values()), "")
+            text = " ".join(map(str, shown)) if isinstance(shown, list) else str(shown)
+            rendered = tuned.task.render(answer, row)
+            yield rendered if tuned.generates else f"{rendered}  {text[:100]}"
 
 
 app.add_typer(cli_about.app)

@@ -219,9 +219,11 @@ def _print_row(console: Any, row: Any) -> None:
     from rich.text import Text
 
     console.print(row.place, style="bold")
-    if row.target is not None:
-        console.print(Text.assemble("  target: ", (row.target, "bold green"), " (carries the loss)"))
-    for number, window in enumerate(row.windows, start=1):
+    if row.preview.target is not None:
+        console.print(Text.assemble("  target: ", (row.preview.target, "bold green"), " (carries the loss)"))
+    for line in row.preview.lines:
+        console.print(Text(f"  {CONTROL.sub('?', line)}"))
+    for number, window in enumerate(row.preview.windows, start=1):
         line = Text("  ")
         for token in window:
             style = "bold green" if token.target is not None else "dim" if token.special else ""
@@ -230,5 +232,5 @@ def _print_row(console: Any, row: Any) -> None:
             if token.target is not None and not itself:
                 line.append(f"<{token.target}>", style="green")
             line.append(" ")
-        cut = ", the rest is cut off" if row.cut and number == len(row.windows) else ""
+        cut = ", the rest is cut off" if row.preview.cut and number == len(row.preview.windows) else ""
         console.print(line.append(f"({counted(len(window), 'token')}{cut})", style="dim"))

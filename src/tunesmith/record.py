@@ -7,16 +7,18 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ResourceError, redact
 from tunesmith.kernels.packed import numbers_in
 from tunesmith.prepare import Prepared
-from tunesmith.tasks import WritingTask
-from tunesmith.training import evaluate, files, loop, machine, parallel
+from tunesmith.tasks import Answer
+from tunesmith.training import files, loop, machine, parallel
 
 STAGES = "stages.yaml"
 """In the folder that holds the runs of a recipe's stages."""
@@ -40,7 +42,8 @@ class Progress:
     skips: int = 0
     seconds: float = 0.0
     examples: int = 0
-    tokens: int = 0
+    cost: int = 0
+    """In the units of the task (tokens, pixels)."""
     loss_sum: float = 0.0
     """Of the steps since the last evaluation, those of before a resume too."""
     loss_steps: int = 0
@@ -62,10 +65,14 @@ def resume_command(folder: Path) -> str:
 
 
 RESULT = (
-    "run task technique steps best_step seconds examples_per_second tokens_per_second trainable_parameters "
-    "total_parameters peak_memory_bytes metrics"
+    "run task technique steps best_step seconds examples_per_second trainable_parameters total_parameters "
+    "peak_memory_bytes metrics"
 ).split()
-"""The keys of a result."""
+
+
+def result_in(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The result that `run.json` of a finished run holds."""
+    return {key: value for key, value in about.items() if key in RESULT or key.endswith("_per_second")}
 
 
 def result(prepared: Prepared, progress: Progress, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +87,7 @@ def result(prepared: Prepared, progress: Progress, folder: Path, metrics: dict[s
         "best_step": progress.best_step,
         "seconds": round(progress.seconds, 3),
         "examples_per_second": round(progress.examples / seconds, 2),
-        "tokens_per_second": round(progress.tokens / seconds, 2),
+        f"{prepared.task.unit}_per_second": round(progress.cost / seconds, 2),
         "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "total_parameters": numbers_in(prepared.model),
         "peak_memory_bytes": prepared.machine.peak_memory_bytes(),
@@ -90,7 +97,7 @@ def result(prepared: Prepared, progress: Progress, folder: Path, metrics: dict[s
 
 def write_run(folder: Path, prepared: Prepared, progress: Progress, outcome: dict[str, Any]) -> None:
     """`run.json`: everything that is needed to know what was done with what, and to go on."""
-    source, before = prepared.source, files.read_json(folder / "run.json")
+    source, before = prepared.base.source, files.read_json(folder / "run.json")
     lineage = _lineage(prepared.continued or (source.folder.parent if source.kind == "run" else None))
     about = {
         **outcome,
@@ -140,27 +147,31 @@ def ended(folder: Path, outcome: str) -> None:
             files.atomic_write(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
-def first_said(said: dict[int, str]) -> dict[str, str]:
-    """The first of the texts that were written, by row."""
-    return {str(row): said[row] for row in sorted(said)[:SAMPLES]}
+def first_answers(prepared: Prepared, answers: list[Answer]) -> dict[str, str]:
+    """The first answers on validation as text, by the number of their row."""
+    rows = prepared.examples.splits["validation"].rows()
+    given = ((number, row, answer) for number, (row, answer) in enumerate(zip(rows, answers, strict=True)) if answer)
+    return {str(number): prepared.task.render(answer, row) for number, row, answer in islice(given, SAMPLES)}
 
 
-def samples(prepared: Prepared, progress: Progress, answers: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Some validation rows: what was asked and meant, and what was written before and after."""
-    wanted = {int(row): text for row, text in progress.said_before.items()}
+def samples(prepared: Prepared, progress: Progress, answers: list[Answer]) -> list[dict[str, str]]:
+    """Some validation rows: prompt and reference, and the answers before and after."""
+    before, generator = {int(row): text for row, text in progress.said_before.items()}, prepared.bound.generator
+    if generator is None or not before or not answers:
+        return []
     found = []
     for number, row in enumerate(prepared.examples.splits["validation"].rows()):
-        if number in wanted and answers:
-            assert isinstance(prepared.task, WritingTask), "nobody else has said anything before"
-            asked, meant = prepared.task.told(row)
-            said = {"row": row.place, "asked": asked, "meant": meant}
-            found.append(said | {"before": wanted[number], "after": str(answers[number][evaluate.WRITTEN])})
+        if number in before and answers[number]:
+            prompt, reference = generator.reference_pair(row)
+            after = prepared.task.render(answers[number], row)
+            told = {"row": row.place, "asked": prompt, "meant": reference, "before": before[number], "after": after}
+            found.append(told)
     return found
 
 
 def write_predictions(prepared: Prepared, answers: list[dict[str, Any]], folder: Path) -> None:
     """Every row of the test split as read, with the answer beside it."""
     said = zip(prepared.examples.splits["test"].rows(), answers, strict=True)
-    full = ({"row": r.place, **r.values, "prediction": prepared.task.completed(one, r)} for r, one in said if one)
+    full = ({"row": r.place, **r.values, "prediction": prepared.bound.postprocess(one, r)} for r, one in said if one)
     lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in full)
     files.atomic_write(folder / "predictions-test.jsonl", "".join(lines))

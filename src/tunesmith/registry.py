@@ -83,8 +83,7 @@ def _read(kind: Kind, name: str, file: Path) -> About:
     (plugin,) = (
         part
         for part in parts
-        if isinstance(part, ast.ClassDef)
-        and any(isinstance(one, ast.Name) and one.id.endswith(base) for one in part.bases)
+        if isinstance(part, ast.ClassDef) and any(isinstance(one, ast.Name) and one.id == base for one in part.bases)
     )
     fields = (
         part.target.id

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tunesmith.recipe import Recipe, Train
 from tunesmith.record import Progress
 from tunesmith.run_folder import claim, clear, runs_in
 from tunesmith.talk import Talk, command, scores_line
-from tunesmith.tasks import LOW_IS_GOOD, WritingTask, guess_knows
+from tunesmith.tasks import LOWER_IS_BETTER
 from tunesmith.training import checkpoint, evaluate, files, loop, machine, optimizer, parallel
 from tunesmith.training.machine import Machine
 from tunesmith.training.run_lock import RunLock
@@ -77,7 +77,8 @@ def train(
             with Signals() as signals:
                 prepared = prepare(wanted, found, offline=offline, allow_pickle=allow_pickle, talk=talk)
                 begun = True
-                return _run(prepared, folder, resume is not None, override, signals, talk)
+                run = Run(prepared, _engine(prepared, talk), Progress(), folder, talk)
+                return _run(run, resume is not None, override, signals)
         except (UserError, Stopped, MemoryError, RuntimeError, OSError, SafetensorError) as error:
             told = _told(error, folder, begun)
             if begun:  # what lies there else is an earlier run's
@@ -114,23 +115,43 @@ def _recipe(given: Any, overrides: Collection[str], values: Mapping[str, Any], r
     return recipes.load(given, overrides, values)
 
 
-def _run(
-    prepared: Prepared, folder: Path, resumed: bool, override: Collection[str], signals: Signals, talk: Talk
-) -> dict[str, Any]:
-    recipe = prepared.recipe
-    engine = _engine(prepared, talk)
-    progress = _restore(prepared, engine, folder, override, talk) if resumed else Progress()
-    torch.set_num_threads(progress.threads or torch.get_num_threads())
-    progress.threads = torch.get_num_threads()
+@dataclass
+class Run:
+    """One run while it goes on: what is trained, how far it has come, where it is written."""
+
+    prepared: Prepared
+    engine: loop.Engine
+    progress: Progress
+    folder: Path
+    talk: Talk
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe with every value filled in."""
+        return self.prepared.recipe
+
+    @property
+    def metric(self) -> str:
+        """The metric by which `best` is chosen."""
+        assert self.recipe.train.metric is not None, "assemble fills it in"
+        return self.recipe.train.metric
+
+
+def _run(run: Run, resumed: bool, override: Collection[str], signals: Signals) -> dict[str, Any]:
+    if resumed:
+        run.progress = _restore(run, override)
+    torch.set_num_threads(run.progress.threads or torch.get_num_threads())
+    run.progress.threads = torch.get_num_threads()
     if parallel.rank() == 0:
         if not resumed:
-            clear(folder)
-        files.atomic_write(folder / "recipe.yaml", recipes.to_yaml(recipe.dump() | {"output": str(folder)}))
-        record.write_run(folder, prepared, progress, {"outcome": "running"})
-    _introduce(prepared, folder, talk)
-    progress.seconds += prepared.keep_features(talk)
-    _fit(prepared, engine, progress, folder, signals, talk)
-    return _finish(prepared, engine, progress, folder, talk)
+            clear(run.folder)
+        written = run.recipe.dump() | {"output": str(run.folder)}
+        files.atomic_write(run.folder / "recipe.yaml", recipes.to_yaml(written))
+        record.write_run(run.folder, run.prepared, run.progress, {"outcome": "running"})
+    _introduce(run)
+    run.progress.seconds += run.prepared.keep_features(run.talk)
+    _fit(run, signals)
+    return _finish(run)
 
 
 def _engine(prepared: Prepared, talk: Talk) -> loop.Engine:
@@ -138,7 +159,7 @@ def _engine(prepared: Prepared, talk: Talk) -> loop.Engine:
     engine = loop.Engine(
         model=prepared.model,
         anatomy=prepared.anatomy,
-        task=prepared.task,
+        task=prepared.bound,
         optimizer=optimizer.build(prepared.model, prepared.anatomy, prepared.technique, train),
         machine=prepared.machine,
         limits=prepared.machine.limits(
@@ -146,7 +167,6 @@ def _engine(prepared: Prepared, talk: Talk) -> loop.Engine:
         ),
         seed=train.seed,
         max_grad_norm=train.max_grad_norm,
-        label_smoothing=train.label_smoothing,
         may_checkpoint=train.gradient_checkpointing == "auto",
         say=talk.warn,
     )
@@ -155,72 +175,73 @@ def _engine(prepared: Prepared, talk: Talk) -> loop.Engine:
     return engine
 
 
-def _introduce(prepared: Prepared, folder: Path, talk: Talk) -> None:
+def _introduce(run: Run) -> None:
+    prepared, folder, talk = run.prepared, run.folder, run.talk
     recipe = prepared.recipe
-    learns = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
+    trainable = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
     total = numbers_in(prepared.model)
     counts = sorted(prepared.examples.rows.items(), reverse=True)
     rows = "  ".join(f"{name} {count:,}" for name, count in counts) + " rows"
-    if not prepared.task.rows_are_examples:
+    if not prepared.bound.rows_are_examples:
         rows = "  ".join(
             f"{name} {counted(count, 'text')} in {counted(len(prepared.encoded[name]), 'block')}"
             for name, count in counts
         )
     talk.say(f"model {recipe.model}  technique {recipe.technique.name}  {rows}")
-    _say_head(prepared, talk)
+    _say_head(run)
     where = f"on {prepared.machine.device} in {prepared.machine.precision}"
     rate = f"learning rate {recipe.train.learning_rate:.1e}"
     steps = counted(prepared.total_steps, "step")
-    talk.say(f"{learns:,} of {total:,} parameters learn ({learns / total:.2%}), {rate}, {steps} {where}")
-    talk.say(f"if stopped, go on with: {record.resume_command(folder)}")
+    talk.say(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%}), {rate}, {steps} {where}")
+    talk.say(f"to resume: {record.resume_command(folder)}")
 
 
-def _say_head(prepared: Prepared, talk: Talk) -> None:
+def _say_head(run: Run) -> None:
     """What of the model nothing has trained yet, and what of the checkpoint another head was."""
+    prepared, talk = run.prepared, run.talk
     if prepared.anatomy.added:
         added = counted(len(prepared.task.added_tokens), "token")
-        talk.say(f"{added} added, beginning as the mean of all others, and learned")
+        talk.say(f"{added} added, initialized with the mean embedding, trainable")
     new, unused = (
         sorted({name.rpartition(".")[0] for name in names}) for names in (prepared.anatomy.new, prepared.anatomy.unused)
     )
     if new and prepared.continued is None:
-        alone = f", which learns alone for {counted(count, 'step')}" if (count := prepared.head_alone_steps) else ""
-        dropped = f"; without use here: {', '.join(unused)}" if unused else ""
-        talk.say(f"a new head ({', '.join(new)}){alone}{dropped}")
+        warmup = f", head-only warmup: {counted(count, 'step')}" if (count := prepared.head_warmup_steps) else ""
+        dropped = f"; unused checkpoint weights: {', '.join(unused)}" if unused else ""
+        talk.say(f"new head ({', '.join(new)}){warmup}{dropped}")
 
 
-def _fit(
-    prepared: Prepared, engine: loop.Engine, progress: Progress, folder: Path, signals: Signals, talk: Talk
-) -> None:
+def _fit(run: Run, signals: Signals) -> None:
     """The loop, and around it: logging, evaluation, saving, stopping."""
+    prepared, engine, progress, folder, talk = run.prepared, run.engine, run.progress, run.folder, run.talk
     batches, total, train = prepared.batches, prepared.total_steps, prepared.recipe.train
     factor = optimizer.schedule(train, total)
     since: list[loop.Step] = []
     prepared.thaw(progress.step)
-    _score_before(prepared, progress, folder, talk)
+    _score_before(run)
     if _enough(train, progress):  # killed after it had stopped early
         return
     with signals.deferred(), talk.progress(total, progress.step) as show:
         for step in loop.steps(engine, batches, factor, start=progress.step, total=total):
-            _count(progress, engine, step)
-            _log(folder, _step_line(step, prepared.machine))
+            _count(run, step)
+            _log(folder, _step_line(step, prepared.machine, prepared.task.unit))
             if not step.finite:
-                _not_finite(prepared, engine, progress, step, folder, talk)
+                _not_finite(run, step)
             since.append(step)
             show(step.number, f"loss {step.loss:.4f}")
             talk.detail(f"step {step.number}  loss {step.loss:.4f}  gradient norm {step.grad_norm:.3g}")
             last = step.number == total
             improved = False
             if last or _due(train.evaluate_every, step.number, batches.steps_per_epoch):
-                improved = _evaluate(prepared, progress, since, folder, talk)
+                improved = _evaluate(run, since)
                 since = []
             # scores may differ in their last bits: what all have to do alike is decided by all
             state = improved, _enough(train, progress), signals.requested is not None
             improved, stop, asked = parallel.all_reduce_any(state, prepared.machine.device)
-            _score_before(prepared, progress, folder, talk)
+            _score_before(run)
             prepared.thaw(step.number)
             if last or stop or asked or improved or _due(train.save_every, step.number, batches.steps_per_epoch):
-                _save(prepared, engine, progress, folder)
+                _save(run)
             if asked:
                 again = record.resume_command(folder)
                 raise Interrupted(f"stopped after step {step.number} of {total}; go on with: {again}")
@@ -230,26 +251,26 @@ def _fit(
                 return
 
 
-def _score_before(prepared: Prepared, progress: Progress, folder: Path, talk: Talk) -> None:
+def _score_before(run: Run) -> None:
     """What a base scores at a task that it can do, as soon as it has a head that can speak for it."""
-    if not prepared.task.base_has_head or progress.before is not None or progress.step != prepared.head_alone_steps:
+    prepared, progress, folder, talk = run.prepared, run.progress, run.folder, run.talk
+    if not prepared.task.base_has_head or progress.before is not None or progress.step != prepared.head_warmup_steps:
         return
-    model, task, metric = prepared.model, prepared.task, prepared.recipe.train.metric
-    assert metric is not None, "_resolve fills it in"
-    held_out = [name for name in ("validation", *task.others()) if name in prepared.encoded]
-    unlearned = "anything but a head" if progress.step else "anything"
-    saying = talk.during(f"scoring {' and '.join(held_out)} before {unlearned} has learned")
-    with saying, prepared.technique.disabled(model):
-        scored = {name: evaluate.scored(model, task, prepared.encoded[name], prepared.machine) for name in held_out}
+    model, bound, metric = prepared.model, prepared.bound, run.metric
+    held_out = [name for name in ("validation", *prepared.task.extra_eval_sets()) if name in prepared.encoded]
+    when = f"after {counted(progress.step, 'step')} of its new head alone" if progress.step else "before training"
+    scored = {}
+    with talk.during(f"scoring {' and '.join(held_out)} {when}"), prepared.technique.disabled(model):
+        for name in held_out:
+            scored[name] = evaluate.scores_and_answers(model, bound, prepared.encoded[name], prepared.machine)
     progress.before = {name: scores for name, (scores, _) in scored.items()}
-    progress.said_before = record.first_said(scored["validation"][1]) if "validation" in scored else {}
-    alone = f"its new head alone has learned, for {counted(progress.step, 'step')}"
-    head = alone if progress.step else "nothing has learned"
+    if bound.generator is not None and bound.rows_are_examples and "validation" in scored:
+        progress.said_before = record.first_answers(prepared, scored["validation"][1])
     for name, scores in progress.before.items():
         numbers = {score: value for score, value in scores.items() if isinstance(value, float)}
         line = {f"before/{name}/{score}": _plain(value) for score, value in numbers.items()}
         _log(folder, {"step": progress.step, **line})
-        talk.say(f"{name} before ({head}): {scores_line(scores, metric)}")
+        talk.say(f"{name} {when}: {scores_line(scores, metric)}")
 
 
 def _enough(train: Train, progress: Progress) -> bool:
@@ -260,11 +281,12 @@ def _due(every: int | str, step: int, steps_per_epoch: int) -> bool:
     return step % (steps_per_epoch if every == "epoch" else int(every)) == 0
 
 
-def _count(progress: Progress, engine: loop.Engine, step: loop.Step) -> None:
+def _count(run: Run, step: loop.Step) -> None:
+    engine, progress = run.engine, run.progress
     progress.step = step.number
     progress.seconds += step.seconds
     progress.examples += step.examples
-    progress.tokens += step.tokens
+    progress.cost += step.cost
     if step.finite:
         progress.loss_sum += step.loss
         progress.loss_steps += 1
@@ -273,14 +295,13 @@ def _count(progress: Progress, engine: loop.Engine, step: loop.Step) -> None:
     progress.fp16_scale, progress.fp16_good_steps = engine.fp16_scale, engine.fp16_good_steps
 
 
-def _not_finite(
-    prepared: Prepared, engine: loop.Engine, progress: Progress, step: loop.Step, folder: Path, talk: Talk
-) -> None:
+def _not_finite(run: Run, step: loop.Step) -> None:
     """The step was not taken. Stop, or leave it out, or go back to the last checkpoint and leave it out."""
+    prepared, progress, folder, talk = run.prepared, run.progress, run.folder, run.talk
     train = prepared.recipe.train
     indices = prepared.batches.indices(step.number - 1)
     rows = f"examples {', '.join(map(str, indices[:16]))} of the training text"
-    if prepared.task.rows_are_examples:
+    if prepared.bound.rows_are_examples:
         rows = prepared.examples.splits["train"].places(indices)
     what = f"step {step.number}: loss {step.loss}, gradient norm {step.grad_norm} ({rows})"
     progress.skips += 1
@@ -290,13 +311,13 @@ def _not_finite(
     with parallel.main_process_first():  # it sets damaged ones aside before the others look
         saved = checkpoint.newest(folder / "checkpoints", talk.warn) if train.on_nan == "rollback" else None
     if saved is not None:
-        _put(prepared, engine, saved.tensors)
+        _put(run, saved.tensors)
         talk.warn(f"{what}: went back to the weights of step {saved.step}, left this step out")
         return
     talk.warn(f"{what}: left out ({progress.skips} of at most {train.max_skips})")
 
 
-def _step_line(step: loop.Step, found: Machine) -> dict[str, Any]:
+def _step_line(step: loop.Step, machine: Machine, unit: str) -> dict[str, Any]:
     return {
         "step": step.number,
         "epoch": round(step.epoch, 6),
@@ -304,8 +325,8 @@ def _step_line(step: loop.Step, found: Machine) -> dict[str, Any]:
         "learning_rate": step.learning_rate,
         "grad_norm": _plain(step.grad_norm),
         "examples_per_s": round(step.examples / step.seconds, 2),
-        "tokens_per_s": round(step.tokens / step.seconds, 2),
-        "memory_bytes": found.peak_memory_bytes(),
+        f"{unit}_per_s": round(step.cost / step.seconds, 2),
+        "memory_bytes": machine.peak_memory_bytes(),
     }
 
 
@@ -319,10 +340,10 @@ def _log(folder: Path, line: dict[str, Any]) -> None:
         files.append_line(folder / "metrics.jsonl", line)
 
 
-def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], folder: Path, talk: Talk) -> bool:
+def _evaluate(run: Run, since: list[loop.Step]) -> bool:
     """Score the validation split, say the epoch line; whether this is the best so far."""
-    metric = prepared.recipe.train.metric
-    assert metric is not None, "_resolve fills it in"
+    prepared, progress, folder, talk = run.prepared, run.progress, run.folder, run.talk
+    metric = run.metric
     step = since[-1]
     loss = progress.loss_sum / progress.loss_steps if progress.loss_steps else math.nan
     progress.loss_sum, progress.loss_steps = 0.0, 0
@@ -330,11 +351,11 @@ def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], fo
     better = False
     if "validation" in prepared.encoded:
         with talk.during("scoring validation"):
-            split, task = prepared.encoded["validation"], prepared.task
-            write = isinstance(task, WritingTask) and metric in task.text_scores
-            scores = evaluate.scores(prepared.model, task, split, prepared.machine, write=write)
+            split, bound = prepared.encoded["validation"], prepared.bound
+            answers = metric in bound.metrics().of_answers
+            scores = evaluate.scores(prepared.model, bound, split, prepared.machine, answers=answers)
         score = float(scores.get(metric, math.nan))  # a correlation of answers that are all the same is none
-        sign = -1 if metric in LOW_IS_GOOD else 1
+        sign = -1 if metric in LOWER_IS_BETTER else 1
         higher = math.isfinite(score) and (progress.best is None or sign * score > sign * progress.best)
         tied = score == progress.best and progress.best_loss is not None and scores["loss"] < progress.best_loss
         better = higher or tied
@@ -352,7 +373,8 @@ def _evaluate(prepared: Prepared, progress: Progress, since: list[loop.Step], fo
     return better
 
 
-def _save(prepared: Prepared, engine: loop.Engine, progress: Progress, folder: Path) -> None:
+def _save(run: Run) -> None:
+    prepared, engine, progress, folder = run.prepared, run.engine, run.progress, run.folder
     if parallel.rank() == 0:
         where = folder / "checkpoints"
         tensors = {
@@ -367,8 +389,9 @@ def _save(prepared: Prepared, engine: loop.Engine, progress: Progress, folder: P
     parallel.barrier()
 
 
-def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Collection[str], talk: Talk) -> Progress:
+def _restore(run: Run, override: Collection[str]) -> Progress:
     """Put the newest checkpoint that can be trusted back; an empty folder starts from the beginning."""
+    prepared, engine, folder, talk = run.prepared, run.engine, run.folder, run.talk
     where = folder / "checkpoints"
     with parallel.main_process_first():
         saved = checkpoint.newest(where, talk.warn)
@@ -377,15 +400,15 @@ def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Co
         files.truncate_metrics(folder / "metrics.jsonl", -1)
         return Progress()
     read = {f"data_sha256.{name}": str(split.table.path) for name, split in prepared.examples.splits.items()}
-    known = read | {"base_sha256": prepared.source.spec}
+    known = read | {"base_sha256": prepared.base.source.spec}
     overridden = checkpoint.check_same_run(saved.identity, prepared.identity(), override, known)
     checkpoint.check_fits(artefact.learned(prepared.model, prepared.learned), saved.tensors["learned"], overridden)
-    progress = Progress(**saved.state)
+    run.progress = progress = Progress(**saved.state)
     if any(key == "train.metric" or key.startswith("data") for key in overridden):  # scores are of something else now
         progress.best = progress.best_loss = progress.best_step = None
         progress.stale = 0
     progress.overridden += [key for key in overridden if key not in progress.overridden]
-    _put(prepared, engine, saved.tensors)
+    _put(run, saved.tensors)
     engine.limits = replace(engine.limits, max_examples=min(progress.max_examples, engine.limits.max_examples))
     engine.fp16_scale, engine.fp16_good_steps = progress.fp16_scale, progress.fp16_good_steps
     if progress.checkpointing and not engine.checkpointing:
@@ -401,13 +424,15 @@ def _restore(prepared: Prepared, engine: loop.Engine, folder: Path, override: Co
     return progress
 
 
-def _put(prepared: Prepared, engine: loop.Engine, tensors: dict[str, dict[str, Tensor]]) -> None:
+def _put(run: Run, tensors: dict[str, dict[str, Tensor]]) -> None:
+    prepared, engine = run.prepared, run.engine
     artefact.put(prepared.model, tensors["learned"])
     optimizer.load_state_tensors(engine.optimizer, prepared.model, tensors["optimizer"])
 
 
-def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder: Path, talk: Talk) -> dict[str, Any]:
+def _finish(run: Run) -> dict[str, Any]:
     """The artefact of the best step, reloaded from disk and scored as it will be shipped."""
+    prepared, engine, progress, folder, talk = run.prepared, run.engine, run.progress, run.folder, run.talk
     engine.optimizer.state.clear()  # what is reloaded takes its place in memory
     best = checkpoint.best(folder / "checkpoints", talk.warn) if progress.best_step is not None else None
     if best is not None:
@@ -415,10 +440,10 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
         if best.step < progress.step:
             talk.say(f"kept: step {best.step} of {progress.step}, the best on validation")
     if parallel.rank() == 0:
-        _write_artefact(prepared, folder)
+        _write_artefact(run)
     parallel.barrier()
-    pickled, device = prepared.source.allow_pickle, str(prepared.machine.device)
-    others = prepared.task.others()
+    pickled, device = prepared.base.source.allow_pickle, str(prepared.machine.device)
+    others = prepared.task.extra_eval_sets()
     held_out = [name for name in (*others, "validation", "test") if name in prepared.encoded]
     tuned = predict.load(folder, device=device, offline=True, allow_pickle=pickled)
     metrics: dict[str, Any] = {} if progress.before is None else {"before": progress.before}
@@ -427,52 +452,50 @@ def _finish(prepared: Prepared, engine: loop.Engine, progress: Progress, folder:
     for name in held_out:
         split = prepared.encoded[name]
         with talk.during(f"scoring what was saved on {name}"):
-            if tuned.task.rows_are_examples:
-                metrics[name], said = evaluate.scores_and_answers(tuned.model, tuned.task, split, tuned.machine)
-            else:
-                metrics[name] = evaluate.scores(tuned.model, tuned.task, split, tuned.machine)
+            metrics[name], said = evaluate.scores_and_answers(tuned.model, tuned.bound, split, tuned.machine)
             samples = record.samples(prepared, progress, said) if name == "validation" else samples
-        guess = evaluate.baseline(prepared.task, prepared.encoded["train"], split)
-        metrics["baseline"] = {"split": name, **guess}
+        baseline = evaluate.baseline(prepared.bound, prepared.encoded["train"], split)
+        metrics["baseline"] = {"split": name, **baseline}
     result = record.result(prepared, progress, folder, metrics)
     if parallel.rank() == 0:
-        if "test" in prepared.examples.splits and prepared.task.rows_are_examples and any(said):
+        if "test" in prepared.examples.splits and prepared.bound.rows_are_examples and any(said):
             record.write_predictions(prepared, said, folder)
         record.write_run(folder, prepared, progress, {"outcome": "done", **result, "samples": samples})
         card.write(folder)
         report.write(folder)
     parallel.barrier()
-    _conclude(prepared, metrics, folder, talk)
+    _conclude(run, metrics)
     return result
 
 
-def _write_artefact(prepared: Prepared, folder: Path) -> None:
+def _write_artefact(run: Run) -> None:
+    prepared, folder = run.prepared, run.folder
     if prepared.technique.artifact == "adapter":
         shutil.rmtree(folder / "model", ignore_errors=True)  # of a run before, merged for another to start from
         artefact.write_adapter(
-            folder, prepared.model, prepared.anatomy, prepared.technique, prepared.source, prepared.processor
+            folder, prepared.model, prepared.anatomy, prepared.technique, prepared.base.source, prepared.base.processor
         )
         return
     state = artefact.learned(prepared.model, prepared.learned)
-    artefact.write_model(folder, prepared.recipe, prepared.source, prepared.processor, state)
+    artefact.write_model(folder, prepared.recipe, prepared.base.source, prepared.base.processor, state)
 
 
-def _conclude(prepared: Prepared, metrics: dict[str, Any], folder: Path, talk: Talk) -> None:
-    metric = prepared.recipe.train.metric
-    assert metric is not None, "_resolve fills it in"
-    for name in (*prepared.task.others(), "validation", "test"):
+def _conclude(run: Run, metrics: dict[str, Any]) -> None:
+    prepared, folder, talk = run.prepared, run.folder, run.talk
+    metric = run.metric
+    for name in (*prepared.task.extra_eval_sets(), "validation", "test"):
         if name in metrics:
             talk.say(f"{name}: {scores_line(metrics[name], metric, metrics.get('before', {}).get(name))}")
-    gain, sign = math.inf, -1 if metric in LOW_IS_GOOD else 1
+    gain, sign = math.inf, -1 if metric in LOWER_IS_BETTER else 1
     was, now = (part.get("validation", {}).get(metric, math.nan) for part in (metrics.get("before", {}), metrics))
     if sign * now < sign * was:
         lower = f"a lower train.learning_rate than {prepared.recipe.train.learning_rate:.1e}"
         talk.warn(f"validation {metric} is worse than before the run: {now:.4f}, {was:.4f} before; {lower} may help")
-    if metric in (guess := metrics.get("baseline", {})):
-        gain = (metrics[guess["split"]][metric] - guess[metric]) * sign
-        score = f"{metric} {guess[metric]:.4f} on {guess['split']}"
-        known = f"a guess that knows only the training {guess_knows(prepared.task)}"
-        talk.say(f"{known}: {score}" + (", no worse" if gain <= 0 else ""))
+    if metric in (baseline := metrics.get("baseline", {})):
+        gain = (metrics[baseline["split"]][metric] - baseline[metric]) * sign
+        score = f"{metric} {baseline[metric]:.4f} on {baseline['split']}"
+        verdict = " (the run is no better)" if gain <= 0 else ""
+        talk.say(f"{prepared.task.baseline_name}: {score}{verdict}")
     if (hint := hints.longer(folder / "metrics.jsonl", prepared.recipe.train, gain)) is not None:
         talk.say(hint)
-    talk.say(f'written to {folder}; ask it: {command("predict", folder)} "..."')
+    talk.say(f'written to {folder}; next: {command("predict", folder)} "..."')

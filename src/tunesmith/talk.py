@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["Talk", "answer_line", "command", "scores_line"]
+__all__ = ["Talk", "command", "scores_line"]
 
 REWRITE_S = 0.2
 """How often a notebook's last line is written anew."""
@@ -147,25 +147,6 @@ def scores_line(scores: dict[str, Any], first: str, before: Mapping[str, Any] | 
     names = sorted((name for name, value in scores.items() if isinstance(value, float)), key=lambda name: name != first)
     was = {name: f" ({value:.4f} before)" for name, value in (before or {}).items() if isinstance(value, float)}
     return "  ".join(f"{name} {scores[name]:.4f}{was.get(name, '')}" for name in names)
-
-
-def answer_line(answer: dict[str, Any], asked: object) -> str:
-    """What was answered, how sure that is, and the beginning of what was asked; of a text the text alone."""
-    if "error" in answer:
-        return f"(no answer: {answer['error']})"
-    if (text := answer.get("generated_text", answer.get("translation"))) is not None:
-        return str(text)
-    if "entities" in answer:
-        found = (f"{one['text']} ({one['label']} {one['score']:.3f})" for one in answer["entities"])
-        said = ", ".join(found) or "no entity"
-    elif "masks" in answer:
-        masks = (", ".join(f"'{one['token']}' {one['score']:.3f}" for one in mask) for mask in answer["masks"])
-        said = "; ".join(masks)
-    else:
-        said = answer.get("label") or ", ".join(answer.get("labels", [])) or f"{answer.get('value', 0):.4g}"
-        said += f"  {answer['score']:.3f}" if "score" in answer else ""
-    text = " ".join(str(part) for part in asked) if isinstance(asked, list) else str(asked)
-    return f"{said}  {text[:100]}"
 
 
 def _duration(seconds: float) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tunesmith import recipe as recipes
+from tunesmith import registry
 from tunesmith.data.batches import Batch, Batches, Limits, collate
 from tunesmith.data.encoded import Encoded, encode
 from tunesmith.data.formats import Row
@@ -34,12 +35,12 @@ from tunesmith.models import added_tokens
 from tunesmith.models import load as models
 from tunesmith.models.anatomy import LINEAR, Anatomy, anatomy
 from tunesmith.recipe import Recipe
-from tunesmith.tasks import Task
+from tunesmith.tasks import BoundTask, Task, _samples
 from tunesmith.techniques import Technique
 from tunesmith.training import loop, optimizer
 from tunesmith.training.machine import NEVER_CUT, Machine
 
-__all__ = ["FAMILIES", "MADE_UP", "Case", "case", "check", "tiny_model", "tiny_tokenizer"]
+__all__ = ["FAMILIES", "Case", "case", "check", "sample_row", "tiny_image_processor", "tiny_model", "tiny_tokenizer"]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -84,68 +85,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Family (a config's `model_type`) -> what its tiny config says beside the sizes all share; no dropout."""
 
+IMAGE_FAMILIES: dict[str, dict[str, Any]] = {
+    "vit": {"image_size": 16, "patch_size": 4, "intermediate_size": 64, "hidden_dropout_prob": 0.0},
+}
+"""The same for models of pictures."""
+
 CLASSIFYING = tuple(family for family in FAMILIES if family != "marian")
 """The families of which transformers has a model that classifies texts."""
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_WORDS = "the film plot was and very acting story it this . ! a not so".split()
-_ENDING = "##ly"
-_GOOD, _BAD = "great lovely warm fine superb".split(), "bad dull poor cold awful".split()
 
 
-def _review(number: int) -> dict[str, object]:
-    word = (_BAD, _GOOD)[number % 2][number // 2 % 5]
-    filler = " ".join(_WORDS[(number + k) % len(_WORDS)] for k in range(number % 7))
-    return {"text": f"the film was {word} {filler}".strip(), "label": ("negative", "positive")[number % 2]}
+def sample_row(task: str, number: int) -> dict[str, object]:
+    """The made-up row of that number (from 0) of a task."""
+    row: dict[str, object] = _task(task)().sample_row(number)
+    return row
 
 
-def _document(number: int) -> dict[str, object]:
-    reviews = [str(_review(number + k)["text"]) for k in range(2 + number % 4)]
-    return {"text": " . ".join([*reviews, f"very {(_BAD, _GOOD)[number % 2][number % 5]}ly"])}
-
-
-def _tagged(number: int) -> dict[str, object]:
-    """A sentence in which one word of blame or two of praise stand among others."""
-    kind, words = ("BLAME", "PRAISE")[number % 2], (_BAD, _GOOD)[number % 2]
-    before = [_WORDS[(number + k) % len(_WORDS)] for k in range(number % 4)]
-    marked = [words[(number // 2 + k) % len(words)] for k in range(1 + number % 2)]
-    after = _WORDS[: number % 7]
-    tags = [f"{'BI'[k]}-{kind}" for k in range(len(marked))]
-    return {"tokens": [*before, *marked, *after], "label": ["O"] * len(before) + tags + ["O"] * len(after)}
-
-
-def _asked(number: int) -> dict[str, object]:
-    """What was good or bad, as a conversation of one or two turns whose answers repeat a word of the question."""
-    words = (_BAD, _GOOD)[number % 2]
-    turns = [
-        (f"was the {_WORDS[1 + k]} {words[(number + k) % 5]}", f"it was {words[(number + k) % 5]}") for k in range(2)
-    ]
-    messages = [
-        {"role": role, "content": text}
-        for turn in turns[: 1 + number % 3 // 2]
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-    return {"messages": messages}
-
-
-def _pair(number: int) -> dict[str, object]:
-    """A review, and the same words from behind, each as the one next to it in the vocabulary."""
-    words = str(_review(number)["text"]).split()
-    known = [*_WORDS, *_GOOD, *_BAD]
-    return {"source": " ".join(words), "target": " ".join(known[known.index(word) - 1] for word in reversed(words))}
-
-
-MADE_UP = {
-    "fill-mask": _document,
-    "text-classification": _review,
-    "text-generation": _asked,
-    "token-classification": _tagged,
-    "translation": _pair,
-}
-"""Task -> the n-th of its made-up rows: of unequal length, and to be learned in a few steps."""
-
-KEYS: dict[str, dict[str, object]] = {"translation": {"source_lang": "en", "target_lang": "de"}}
-"""Task -> what a recipe must say of it that made-up rows do not."""
+def _task(name: str) -> Any:
+    return registry.get("task", name)
 
 
 def tiny_model(family: str, model_class: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
@@ -159,7 +117,9 @@ def tiny_model(family: str, model_class: str, *, seed: int = 0, **config: Any) -
         what = f"a {family} model has no {model_class.removeprefix('AutoModelFor')}"
         raise RecipeError(what, where="model", hint="choose another model or task")
     keys = {config_class.attribute_map.get(key, key): value for key, value in _SIZES.items()}
-    keys |= FAMILIES[family] | {config_class.attribute_map.get(key, key): value for key, value in config.items()}
+    keys |= (FAMILIES | IMAGE_FAMILIES)[family] | {
+        config_class.attribute_map.get(key, key): value for key, value in config.items()
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = getattr(transformers, model_class).from_config(config_class(**keys))
@@ -167,9 +127,17 @@ def tiny_model(family: str, model_class: str, *, seed: int = 0, **config: Any) -
     return model
 
 
+def tiny_image_processor() -> Any:
+    """An image processor for pictures of 16 x 16 pixels, with the PIL back end."""
+    from transformers import ViTImageProcessorPil
+
+    return ViTImageProcessorPil(size={"height": 16, "width": 16})
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """WordPiece over the words of the made-up rows, dressed as BERT's."""
-    vocabulary = {word: index for index, word in enumerate((*_SPECIAL, *_WORDS, *_GOOD, *_BAD, _ENDING))}
+    words = (*_samples.WORDS, *_samples.GOOD, *_samples.BAD, _samples.ENDING)
+    vocabulary = {word: index for index, word in enumerate((*_SPECIAL, *words))}
     tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -188,12 +156,16 @@ class Case:
     """A technique applied to a tiny model of one family for one task, with encoded made-up rows. In fp32 on the CPU."""
 
     recipe: Recipe
-    task: Task
+    bound: BoundTask
     base: PreTrainedModel
     model: PreTrainedModel
     anatomy: Anatomy
     encoded: Encoded
-    processor: Any
+
+    @property
+    def processor(self) -> Any:
+        """The tokenizer or image processor."""
+        return self.bound.processor
 
     @property
     def technique(self) -> Technique:
@@ -205,18 +177,18 @@ class Case:
         """The model's outputs for all rows."""
         model.eval()
         with torch.no_grad():
-            return self.task.forward(model, self._batch())
+            return self.bound.outputs(model, self._batch())
 
     def loss(self, model: nn.Module) -> float:
         """The loss over all rows."""
         model.eval()
         batch = self._batch()
         with torch.no_grad():
-            return float(self.task.loss(model, batch, self.task.normalizers(batch)))
+            return float(self.bound.loss(model, batch, self.bound.normalizers(batch)))
 
     def _batch(self) -> Batch:
         indices = np.arange(len(self.encoded))
-        return self.task.draw(collate(self.encoded, indices), indices)
+        return self.bound.transform(collate(self.encoded, indices), indices)
 
     def engine(self, model: PreTrainedModel | None = None, micro_batch: int = 8) -> loop.Engine:
         """A loop over this model."""
@@ -224,12 +196,11 @@ class Case:
         return loop.Engine(
             model=model,
             anatomy=self.anatomy,
-            task=self.task,
+            task=self.bound,
             optimizer=optimizer.build(model, self.anatomy, self.technique, self.recipe.train),
             machine=Machine(torch.device("cpu"), None),
             limits=Limits(micro_batch, 2**40, NEVER_CUT),
             seed=self.recipe.train.seed,
-            label_smoothing=self.recipe.train.label_smoothing,
         )
 
     def train(self, engine: loop.Engine, start: int, stop: int, total: int = 10) -> list[float]:
@@ -255,35 +226,35 @@ def case(
     config: Mapping[str, Any] | None = None,
     **train: Any,
 ) -> Case:
-    """A technique on one task and family, encoded under `folder`, over 40 rows of `MADE_UP` or of `row`.
+    """A technique on one task and family, encoded under `folder`, over 40 rows of `Task.sample_row` or of `row`.
 
     `data` and `train` are keys of the recipe, `config` overrides what the tiny model's config says.
     """
-    keys = {"train": "made-up.csv", "max_length": 32, **(data or {})}
+    keys = {"train": "made-up.csv", **(data or {})}
     train = {"learning_rate": 5e-3, "warmup_ratio": 0.0, **train}
     train.setdefault("head_learning_rate", train["learning_rate"])
-    task = {"name": task, **KEYS.get(task, {})} if isinstance(task, str) else task
+    task = {"name": task, **_task(task).sample_keys} if isinstance(task, str) else task
     given = {"task": task, "model": "tiny", "technique": technique, "data": keys, "train": train}
     recipe = recipes.load(None, (), given)
-    values = row or MADE_UP[recipe.task.name]
-    rows = [Row(f"made-up:{number}", values(number)) for number in range(40)]
-    assert isinstance(recipe.task, Task)
-    fitted, read = recipe.task.fit([recipe.task.target(one) for one in rows], recipe.data, "made-up")
-    models.config_class(family, fitted.model_class)
-    kind = models.auto_class(family, fitted.model_class)
-    processor = tiny_tokenizer()
+    task, reads = recipe.task, recipe.data
+    assert isinstance(task, Task) and isinstance(recipe.technique, Technique)
+    rows = [Row(f"made-up:{number}", (row or task.sample_row)(number)) for number in range(40)]
+    if "max_length" in task.data_keys and reads.max_length is None:
+        reads = reads.model_copy(update={"max_length": 32})
+    fitted, read = task.fit([task.parse_target(one) for one in rows], reads)
+    models.config_class(family, fitted.auto_class)
+    kind = models.auto_class(family, fitted.auto_class)
+    processor = tiny_tokenizer() if fitted.processor == "tokenizer" else tiny_image_processor()
     added_tokens.add(processor, fitted.added_tokens)
     base = tiny_model(family, kind, **fitted.head_config(), **(config or {}))
     added_tokens.extend(base, added_tokens.ids(processor, fitted.added_tokens))
-    fitted = fitted.for_processor(processor, base.config)
-    pieces = fitted.pieces(rows, processor, read)
-    encoded = encode(pieces, lambda part: fitted.encode(part, processor, read), folder / "encoded")
+    bound = fitted.bind(processor, base.config, read, recipe.train.label_smoothing)
+    encoded = encode(bound.chunks(rows), bound.encode, folder / "encoded", bound.costs)
     head = frozenset(name for name in _head_parameters(base))
     map_ = anatomy(base, new=head)
     model = copy.deepcopy(base)
-    assert isinstance(recipe.technique, Technique)
     recipe.technique.apply(model, map_, processor)
-    return Case(recipe.model_copy(update={"task": fitted, "data": read}), fitted, base, model, map_, encoded, processor)
+    return Case(recipe.model_copy(update={"task": bound.task, "data": read}), bound, base, model, map_, encoded)
 
 
 def _head_parameters(model: PreTrainedModel) -> list[str]:

@@ -39,7 +39,7 @@ def losses(recipe: Path, work: Path) -> list[float]:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("\n".join([*head, *(row(number) for number in range(48))]) + "\n", encoding="utf-8")
     given = recipes.load(recipe)
-    kind = given.task.model_class  # type: ignore[attr-defined]
+    kind = given.task.auto_class  # type: ignore[attr-defined]
     base = tiny_model(BASES[kind], kind) if kind in BASES else tiny_model("bert", "AutoModelForMaskedLM")
     base.save_pretrained("tiny")
     tiny_tokenizer().save_pretrained("tiny")

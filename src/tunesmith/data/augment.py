@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tunesmith.data.columns import Columns, inputs_of, of_kind
 from tunesmith.data.encoded import file_sha256
 from tunesmith.data.formats import Row
-from tunesmith.data.formats.columns import ANSWERS, is_text
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe_values import Augmentation
 
@@ -175,13 +175,16 @@ class Augmenter:
 
     changes: tuple[Callable[[Words, Random], Words], ...]
     seed: int
+    columns: Columns
     share: float = 0.0
     """Of the texts that are said otherwise, before anything else."""
     otherwise: Mapping[str, str] = field(default_factory=dict)
     """Text -> what is said in its place."""
 
     @classmethod
-    def of(cls, steps: Sequence[Augmentation], seed: int, otherwise: Mapping[str, str] | None = None) -> Augmenter:
+    def of(
+        cls, steps: Sequence[Augmentation], seed: int, columns: Columns, otherwise: Mapping[str, str] | None = None
+    ) -> Augmenter:
         """From `data.augment`, and the texts as back-translation has them.
 
         Raises:
@@ -189,7 +192,7 @@ class Augmenter:
         """
         share = next((step.probability for step in steps if step.name == "back-translation"), 0.0)
         words = tuple(_change(step) for step in steps if step.name != "back-translation")
-        return cls(words, seed, share, otherwise or {})
+        return cls(words, seed, columns, share, otherwise or {})
 
     def words(self, words: Words, epoch: int, index: int) -> Words:
         """Some words of the example at `index`, as they are in an epoch."""
@@ -207,29 +210,28 @@ class Augmenter:
         Raises:
             RecipeError: the labels of words are no list of tags, so that they cannot go along.
         """
-        if "tokens" in row.values:
-            return self._tagged(row, epoch, index)
-        values = {
-            role: self._text(value, epoch, index)
-            if is_text(role) and role not in ANSWERS and isinstance(value, str)
-            else value
-            for role, value in row.values.items()
-        }
-        return Row(row.place, values)
+        words = of_kind(self.columns, "words")
+        if words is not None and words.name in row.values:
+            tags = of_kind(self.columns, "tags")
+            assert tags is not None, "words have tags"
+            return self._tagged(row, words.name, tags.name, epoch, index)
+        texts = {name: self._text(text, epoch, index) for name, text in _texts(row, self.columns)}
+        return Row(row.place, row.values | texts)
 
-    def _tagged(self, row: Row, epoch: int, index: int) -> Row:
+    def _tagged(self, row: Row, words: str, label: str, epoch: int, index: int) -> Row:
         if self.share:
             what = "data.augment: back-translation says a text otherwise, and tags of words cannot go along"
             raise RecipeError(what, where=row.place, hint="leave it out")
-        tokens, tags = row.values["tokens"], row.values.get("label")
+        tokens, tags = row.values[words], row.values.get(label)
         assert isinstance(tokens, list), "the role holds lists"
         if not isinstance(tags, list) or len(tags) != len(tokens) or not all(isinstance(tag, str) for tag in tags):
             what = "data.augment: words can be changed where each has its tag, as a text"
             raise RecipeError(what, where=row.place, hint="give tokens and tags, or leave the key out")
         keep = [tag != "O" or _parts(following) for tag, following in zip(tags, [*tags[1:], "O"], strict=True)]
         after = self.words(Words.of([str(word) for word in tokens], keep), epoch, index)
-        values = {role: value for role, value in row.values.items() if role != "text"}  # it says the words as they were
-        values |= {"tokens": list(after.words), "label": [tags[origin] for origin in after.origins]}
+        texts = dict(_texts(row, self.columns))  # they hold the words as they were
+        values = {name: value for name, value in row.values.items() if name not in texts}
+        values |= {words: list(after.words), label: [tags[origin] for origin in after.origins]}
         return Row(row.place, values)
 
     def _text(self, text: str, epoch: int, index: int) -> str:
@@ -270,9 +272,13 @@ def fingerprints(steps: Sequence[Augmentation]) -> list[str]:
     return [file_sha256(Path(step.file)) for step in steps if step.file is not None]
 
 
-def texts_of(rows: Iterable[Row]) -> Iterator[str]:
+def texts_of(rows: Iterable[Row], columns: Columns) -> Iterator[str]:
     """The texts that may be changed."""
-    for row in rows:
-        for role, value in row.values.items():
-            if is_text(role) and role not in ANSWERS and isinstance(value, str):
-                yield value
+    return (text for row in rows for _, text in _texts(row, columns))
+
+
+def _texts(row: Row, columns: Columns) -> Iterator[tuple[str, str]]:
+    """Name and value of each input that is a text."""
+    for column in inputs_of(columns):
+        if column.kind == "text" and isinstance(value := row.values.get(column.name), str):
+            yield column.name, value

@@ -14,23 +14,29 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from tunesmith.data.columns import Column
 from tunesmith.data.formats import Row
 from tunesmith.errors import DataError, did_you_mean, shorten
 
 Message = dict[str, str]
 """`role`: system, user, assistant or tool; `content`: what is said."""
 
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages", "conversations", "conversation", "dialog", "dialogue", "对话"),
-    "prompt": ("prompt", "instruction", "question", "query", "problem", "指令", "问题", "input"),
-    "context": ("context", "input", "passage", "输入"),
-    "answer": ("answer", "answerkey", "completion", "output", "response", "solution", "target", "回答", "答案", "输出"),
-    "system": ("system", "system_prompt"),
-    "history": ("history",),
-    "instances": ("instances",),
-    "choices": ("choices", "options", "选项"),
-}
-"""Role of a column -> the names it usually has."""
+CHAT_COLUMNS = (
+    Column("messages", "messages", ("conversations", "conversation", "dialog", "dialogue", "对话"), required=False),
+    Column("prompt", "turn", ("instruction", "question", "query", "problem", "指令", "问题", "input"), required=False),
+    Column("context", "value", ("input", "passage", "输入"), required=False),
+    Column(
+        "answer",
+        "turn",
+        ("answerkey", "completion", "output", "response", "solution", "target", "回答", "答案", "输出"),
+        required=False,
+    ),
+    Column("system", "value", ("system_prompt",), required=False),
+    Column("history", "list", required=False),
+    Column("instances", "list", required=False),
+    Column("choices", "list", ("options", "选项"), required=False),
+)
+"""What conversations are read from."""
 
 ROLES = {
     "system": ("system", "developer"),

@@ -11,15 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from tokenizers.decoders import ByteLevel
 from torch import Tensor
 
 from tunesmith.data.batches import Batch, Ragged
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import Row
+from tunesmith.data.preview import Preview, Token
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe import Data
 
 MAX_CHARS_PER_TOKEN = 64
+
+MAX_BYTES = 4
+"""Bytes of a character in UTF-8, at most."""
 
 
 def encode_texts(rows: Sequence[Row], processor: Any, data: Data, windows: int | None = None) -> list[dict[str, Any]]:
@@ -120,6 +126,67 @@ def cut_texts(
         if specials.issuperset(ids):
             raise DataError(f"{role}: nothing is left of it as tokens", where=place, hint="remove the row")
     return [(ids, number in cut) for number, ids in enumerate(found)]
+
+
+def token_costs(encoded: Encoded) -> NDArray[np.int64]:
+    """Tokens of each example: its `length`, where it has one, else those of `input_ids`."""  # (examples,)
+    if "length" in encoded:
+        return np.asarray(encoded.column("length"), dtype=np.int64)
+    return encoded.lengths("input_ids")
+
+
+def inspect_texts(texts: Sequence[Sequence[str]], processor: Any) -> tuple[list[int], list[int]]:
+    """Tokens and unknown tokens of each text, or of each pair."""
+    return count_tokens([list(processor(*one, verbose=False)["input_ids"]) for one in texts], processor)
+
+
+def count_tokens(ids: Sequence[Sequence[int]], processor: Any) -> tuple[list[int], list[int]]:
+    """Tokens and unknown tokens of texts that are tokenized."""
+    unknown = getattr(processor, "unk_token_id", None)
+    return [len(one) for one in ids], [0 if unknown is None else list(one).count(unknown) for one in ids]
+
+
+def preview_tokens(
+    fields: dict[str, Any],
+    processor: Any,
+    *,
+    targets: Sequence[str | None] | None = None,
+    target: str | None = None,
+) -> Preview:
+    """The tokens of an example in its windows, with the target of each token or of the whole example."""
+    ids, special = fields["input_ids"], set(processor.all_special_ids)
+    labels = targets or [None] * len(ids)
+    tokens = [
+        Token(text, code in special, label)
+        for text, code, label in zip(spell(ids, processor), ids, labels, strict=True)
+    ]
+    windows, start = [], 0
+    for length in fields.get("windows") or [len(ids)]:
+        windows.append(tokens[start : start + length])
+        start += length
+    return Preview(target, bool(fields.get("cut")), windows)
+
+
+def spell(ids: Sequence[int], processor: Any) -> list[str]:
+    """Tokens as a person reads them.
+
+    Where a tokenizer spells bytes, a character of several tokens stands at the last of them, and `…` at the others.
+    """
+    names: list[str] = processor.convert_ids_to_tokens(list(ids))
+    if all(name.isascii() for name in names) or not isinstance(
+        getattr(getattr(processor, "backend_tokenizer", None), "decoder", None), ByteLevel
+    ):
+        return names
+    spelled, waiting = list[str](), list[str]()
+    for name in names:
+        waiting.append(name)
+        text = processor.convert_tokens_to_string(waiting)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(waiting) < MAX_BYTES:
+            spelled.append("…")
+            continue
+        spelled.append(text if not text.isascii() and text.strip() == text else name)
+        waiting = []
+    return spelled
 
 
 def text_notes(encoded: Encoded, processor: Any, windows: int | None = None) -> list[str]:

@@ -15,6 +15,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, r
 from torch import Tensor
 
 from tunesmith.data.batches import Batch
+from tunesmith.data.encoded import Encoded
 from tunesmith.errors import NumericError
 
 Array = NDArray[Any]
@@ -25,16 +26,24 @@ MAX_CLASSES_SHOWN = 50
 class ClassificationMetrics:
     """Single-label classification: accuracy, F1, AUROC, calibration error, confusion matrix."""
 
+    primary = "accuracy"
+    of_answers: frozenset[str] = frozenset()
+
     def __init__(self, classes: list[str]) -> None:
         self.classes = classes
         self._probabilities: list[Array] = []
         self._labels: list[Array] = []
         self._loss = 0.0
 
-    def update(self, outputs: Tensor, batch: Batch) -> None:
+    def answers_needed(self, encoded: Encoded) -> int:
+        """Return 0: only outputs are evaluated."""
+        return 0
+
+    def update(self, batch: Batch, outputs: Tensor | None = None, answers: Any = None) -> None:
         """Add a batch."""  # logits (examples, classes)
+        assert outputs is not None, "evaluates outputs"
         check_finite(outputs)
-        labels = batch.scalar("label")
+        labels = batch.tensor("label")
         self._loss += float(F.cross_entropy(outputs, labels, reduction="sum"))
         self._probabilities.append(outputs.softmax(-1).float().cpu().numpy())
         self._labels.append(labels.cpu().numpy())
@@ -64,14 +73,22 @@ class ClassificationMetrics:
 class MultiLabelMetrics:
     """Multi-label classification at a threshold of 0.5: F1, accuracy, AUROC."""
 
+    primary = "f1_micro"
+    of_answers: frozenset[str] = frozenset()
+
     def __init__(self, classes: list[str]) -> None:
         self.classes = classes
         self._probabilities: list[Array] = []
         self._labels: list[Array] = []
         self._loss = 0.0
 
-    def update(self, outputs: Tensor, batch: Batch) -> None:
+    def answers_needed(self, encoded: Encoded) -> int:
+        """Return 0: only outputs are evaluated."""
+        return 0
+
+    def update(self, batch: Batch, outputs: Tensor | None = None, answers: Any = None) -> None:
         """Add a batch."""  # logits (examples, labels)
+        assert outputs is not None, "evaluates outputs"
         check_finite(outputs)
         labels = batch.ragged("label").values.view_as(outputs)
         self._loss += float(F.binary_cross_entropy_with_logits(outputs, labels, reduction="none").mean(1).sum())
@@ -101,15 +118,23 @@ class MultiLabelMetrics:
 class RegressionMetrics:
     """Regression: errors, coefficient of determination, correlations."""
 
+    primary = "rmse"
+    of_answers: frozenset[str] = frozenset()
+
     def __init__(self) -> None:
         self._predictions: list[Array] = []
         self._labels: list[Array] = []
 
-    def update(self, outputs: Tensor, batch: Batch) -> None:
+    def answers_needed(self, encoded: Encoded) -> int:
+        """Return 0: only outputs are evaluated."""
+        return 0
+
+    def update(self, batch: Batch, outputs: Tensor | None = None, answers: Any = None) -> None:
         """Add a batch."""  # predictions (examples, 1)
+        assert outputs is not None, "evaluates outputs"
         check_finite(outputs)
         self._predictions.append(outputs.squeeze(-1).float().cpu().numpy())
-        self._labels.append(batch.scalar("label").float().cpu().numpy())
+        self._labels.append(batch.tensor("label").float().cpu().numpy())
 
     def compute(self) -> dict[str, Any]:
         """Return the metrics of all batches so far; correlations are left out if either side is constant."""

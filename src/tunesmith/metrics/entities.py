@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunesmith.data.batches import Batch
+from tunesmith.data.encoded import Encoded
 from tunesmith.data.tags import TagSet
 from tunesmith.metrics.classification import MAX_CLASSES_SHOWN, check_finite
 
@@ -29,6 +30,9 @@ Entities = tuple[Array, Array, Array]
 class EntityMetrics:
     """Precision, recall and F1 of entities; accuracy and loss of words."""
 
+    primary = "f1"
+    of_answers: frozenset[str] = frozenset()
+
     def __init__(self, tags: Sequence[str]) -> None:
         self.tag_set = TagSet(tags)
         self._predictions: list[Array] = []
@@ -36,8 +40,13 @@ class EntityMetrics:
         self._lengths: list[Array] = []
         self._loss = 0.0
 
-    def update(self, outputs: Tensor, batch: Batch) -> None:
+    def answers_needed(self, encoded: Encoded) -> int:
+        """Return 0: only outputs are evaluated."""
+        return 0
+
+    def update(self, batch: Batch, outputs: Tensor | None = None, answers: Any = None) -> None:
         """Add a batch."""  # logits (words, tags), all sentences concatenated
+        assert outputs is not None, "evaluates outputs"
         check_finite(outputs)
         tags = batch.ragged("tags")
         self._loss += float(F.cross_entropy(outputs, tags.values, reduction="sum"))

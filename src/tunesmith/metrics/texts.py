@@ -31,7 +31,7 @@ class TextMetrics:
         Raises:
             RecipeError: a metric needs sacrebleu, which is not installed.
         """
-        self._names = names
+        self.names = names
         self._corpus = {name: _sacrebleu(name, options) for name in names if name in SACREBLEU}
         self._texts: list[str] = []
         self._references: list[str] = []
@@ -47,7 +47,7 @@ class TextMetrics:
         if not self._texts:
             return {}
         scores: dict[str, Any] = {}
-        for name in self._names:
+        for name in self.names:
             if name in self._corpus:
                 scores[name] = float(self._corpus[name].corpus_score(self._texts, [self._references]).score)
                 scores[f"{name}_signature"] = str(self._corpus[name].get_signature())

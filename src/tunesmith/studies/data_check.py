@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data import duplicates, splits
+from tunesmith.data.columns import labeled, of_kind
 from tunesmith.data.findings import Fault, Findings, Level
 from tunesmith.data.formats import Row, is_folder
 from tunesmith.data.formats.raw import BadRow, RawRow
 from tunesmith.data.labels import IGNORED
 from tunesmith.data.spans import words_of
+from tunesmith.data.texts import inspect_texts
 from tunesmith.errors import DataError, RecipeError, UserError, did_you_mean, shorten
 from tunesmith.models import load as models
 from tunesmith.prepare import max_length
-from tunesmith.studies.data_faults import Fields, class_faults, private_faults, spread, token_faults, unknown_labels
+from tunesmith.studies.data_faults import Fields, class_faults, private_faults, size_faults, spread, unknown_labels
 from tunesmith.studies.data_files import (
     Asked,
     File,
@@ -38,8 +40,9 @@ from tunesmith.studies.data_files import (
     shown,
     source_of,
     text,
+    texts,
 )
-from tunesmith.tasks import Task
+from tunesmith.tasks import Inspection, Task
 from tunesmith.techniques import Technique
 from tunesmith.training import examples
 
@@ -173,9 +176,9 @@ class _Check:
                 self.findings.add([Fault("bad-row", row.reason, place, row.what, fix, self.row_level)])
                 continue
             assert isinstance(raw, RawRow)
-            says = text(row)
+            says = text(row, file.schema)
             lengths.append(len(says.split()) + (0 if says.isascii() else len(_CJK.findall(says))))
-            self.findings.add(private_faults(row))
+            self.findings.add(private_faults(row, file.schema))
             is_first, plain = self._note(number, file, raw, row), duplicates.plain(says)
             if is_first and len(plain) >= duplicates.MIN_CHARS:
                 chunk.append((len(self.seen.file) - 1, plain))
@@ -202,7 +205,7 @@ class _Check:
             seen.text[mine] = raw.file
         seen.target.append(code)
         seen.group.append(seen.groups.setdefault(group, len(seen.groups)) if group else -1)
-        earlier = seen.by_digest.setdefault(splits.digest(row, "NFKC"), mine)
+        earlier = seen.by_digest.setdefault(splits.digest(row, file.schema, "NFKC"), mine)
         if earlier != mine:
             self.findings.add(self._repeats(file, row, target, earlier))
         return earlier == mine
@@ -211,15 +214,16 @@ class _Check:
         if self.task is None:
             return None
         try:
-            target = self.task.target(row)
+            target = self.task.parse_target(row)
         except DataError as error:
-            labelled = "label" in self.task.columns
-            kind, what = ("bad-label", "a label cannot be read") if labelled else ("bad-row", "nothing can be learned")
+            kind, what = "bad-row", "nothing can be learned"
+            if self._labeled:
+                kind, what = "bad-label", "a label cannot be read"
             self.findings.add([Fault(kind, what, row.place, error.what, error.hint, self.row_level)])
             return None
         if target == IGNORED:  # a run leaves it out
             return None
-        if "label" in self.task.columns and isinstance(target, str | tuple):
+        if self._labeled and isinstance(target, str | tuple):
             file.classes.update([target] if isinstance(target, str) else target)
         return target
 
@@ -228,24 +232,32 @@ class _Check:
         see, other = self._place(earlier), self.files[self.seen.file[earlier]]
         if other is file:
             what = f"a row of {file.name} says word for word what an earlier one says"
-            yield Fault("duplicate", what, row.place, shown(row), "keep one of them", see=see)
+            yield Fault("duplicate", what, row.place, shown(row, file.schema), "keep one of them", see=see)
         else:
             what, level = f"a row of {file.name} stands word for word in {other.name}", self._leak_level
-            fix = "remove it from one of the two"
-            yield Fault("leak" if self.are_splits else "duplicate", what, row.place, shown(row), fix, level, see)
+            kind, fix = "leak" if self.are_splits else "duplicate", "remove it from one of the two"
+            yield Fault(kind, what, row.place, shown(row, file.schema), fix, level, see)
         there = self.seen.target[earlier]
-        labelled = self.task is not None and "label" in self.task.columns  # a text may have several translations
-        if labelled and target is not None and there not in (self.seen.targets[target], -1):
+        if self._labeled and target is not None and there not in (self.seen.targets[target], -1):
             labels = self._differing(row, target, list(self.seen.targets)[there])
             what, fix = "the same text has different labels", "decide on one of them"
-            yield Fault("label-conflict", what, row.place, f"{labels}: {shown(row)}", fix, see=see)
+            yield Fault("label-conflict", what, row.place, f"{labels}: {shown(row, file.schema)}", fix, see=see)
 
     def _differing(self, row: Row, here: Any, there: Any) -> str:
         """Two targets of one text; of tags the first that differ, with their word."""
-        if self.task is not None and "tokens" in self.task.columns and len(here) == len(there):
+        if self._tagged and len(here) == len(there):
             at = next(at for at, (mine, other) in enumerate(zip(here, there, strict=True)) if mine != other)
             return f"{words_of(row).words[at]} is {here[at]} here, {there[at]} there"
         return f"{_label(here)} here, {_label(there)} there"
+
+    @property
+    def _labeled(self) -> bool:
+        """Whether there are classes, numbers or tags; a text may have several translations."""
+        return self.task is not None and labeled(self.task.columns)
+
+    @property
+    def _tagged(self) -> bool:
+        return self.task is not None and of_kind(self.task.columns, "tags") is not None
 
     @property
     def _leak_level(self) -> Level:
@@ -330,7 +342,7 @@ class _Check:
     def _other_label(self, row: int, other: int) -> str:
         """The labels of two rows that are nearly the same, where they differ."""
         here, there = self.seen.target[row], self.seen.target[other]
-        if self.task is None or "label" not in self.task.columns or "tokens" in self.task.columns or here == there:
+        if not self._labeled or self._tagged or here == there:
             return ""
         names = list(self.seen.targets)
         return f", {_label(names[here])} here and {_label(names[there])} there" if min(here, there) >= 0 else ""
@@ -346,29 +358,31 @@ class _Check:
             every, sample = -(-file.rows // TOKENIZED), list[Row]()
             for index, row in enumerate(file.good_rows()):
                 if number in wanted:
-                    found[number] = text(row)
-                if tokens and index % every == 0 and text(row):
+                    found[number] = text(row, file.schema)
+                if tokens and index % every == 0 and text(row, file.schema):
                     sample.append(row)
                 number += 1
             if tokens and sample:
                 self._look_at_tokens(file, sample, *tokens)
         return found
 
-    def _look_at_tokens(self, file: File, rows: list[Row], processor: Any, limit: int, config: Any) -> None:
+    def _look_at_tokens(self, file: File, rows: list[Row], processor: Any, limit: int | None, config: Any) -> None:
         """Count the tokens of some rows, as the task makes them."""
         task, data = self.fitted or self.task, self.data.model_copy(update={"max_length": limit})
         try:
-            looked = task.for_processor(processor, config).token_faults(rows, processor, data) if task else None
+            if task is None:
+                sizes = inspect_texts([texts(row, file.schema) for row in rows], processor)
+                measured: Inspection | None = Inspection(*sizes, limit, "data.max_length")
+            else:
+                measured = task.bind(processor, config, data).inspect(rows)
         except UserError as error:
             self.findings.add([Fault("refused", "a run stops here", str(file.path), error.what, error.hint, "error")])
             return
-        ids, more = looked if looked is not None else (None, [])
-        self.findings.add(more)
-        read = limit if task is None else task.tokens_read(processor, limit)
-        key = "data.max_length or task.windows" if hasattr(task, "windows") else "data.max_length"
-        self.findings.add(token_faults(file, rows, processor, read, key, ids))
+        if measured is not None:
+            self.findings.add(measured.faults)
+            self.findings.add(size_faults(file, rows, measured, task.unit if task else Task.unit))
 
-    def _tokenizer(self) -> tuple[Any, int, Any] | None:
+    def _tokenizer(self) -> tuple[Any, int | None, Any] | None:
         """The model's tokenizer, how many tokens are read, its config; None where no model is named or to be had."""
         task, technique = self.task or self.recipe.task, self.recipe.technique
         assert isinstance(task, Task) and isinstance(technique, Technique)
@@ -376,9 +390,9 @@ class _Check:
             return None
         try:
             source = source_of(self.model, **self.allowed)
-            processor = models.load_processor(source, task.model_class, task.added_tokens)
-            shape = models.load_shape(source, task.model_class, processor)
-            return processor, max_length(self.data.max_length, shape, processor, technique), shape.config
+            processor = models.load_processor(source, task.auto_class, task.added_tokens, kind=task.processor)
+            shape = models.load_shape(source, task.auto_class, processor)
+            return processor, max_length(self.data.max_length, shape, processor, technique, task), shape.config
         except UserError as error:
             self.notes.append(f"lengths are in words, for want of the model ({error})")
             return None

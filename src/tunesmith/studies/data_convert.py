@@ -123,7 +123,7 @@ def _entities(path: Path, spans: bool) -> _Source:
     task = registry.get("task", "token-classification")
     assert isinstance(task, type) and issubclass(task, Task)
     try:
-        table = read_table(path, task.columns, required=task.required)
+        table = read_table(path, task().columns)
     except DataError as error:
         hint = "words with their tags are wanted (tokens, tags), or a text with spans"
         raise DataError(error.what, where=error.where, hint=hint) from None

@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.columns import Columns
 from tunesmith.data.findings import Fault, Level
 from tunesmith.data.formats import Row
 from tunesmith.data.formats.raw import BadRow, RawRow
 from tunesmith.data.private import private
-from tunesmith.errors import counted, shorten
-from tunesmith.studies.data_files import Column, File, shown, text, texts
+from tunesmith.errors import shorten
+from tunesmith.studies.data_files import Column, File, shown
+from tunesmith.tasks import Inspection
 
 IMBALANCE = 10
 """A class this many times as frequent as another is worth a word."""
 FEW = 5
 """Rows of a class that are too few to learn it and to score it."""
-UNKNOWN = 0.05
+MAX_UNKNOWN = 0.05
 """Share of unknown tokens from which on a model does not fit a language."""
 
 
@@ -60,10 +62,10 @@ class Fields:
                 yield from (Fault("empty-field", what, f"{path}:{line}", "", fix) for line in lines)
 
 
-def private_faults(row: Row) -> Iterator[Fault]:
+def private_faults(row: Row, columns: Columns) -> Iterator[Fault]:
     """What identifies a person, one fault for each find, masked."""
     fix = "put another in its place: a model can give back what it was trained on"
-    for kind, value in private(shown(row)):
+    for kind, value in private(shown(row, columns)):
         yield Fault("private", f"{kind} in a text", row.place, value, fix)
 
 
@@ -92,27 +94,21 @@ def unknown_labels(file: File, known: set[str], rows: Iterator[tuple[str, Any]],
             yield Fault("unknown-label", what, place, ", ".join(sorted(unknown)), fix, level)
 
 
-def token_faults(
-    file: File, rows: Sequence[Row], processor: Any, limit: int | None, key: str, ids: list[list[int]] | None = None
-) -> Iterator[Fault]:
-    """Texts longer than the `limit` of what is read, which `key` raises, and too many unknown tokens; the file's
-    lengths are then in tokens (`ids`, where they are not those of the text alone).
-    """
-    ids = ids or [processor(*texts(row), verbose=False)["input_ids"] for row in rows]
-    counts = np.array([len(one) for one in ids])
-    unknown = getattr(processor, "unk_token_id", None)
-    num_unknown = [one.count(unknown) for one in ids] if unknown is not None else [0]
-    share = sum(num_unknown) / max(int(counts.sum()), 1)
-    file.lengths = {"unit": "tokens", **spread(counts), "limit": limit, "rows": len(rows), "unknown": round(share, 6)}
-    fix = f"raise {key}, or shorten it: the rest is cut off"
-    for row, count in zip(rows, counts.tolist(), strict=True):
-        if limit is not None and count > limit:
-            what = f"a text of {file.name} is longer than the {limit} tokens that are read"
-            yield Fault("too-long", what, row.place, f"{counted(count, 'token')}: {text(row)}", fix)
-    if share > UNKNOWN:
-        worst = rows[int(np.argmax(np.array(num_unknown) / np.maximum(counts, 1)))]
-        what = f"{share:.0%} of the tokens of {file.name} are unknown to this model"
-        yield Fault("unknown-tokens", what, worst.place, text(worst), "another model may fit the language")
+def size_faults(file: File, rows: Sequence[Row], measured: Inspection, unit: str) -> Iterator[Fault]:
+    """Rows larger than is read, and too many unknown tokens; the file's lengths are then in this unit."""
+    sizes, limit = np.array(measured.sizes), measured.limit
+    share = sum(measured.unknown) / max(int(sizes.sum()), 1)
+    file.lengths = {"unit": unit, **spread(sizes), "limit": limit, "rows": len(rows), "unknown": round(share, 6)}
+    fix = f"raise {measured.limit_key}, or shorten it: the rest is cut off"
+    for row, size in zip(rows, measured.sizes, strict=True):
+        if limit is not None and size > limit:
+            what = f"a row of {file.name} is longer than the {limit} {unit} that are read"
+            yield Fault("too-long", what, row.place, f"{size:,} {unit}: {shown(row, file.schema)}", fix)
+    if share > MAX_UNKNOWN:
+        worst = rows[int(np.argmax(np.array(measured.unknown) / np.maximum(sizes, 1)))]
+        what = f"{share:.0%} of the {unit} of {file.name} are unknown to this model"
+        value = shown(worst, file.schema)
+        yield Fault("unknown-tokens", what, worst.place, value, "another model may fit the language")
 
 
 def spread(lengths: NDArray[np.int64]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from tunesmith import recipe as recipes
 from tunesmith import registry
+from tunesmith.data import columns as schema
+from tunesmith.data.columns import inputs_of, reads_plain_text, translates
 from tunesmith.data.conversations import said
 from tunesmith.data.formats import Row, files_of, find_splits, holds_text, is_folder, read_raw
-from tunesmith.data.formats.columns import ANSWERS, is_text
 from tunesmith.data.formats.folders import data_files, files_in, no_train
 from tunesmith.data.formats.parallel import sides_of
 from tunesmith.data.formats.plain import texts_in
@@ -40,6 +41,8 @@ class File:
     raw_rows: Rows
     judge: Callable[[RawRow | BadRow], Row | BadRow]
     columns: dict[str, Column]
+    schema: schema.Columns
+    """The columns of the task, or those that rows without a task have."""
     limit: int | None
     note: str | None = None
     named: Path | None = None
@@ -136,8 +139,9 @@ def find_files(data: Data, task: Task, *, guess: bool = False) -> tuple[Data, di
     """
     if data.train is None:
         raise RecipeError("data.train: missing", hint="name a file, a folder or a recipe")
-    named, pairs = {"train": Path(data.train)}, guess or "target" in task.columns
-    of_texts = is_folder(data.train) and (holds_text(Path(data.train)) if guess else task.reads_plain_text)
+    named, pairs = {"train": Path(data.train)}, guess or translates(task.columns)
+    plain = reads_plain_text(task.columns)
+    of_texts = is_folder(data.train) and (holds_text(Path(data.train)) if guess else plain)
     if is_folder(data.train) and not (named := find_splits(data.train, pairs=pairs)):
         files = data_files(data.train)
         if of_texts and texts_in(Path(data.train)):
@@ -217,14 +221,27 @@ def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
     if table.format not in ("text", "conll", "parallel"):
         names, _ = read_raw(path, header=all(isinstance(column, str) for column in names))
     return File(
-        name, table.shown, names, table.raw_rows, table.judge, dict(table.columns), data.limit, table.note, path
+        name,
+        table.shown,
+        names,
+        table.raw_rows,
+        table.judge,
+        dict(table.columns),
+        task.columns,
+        data.limit,
+        table.note,
+        path,
     )
+
+
+WHOLE = (schema.Column("text", "text", required=False), schema.Column("rest", "value", required=False))
+"""The columns of rows without a task."""
 
 
 def _open_whole(name: str, path: Path, data: Data) -> File:
     names, rows = read_raw(path)
     words = _columns_of_words(rows)
-    return File(name, path, names, rows, lambda raw: _whole(path, raw, words), {}, data.limit)
+    return File(name, path, names, rows, lambda raw: _whole(path, raw, words), {}, WHOLE, data.limit)
 
 
 def _columns_of_words(rows: Rows) -> frozenset[Column]:
@@ -254,21 +271,22 @@ def _whole(path: Path, raw: RawRow | BadRow, words: frozenset[Column]) -> Row | 
     return Row(f"{path}:{raw.line}", {role: value for role, value in (("text", text), ("rest", rest)) if value})
 
 
-def texts(row: Row) -> list[str]:
-    """What a row says beside its target, as a model reads it."""
-    found = [str(value) for role, value in row.values.items() if is_text(role) and role not in ANSWERS]
-    if isinstance(words := row.values.get("tokens"), list):
-        found = [" ".join(map(str, words))]
-    if (all_ := said(row)) is not None:
-        found = [all_]
-    return found
+def texts(row: Row, columns: schema.Columns) -> list[str]:
+    """The inputs of a row as texts, as a model reads them."""
+    words = schema.of_kind(columns, "words")
+    if words is not None and isinstance(given := row.values.get(words.name), list):
+        return [" ".join(map(str, given))]
+    if schema.of_kind(columns, "messages") is not None and (everything := said(row)) is not None:
+        return [everything]
+    named = (column.name for column in inputs_of(columns) if column.kind == "text")
+    return [str(row.values[name]) for name in named if name in row.values]
 
 
-def text(row: Row) -> str:
+def text(row: Row, columns: schema.Columns) -> str:
     """The same as one text."""
-    return "\n".join(texts(row))
+    return "\n".join(texts(row, columns))
 
 
-def shown(row: Row) -> str:
+def shown(row: Row, columns: schema.Columns) -> str:
     """The same, or whatever else is in the row, for a person to see."""
-    return text(row) or " | ".join(str(value) for value in row.values.values())
+    return text(row, columns) or " | ".join(str(value) for value in row.values.values())

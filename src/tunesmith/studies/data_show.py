@@ -3,59 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jinja2 import Environment
-from tokenizers.decoders import ByteLevel
 
 from tunesmith.data.augment import Augmenter, texts_of
-from tunesmith.data.batches import Batch, Ragged
+from tunesmith.data.batches import Ragged, collate
+from tunesmith.data.encoded import Fields, encode_in_memory
 from tunesmith.data.formats import Row
+from tunesmith.data.preview import Preview
 from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import CONTROL, RecipeError, counted
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.prepare import max_length
-from tunesmith.recipe import Data
 from tunesmith.studies.data_files import asked, find_files, guessed_task, source_of
-from tunesmith.tasks import Task
+from tunesmith.tasks import BoundTask, Task
 from tunesmith.techniques import Technique
 from tunesmith.training import examples
 
-IGNORED = -100
 EPOCHS = 3
-MAX_BYTES = 4
-"""Of a character in UTF-8."""
 
 _PAGE = Path(__file__).with_name("data_show.html.jinja")
 
 
 @dataclass(frozen=True)
-class Token:
-    """One token as the model reads it. `target`: what is to be said at this token; None where no loss is."""
-
-    text: str
-    special: bool
-    target: str | None = None
-
-
-@dataclass(frozen=True)
 class Shown:
-    """One row: its windows of tokens, whether words were cut off, and the target of the whole row, if it has one."""
+    """One row as it is encoded."""
 
     place: str
-    target: str | None
-    cut: bool
-    windows: list[list[Token]]
+    preview: Preview
 
     def dump(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        return {"place": self.place, **self.preview.dump()}
 
 
 def show(
@@ -91,135 +76,58 @@ def show(
             f"there is no {split} split", where="--split", hint=f"there is {', '.join(sorted(read.splits))}"
         )
     source = source_of(spec, offline=offline, allow_pickle=allow_pickle)
-    processor = models.load_processor(source, read.task.model_class, read.task.added_tokens)
-    shape = models.load_shape(source, read.task.model_class, processor)
-    longest = max_length(read.data.max_length, shape, processor, recipe.technique)
-    task, data = read.task.for_processor(processor, shape.config), read.data.model_copy(update={"max_length": longest})
+    task = read.task
+    processor = models.load_processor(source, task.auto_class, task.added_tokens, kind=task.processor)
+    shape = models.load_shape(source, task.auto_class, processor)
+    longest = max_length(read.data.max_length, shape, processor, recipe.technique, task)
+    data = read.data.model_copy(update={"max_length": longest})
+    bound = task.bind(processor, shape.config, data, recipe.train.label_smoothing)
     first = 0 if row is None else row - 1
-    pieces = task.pieces(read.splits[split].rows(), processor, data)
-    numbered = list(islice(enumerate(pieces), first, first + (rows if row is None else 1)))
+    chunks = bound.chunks(read.splits[split].rows())
+    numbered = list(islice(enumerate(chunks), first, first + (rows if row is None else 1)))
     if row is not None and not numbered:
         raise RecipeError(
             f"--row: {split} has no row {row}", hint=f"it is made of {counted(read.rows[split], 'row')} of data"
         )
     seed = recipe.train.seed
     if not augmented:
-        return encoded(numbered, task, processor, data, seed if split == "train" else 0)
+        return encoded(numbered, bound, seed if split == "train" else 0)
     if not data.augment or split != "train":
         what = "only train is changed" if data.augment else "data.augment is not given"
         raise RecipeError(f"--augmented: {what}", hint="data.augment='[{name: word-dropout, probability: 0.1}]'")
     examples.check_changeable(read)
-    texts = texts_of(one for _, one in numbered)
+    texts = texts_of((one for _, one in numbered), task.columns)
     kept = sources.cache_home() / "translated-back"
     otherwise = translated_back(texts, data.augment, kept, offline=offline, say=lambda _: None)
-    augmenter = Augmenter.of(data.augment, seed, otherwise)
+    augmenter = Augmenter.of(data.augment, seed, task.columns, otherwise)
     changed = []
     for index, one in numbered:
         changed.append((index, one))
         for epoch in range(EPOCHS):
             values = augmenter.row(one, epoch, index).values
             changed.append((index, Row(f"{one.place} in epoch {epoch + 1}", values)))
-    return encoded(changed, task, processor, data, seed)
+    return encoded(changed, bound, seed)
 
 
-def encoded(rows: Sequence[tuple[int, Row]], task: Task, processor: Any, data: Data, seed: int) -> list[Shown]:
-    """Rows and their numbers as they are after encoding, with what chance decides in the first epoch."""
-    fields = task.encode([row for _, row in rows], processor, data)
+def encoded(rows: Sequence[tuple[int, Row]], bound: BoundTask, seed: int) -> list[Shown]:
+    """Rows and their numbers as they are after encoding, with what is drawn in the first epoch."""
+    fields = bound.encode([row for _, row in rows])
     return [
-        _shown(row, _drawn(index, one, task, seed), task, processor)
+        Shown(row.place, bound.preview(_transformed(index, one, bound, seed)))
         for (index, row), one in zip(rows, fields, strict=True)
     ]
 
 
-def _drawn(index: int, fields: dict[str, Any], task: Task, seed: int) -> dict[str, Any]:
-    """The fields of one example as `Task.draw` gives them."""
-    parts: dict[str, Ragged | torch.Tensor] = {
-        name: Ragged(torch.tensor(value), torch.tensor([0, len(value)]))
-        if isinstance(value, list)
-        else torch.tensor([value])
-        for name, value in fields.items()
-    }
-    batch = task.draw(Batch(parts, 1, len(fields["input_ids"])), np.array([index]), seed)
-    if batch.fields is parts:
+def _transformed(index: int, fields: Fields, bound: BoundTask, seed: int) -> Fields:
+    """The fields of one example after `BoundTask.transform`."""
+    if bound.deterministic_inputs:
         return fields
+    batch = collate(encode_in_memory([fields], lambda rows: rows), np.zeros(1, dtype=np.int64))
+    batch = bound.transform(batch, np.array([index]), seed)
     return {
-        name: value.values.tolist() if isinstance(value, Ragged) else value.tolist()[0]
+        name: value.values.tolist() if isinstance(value, Ragged) else value[0].tolist()
         for name, value in batch.fields.items()
     }
-
-
-def _shown(row: Row, fields: dict[str, Any], task: Task, processor: Any) -> Shown:
-    ids = fields["input_ids"]
-    special = set(processor.all_special_ids)
-    pair = "target" in task.columns and "label" in fields  # an encoder reads the one, a decoder writes the other
-    targets = None if pair else _targets_of_tokens(fields, task, processor)
-    tokens = [
-        Token(text, code in special, target)
-        for text, code, target in zip(spelled(ids, processor), ids, targets or [None] * len(ids), strict=True)
-    ]
-    windows, start = [], 0
-    for length in fields.get("windows") or [len(ids)]:
-        windows.append(tokens[start : start + length])
-        start += length
-    if pair:
-        said = zip(spelled(fields["label"], processor), fields["label"], strict=True)
-        windows.append([Token(text, code in special, text) for text, code in said])
-        return Shown(row.place, None, bool(fields["cut"] or fields["cut_target"]), windows)
-    whole = None if targets is not None or "label" not in row.values else _said(task.target(row))
-    return Shown(row.place, whole, bool(fields.get("cut")), windows)
-
-
-def spelled(ids: Sequence[int], processor: Any) -> list[str]:
-    """Tokens as a person reads them: where a tokenizer spells bytes, a character that several tokens make stands at
-    the last of them, and `…` at the others.
-    """
-    names: list[str] = processor.convert_ids_to_tokens(list(ids))
-    if all(name.isascii() for name in names) or not isinstance(
-        getattr(getattr(processor, "backend_tokenizer", None), "decoder", None), ByteLevel
-    ):
-        return names
-    found, waiting = list[str](), list[str]()
-    for name in names:
-        waiting.append(name)
-        text = processor.convert_tokens_to_string(waiting)
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(waiting) < MAX_BYTES:
-            found.append("…")
-            continue
-        found.append(text if not text.isascii() and text.strip() == text else name)
-        waiting = []
-    return found
-
-
-def _targets_of_tokens(fields: dict[str, Any], task: Task, processor: Any) -> list[str | None] | None:
-    """What is to be said at each token, None where nothing is; None where the task has one target for all of them."""
-    ids = fields["input_ids"]
-    if "learned" in fields:  # some positions: what is to be said is the token itself
-        learned = set(fields["learned"])
-        return [text if place in learned else None for place, text in enumerate(spelled(ids, processor))]
-    if "masked" in fields:  # some positions, and what stood there
-        hidden = dict(zip(fields["masked"], spelled(fields["label"], processor), strict=True))
-        return [hidden.get(place) for place in range(len(ids))]
-    if "first" in fields and "tags" in fields:  # the places of words, and the tag of each
-        names = task.head_config()["id2label"]
-        tags = dict(zip(fields["first"], fields["tags"], strict=True))
-        tags |= dict(zip(fields.get("rest", ()), fields.get("rest_tags", ()), strict=True))
-        return [names[tags[place]] if place in tags else None for place in range(len(ids))]
-    codes = next(
-        (value for name, value in fields.items() if name.startswith("label") and _is_per_token(value, ids)), None
-    )
-    if codes is None:
-        return None
-    names = task.head_config().get("id2label") or {}
-    return [None if code == IGNORED else str(names.get(code, code)) for code in codes]
-
-
-def _is_per_token(value: Any, ids: Sequence[int]) -> bool:
-    """Whether a field has a whole number for each token; a target of several labels has fractions."""
-    return isinstance(value, list) and len(value) == len(ids) and all(isinstance(one, int) for one in value)
-
-
-def _said(target: Any) -> str:
-    return ", ".join(target) or "none" if isinstance(target, tuple) else str(target)
 
 
 def page(rows: Sequence[Shown], title: str) -> str:

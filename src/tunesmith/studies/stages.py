@@ -22,12 +22,12 @@ from typing import Any
 
 from tunesmith import recipe as recipes
 from tunesmith import record, run
-from tunesmith.data.formats.columns import ANSWERS
+from tunesmith.data.columns import labeled, translates
 from tunesmith.errors import RecipeError, UserError
 from tunesmith.recipe import Recipe, Stages
 from tunesmith.run_folder import REPLACED, claim, put_aside, put_back
 from tunesmith.talk import Talk
-from tunesmith.tasks import LOW_IS_GOOD, Task
+from tunesmith.tasks import LOWER_IS_BETTER, Task
 from tunesmith.training import checkpoint, files, machine, parallel
 from tunesmith.training.run_lock import RunLock
 
@@ -124,7 +124,8 @@ def _check_gain(wanted: Stages) -> None:
     drawn = isinstance(last.validation, float) or isinstance(last.test, float)
     for number, one in enumerate(wanted.recipes[:-1], start=1):
         assert isinstance(one.task, Task)
-        if drawn and one.data.train == last.train and ANSWERS & one.task.columns.keys():
+        learned = labeled(one.task.columns) or translates(one.task.columns)
+        if drawn and one.data.train == last.train and learned:
             what = (
                 f"gain: stage {number} learns the answers of {last.train} too, and each seed holds out other rows of it"
             )
@@ -180,7 +181,7 @@ def _run(recipe: Recipe, override: Collection[str], options: dict[str, Any]) -> 
     if _is_done(recipe) and not override:
         options["talk"].say(f"{folder} is finished")
         about = files.read_json(folder / "run.json")
-        return {key: about[key] for key in record.RESULT}
+        return record.result_in(about)
     begun = folder.exists() and any(folder.iterdir())
     return run.train(recipe, resume=folder if begun else None, override=override if begun else (), **options)
 
@@ -213,7 +214,7 @@ def gain_of(
     metric: str, split: str, seeds: list[int], with_: Sequence[float], without: Sequence[float]
 ) -> dict[str, Any]:
     """Mean difference over pairs, above 0 where the earlier stages helped, and its standard error."""
-    sign = -1 if metric in LOW_IS_GOOD else 1
+    sign = -1 if metric in LOWER_IS_BETTER else 1
     gains = [sign * (one - other) for one, other in zip(with_, without, strict=True)]
     mean, error = statistics.fmean(gains), statistics.stdev(gains) / len(gains) ** 0.5
     return {

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunesmith.data.batches import Batch, Limits, collate, cut
-from tunesmith.data.encoded import Encoded, encode
+from tunesmith.data.encoded import Encoded, VariableLength, encode
 from tunesmith.kernels.layout import Layout
 from tunesmith.kernels.padding_free import computes_without_padding, layout_in
 from tunesmith.kernels.tail import Tail, asking
 from tunesmith.models.anatomy import Anatomy
-from tunesmith.tasks import Task
+from tunesmith.tasks import BoundTask
 from tunesmith.training.machine import Machine
 
 KEPT_BYTES = 16 * 2**30
@@ -54,8 +54,8 @@ class Features:
     level: int
     """How many blocks they stand for."""
 
-    kept: dict[Path, Encoded] = field(default_factory=dict)
-    """By the folder of the examples."""
+    kept: dict[str, Encoded] = field(default_factory=dict)
+    """By the key of the examples."""
 
     widths: dict[str, int] = field(default_factory=dict)
     """What each embedding module gives for a token."""
@@ -150,7 +150,7 @@ def _placed(states: Tensor, layout: Layout, places: Tensor | None) -> Tensor:
 def standing_in(model: Any, encoded: Encoded, indices: NDArray[np.int64]) -> Iterator[None]:
     """The model's states of these examples stand in for its lower blocks, where they are kept."""
     features: Features | None = getattr(model, "frozen_features", None)
-    kept = None if features is None else features.kept.get(encoded.folder)
+    kept = None if features is None else features.kept.get(encoded.key)
     if features is None or kept is None:
         yield
         return
@@ -158,7 +158,7 @@ def standing_in(model: Any, encoded: Encoded, indices: NDArray[np.int64]) -> Ite
     states = torch.from_numpy(flat)
     assert features.dtype is not None, "it was recorded"
     states = states.view(features.dtype) if features.dtype != states.dtype else states
-    features.states = states.view(-1, features.width).to(next(model.parameters()).device)
+    features.states = states.to(next(model.parameters()).device)
     try:
         yield
     finally:
@@ -166,7 +166,7 @@ def standing_in(model: Any, encoded: Encoded, indices: NDArray[np.int64]) -> Ite
 
 
 def keep_features(
-    model: Any, task: Task, encoded: Encoded, machine: Machine, folder: Path, say: Callable[[str], None]
+    model: Any, task: BoundTask, encoded: Encoded, machine: Machine, folder: Path, say: Callable[[str], None]
 ) -> bool:
     """Compute the states of some examples, or open them where they are; whether they are used from now on."""
     features: Features = model.frozen_features
@@ -188,14 +188,19 @@ def keep_features(
     def states_of(indices: list[int]) -> list[dict[str, Any]]:
         found = _record(model, task, encoded, machine, np.asarray(indices))
         assert found is not None, "it was recorded for the first few"
-        return [{"states": one.view(torch.int16 if dtype.itemsize == 2 else dtype).numpy().ravel()} for one in found]
+        return [{"states": VariableLength(_numbers(one))} for one in found]
 
-    features.kept[encoded.folder] = encode(range(len(encoded)), states_of, folder)
+    features.kept[encoded.key] = encode(range(len(encoded)), states_of, folder)
     os.utime(folder)  # used now
     if not _same(model, task, encoded, machine, tried):
-        del features.kept[encoded.folder]
+        del features.kept[encoded.key]
         return False
     return True
+
+
+def _numbers(states: Tensor) -> NDArray[Any]:
+    """States as NumPy holds them: bf16, which it lacks, as int16."""
+    return states.view(torch.int16).numpy() if states.dtype.itemsize == 2 else states.numpy()
 
 
 def _existing(folder: Path) -> Path:
@@ -214,13 +219,13 @@ def prune(home: Path) -> None:
 
 
 def _record(
-    model: Any, task: Task, encoded: Encoded, machine: Machine, indices: NDArray[np.int64]
+    model: Any, task: BoundTask, encoded: Encoded, machine: Machine, indices: NDArray[np.int64]
 ) -> list[Tensor] | None:
     """The states of each example; None where they are not one row a token (or one a text) in the examples' order."""
     found: dict[int, Tensor] = {}
     limits = LIMITS.get(machine.device.type, LIMITS["cpu"])
-    order = indices[np.argsort(encoded.lengths[indices], kind="stable")]
-    for first, last in cut(encoded.lengths[order], limits):
+    order = indices[np.argsort(encoded.costs[indices], kind="stable")]
+    for first, last in cut(encoded.costs[order], limits):
         own = order[first:last]
         batch = collate(encoded, own).to(machine.device)
         states = _flat_states(model, task, batch, machine)
@@ -231,12 +236,12 @@ def _record(
     return [found[int(index)] for index in indices]
 
 
-def _flat_states(model: Any, task: Task, batch: Batch, machine: Machine) -> Tensor | None:
+def _flat_states(model: Any, task: BoundTask, batch: Batch, machine: Machine) -> Tensor | None:
     features: Features = model.frozen_features
     features.recorded, features.recording = None, True
     try:
         with torch.no_grad(), machine.autocast():
-            task.forward(model, batch)
+            task.outputs(model, batch)
     except _Enough:
         pass
     finally:
@@ -255,16 +260,16 @@ def _counts(batch: Batch, rows: int) -> list[int] | None:
 
 
 @torch.no_grad()
-def _same(model: Any, task: Task, encoded: Encoded, machine: Machine, indices: NDArray[np.int64]) -> bool:
+def _same(model: Any, task: BoundTask, encoded: Encoded, machine: Machine, indices: NDArray[np.int64]) -> bool:
     """Whether the model answers as before with states standing in."""
     batch = collate(encoded, indices).to(machine.device)
     with machine.autocast():
-        kept = model.frozen_features.kept.pop(encoded.folder)
-        expected = task.forward(model, batch)
-        model.frozen_features.kept[encoded.folder] = kept
+        kept = model.frozen_features.kept.pop(encoded.key)
+        expected = task.outputs(model, batch)
+        model.frozen_features.kept[encoded.key] = kept
         try:
             with standing_in(model, encoded, indices):
-                found = task.forward(model, batch)
+                found = task.outputs(model, batch)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
             return False
     return bool(torch.dist(found.float(), expected.float()) <= 0.01 * (1e-6 + expected.float().norm()))

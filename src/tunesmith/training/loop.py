@@ -1,7 +1,7 @@
 """The one loop: a generator that yields a `Step` after each optimizer step.
 
 Logging, evaluation, saving and early stopping are ordinary code around it. The loop takes objects, not a recipe, so
-that searches, federated rounds and meta-learning call the same one. Three things are exact here: the normalisers of a
+that searches, federated rounds and meta-learning call the same one. Three things are exact here: the normalizers of a
 step are summed over its micro-batches and processes before the first forward pass, so accumulation changes no gradient;
 every micro-step seeds from (seed, step, micro-step, rank), so a resumed run draws what an undisturbed one would;
 running out of memory repeats the same step in smaller pieces.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tunesmith.data.batches import Batch, Batches, Limits, collate
 from tunesmith.errors import ResourceError
 from tunesmith.models.anatomy import Anatomy
-from tunesmith.tasks import Task
+from tunesmith.tasks import BoundTask
 from tunesmith.training import optimizer as optimizers
 from tunesmith.training import parallel
 from tunesmith.training.feature_cache import standing_in
@@ -34,7 +34,10 @@ FP16_SCALE, FP16_GROWTH_STEPS = 2.0**16, 2000
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, over all processes. `number` counts from 1; not `finite`: the weights were left alone."""
+    """One optimizer step, over all processes. `number` counts from 1; not `finite`: the weights were left alone.
+
+    `cost` is in the units of the task (tokens, pixels).
+    """
 
     number: int
     epoch: float
@@ -42,7 +45,7 @@ class Step:
     learning_rate: float
     grad_norm: float
     examples: int
-    tokens: int
+    cost: int
     seconds: float
     finite: bool
 
@@ -53,13 +56,12 @@ class Engine:
 
     model: nn.Module
     anatomy: Anatomy
-    task: Task
+    task: BoundTask
     optimizer: torch.optim.Optimizer
     machine: Machine
     limits: Limits
     seed: int
     max_grad_norm: float | None = 1.0
-    label_smoothing: float = 0.0
     may_checkpoint: bool = True
     """Whether gradient checkpointing may be switched on when a single example does not fit."""
     say: Callable[[str], None] = print
@@ -91,7 +93,7 @@ def steps(
         set_modes(engine)
         rate = optimizers.set_rate(engine.optimizer, factor(number))
         while True:
-            loss, norm, tokens = _gradients(engine, batches, number)  # not clipped: the step does it in passing
+            loss, norm, cost = _gradients(engine, batches, number)  # not clipped: the step does it in passing
             finite = bool(np.isfinite(loss) and np.isfinite(norm))
             done = not finite or optimizers.take_step(engine.optimizer, _share_kept(engine, norm))
             engine.optimizer.zero_grad(set_to_none=True)
@@ -105,14 +107,14 @@ def steps(
             learning_rate=rate,
             grad_norm=norm,
             examples=len(batches.indices(number)),
-            tokens=tokens,
+            cost=cost,
             seconds=time.perf_counter() - began,
             finite=finite,
         )
 
 
 def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, float, int]:
-    """Fill the gradients of one step; loss, gradient norm and tokens. Repeats what did not fit."""
+    """Fill the gradients of one step; loss, gradient norm and cost. Repeats what did not fit."""
     device = engine.machine.device
     while True:
         parts = batches.micro_batches(number, engine.limits)
@@ -135,13 +137,13 @@ def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, fl
         loss, norm = float(summed["loss"]), _reduce(engine)
         if engine.machine.autocast_dtype == torch.float16 and not _fp16_fits(engine, loss, norm):
             continue
-        return loss, norm, int(summed["tokens"])
+        return loss, norm, int(summed["cost"])
 
 
 def _drawn(engine: Engine, batches: Batches, indices: NDArray[np.int64], number: int) -> Batch:
     """Some examples of a step (counted from 0), as they are in its epoch."""
     batch = collate(batches.examples(number), indices)
-    return engine.task.draw(batch, indices, engine.seed, number // batches.steps_per_epoch)
+    return engine.task.transform(batch, indices, engine.seed, number // batches.steps_per_epoch)
 
 
 def _accumulate(
@@ -152,18 +154,18 @@ def _accumulate(
     number: int,
     batches: Batches,
 ) -> dict[str, Tensor]:
-    """Forward and backward over this process's micro-batches of one step; its share of the loss, and its tokens."""
+    """Forward and backward over this process's micro-batches of one step; its share of the loss, and their cost."""
     device = engine.machine.device
     scale = engine.fp16_scale if engine.machine.autocast_dtype == torch.float16 else 1.0
     total = torch.zeros((), device=device)
     for index, (batch, examples) in enumerate(zip(micro, parts, strict=True)):
         _seed(_mix(engine.seed, number, index, batches.rank), device)
         with engine.machine.autocast(), standing_in(engine.model, batches.examples(number), examples):
-            loss = engine.task.loss(engine.model, batch.to(device), normalizers, engine.label_smoothing)
+            loss = engine.task.loss(engine.model, batch.to(device), normalizers)
         (loss * scale if scale != 1.0 else loss).backward()
         total += loss.detach()
-    tokens = sum(batch.tokens for batch in micro)
-    return {"loss": total, "tokens": torch.tensor(float(tokens), device=device)}
+    cost = sum(int(batches.examples(number).costs[examples].sum()) for examples in parts)
+    return {"loss": total, "cost": torch.tensor(float(cost), device=device)}
 
 
 def _normalizers(engine: Engine, micro: list[Batch], device: torch.device) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from tunesmith.data.formats import Row
 from tunesmith.data.masks import Tokens, choose, hide
 from tunesmith.recipe import Data
 from tunesmith.tasks.fill_mask import FillMask
-from tunesmith.testing import MADE_UP, tiny_tokenizer
+from tunesmith.testing import sample_row, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -32,7 +32,7 @@ def _blocks(*texts: str, length: int = 8, tokenizer: Any = TOKENIZER, **how: Any
 
 @pytest.mark.parametrize("length", (4, 7, 32))
 def test_no_token_is_lost_and_none_is_padding(length: int) -> None:
-    texts = [str(MADE_UP["fill-mask"](number)["text"]) for number in range(40)]
+    texts = [str(sample_row("fill-mask", number)["text"]) for number in range(40)]
     found = _blocks(*texts, length=length)
     for one in found:
         assert one["input_ids"][0] == TOKENIZER.cls_token_id and one["input_ids"][-1] == TOKENIZER.sep_token_id
@@ -187,7 +187,7 @@ def test_jieba_tells_chinese_words(home: Path, capfd: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("length", (4, 5, 7, 32, 1000))
 def test_packed_documents_keep_apart_and_each_token_is_learned_once(length: int) -> None:
-    texts = [str(MADE_UP["fill-mask"](number)["text"]) for number in range(20)]
+    texts = [str(sample_row("fill-mask", number)["text"]) for number in range(20)]
     found = [dict(row.values) for row in packed(_rows(*texts), "text", TOKENIZER, length, [2], [3])]
     pairs, firsts = [], []
     for block in found:

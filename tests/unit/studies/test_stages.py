@@ -14,7 +14,7 @@ from tunesmith import run
 from tunesmith.errors import CheckpointError, Interrupted, RecipeError, UserError
 from tunesmith.studies import stages
 from tunesmith.talk import Talk
-from tunesmith.testing import MADE_UP, tiny_model, tiny_tokenizer
+from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 
 QUIET = Talk(level=-1)
 
@@ -24,7 +24,7 @@ def written(tmp_path: Path, reviews_csv: Path) -> Path:
     """A recipe of two stages over a base without a head."""
     tiny_model("bert", "AutoModel").save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    texts = "\n\n".join(str(MADE_UP["fill-mask"](number)["text"]) for number in range(30))
+    texts = "\n\n".join(str(sample_row("fill-mask", number)["text"]) for number in range(30))
     (tmp_path / "texts.txt").write_text(texts)
     path = tmp_path / "two.yaml"
     path.write_text(f"""\

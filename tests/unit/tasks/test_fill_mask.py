@@ -22,7 +22,7 @@ from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.talk import Talk
 from tunesmith.tasks.fill_mask import FillMask
-from tunesmith.testing import MADE_UP, Case, case, tiny_model, tiny_tokenizer
+from tunesmith.testing import Case, case, sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training import evaluate
 from tunesmith.training.machine import Machine
 
@@ -39,7 +39,7 @@ def trial(tmp_path: Path) -> Case:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     for number in range(40):
-        (folder / f"{number:02}.txt").write_text(str(MADE_UP["fill-mask"](number)["text"]))
+        (folder / f"{number:02}.txt").write_text(str(sample_row("fill-mask", number)["text"]))
     return folder
 
 
@@ -149,7 +149,7 @@ def finished(texts: Path, headless: Path, tmp_path_factory: pytest.TempPathFacto
     """A run over a base without a head, with other text to be scored on, and what it printed."""
     work = tmp_path_factory.mktemp("finished")
     general = work / "general.jsonl"
-    rows = [{"sentence": MADE_UP["text-classification"](n)["text"], "n": n} for n in range(30)]
+    rows = [{"sentence": sample_row("text-classification", n)["text"], "n": n} for n in range(30)]
     general.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(work / "home"))

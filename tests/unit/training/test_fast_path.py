@@ -16,7 +16,7 @@ from tunesmith.kernels.graphs import Graphs
 from tunesmith.models.anatomy import anatomy
 from tunesmith.talk import Talk
 from tunesmith.techniques.lora import LoraLinear
-from tunesmith.testing import MADE_UP, tiny_model, tiny_tokenizer
+from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training.machine import Machine
 
 TRIALS: list[tuple[str, str, Any]] = [
@@ -53,7 +53,7 @@ def test_first_fifty_losses(
     without |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "seq_classif_dropout": 0.0}
     tiny_model(family, BASES.get(task, "AutoModel"), **without).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    rows = "".join(json.dumps(MADE_UP[task](number)) + "\n" for number in range(64))
+    rows = "".join(json.dumps(sample_row(task, number)) + "\n" for number in range(64))
     (tmp_path / "train.jsonl").write_text(rows)
     recipe = {
         "task": task,
@@ -95,7 +95,7 @@ def test_the_way_of_a_gpu_played_here_gives_the_same_losses(tmp_path: Path, monk
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     tiny_model("llama", "AutoModelForCausalLM", **sizes).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    rows = "".join(json.dumps(MADE_UP["text-classification"](number)) + "\n" for number in range(32))
+    rows = "".join(json.dumps(sample_row("text-classification", number)) + "\n" for number in range(32))
     (tmp_path / "train.jsonl").write_text(rows)
     recipe = {
         "task": "text-classification",

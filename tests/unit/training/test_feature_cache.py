@@ -11,7 +11,7 @@ import pytest
 from tunesmith import prepare, run
 from tunesmith.models import sources
 from tunesmith.talk import Talk
-from tunesmith.testing import MADE_UP, tiny_model, tiny_tokenizer
+from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training import feature_cache
 
 QUIET = Talk(level=-1)
@@ -24,7 +24,7 @@ TECHNIQUES = {
 
 
 def _rows(task: str, path: Path, count: int) -> str:
-    path.write_text("".join(json.dumps(MADE_UP[task](number)) + "\n" for number in range(count)))
+    path.write_text("".join(json.dumps(sample_row(task, number)) + "\n" for number in range(count)))
     return str(path)
 
 
