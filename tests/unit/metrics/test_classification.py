@@ -30,12 +30,12 @@ SEEDS = range(4)
 
 def _one(labels: Sequence[int] | Tensor) -> Batch:
     labels = torch.as_tensor(labels)
-    return Batch({"label": labels}, len(labels), len(labels))
+    return Batch({"label": labels}, len(labels))
 
 
 def _several(labels: Tensor) -> Batch:
     offsets = torch.arange(len(labels) + 1) * labels.shape[1]
-    return Batch({"label": Ragged(labels.flatten().float(), offsets)}, len(labels), labels.numel())
+    return Batch({"label": Ragged(labels.flatten().float(), offsets)}, len(labels))
 
 
 def _classes(count: int) -> list[str]:
@@ -44,19 +44,19 @@ def _classes(count: int) -> list[str]:
 
 def _scores(outputs: Tensor, labels: Sequence[int] | Tensor) -> dict[str, Any]:
     scores = ClassificationMetrics(_classes(outputs.shape[1]))
-    scores.update(outputs, _one(labels))
+    scores.update(_one(labels), outputs)
     return scores.compute()
 
 
 def _label_scores(outputs: Tensor, labels: Tensor) -> dict[str, Any]:
     scores = MultiLabelMetrics(_classes(outputs.shape[1]))
-    scores.update(outputs, _several(labels))
+    scores.update(_several(labels), outputs)
     return scores.compute()
 
 
 def _number_scores(predictions: Sequence[float] | Tensor, labels: Sequence[float] | Tensor) -> dict[str, Any]:
     scores = RegressionMetrics()
-    scores.update(torch.as_tensor(predictions)[:, None].float(), _one(torch.as_tensor(labels).float()))
+    scores.update(_one(torch.as_tensor(labels).float()), torch.as_tensor(predictions)[:, None].float())
     return scores.compute()
 
 
@@ -172,10 +172,10 @@ def _drawn(kind: str) -> tuple[Any, Tensor, Batch]:
 def test_chunks_of_any_size_give_the_same_scores(kind: str, chunks: list[int]) -> None:
     build, outputs, batch = _drawn(kind)
     whole, streamed = build(), build()
-    whole.update(outputs, batch)
-    labels = batch.ragged("label").values.view(50, -1) if kind == "several" else batch.scalar("label")
+    whole.update(batch, outputs)
+    labels = batch.ragged("label").values.view(50, -1) if kind == "several" else batch.tensor("label")
     for part, wanted in zip(outputs.split(chunks), labels.split(chunks), strict=True):
-        streamed.update(part, _several(wanted) if kind == "several" else _one(wanted))
+        streamed.update(_several(wanted) if kind == "several" else _one(wanted), part)
     first, second = whole.compute(), streamed.compute()
     assert _numbers(second) == pytest.approx(_numbers(first), rel=1e-6)
     assert first.keys() == second.keys() and first.get("confusion_matrix") == second.get("confusion_matrix")
@@ -184,9 +184,9 @@ def test_chunks_of_any_size_give_the_same_scores(kind: str, chunks: list[int]) -
 def test_more_can_come_after_a_score() -> None:
     build, outputs, batch = _drawn("one")
     scores = build()
-    scores.update(outputs, batch)
+    scores.update(batch, outputs)
     first = scores.compute()
-    scores.update(outputs, batch)
+    scores.update(batch, outputs)
     assert _numbers(scores.compute()) == pytest.approx(_numbers(first), rel=1e-6)
 
 
@@ -269,7 +269,7 @@ def test_what_is_no_number_is_not_scored(kind: str, bad: float) -> None:
     build, outputs, batch = _drawn(kind)
     outputs[3, 0] = bad
     with pytest.raises(NumericError, match="NaN") as caught:
-        build().update(outputs, batch)
+        build().update(batch, outputs)
     assert caught.value.exit_code == 5
 
 

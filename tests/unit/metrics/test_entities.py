@@ -26,14 +26,14 @@ SETS = {scheme: tags_of_types(TYPES, scheme, bare=False) for scheme in PREFIXES}
 def _batch(tags: Sequence[Sequence[int]]) -> Batch:
     lengths = [len(one) for one in tags]
     flat = torch.tensor([tag for one in tags for tag in one])
-    return Batch({"tags": Ragged(flat, torch.tensor([0, *np.cumsum(lengths)]))}, len(tags), len(flat))
+    return Batch({"tags": Ragged(flat, torch.tensor([0, *np.cumsum(lengths)]))}, len(tags))
 
 
 def _scored(names: list[str], true: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]]) -> dict[str, Any]:
     scores = EntityMetrics(names)
     for start in range(0, len(true), 100):
         flat = torch.tensor([tag for one in predicted[start : start + 100] for tag in one])
-        scores.update(torch.nn.functional.one_hot(flat, len(names)).float(), _batch(true[start : start + 100]))
+        scores.update(_batch(true[start : start + 100]), torch.nn.functional.one_hot(flat, len(names)).float())
     return scores.compute()
 
 
@@ -110,8 +110,8 @@ CASES = {
 def test_errors_of_boundaries_are_told_from_those_of_types(true: str, predicted: str, errors: dict[str, int]) -> None:
     names = SETS["BIO"]
     codes = [[[names.index(tag) for tag in side.split()]] for side in (true, predicted)]
-    scores_ = _scored(names, *codes)["errors"]
-    assert scores_ == dict.fromkeys(scores_, 0) | errors
+    computed = _scored(names, *codes)["errors"]
+    assert computed == dict.fromkeys(computed, 0) | errors
 
 
 def test_an_entity_does_not_go_on_in_the_next_sentence() -> None:
@@ -127,13 +127,13 @@ def test_without_entities_there_is_nothing_to_find() -> None:
 
 def test_loss_and_accuracy_are_of_words() -> None:
     scores, logits = EntityMetrics(SETS["BIO"]), torch.randn(5, len(SETS["BIO"]), generator=torch.manual_seed(0))
-    scores.update(logits, _batch([[0, 1, 2], [3, 0]]))
+    scores.update(_batch([[0, 1, 2], [3, 0]]), logits)
     wanted = torch.tensor([0, 1, 2, 3, 0])
-    scores_ = scores.compute()
-    assert scores_["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, wanted)))
-    assert scores_["accuracy"] == pytest.approx(float((logits.argmax(1) == wanted).float().mean()))
+    computed = scores.compute()
+    assert computed["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, wanted)))
+    assert computed["accuracy"] == pytest.approx(float((logits.argmax(1) == wanted).float().mean()))
     with pytest.raises(NumericError):
-        scores.update(logits * float("nan"), _batch([[0, 1, 2], [3, 0]]))
+        scores.update(_batch([[0, 1, 2], [3, 0]]), logits * float("nan"))
 
 
 def test_support_of_empty_types_is_left_out() -> None:
