@@ -206,11 +206,11 @@ class Case:
         """Losses of the steps from `start` to `stop`."""
         batches = Batches(self.encoded, 8, self.recipe.train.seed)
         factor = optimizer.schedule(self.recipe.train, total)
-        self.technique.thaw(engine.model, self.anatomy, start / total)
+        self.technique.update_trainable(engine.model, self.anatomy, start / total)
         losses = []
         for step in loop.steps(engine, batches, factor, start=start, total=stop):
             losses.append(step.loss)
-            self.technique.thaw(engine.model, self.anatomy, step.number / total)
+            self.technique.update_trainable(engine.model, self.anatomy, step.number / total)
         return losses
 
 
@@ -283,7 +283,7 @@ def _check_start(case: Case) -> None:
         assert same, "says that it starts as the base model, and answers differently"
     learns = {name for name, parameter in case.model.named_parameters() if parameter.requires_grad}
     assert learns, "nothing learns"
-    assert case.anatomy.learns_always <= learns, "a new head does not learn"
+    assert case.anatomy.always_trainable <= learns, "a new head does not learn"
 
 
 def _check_training(case: Case) -> None:
@@ -291,7 +291,7 @@ def _check_training(case: Case) -> None:
     frozen = {name: p.detach().clone() for name, p in case.model.named_parameters() if not p.requires_grad}
     names = [name for name, parameter in case.model.named_parameters() if parameter.requires_grad]
     before_training = case.loss(case.model)
-    steps = 30 if case.anatomy.learns_always else 120  # without a new head what learns has further to go
+    steps = 30 if case.anatomy.always_trainable else 120  # without a new head what learns has further to go
     case.train(case.engine(), 0, steps, total=steps)
     after_training = case.loss(case.model)
     assert after_training < 0.98 * before_training, f"the loss does not fall: {before_training} to {after_training}"
@@ -301,7 +301,7 @@ def _check_training(case: Case) -> None:
     trained = case.answers(case.model)
     again = copy.deepcopy(case.base)
     case.technique.apply(again, case.anatomy, case.processor)
-    if case.technique.artefact == "adapter":
+    if case.technique.artifact == "adapter":
         case.technique.load_adapter(again, dict(case.technique.adapter_tensors(case.model)))
     else:
         artefact.put(again, artefact.learned(case.model, names))

@@ -1,32 +1,20 @@
-"""Settings of each technique for the contract tests, and the generator of the support matrix.
+"""The cases of the contract tests, and the support matrix.
 
-python tests/contract/matrix.py        # rewrites docs/support.md, about four minutes
+python tests/contract/matrix.py        # rewrites docs/support.md in about four minutes
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tunesmith import registry
 from tunesmith.errors import RecipeError
 from tunesmith.models import load as models
+from tunesmith.techniques import Technique
 from tunesmith.testing import FAMILIES, check
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "full": [{}, {"layer_lr_decay": 0.8}],
-    "freeze": [{"last_n_blocks": 1}, {"head_only": True}, {"last_n_blocks": 2, "gradual": True}],
-    "lora": [{"r": 4}, {"r": 4, "target_modules": "all-linear", "rslora": True}, {"r": 2, "dora": True},
-             {"r": 4, "init": "pissa"}, {"r": 4, "lora_plus_ratio": 4.0}, {"r": 4, "bits": 4},
-             {"r": 4, "bits": 8, "target_modules": "all-linear"}],
-    "adapter": [{"kind": kind} for kind in ("houlsby", "pfeiffer", "parallel")],
-    "ia3": [{}, {"target_modules": ["query", "attention_output"], "feedforward_modules": []}],
-    "prompt": [{"num_virtual_tokens": 5}, {"num_virtual_tokens": 5, "init_text": "great or bad"}],
-    "prefix": [{"num_virtual_tokens": 5}, {"num_virtual_tokens": 5, "reparameterize": 16}],
-    "peft": [{"type": "LOHA"}, {"type": "OFT", "config": {"oft_block_size": 8}}],
-}  # fmt: skip
-"""Settings to test besides a technique's defaults."""
 
 HEAD = """# Support matrix
 
@@ -38,8 +26,8 @@ output, 5 steps + resume + 5 steps = 10 steps bitwise, and accumulation is exact
 
 
 def variants(technique: str) -> list[dict[str, Any]]:
-    """Return the settings of a technique to test."""
-    return VARIANTS.get(technique, [{}])
+    """Return the recipe keys that a technique is tested with."""
+    return cast(type[Technique], registry.get("technique", technique)).variants()
 
 
 def label(technique: str, keys: dict[str, Any]) -> str:
@@ -48,7 +36,7 @@ def label(technique: str, keys: dict[str, Any]) -> str:
 
 
 def fitting(task: str) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the families that have a model for a task, and for the others: reason -> families."""
+    """Return the families with a model for a task, and the others by reason."""
     fit, others = list[str](), dict[str, list[str]]()
     model_class = registry.get("task", task).model_class  # type: ignore[attr-defined]
     for family in FAMILIES:
@@ -56,14 +44,14 @@ def fitting(task: str) -> tuple[list[str], dict[str, list[str]]]:
             models.config_class(family, model_class)
             fit.append(family)
         except RecipeError as refusal:
-            why = refusal.what.removeprefix("model: ").replace(f"a {family} model", "such a model")
-            others.setdefault(why, []).append(family)
+            reason = refusal.what.removeprefix("model: ").replace(f"a {family} model", "such a model")
+            others.setdefault(reason, []).append(family)
     return fit, others
 
 
 def refused() -> set[tuple[str, str, str]]:
-    """Return (task, row, family) of each refusal on the committed page."""
-    found, task, families = set(), "", []
+    """Return (task, row, family) of each refusal in the committed page."""
+    refusals, task, families = set(), "", []
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("## "):
@@ -71,20 +59,20 @@ def refused() -> set[tuple[str, str, str]]:
         elif line.startswith("| technique"):
             families = cells[1:]
         elif line.startswith("| ") and task:
-            found |= {
+            refusals |= {
                 (task, cells[0].strip("`"), name)
-                for name, said in zip(families, cells[1:], strict=True)
-                if said != "yes"
+                for name, cell in zip(families, cells[1:], strict=True)
+                if cell != "yes"
             }
-    return found
+    return refusals
 
 
 def main() -> None:
-    """Run every check and write the page."""
+    """Run every case and write the page."""
     lines, reasons = [HEAD], []
     for task in registry.names("task"):
         families, others = fitting(task)
-        lines += [f"## {task}\n", *(f"Not {', '.join(names)}: {why}.\n" for why, names in others.items())]
+        lines += [f"## {task}\n", *(f"Not {', '.join(names)}: {reason}.\n" for reason, names in others.items())]
         lines += [f"| technique | {' | '.join(families)} |", "|---" * (len(families) + 1) + "|"]
         for technique in registry.names("technique"):
             for keys in variants(technique):
@@ -94,8 +82,8 @@ def main() -> None:
                         check({"name": technique, **keys}, task, family)
                         cells.append("yes")
                     except RecipeError as refusal:
-                        who = f"{label(technique, keys)} on {family}: " if "technique" in str(refusal) else ""
-                        reason = f"{who}{refusal}"
+                        case = f"{label(technique, keys)} on {family}: " if "technique" in str(refusal) else ""
+                        reason = f"{case}{refusal}"
                         reasons += [reason] if reason not in reasons else []
                         cells.append(f"no ({reasons.index(reason) + 1})")
                 lines.append(f"| `{label(technique, keys)}` | {' | '.join(cells)} |")

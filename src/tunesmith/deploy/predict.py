@@ -140,7 +140,7 @@ def load(
     recipe = load_recipe(folder / "recipe.yaml")
     if to_merge:
         assert isinstance(recipe.technique, Technique)
-        recipe = recipe.model_copy(update={"technique": recipe.technique.over_original()})
+        recipe = recipe.model_copy(update={"technique": recipe.technique.for_merge()})
     if (folder / "adapter" / "adapter_config.json").exists():
         source = sources.resolve(str(base or recipe.model), offline=offline, allow_pickle=allow_pickle)
         tuned = _ready(recipe, source, folder / "adapter", found.device)

@@ -23,8 +23,8 @@ from tunesmith.data.formats import Row
 from tunesmith.data.preview import Preview, Token
 from tunesmith.data.texts import as_bytes, count_tokens, cut_texts, preview_tokens, spell, token_costs, unknown_notes
 from tunesmith.kernels.vocabulary import token_loss, token_shares
-from tunesmith.metrics.language import SurpriseScores
-from tunesmith.metrics.texts import TextScores
+from tunesmith.metrics.language import PerplexityMetrics
+from tunesmith.metrics.texts import TextMetrics
 from tunesmith.recipe_values import Generation
 from tunesmith.tasks import Answer, Baseline, BoundTask, Inspection, Metrics
 from tunesmith.tasks._generation import token_frequencies
@@ -44,8 +44,8 @@ BLEU_TOKENS = {"zh": "zh", "ja": "char", "th": "char", "km": "char", "my": "char
 def translation_metrics(task: Any) -> Metrics:
     """Loss, perplexity, accuracy of the next token; BLEU and chrF of generated translations."""
     known = languages.language(task.target_lang or "")
-    texts = TextScores(SCORES, tokenize=BLEU_TOKENS.get(known.two if known else "", "13a"))
-    return SurpriseScores(texts, max_texts=task.scored_rows)
+    texts = TextMetrics(SCORES, tokenize=BLEU_TOKENS.get(known.two if known else "", "13a"))
+    return PerplexityMetrics(texts, max_texts=task.scored_rows)
 
 
 def shift_right(config: Any, labels: Tensor) -> Tensor:

@@ -130,12 +130,12 @@ def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, fl
             if not is_out_of_memory(error):
                 raise
         # processes exchange nothing while one of them may run out of memory; here all of them learn that one did
-        if parallel.largest(int(totals is None), device):
+        if parallel.all_reduce_max(int(totals is None), device):
             engine.optimizer.zero_grad(set_to_none=True)
             _make_room(engine, parts)
             continue
         assert totals is not None, "no process ran out of memory"
-        summed = parallel.sum_all(totals, device)
+        summed = parallel.all_reduce_sum(totals, device)
         loss, norm = float(summed["loss"]), _reduce(engine)
         if engine.machine.autocast_dtype == torch.float16 and not _fp16_fits(engine, loss, norm):
             continue
@@ -183,7 +183,7 @@ def _normalizers(engine: Engine, micro: list[Batch], device: torch.device) -> di
     for batch in micro:
         for name, value in engine.task.normalizers(batch).items():
             totals[name] = totals.get(name, torch.zeros((), device=device)) + value.to(device)
-    return parallel.sum_all(totals, device)
+    return parallel.all_reduce_sum(totals, device)
 
 
 def _reduce(engine: Engine) -> float:
@@ -226,7 +226,7 @@ def _make_room(engine: Engine, parts: list[NDArray[np.int64]]) -> None:
     """Halve the micro-batch; the batch, and so the result, stays what it was."""
     if engine.machine.device.type == "cuda":
         torch.cuda.empty_cache()
-    tried = parallel.largest(max((len(part) for part in parts), default=0), engine.machine.device)
+    tried = parallel.all_reduce_max(max((len(part) for part in parts), default=0), engine.machine.device)
     if tried > 1:
         engine.limits = replace(engine.limits, max_examples=tried // 2)
         engine.say(f"out of memory: going on with at most {tried // 2} examples at once, same batch_size")
