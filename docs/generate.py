@@ -13,7 +13,7 @@ from typing import Any
 
 from tunesmith import registry
 from tunesmith.recipe import ALIASES, Data, Gain, Recipe, Train
-from tunesmith.recipe_values import Augmentation, Generation
+from tunesmith.recipe.fields import Augmentation, Generation
 
 PAGE = Path(__file__).with_name("recipe.md")
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}

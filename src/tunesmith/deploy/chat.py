@@ -11,7 +11,7 @@ from dataclasses import replace
 from tunesmith.data.conversations import Message
 from tunesmith.deploy.predict import Tuned
 from tunesmith.errors import RecipeError
-from tunesmith.recipe_values import Generation
+from tunesmith.recipe.fields import Generation
 
 ANEW = "/new"
 """Begins another conversation."""

@@ -24,7 +24,7 @@ from tunesmith.models.directions import Direction
 from tunesmith.models.load import UNBOUNDED
 from tunesmith.models.writing import write
 from tunesmith.recipe import Data
-from tunesmith.recipe_values import Generation
+from tunesmith.recipe.fields import Generation
 from tunesmith.tasks.text_generation import TextGeneration
 
 CUT = "sources are longer than is read and were cut (raise data.max_length)"

@@ -38,7 +38,7 @@ from tunesmith.models.load import length_limit
 from tunesmith.models.snippets import fetch_general, general_files
 from tunesmith.models.writing import Spoken, likeliest, write
 from tunesmith.recipe import Data
-from tunesmith.recipe_values import General, Generation
+from tunesmith.recipe.fields import General, Generation
 from tunesmith.tasks import Metrics, WritingTask
 
 GROUPS = Limits(2**20, 2**40, 512)

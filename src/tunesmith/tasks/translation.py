@@ -30,7 +30,7 @@ from tunesmith.metrics.language import SurpriseScores
 from tunesmith.metrics.texts import TextScores
 from tunesmith.models.directions import direction
 from tunesmith.recipe import Data
-from tunesmith.recipe_values import Generation
+from tunesmith.recipe.fields import Generation
 from tunesmith.tasks import Metrics, WritingTask
 from tunesmith.tasks._translators import Decoder, EncoderDecoder, Translator
 

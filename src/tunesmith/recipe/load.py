@@ -1,7 +1,7 @@
 """The recipe: all of a run in one frozen tree, read from YAML 1.2 and `key=value`, refused early and by line.
 
 Precedence is command line > file > defaults. Hugging Face's names are accepted where ours differ; the resolved recipe
-shows ours. How it is read is in `recipe_text.py`, how a value is refused in `recipe_refusals.py`.
+shows ours. How it is read is in `yaml.py`, how a value is refused in `validation.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, PrivateAttr, SerializeAsAny, model_validator
 
-from tunesmith import recipe_text, registry
+from tunesmith import registry
 from tunesmith.errors import RecipeError, UserError, did_you_mean, shorten
-from tunesmith.recipe_names import ALIASES, BATCH, KIN, SAME, STEPS
-from tunesmith.recipe_refusals import Leaves, checked, place_of
-from tunesmith.recipe_text import Key, Written, to_yaml
-from tunesmith.recipe_values import Augmentation, Local, local_path
+from tunesmith.recipe import yaml
+from tunesmith.recipe.aliases import ALIASES, BATCH, KIN, SAME, STEPS
+from tunesmith.recipe.fields import Augmentation, Local, local_path
+from tunesmith.recipe.validation import Leaves, checked, place_of
+from tunesmith.recipe.yaml import Key, Written, to_yaml
 from tunesmith.registry import Keys, Plugin
 
 __all__ = ["Data", "Recipe", "Train", "load", "located", "to_yaml"]
@@ -288,10 +289,10 @@ def located(error: E, path: str | Path | None, overrides: Iterable[str]) -> E:
 
 def _written(path: str | Path | None, overrides: Iterable[str], values: Mapping[str, Any] | None) -> list[Written]:
     """What was written where, the later before the earlier in force."""
-    written = [] if path is None else [recipe_text.read_file(Path(path))]
-    written += [recipe_text.read_mapping(values)] if values else []
+    written = [] if path is None else [yaml.read_file(Path(path))]
+    written += [yaml.read_mapping(values)] if values else []
     words = list(overrides)
-    return [*written, recipe_text.read_words(words)] if words else written
+    return [*written, yaml.read_words(words)] if words else written
 
 
 def _leaves(written: Iterable[Written]) -> Leaves:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tunesmith import recipe_text
 from tunesmith.errors import RecipeError
-from tunesmith.recipe_text import read_file, read_mapping, read_words, to_yaml
+from tunesmith.recipe import yaml
+from tunesmith.recipe.yaml import read_file, read_mapping, read_words, to_yaml
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ BOMB = "x: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
     ids=lambda text: text[:12],
 )
 def test_hostile_and_broken_yaml(text: str, said: str, read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe_text, "MAX_YAML_VALUES", 1000)
+    monkeypatch.setattr(yaml, "MAX_YAML_VALUES", 1000)
     with pytest.raises(RecipeError, match=said):
         read(text)
 

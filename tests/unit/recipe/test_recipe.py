@@ -15,8 +15,8 @@ from ruamel.yaml import YAML
 from tunesmith import registry
 from tunesmith.errors import CheckpointError, DataError, RecipeError, UserError
 from tunesmith.recipe import ALIASES, Recipe, load, load_stages, located, to_yaml
-from tunesmith.recipe_forms import schema, starter
-from tunesmith.recipe_names import KIN
+from tunesmith.recipe.aliases import KIN
+from tunesmith.recipe.starter import schema, starter
 
 HEAD = "task: text-classification\nmodel: tiny\n"
 
@@ -98,7 +98,7 @@ def test_mistakes_on_the_command_line(word: str, read: Any) -> None:
     assert _refusal(read, HEAD, word).startswith("command line: ")
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 VALUES: dict[str, Any] = {
     "train.epochs": 2.0,

@@ -20,9 +20,11 @@ import pytest
 import typer
 
 import tunesmith
-from tunesmith import cli, recipe, recipe_forms, registry
+from tunesmith import recipe, registry
+from tunesmith.cli import app as cli
 from tunesmith.data.batches import Batches
 from tunesmith.models.package_index import FETCHED
+from tunesmith.recipe import starter
 from tunesmith.studies import doctor
 from tunesmith.talk import Talk
 
@@ -352,8 +354,8 @@ def test_models(command: Command, home: Path, tiny_bert: Path) -> None:
 
 def test_schema(command: Command) -> None:
     code, out, err = command("schema")
-    assert code == 0 and err == "" and json.loads(out) == recipe_forms.schema()
-    assert json.loads(command("schema", "--json")[1]) == recipe_forms.schema()
+    assert code == 0 and err == "" and json.loads(out) == starter.schema()
+    assert json.loads(command("schema", "--json")[1]) == starter.schema()
 
 
 def test_doctor(command: Command) -> None:
@@ -405,7 +407,7 @@ def test_init_writes_over_nothing(command: Command, tmp_path: Path) -> None:
     for place, said in ((target, "there is a file already"), (tmp_path / "none" / "a.yaml", "there is no such folder")):
         code, out, err = command("init", "text-classification", "--output", str(place))
         assert code == 2 and out == "" and said in err and "; " in err
-    assert target.read_text(encoding="utf-8") == recipe_forms.starter("text-classification", "lora")
+    assert target.read_text(encoding="utf-8") == starter.starter("text-classification", "lora")
 
 
 def test_a_bug_of_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -533,7 +535,8 @@ def test_shell_completion(
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
 def test_a_signal_before_a_run_has_begun(verb: str, number: signal.Signals) -> None:
     code = (
-        "import os, signal, sys; from tunesmith import cli; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import os, signal, sys\nfrom tunesmith.cli import app as cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"cli.app = lambda **_: os.kill(os.getpid(), {int(number)}); sys.argv = ['tunesmith', '{verb}']; cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

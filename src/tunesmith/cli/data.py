@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli_options import (
+from tunesmith.cli.options import (
     AllowPickle,
     Json,
     Offline,

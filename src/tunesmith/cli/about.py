@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli_options import AllowPickle, Json, Offline, Quiet, Verbose, emit, new_talk, verb
+from tunesmith.cli.options import AllowPickle, Json, Offline, Quiet, Verbose, emit, new_talk, verb
 
 if TYPE_CHECKING:
     from tunesmith import registry
@@ -96,9 +96,9 @@ def models_path(
 @verb
 def schema(as_json: Json = False) -> None:
     """The recipe's JSON schema, for editors."""
-    from tunesmith import recipe_forms
+    from tunesmith.recipe import starter
 
-    print(json.dumps(recipe_forms.schema(), indent=None if as_json else 2, ensure_ascii=False))
+    print(json.dumps(starter.schema(), indent=None if as_json else 2, ensure_ascii=False))
 
 
 @app.command(epilog="Example: tunesmith doctor")

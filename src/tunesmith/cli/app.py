@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from tunesmith import cli_about, cli_data
-from tunesmith.cli_options import (
+from tunesmith.cli import about as about_verbs
+from tunesmith.cli import data as data_verbs
+from tunesmith.cli.options import (
     AllowPickle,
     Json,
     Offline,
@@ -69,7 +70,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-app.add_typer(cli_data.app, name="data")
+app.add_typer(data_verbs.app, name="data")
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 Run = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/reviews.")]
@@ -183,7 +184,7 @@ def init(
     verbose: Verbose = False,
 ) -> None:
     """Write a commented starter recipe."""
-    from tunesmith.recipe_forms import starter
+    from tunesmith.recipe.starter import starter
     from tunesmith.talk import command
     from tunesmith.training.files import atomic_write
 
@@ -387,7 +388,7 @@ def chat(
     check_run(run)
     from tunesmith.deploy import chat as conversation
     from tunesmith.deploy.predict import load
-    from tunesmith.recipe_values import Generation
+    from tunesmith.recipe.fields import Generation
 
     how = Generation.model_validate({"max_new_tokens": max_new_tokens, "temperature": temperature})
     tuned = load(run, device=device, offline=offline, allow_pickle=allow_pickle)
@@ -418,4 +419,4 @@ def _answer_lines(rows: list[Asked], answers: list[dict[str, Any]], as_json: boo
         yield as_line or answer_line(answer, next(iter(values.values()), ""))
 
 
-app.add_typer(cli_about.app)
+app.add_typer(about_verbs.app)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from tunesmith import registry
 from tunesmith.errors import RecipeError, did_you_mean, shorten
-from tunesmith.recipe_text import Key
+from tunesmith.recipe.yaml import Key
 from tunesmith.registry import Keys, Kind, Plugin
 
 K = TypeVar("K", bound=Keys)
