@@ -27,10 +27,13 @@ FLOORS = [
     {"record"},
     {"run"},
     {"studies"},
+    {"api"},
     {"cli", "__init__"},
     {"__main__"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+TYPED = {("recipe", "tasks"), ("recipe", "techniques")}
+"""Imports upward that only the type checker sees."""
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -51,8 +54,12 @@ def _imports(tree: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
 def test_imports_go_down_only(path: Path) -> None:
-    room = _room(path)
-    for other in _imports(ast.parse(path.read_text(encoding="utf-8"))) - {"__version__"}:
+    room, tree = _room(path), ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            inside = ast.Module(node.body, [])
+            node.body = [] if {(room, other) for other in _imports(inside)} <= TYPED else node.body
+    for other in _imports(tree) - {"__version__"}:
         assert FLOOR[other] < FLOOR[room] or other == room, f"{path} imports {other}, which is not below {room}"
 
 
@@ -101,7 +108,7 @@ def test_help_and_lists_are_quick_and_load_no_torch(word: str) -> None:
 
 
 def test_ratchets() -> None:
-    """May fall, never rise unsaid."""
+    """Counts that may fall; a rise needs a reason."""
     import tomllib
 
     import tunesmith
@@ -112,7 +119,7 @@ def test_ratchets() -> None:
     assert fields <= 39  # data.group and data.augment: neither can be told from other data
     assert len(project["dependencies"]) <= 12
     assert tunesmith.__all__ == sorted(tunesmith.__all__)
-    assert len(tunesmith.__all__) <= 8
+    assert tunesmith.__all__ == ["Recipe", "Step", "Task", "Technique", "evaluate", "load", "predict", "train"]
     for name in tunesmith.__all__:
         assert getattr(tunesmith, name) is not None
     longest = max(FILES, key=lambda path: path.read_text(encoding="utf-8").count("\n"))

@@ -1,4 +1,4 @@
-"""What the verbs of the command line share: the options that all take, words of a recipe, what is printed."""
+"""Options that all verbs take, the words of a recipe, and JSON output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,14 +16,16 @@ import typer
 from tunesmith.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
+    from tunesmith.recipe import RecipeSource
     from tunesmith.talk import Talk
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all talk on stderr.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Warnings only.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Open no connection.")]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights (weights_only).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, all other output to stderr.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print warnings only.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print more detail.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Open no network connection.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also load .bin weights (with weights_only).")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -44,12 +47,15 @@ COMMON = {
 }
 Pairs = Annotated[
     list[str] | None,
-    typer.Argument(help="A recipe file, then KEY=VALUE overrides.", metavar="[RECIPE.yaml] [KEY=VALUE ...]"),
+    typer.Argument(
+        help="A recipe file, then keys that take precedence over it; keys alone will do.",
+        metavar="[RECIPE.yaml] [KEY=VALUE ...]",
+    ),
 ]
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the options that all take; it names those it reads. `main` itself reads --debug and --offline."""
+    """Add the common options to a verb that does not declare them itself; `main` reads --debug and --offline."""
     own = inspect.signature(function, eval_str=True)
     options = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
@@ -66,48 +72,60 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def new_talk(as_json: bool, quiet: bool, verbose: bool = False) -> Talk:
-    """Where a verb says its news."""
+    """Return the output of a verb."""
     from tunesmith.talk import Talk
 
     return Talk(level=-1 if quiet else int(verbose), to_stderr=as_json)
 
 
 def emit(result: Any) -> None:
-    """The one JSON object of `--json`; other processes of a group stay silent."""
+    """Print the JSON object of `--json`; only the first process of a group prints it."""
     if os.environ.get("RANK", "") in ("", "0"):
         print(json.dumps(result, ensure_ascii=False))
 
 
 def check_new(file: Path, option: str = "--output") -> None:
-    """Refuse to write over a file, or where there is no folder, before any work is done."""
+    """Refuse an output file that exists, or whose folder does not.
+
+    Raises:
+        RecipeError: either of these.
+    """
     if file.exists():
-        hint = f"{option} NAME says another"
-        raise RecipeError("there is a file already, and it is not overwritten", where=str(file), hint=hint)
+        raise RecipeError("the file exists and is not overwritten", where=str(file), hint=f"use another {option}")
     if not file.absolute().parent.is_dir():
-        raise RecipeError("there is no such folder", where=str(file.parent), hint="make it first")
+        raise RecipeError("there is no such folder", where=str(file.parent), hint="create it first")
 
 
-def refuse_early(target: str | None, pairs: list[str], *, overwrite: bool | None = None) -> None:
-    """Refuse data that is not there, a recipe that cannot be meant and, where `overwrite` is told, an output that is
-    taken, before seconds of imports.
+@contextmanager
+def located(source: RecipeSource) -> Iterator[None]:
+    """Add to a user's error the place of the recipe key that it names."""
+    try:
+        yield
+    except UserError as error:
+        raise source.locate(error) from error
+
+
+def refuse_early(source: RecipeSource, *, overwrite: bool | None = None) -> None:
+    """Refuse missing data, an invalid recipe and, unless `overwrite` is None, a taken output before slow imports.
+
+    Raises:
+        UserError: any of these, with the place of its key.
     """
     from tunesmith import recipe as recipes
     from tunesmith.data.formats import check_there
     from tunesmith.run_folder import claim
 
-    try:
-        data, output = recipes.paths_named(target, pairs)
-        for one in data:
-            check_there(one)
+    with located(source):
+        data, output = source.paths()
+        for path in data:
+            check_there(path)
         if overwrite is not None and output is not None and output.is_dir():
             claim(output, resume=False, overwrite=overwrite)
-        if recipes.load_stages(target, pairs) is None:
-            recipes.load(target, pairs)
-    except UserError as error:
-        raise recipes.located(error, target, pairs) from error
+        if recipes.load_stages(source) is None:
+            recipes.load(source)
 
 
-def recipe_and_pairs(words: list[str]) -> tuple[str | None, list[str]]:
-    """The file, if the first word is one, and the rest."""
-    named = bool(words) and ("=" not in words[0] or Path(words[0]).is_file())
-    return (words[0], words[1:]) if named else (None, words)
+def split_words(words: list[str]) -> tuple[str | None, list[str]]:
+    """Split words into a path, if the first word is one, and `KEY=VALUE` pairs."""
+    has_path = bool(words) and ("=" not in words[0] or Path(words[0]).is_file())
+    return (words[0], words[1:]) if has_path else (None, words)

@@ -1,31 +1,21 @@
 """The recipe: all settings of a run, read from YAML 1.2 and `KEY=VALUE` words and validated before any download."""
 
-from tunesmith.recipe.aliases import ALIASES
-from tunesmith.recipe.load import (
-    Data,
-    Gain,
-    Recipe,
-    Stages,
-    Train,
-    load,
-    load_stages,
-    located,
-    paths_named,
-    paths_needed,
-    to_yaml,
-)
+from tunesmith.recipe.load import load, paths_needed
+from tunesmith.recipe.schema import Data, Gain, Recipe, Train
+from tunesmith.recipe.source import RecipeSource, read
+from tunesmith.recipe.stages import Stages, load_stages
+from tunesmith.recipe.yaml import to_yaml
 
 __all__ = [
-    "ALIASES",
     "Data",
     "Gain",
     "Recipe",
+    "RecipeSource",
     "Stages",
     "Train",
     "load",
     "load_stages",
-    "located",
-    "paths_named",
     "paths_needed",
+    "read",
     "to_yaml",
 ]
