@@ -166,7 +166,7 @@ def demo(
     verbose: Verbose = False,
     offline: Offline = False,
 ) -> None:
-    """Fine-tune a small model on film reviews in two minutes and compare before and after; downloads both."""
+    """Download a small model and film reviews, fine-tune in two minutes, compare before and after."""
     from tunesmith.studies import demo as study
 
     result = study.demo(output, offline=offline, overwrite=overwrite, talk=new_talk(as_json, quiet, verbose))
@@ -346,7 +346,7 @@ def predict(
     verbose: Verbose = False,
     offline: Offline = False,
 ) -> None:
-    """Predict for texts on the command line, or for every row of a file: one line each."""
+    """Run inference on texts or on every row of a file, and print one line for each."""
     if not inputs and file is None:
         raise RecipeError("no input", hint='give texts, or --input FILE: tunesmith predict RUN "A text."')
     if output is not None:

@@ -24,7 +24,9 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print warnings only.
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print more detail.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Open no network connection.")]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also load .bin weights (with weights_only).")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Allow .bin weights (torch.load with weights_only=True).")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 
 
@@ -48,7 +50,7 @@ COMMON = {
 Pairs = Annotated[
     list[str] | None,
     typer.Argument(
-        help="A recipe file, then keys that take precedence over it; keys alone will do.",
+        help="Recipe file, recipe keys, or both; keys take precedence over the file.",
         metavar="[RECIPE.yaml] [KEY=VALUE ...]",
     ),
 ]
