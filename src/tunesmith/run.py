@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from torch import Tensor
 from tunesmith import recipe as recipes
 from tunesmith import record
 from tunesmith.deploy import artefact, card, predict
-from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, ResourceError, UserError, counted
+from tunesmith.errors import Interrupted, NumericError, ResourceError, UserError, counted
 from tunesmith.insight import hints, report
 from tunesmith.kernels.packed import numbers_in
 from tunesmith.prepare import Prepared, prepare
 from tunesmith.recipe import Recipe, Train
 from tunesmith.record import Progress
-from tunesmith.run_folder import claim, clear, runs_in
+from tunesmith.run_folder import claim, clear
 from tunesmith.talk import Talk, command, scores_line
 from tunesmith.tasks import LOWER_IS_BETTER
 from tunesmith.training import checkpoint, evaluate, files, loop, machine, optimizer, parallel
@@ -38,81 +38,64 @@ from tunesmith.training.signals import Signals, Stopped
 
 
 def train(
-    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
-    *overrides: str,
+    recipe: Recipe,
+    *,
     resume: str | Path | None = None,
     overwrite: bool = False,
     override: Collection[str] = (),
     offline: bool = False,
     allow_pickle: bool = False,
     talk: Talk | None = None,
-    **values: Any,
+    recipe_file: Path | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe and return what `tunesmith train --json` prints.
+    """Train one run and return its result, the object that `tunesmith train --json` prints.
 
-    `resume` continues an earlier run's folder; `override` names the keys that may differ from it.
+    `resume` is the folder of an earlier run to continue, `override` the keys that may differ from it. `recipe_file` is
+    kept from being overwritten with the run folder.
 
     Raises:
-        UserError: what the user can mend, each with its exit code.
+        UserError: what the user can fix, with its exit code.
     """
     talk = talk or Talk()
-    if override and resume is None:
-        raise RecipeError("--override: names what may differ from an earlier run", hint="give --resume RUN with it")
-    wanted = _recipe(recipe, overrides, values, resume)
-    folder = Path(resume or wanted.output)
-    found = machine.find(wanted.train.device, wanted.train.precision)
+    folder = Path(resume or recipe.output)
+    found = machine.find(recipe.train.device, recipe.train.precision)
     found.take()
     if found.is_slow:
-        talk.warn(
-            f"train.precision: this processor only emulates {found.precision}, many times slower than fp32; use auto"
-        )
+        talk.warn(f"train.precision: this CPU emulates {found.precision}, many times slower than fp32; use auto")
     with parallel.group(found.device.type), RunLock(folder, enabled=parallel.rank() == 0):
         if parallel.rank() == 0:
-            needed = (recipe if isinstance(recipe, str | Path) else None, *recipes.paths_needed(wanted))
+            needed = (recipe_file, *recipes.paths_needed(recipe))
             claim(folder, resume=resume is not None, overwrite=overwrite, needed=needed)
             files.remove_leftovers(folder)
         parallel.barrier()
         begun = resume is not None
         try:
             with Signals() as signals:
-                prepared = prepare(wanted, found, offline=offline, allow_pickle=allow_pickle, talk=talk)
+                prepared = prepare(recipe, found, offline=offline, allow_pickle=allow_pickle, talk=talk)
                 begun = True
                 run = Run(prepared, _engine(prepared, talk), Progress(), folder, talk)
                 return _run(run, resume is not None, override, signals)
         except (UserError, Stopped, MemoryError, RuntimeError, OSError, SafetensorError) as error:
-            told = _told(error, folder, begun)
-            if begun:  # what lies there else is an earlier run's
-                record.ended(folder, f"{type(told).__name__}: {told}")
-            if told is error:
+            reported = _as_user_error(error, folder, begun)
+            if begun:  # otherwise the folder holds an earlier run
+                record.ended(folder, f"{type(reported).__name__}: {reported}")
+            if reported is error:
                 raise
-            raise told from error
+            raise reported from error
 
 
-def _told(error: BaseException, folder: Path, begun: bool) -> BaseException:
-    """What the machine or a signal did, as the user's error."""
+def _as_user_error(error: BaseException, folder: Path, begun: bool) -> BaseException:
+    """The error as one of the user's, where the machine or a signal caused it."""
     if isinstance(error, Stopped):
-        again = record.resume_command(folder) if begun and (folder / "recipe.yaml").exists() else "the same command"
-        return Interrupted(f"stopped by {error}; go on with: {again}")
+        resumable = begun and (folder / "recipe.yaml").exists()
+        again = record.resume_command(folder) if resumable else "run the command again"
+        return Interrupted(f"stopped by {error}; to resume: {again}")
     if isinstance(error, OSError | SafetensorError):
         return files.disk_error(error, Path(getattr(error, "filename", None) or folder))
     if machine.is_out_of_memory(error):
         hint = "use technique=lora or freeze, a smaller model, or device=cpu"
         return ResourceError(f"out of memory ({error})", hint=hint)
     return error
-
-
-def _recipe(given: Any, overrides: Collection[str], values: Mapping[str, Any], resume: str | Path | None) -> Recipe:
-    if isinstance(given, Recipe):
-        given = given.dump()
-    if given is None and resume is not None:
-        kept = Path(resume) / "recipe.yaml"
-        if not kept.exists() and not (overrides or values):
-            hint = runs_in(Path(resume)) or "leave --resume out"
-            raise CheckpointError("no run to resume in this folder", where=str(resume), hint=hint)
-        given = kept if kept.exists() else None  # killed before it wrote its recipe, a run begins again
-    if isinstance(given, Mapping):
-        return recipes.load(None, overrides, {**given, **values})
-    return recipes.load(given, overrides, values)
 
 
 @dataclass

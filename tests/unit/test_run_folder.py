@@ -11,7 +11,6 @@ import pytest
 import tunesmith
 from tunesmith.errors import RecipeError
 from tunesmith.run_folder import RUN_FILES, claim, put_aside, put_back
-from tunesmith.studies import stages
 from tunesmith.talk import Talk
 
 QUIET = Talk(level=-1)
@@ -64,9 +63,9 @@ def test_stages_that_are_refused_leave_what_they_would_replace(
 ) -> None:
     one = {"task": "text-classification", "data": {"train": str(reviews_csv)}, "train": {"max_steps": 1}}
     keys = {"model": str(tiny_bert), "stages": [one, one], "output": str(tmp_path / "out"), "gain": None}
-    first = stages.train(keys, talk=QUIET)
+    first = tunesmith.train(keys, talk=QUIET)
     with pytest.raises(RecipeError, match="model: "):
-        stages.train(keys | {"model": "./nothing-there"}, overwrite=True, talk=QUIET)
-    assert stages.train(resume=tmp_path / "out", talk=QUIET) == first
-    assert stages.train(keys, overwrite=True, talk=QUIET)["steps"] == 1
+        tunesmith.train(keys | {"model": "./nothing-there"}, overwrite=True, talk=QUIET)
+    assert tunesmith.train(resume=tmp_path / "out", talk=QUIET) == first
+    assert tunesmith.train(keys, overwrite=True, talk=QUIET)["steps"] == 1
     assert not (tmp_path / "out" / ".replaced").exists()

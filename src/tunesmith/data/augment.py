@@ -19,7 +19,7 @@ from tunesmith.data.columns import Columns, inputs_of, of_kind
 from tunesmith.data.encoded import file_sha256
 from tunesmith.data.formats import Row
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.recipe_values import Augmentation
+from tunesmith.recipe.fields import Augmentation
 
 MAX_WORDS = 4
 """Of a synonym's other side: `put up with` is three."""

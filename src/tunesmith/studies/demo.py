@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from tunesmith import recipe as recipes
 from tunesmith import run
 from tunesmith.deploy import predict
 from tunesmith.models import sources
@@ -43,7 +44,7 @@ def demo(
     talk.say(ANNOUNCEMENT.format(how=how))
     data = reviews(offline=offline, talk=talk)
     keys = RECIPE | {"data": {"train": str(data), "validation": 0.1, "test": 0.15}, "output": str(output)}
-    result = run.train(keys, offline=offline, overwrite=overwrite, talk=talk)
+    result = run.train(recipes.load(None, (), keys), offline=offline, overwrite=overwrite, talk=talk)
     with talk.during("scoring a linear probe on the untouched model, to compare with"):
         before = score.evaluate(output, base=True, offline=True)["metrics"]
     test, guess = result["metrics"]["test"], result["metrics"]["baseline"]

@@ -15,7 +15,7 @@ from tunesmith.data.conversations import conversation
 from tunesmith.data.formats import Row
 from tunesmith.models.load import UNBOUNDED, length_limit
 from tunesmith.models.writing import Spoken, likeliest, write
-from tunesmith.recipe_values import Generation
+from tunesmith.recipe.fields import Generation
 from tunesmith.tasks import Answer, Baseline
 
 __all__ = ["PromptGenerator", "SourceGenerator", "last_token", "render", "token_frequencies"]

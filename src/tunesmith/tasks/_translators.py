@@ -25,7 +25,7 @@ from tunesmith.data.texts import as_bytes, count_tokens, cut_texts, preview_toke
 from tunesmith.kernels.vocabulary import token_loss, token_shares
 from tunesmith.metrics.language import PerplexityMetrics
 from tunesmith.metrics.texts import TextMetrics
-from tunesmith.recipe_values import Generation
+from tunesmith.recipe.fields import Generation
 from tunesmith.tasks import Answer, Baseline, BoundTask, Inspection, Metrics
 from tunesmith.tasks._generation import token_frequencies
 from tunesmith.tasks.text_generation import BoundTextGeneration, TextGeneration

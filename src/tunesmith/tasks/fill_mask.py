@@ -35,7 +35,7 @@ from tunesmith.metrics.language import MaskedTokenMetrics
 from tunesmith.models.snippets import fetch_general, general_files
 from tunesmith.models.sources import cache_home
 from tunesmith.recipe import Data
-from tunesmith.recipe_values import General
+from tunesmith.recipe.fields import General
 from tunesmith.tasks import Answer, Baseline, BoundTask, Inspection, Metrics, Task, _samples
 
 MASK = "[MASK]"

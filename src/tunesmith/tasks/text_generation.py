@@ -38,7 +38,7 @@ from tunesmith.metrics.language import PerplexityMetrics
 from tunesmith.metrics.texts import TextMetrics
 from tunesmith.models.snippets import fetch_general, general_files
 from tunesmith.recipe import Data
-from tunesmith.recipe_values import General, Generation
+from tunesmith.recipe.fields import General, Generation
 from tunesmith.tasks import Answer, Baseline, BoundTask, Inspection, Metrics, Task, _samples
 from tunesmith.tasks._generation import PromptGenerator, last_token, render, token_frequencies
 

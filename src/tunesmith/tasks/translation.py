@@ -26,7 +26,7 @@ from tunesmith.errors import DataError, RecipeError, shorten
 from tunesmith.metrics.texts import TextMetrics
 from tunesmith.models.directions import direction
 from tunesmith.recipe import Data
-from tunesmith.recipe_values import Generation
+from tunesmith.recipe.fields import Generation
 from tunesmith.tasks import Answer, BoundTask, Task, _samples
 from tunesmith.tasks._generation import PromptGenerator, SourceGenerator, render
 from tunesmith.tasks._translators import (

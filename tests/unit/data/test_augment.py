@@ -20,7 +20,7 @@ from tunesmith.data.augment import (
 )
 from tunesmith.data.formats import Row
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.recipe_values import Augmentation
+from tunesmith.recipe.fields import Augmentation
 
 TEXT = "The  film, shot in Rome,\nwas a warm and moving story of two brothers"
 EACH = [Augmentation(name=name, probability=0.3) for name in ("word-dropout", "word-swap", "typos")]

@@ -14,7 +14,7 @@ from tunesmith.data.formats import Row
 from tunesmith.deploy import back_translation, predict
 from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import RecipeError
-from tunesmith.recipe_values import Augmentation
+from tunesmith.recipe.fields import Augmentation
 from tunesmith.talk import Talk
 from tunesmith.testing import sample_row
 

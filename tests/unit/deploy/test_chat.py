@@ -15,7 +15,7 @@ from tunesmith import run
 from tunesmith.deploy.chat import chat
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import load
-from tunesmith.recipe_values import Generation
+from tunesmith.recipe.fields import Generation
 from tunesmith.talk import Talk
 from tunesmith.testing import tiny_model
 

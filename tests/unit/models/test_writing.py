@@ -11,7 +11,7 @@ from tunesmith.data.batches import Ragged
 from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.models.anatomy import anatomy
 from tunesmith.models.writing import write
-from tunesmith.recipe_values import Generation
+from tunesmith.recipe.fields import Generation
 from tunesmith.testing import tiny_model
 
 PROMPTS = [[5, 9, 7, 8], [6, 8], [11], [4, 4, 5]]

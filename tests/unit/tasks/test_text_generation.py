@@ -26,7 +26,6 @@ from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.models import snippets
 from tunesmith.models.anatomy import anatomy
 from tunesmith.recipe import Data, load
-from tunesmith.studies import stages
 from tunesmith.talk import Talk
 from tunesmith.tasks import text_generation
 from tunesmith.tasks.text_generation import TextGeneration
@@ -407,7 +406,7 @@ def test_stages_first_the_language_of_a_field_then_its_answers(base: Path, chats
         "train": {"max_steps": 3, "batch_size": 8, "precision": "fp32", "device": "cpu"},
         "stages": [{"data": {"train": str(texts)}}, {"data": {"train": str(chats)}}],
     }  # fmt: skip
-    stages.train(given, talk=QUIET)
+    tunesmith.train(given, talk=QUIET)
     forms = [load(tmp_path / "out" / f"{n}-text-generation" / "recipe.yaml").task.form for n in (1, 2)]  # type: ignore[attr-defined]
     assert forms == ["text", "chat"]
     assert tunesmith.load(tmp_path / "out" / "2-text-generation").predict("say 1")

@@ -11,7 +11,7 @@ import pytest
 import tunesmith
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import load
-from tunesmith.recipe_forms import schema
+from tunesmith.recipe.starter import schema
 from tunesmith.talk import Talk
 
 CHANGES = "data.augment=[{name: word-dropout, probability: 0.3}, {name: typos}]"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import tunesmith
 from tunesmith import prepare, run
 from tunesmith.models import sources
 from tunesmith.talk import Talk
@@ -45,7 +46,7 @@ def _run(tmp_path: Path, name: str, family: str, task: Any, technique: Any, **mo
     }
     train = {"epochs": 3, "batch_size": 8, "precision": "fp32", "device": "cpu", "learning_rate": 1e-2}
     recipe = {"task": task, "model": str(base), "data": data, "technique": technique, "train": train | more}
-    return run.train(recipe, output=str(tmp_path / name), talk=QUIET)
+    return tunesmith.train(recipe, output=str(tmp_path / name), talk=QUIET)
 
 
 @pytest.fixture
@@ -195,6 +196,6 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         _run(tmp_path, "half", "bert", "text-classification", TECHNIQUES["last"], save_every=5)
     monkeypatch.setattr(run, "_save", save)
-    run.train(resume=tmp_path / "half", talk=QUIET)
+    tunesmith.train(resume=tmp_path / "half", talk=QUIET)
     assert _losses(tmp_path / "half") == _losses(tmp_path / "whole") and len(_losses(tmp_path / "whole")) == 15
     assert watched == [True] * 6

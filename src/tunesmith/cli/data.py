@@ -1,4 +1,4 @@
-"""`tunesmith data`: what is wrong with the data, what a model sees of it, one format into another."""
+"""`tunesmith data`: check data, show model inputs, convert between formats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli_options import (
+from tunesmith.cli.options import (
     AllowPickle,
     Json,
     Offline,
@@ -16,31 +16,31 @@ from tunesmith.cli_options import (
     check_new,
     emit,
     new_talk,
-    recipe_and_pairs,
     refuse_early,
+    split_words,
     verb,
 )
 from tunesmith.data.findings import SAID
 from tunesmith.errors import CONTROL, counted
 
-app = typer.Typer(help="Look at data before a run does. Example: tunesmith data check reviews.csv")
+app = typer.Typer(help="Check, show and convert data before training. Example: tunesmith data check reviews.csv")
 
 Words = Annotated[
     list[str],
     typer.Argument(
-        help="A file, a folder, a recipe or a run, then KEY=VALUE.", metavar="PATH|RECIPE.yaml|RUN [KEY=VALUE ...]"
+        help="File, folder, recipe or run, then recipe keys.", metavar="PATH|RECIPE.yaml|RUN [KEY=VALUE ...]"
     ),
 ]
 Stage = Annotated[
-    int | None, typer.Option(help="Of a recipe with stages, the number of one; default: the last.", min=1)
+    int | None, typer.Option(help="Number of a stage, for a recipe with stages; default: the last.", min=1)
 ]
-Model = Annotated[str | None, typer.Option(help="Whose tokens to count; default: the recipe's.")]
+Model = Annotated[str | None, typer.Option(help="Model whose tokenizer is used; default: the recipe's.")]
 
 
 @app.callback(invoke_without_command=True)
 @verb
 def data(context: typer.Context) -> None:
-    """Look at data before a run does. Example: tunesmith data check reviews.csv"""  # noqa: D400
+    """Check, show and convert data before training. Example: tunesmith data check reviews.csv"""
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(2)
@@ -50,17 +50,17 @@ def data(context: typer.Context) -> None:
 @verb
 def check(
     words: Words,
-    group: Annotated[str | None, typer.Option(help="A column whose values belong on one side of a split.")] = None,
+    group: Annotated[str | None, typer.Option(help="Column whose equal values must not be in two splits.")] = None,
     model: Model = None,
     stage: Stage = None,
-    examples: Annotated[int, typer.Option("-n", help="Examples shown of each finding.", min=0)] = 3,
+    examples: Annotated[int, typer.Option("-n", help="Rows shown per finding.", min=0)] = 3,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
-    """Say what is wrong with data, row by row; exit code 3 where it would stop a run or falsify its scores."""
-    target, pairs = _named(words, stage)
+    """Report faulty rows; exit code 3 if one would stop a run or invalidate its scores."""
+    target, pairs = _split_target(words, stage)
     from tunesmith.studies import data_check as study
 
     allowed = {"offline": offline, "allow_pickle": allow_pickle}
@@ -75,11 +75,13 @@ def check(
         raise typer.Exit(3)
 
 
-def _named(words: list[str], stage: int | None) -> tuple[str | None, list[str]]:
-    """A file, a folder, a recipe or a run, and the pairs behind it; what is not there is refused at once."""
-    target, pairs = recipe_and_pairs(words)
+def _split_target(words: list[str], stage: int | None) -> tuple[str | None, list[str]]:
+    """The target (file, folder, recipe or run) and the pairs after it; missing files are refused at once."""
+    target, pairs = split_words(words)
     if target is None or target.lower().endswith((".yaml", ".yml")):
-        refuse_early(target, pairs)
+        from tunesmith.recipe import read
+
+        refuse_early(read(target, pairs))
     elif stage is None:
         from tunesmith.data.formats import check_there
 
@@ -88,13 +90,13 @@ def _named(words: list[str], stage: int | None) -> tuple[str | None, list[str]]:
 
 
 def _page(report: dict[str, Any], examples: int, quiet: bool) -> Iterator[tuple[str, str]]:
-    """Lines and their styles: the files, then finding by finding."""
+    """Lines of the report with their styles: the files, then the findings."""
     for note in report["notes"] if not quiet else ():
         yield f"note: {note}", ""
     if report["guessed"] and report["task"] and not quiet:
-        yield f"taken as data for {report['task']}; task=NAME says otherwise", ""
+        yield f"assuming data for {report['task']}; set task=NAME if it is for another", ""
     for name, split in report["splits"].items() if not quiet else ():
-        yield f"{name}: {', '.join(_about(split))}", "bold"
+        yield f"{name}: {', '.join(_summary(split))}", "bold"
     for number, finding in enumerate(report["findings"]):
         style = {"error": "bold red", "warning": "yellow"}[finding["level"]]
         if number or not quiet:
@@ -107,22 +109,22 @@ def _page(report: dict[str, Any], examples: int, quiet: bool) -> Iterator[tuple[
             value = f"  {quote}{fault['value']}{quote}" if fault["value"] else ""
             yield f"  {place}{value}{'  see ' + fault['see'] if 'see' in fault else ''}", ""
             if several:
-                yield f"    way out: {fault['fix']}", ""
+                yield f"    fix: {fault['fix']}", ""
         if finding["count"] > examples > 0:
             yield f"  and {finding['count'] - examples:,} more (-n shows more, --json all)", "dim"
         if not several:
-            yield f"  way out: {finding['fix']}", ""
+            yield f"  fix: {finding['fix']}", ""
     if quiet:
         return
     yield "", ""
-    found = f"{counted(report['errors'], 'error')}, {counted(report['warnings'], 'warning')}"
-    yield f"found in {report['seconds']:.1f} s: {found}", "bold"
+    total = f"{counted(report['errors'], 'error')}, {counted(report['warnings'], 'warning')}"
+    yield f"checked in {report['seconds']:.1f} s: {total}", "bold"
 
 
-def _about(split: dict[str, Any]) -> Iterator[str]:
+def _summary(split: dict[str, Any]) -> Iterator[str]:
     yield f"{counted(split['rows'], 'row')} of {split['file']}"
     if split["bad_rows"]:
-        yield f"{counted(split['bad_rows'], 'bad one')}"
+        yield f"{counted(split['bad_rows'], 'bad row')}"
     yield from (f"{count:,} drawn for {name}" for name, count in split.get("drawn", {}).items())
     if classes := list(split["classes"].items()):
         few = [f"{name} {count:,}" for name, count in (classes if len(classes) < 5 else [classes[0], classes[-1]])]
@@ -135,24 +137,23 @@ def _about(split: dict[str, Any]) -> Iterator[str]:
 @app.command(epilog="Example: tunesmith data convert reviews.csv reviews.parquet")
 @verb
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="A file in any format that is read.")],
-    output: Annotated[Path, typer.Argument(help="The new file; .gz at the end compresses it.")],
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="File in any supported format.")],
+    output: Annotated[Path, typer.Argument(help="New file; compressed if it ends in .gz.")],
     to: Annotated[
-        str | None, typer.Option(help="csv, tsv, jsonl, json, parquet, conll; default: by OUTPUT's name.")
+        str | None, typer.Option(help="csv, tsv, jsonl, json, parquet or conll; default: from the name of OUTPUT.")
     ] = None,
     header: Annotated[
-        bool | None, typer.Option("--header/--no-header", help="Whether the first line names columns; default: seen.")
+        bool | None,
+        typer.Option("--header/--no-header", help="The first line has column names, or not; default: detected."),
     ] = None,
     spans: Annotated[
-        bool, typer.Option("--spans", help="Entities as spans of a text instead of a tag for each word.")
+        bool, typer.Option("--spans", help="Write entities as character spans instead of one tag per word.")
     ] = False,
-    skip: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Leave out and count rows that cannot be read.")
-    ] = False,
+    skip: Annotated[bool, typer.Option("--skip-bad-rows", help="Skip and count rows that cannot be read.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the rows of a file in another format; nothing is overwritten."""
+    """Convert a file to another format; an existing file is not overwritten."""
     from tunesmith.studies import data_convert as study
 
     result = study.convert(source, output, to=to, header=header, skip=skip, spans=spans)
@@ -161,7 +162,7 @@ def convert(
         f"wrote {counted(result['rows'], 'row')} as {result['format']} to {output}: {', '.join(result['columns'])}"
     )
     if result["left_out"]:
-        talk.warn(f"left out, for want of a place beside the entities: {', '.join(result['left_out'])}")
+        talk.warn(f"columns that this format cannot hold beside entities, left out: {', '.join(result['left_out'])}")
     if result["skipped"]:
         talk.warn("skipped " + ", ".join(f"{count:,} ({reason})" for reason, count in result["skipped"].items()))
     if as_json:
@@ -174,24 +175,26 @@ def show(
     words: Words,
     model: Model = None,
     stage: Stage = None,
-    rows: Annotated[int, typer.Option("-n", help="How many rows.", min=1)] = 5,
+    rows: Annotated[int, typer.Option("-n", help="Number of rows.", min=1)] = 5,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
-    row: Annotated[int | None, typer.Option(help="One row, counted from 1.", min=1)] = None,
-    augmented: Annotated[bool, typer.Option("--augmented", help="And what data.augment makes of each.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page of HTML here.")] = None,
+    row: Annotated[int | None, typer.Option(help="Number of a single row, from 1.", min=1)] = None,
+    augmented: Annotated[
+        bool, typer.Option("--augmented", help="Also show each row as augmented by data.augment.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page to this file.")] = None,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
-    """Show what a model sees of rows, token by token, and what of it carries loss."""
-    target, pairs = _named(words, stage)
+    """Show rows as tokens of the model input, with the tokens that carry loss."""
+    target, pairs = _split_target(words, stage)
     from tunesmith.studies import data_show as study
     from tunesmith.training.files import atomic_write
 
     if html is not None:
         check_new(html, "--html")
-    found = study.show(
+    shown = study.show(
         target,
         pairs,
         model=model,
@@ -205,17 +208,17 @@ def show(
     )
     talk = new_talk(as_json, quiet)
     if html is not None:
-        atomic_write(html, study.page(found, f"{target or 'the data'}: what a model sees of {split}"))
+        atomic_write(html, study.page(shown, f"{target or 'data'}: model inputs of {split}"))
         talk.say(f"wrote {html}")
     if as_json:
-        emit({"split": split, "rows": [one.dump() for one in found]})
+        emit({"split": split, "rows": [row.dump() for row in shown]})
     elif html is None:
-        for one in found:
-            _print_row(talk.console, one)
+        for row_shown in shown:
+            _print_row(talk.console, row_shown)
 
 
 def _print_row(console: Any, row: Any) -> None:
-    """One row in colour; without colour `<target>` behind a token tells what carries loss, or `[token]` its own."""
+    """Print one row; `token<target>` carries loss, as does `[token]`, whose target is itself."""
     from rich.text import Text
 
     console.print(row.place, style="bold")
@@ -227,10 +230,10 @@ def _print_row(console: Any, row: Any) -> None:
         line = Text("  ")
         for token in window:
             style = "bold green" if token.target is not None else "dim" if token.special else ""
-            itself = token.target == token.text
-            line.append(CONTROL.sub("?", f"[{token.text}]" if itself else token.text), style=style)
-            if token.target is not None and not itself:
+            is_own_target = token.target == token.text
+            line.append(CONTROL.sub("?", f"[{token.text}]" if is_own_target else token.text), style=style)
+            if token.target is not None and not is_own_target:
                 line.append(f"<{token.target}>", style="green")
             line.append(" ")
-        cut = ", the rest is cut off" if row.preview.cut and number == len(row.preview.windows) else ""
+        cut = ", truncated" if row.preview.cut and number == len(row.preview.windows) else ""
         console.print(line.append(f"({counted(len(window), 'token')}{cut})", style="dim"))

@@ -1,4 +1,4 @@
-"""The command line: verbs that parse, call the Python API and print. Heavy imports happen inside the verbs.
+"""The verbs of the command line: parse, call the Python API, print. Slow imports happen inside the verbs.
 
 tunesmith demo
 tunesmith train recipe.yaml train.epochs=1
@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from tunesmith import cli_about, cli_data
-from tunesmith.cli_options import (
+from tunesmith.cli import about as about_verbs
+from tunesmith.cli import data as data_verbs
+from tunesmith.cli.options import (
     AllowPickle,
+    Device,
     Json,
     Offline,
     Pairs,
@@ -32,9 +34,10 @@ from tunesmith.cli_options import (
     Version,
     check_new,
     emit,
+    located,
     new_talk,
-    recipe_and_pairs,
     refuse_early,
+    split_words,
     verb,
 )
 from tunesmith.errors import Interrupted, RecipeError, UserError, counted
@@ -46,10 +49,10 @@ if TYPE_CHECKING:
 
 
 class Verbs(TyperGroup):
-    """The verbs; who reads their output may leave before its end, as `head` does."""
+    """Group of verbs; a reader that closes the pipe early, such as `head`, is not an error."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run one of them."""
+        """Run one verb."""
         try:
             result = super().invoke(ctx)
             if sys.stdout is not None:
@@ -64,28 +67,29 @@ app = typer.Typer(
     name="tunesmith",
     cls=Verbs,
     help="Fine-tune any pretrained model on your own data. Start with: [bold]tunesmith demo[/bold]",
-    epilog="Errors say where, what and the way out. Exit codes: 0 done, 2 usage or recipe, 3 data, 4 resources, "
-    "5 numbers, 6 checkpoint, 75 interrupted and resumable, 1 a bug of ours.",
+    epilog="Exit codes: 0 done, 1 a bug in tunesmith, 2 usage or recipe, 3 data, 4 memory, disk or network, "
+    "5 NaN or divergence, 6 checkpoint or resume, 75 interrupted and resumable.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-app.add_typer(cli_data.app, name="data")
+app.add_typer(data_verbs.app, name="data")
 
-STOPS = (signal.SIGINT, signal.SIGTERM)
-Run = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/reviews.")]
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Run = Annotated[Path, typer.Argument(help="Run folder, e.g. runs/reviews.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")]
 
 
 def main() -> NoReturn:
-    """Run a command; a user's error is one line and its exit code, ours ends with 1 and says so."""
+    """Run the command line: a user's error ends with one line and its exit code, a bug with exit code 1."""
     debug = "--debug" in sys.argv
     if "--offline" in sys.argv:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by libraries when they are imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    warnings.showwarning = _say_warning
-    before = {number: signal.getsignal(number) for number in STOPS if sys.argv[1:2] == ["train"]}
-    for number in [number for number, was in before.items() if was is not signal.SIG_IGN]:  # nohup's wish
-        signal.signal(number, _leave)
+    warnings.showwarning = _print_warning
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS if sys.argv[1:2] == ["train"]}
+    for number in [number for number, handler in handlers.items() if handler is not signal.SIG_IGN]:  # nohup ignores
+        signal.signal(number, _exit_at_once)
     try:
         sys.exit(app(prog_name="tunesmith", standalone_mode=False) or 0)
     except UserError as error:
@@ -95,32 +99,30 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:  # noqa: BLE001 - the last resort: a bug, said to be one
-        if hasattr(error, "format_message"):  # what was typed is no command
-            _say_usage(error)
+    except Exception as error:  # noqa: BLE001 - the last resort: a bug
+        if hasattr(error, "format_message"):  # click: the words are not a valid command
+            _print_usage_error(error)
             sys.exit(2)
         if debug:
             traceback.print_exc()
         what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         print(
-            f"error: a bug in tunesmith, not in what you did ({what}); run again with --debug and report it",
+            f"error: a bug in tunesmith ({what}); please report it with the output of --debug",
             file=sys.stderr,
         )
         sys.exit(1)
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _leave(number: int, frame: Any) -> NoReturn:
-    """End at once; within a run that looks after signals itself. (An exception here, amid an import of compiled code,
-    would abort.)
-    """
-    os.write(2, b"stopped outside of a run; go on with: the same command, with --resume RUN if there is one by now\n")
+def _exit_at_once(number: int, frame: Any) -> NoReturn:
+    """Exit before a run handles signals itself; an exception during an import of compiled code would abort instead."""
+    os.write(2, b"stopped; to resume: run the command again, with --resume RUN if the run folder exists\n")
     os._exit(Interrupted.exit_code)
 
 
-def _say_warning(
+def _print_warning(
     message: Warning | str,
     category: type[Warning],
     filename: str,
@@ -128,15 +130,15 @@ def _say_warning(
     file: Any = None,
     line: str | None = None,
 ) -> None:
-    """What a library warns of, on one line: whose it is, not where in its code."""
+    """Print a library's warning on one line, with the library instead of the place in its code."""
     library = filename.rpartition(f"site-packages{os.sep}")[2].partition(os.sep)[0].removesuffix(".py")
     print(f"warning: {library}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _say_usage(error: Any) -> None:
-    """What is wrong with the words of a command, on one line; nothing where the help was printed in its place."""
-    said = error.format_message().replace("Value error, ", "").rstrip(".")
-    what, near, hint = said.partition(". Did you mean ")
+def _print_usage_error(error: Any) -> None:
+    """Print a usage error on one line; nothing where the help was printed instead."""
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    what, near, hint = message.partition(". Did you mean ")
     verb = error.ctx.command_path if error.ctx else "tunesmith"
     unknown = error.option_name.lstrip("-") if hasattr(error, "possibilities") else ""
     if near:
@@ -144,9 +146,9 @@ def _say_usage(error: Any) -> None:
     elif unknown and error.possibilities:
         what, hint = what.partition(" (")[0], f"did you mean '{error.possibilities[0]}'?"
     elif unknown and verb.endswith(" train"):
-        hint = f"a recipe's keys are given without dashes: {unknown}=VALUE"
+        hint = f"recipe keys have no dashes: {unknown}=VALUE"
     else:
-        hint = f"`{verb} --help` shows what there is"
+        hint = f"see `{verb} --help`"
     if what:
         print(f"error: {what[0].lower()}{what[1:]}; {hint}", file=sys.stderr)
 
@@ -158,14 +160,14 @@ def _root(version: Version = False) -> None: ...
 @app.command(epilog="Example: tunesmith demo")
 @verb
 def demo(
-    output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
+    output: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     offline: Offline = False,
 ) -> None:
-    """Fetch a small model and real film reviews, fine-tune in two minutes, show before and after."""
+    """Download a small model and film reviews, fine-tune in two minutes, compare before and after."""
     from tunesmith.studies import demo as study
 
     result = study.demo(output, offline=offline, overwrite=overwrite, talk=new_talk(as_json, quiet, verbose))
@@ -176,15 +178,15 @@ def demo(
 @app.command(epilog="Example: tunesmith init text-classification --technique lora")
 @verb
 def init(
-    task: Annotated[str, typer.Argument(help="e.g. text-classification; `tunesmith tasks` lists them.")],
-    technique: Annotated[str, typer.Option(help="`tunesmith techniques` lists them.")] = "lora",
-    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("recipe.yaml"),
+    task: Annotated[str, typer.Argument(help="Task, e.g. text-classification; listed by `tunesmith tasks`.")],
+    technique: Annotated[str, typer.Option(help="Fine-tuning technique; listed by `tunesmith techniques`.")] = "lora",
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("recipe.yaml"),
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a commented starter recipe."""
-    from tunesmith.recipe_forms import starter
+    """Write a starter recipe with every key, its default and a comment."""
+    from tunesmith.recipe.starter import starter
     from tunesmith.talk import command
     from tunesmith.training.files import atomic_write
 
@@ -192,9 +194,9 @@ def init(
     check_new(output)
     atomic_write(output, text)
     talk = new_talk(as_json, quiet, verbose)
-    talk.say(f"wrote {output}; put your data's name in it, then: {command('train', output)}")
+    talk.say(f"wrote {output}; set data.train in it, then: {command('train', output)}")
     schema = shlex.quote(str(output.with_name("tunesmith.schema.json")))
-    talk.say(f"for an editor that completes and checks its keys: {command('schema')} > {schema}")
+    talk.say(f"for completion and validation in an editor: {command('schema')} > {schema}")
     if as_json:
         emit({"recipe": str(output)})
 
@@ -203,9 +205,11 @@ def init(
 @verb
 def train(
     words: Pairs = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
-    override: Annotated[list[str] | None, typer.Option(help="With --resume: a key that may differ.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder.")] = False,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to resume.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="With --resume: a key that may differ from the run, e.g. train.max_steps.")
+    ] = None,
+    overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -213,17 +217,17 @@ def train(
     offline: Offline = False,
 ) -> None:
     """Train one run, or the stages of a recipe."""
-    from tunesmith import recipe as recipes
+    from tunesmith.recipe import read
 
-    recipe, pairs = recipe_and_pairs(words or [])
+    path, pairs = split_words(words or [])
+    source = read(path, pairs)
     if resume is None:
-        refuse_early(recipe, pairs, overwrite=overwrite)
-    from tunesmith.studies import stages
+        refuse_early(source, overwrite=overwrite)
+    from tunesmith import api
 
-    try:
-        result = stages.train(
-            recipe,
-            *pairs,
+    with located(source):
+        result = api.train(
+            source,
             resume=resume,
             override=override or (),
             overwrite=overwrite,
@@ -231,8 +235,6 @@ def train(
             offline=offline,
             talk=new_talk(as_json, quiet, verbose),
         )
-    except UserError as error:
-        raise recipes.located(error, recipe, pairs) from error
     if as_json:
         emit(result)
 
@@ -242,19 +244,21 @@ def train(
 def evaluate(
     run: Run,
     data: Annotated[
-        Path | None, typer.Option(help="Another file to score on, or a folder with a file of the split.")
+        Path | None, typer.Option(help="Other data to score on: a file, or a folder with a file of the split.")
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="train, validation or test of the run; default: test, where it has one.")
+        str | None, typer.Option(help="train, validation or test; default: test, or validation if the run has none.")
     ] = None,
-    base: Annotated[bool, typer.Option("--base", help="Score the untouched base, by a probe or its own head.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    base: Annotated[
+        bool, typer.Option("--base", help="Score the base model: with its own head, or a linear probe.")
+    ] = False,
+    device: Device = "auto",
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
-    """Score a run."""
+    """Compute the metrics of a run on a split or on other data."""
     check_run(run)
     from tunesmith.studies import score
     from tunesmith.talk import scores_line
@@ -268,10 +272,10 @@ def evaluate(
     if as_json:
         emit(result)
         return
-    probe = {f"{'linear probe on ' * result['probe']}the untouched base": result["metrics"]} if base else {}
-    for who, scores in (probe | {str(run): result["run_metrics" if base else "metrics"]}).items():
+    probe = {"linear probe on the base model" if result["probe"] else "base model": result["metrics"]} if base else {}
+    for name, scores in (probe | {str(run): result["run_metrics" if base else "metrics"]}).items():
         on = f"{result['split']} ({counted(result['examples'], 'example')})"
-        print(f"{who} on {on}: {scores_line(scores, result['metric'])}")
+        print(f"{name} on {on}: {scores_line(scores, result['metric'])}")
     if "baseline" in result:
         print(f"{result['baseline_name']}: {scores_line(result['baseline'], result['metric'])}")
 
@@ -281,30 +285,35 @@ def evaluate(
 def merge(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Runs over one base, with the same task and classes; one alone is merged into its base."),
+        typer.Argument(help="Runs with the same base model, task and classes; one alone is merged into its base."),
     ],
-    output: Annotated[Path, typer.Option(help="The new run's folder.")],
-    weights: Annotated[str | None, typer.Option(help="One for each run, with commas; default: equal shares.")] = None,
-    method: Annotated[Literal["linear", "ties", "dare"], typer.Option(help="How changes are summed.")] = "linear",
-    density: Annotated[float | None, typer.Option(help="Share of entries kept; default: ties 0.2, dare 0.5.")] = None,
-    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in that folder.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder of the new run.")],
+    weights: Annotated[
+        str | None, typer.Option(help="Weight of each run, comma-separated; default: equal weights.")
+    ] = None,
+    method: Annotated[Literal["linear", "ties", "dare"], typer.Option(help="Merging method.")] = "linear",
+    density: Annotated[
+        float | None, typer.Option(help="Fraction of entries kept; default: ties 0.2, dare 0.5.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the entries that dare drops.")] = 0,
+    overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
     offline: Offline = False,
 ) -> None:
-    """Sum what several runs have learned into one plain model, or merge one run's adapter into its base."""
+    """Merge several runs into one plain model, or one run's adapter into its base model."""
     from tunesmith.deploy import merging
     from tunesmith.talk import command
 
     try:
-        shares = [float(share) for share in weights.split(",")] if weights else None
+        weight_list = [float(weight) for weight in weights.split(",")] if weights else None
     except ValueError:
-        raise RecipeError(f"--weights: {weights} are not numbers with commas", hint="--weights 0.7,0.3") from None
+        hint = "e.g. --weights 0.7,0.3"
+        raise RecipeError(f"--weights: must be comma-separated numbers, not {weights}", hint=hint) from None
     result = merging.merge(
         runs,
         output,
-        weights=shares,
+        weights=weight_list,
         method=method,
         density=density,
         seed=seed,
@@ -315,29 +324,31 @@ def merge(
     if as_json:
         emit(result)
         return
-    what = f"{len(runs)} runs" if len(runs) > 1 else f"what {runs[0]} has learned"
-    print(f'merged {what} into {output}; ask it: {command("predict", output)} "..."')
+    what = f"{len(runs)} runs" if len(runs) > 1 else f"the adapter of {runs[0]}"
+    print(f'merged {what} into {output}; try it: {command("predict", output)} "..."')
 
 
 @app.command(epilog='Example: tunesmith predict runs/reviews "A lovely film."')
 @verb
 def predict(
     run: Run,
-    inputs: Annotated[list[str] | None, typer.Argument(help="Texts.")] = None,
+    inputs: Annotated[list[str] | None, typer.Argument(help="Input texts.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--input", help="A file with the task's columns, or a text a line.")
+        Path | None, typer.Option("--input", help="File with the task's columns, or one text per line.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write JSON lines here.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="Write JSON lines to this file.")] = None,
+    device: Device = "auto",
     allow_pickle: AllowPickle = False,
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON object a row on stdout, all talk on stderr.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per input to stdout, all other output to stderr.")
+    ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     offline: Offline = False,
 ) -> None:
-    """Answer texts given on the command line, or every row of a file: a line for each."""
+    """Run inference on texts or on every row of a file, and print one line for each."""
     if not inputs and file is None:
-        raise RecipeError("nothing to answer", hint='give texts, or --input FILE: tunesmith predict RUN "A text."')
+        raise RecipeError("no input", hint='give texts, or --input FILE: tunesmith predict RUN "A text."')
     if output is not None:
         check_new(output)
     check_run(run)
@@ -357,12 +368,12 @@ def predict(
         tuned.stream(alone.values, lambda text: print(text, end="", flush=True))
         print()
         return
-    with talk.progress(len(rows), of="answering", unit="row") as show:
-        answers = answer_rows(tuned, rows, talk.warn, lambda done: show(done, "answering"))
+    with talk.progress(len(rows), of="predicting", unit="row") as show:
+        answers = answer_rows(tuned, rows, talk.warn, lambda done: show(done, "predicting"))
     lines = _answer_lines(tuned, rows, answers, as_json or output is not None)
     if output is not None:
         atomic_write(output, "".join(f"{line}\n" for line in lines))
-        talk.say(f"wrote {counted(len(answers), 'answer')} to {output}")
+        talk.say(f"wrote {counted(len(answers), 'prediction')} to {output}")
         if as_json:
             emit({"run": str(run), "output": str(output), "answers": len(answers)})
         return
@@ -374,34 +385,34 @@ def predict(
 @verb
 def chat(
     run: Run,
-    system: Annotated[str | None, typer.Option(help="What the conversation begins with; default: the run's.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Of an answer at most.", min=1)] = 256,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token; above, drawn.", min=0)] = 0.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    system: Annotated[str | None, typer.Option(help="System message; default: the run's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: greedy decoding.", min=0)] = 0.0,
+    device: Device = "auto",
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
-    """Talk with a run of text-generation, line by line; /new begins anew, end of input (ctrl-D) ends it."""
+    """Chat with a text-generation run; /new starts a new conversation, Ctrl-D quits."""
     check_run(run)
     from tunesmith.deploy import chat as conversation
     from tunesmith.deploy.predict import load
-    from tunesmith.recipe_values import Generation
+    from tunesmith.recipe.fields import Generation
 
-    how = Generation.model_validate({"max_new_tokens": max_new_tokens, "temperature": temperature})
+    settings = Generation.model_validate({"max_new_tokens": max_new_tokens, "temperature": temperature})
     tuned = load(run, device=device, offline=offline, allow_pickle=allow_pickle)
     out = sys.stderr if as_json else sys.stdout
     prompt = "" if quiet or not sys.stdin.isatty() else "> "
     messages = conversation.chat(
-        tuned, _typed(prompt), lambda text: print(text, end="", flush=True, file=out), how, system
+        tuned, _typed(prompt), lambda text: print(text, end="", flush=True, file=out), settings, system
     )
     if as_json:
         emit({"run": str(run), "messages": messages})
 
 
 def _typed(prompt: str) -> Iterator[str]:
-    """Lines from standard input, asked for where a person types them."""
+    """Lines of standard input, with a prompt."""
     while True:
         try:
             yield input(prompt)
@@ -426,4 +437,4 @@ def _answer_lines(
             yield rendered if tuned.generates else f"{rendered}  {text[:100]}"
 
 
-app.add_typer(cli_about.app)
+app.add_typer(about_verbs.app)
