@@ -444,7 +444,7 @@ def test_a_fault_of_the_user_has_its_traceback_on_request(
     with pytest.raises(SystemExit) as left:
         cli.main()
     err = capsys.readouterr().err
-    assert left.value.code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("error: runs/none: no run")
+    assert left.value.code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("error: runs/none: ")
 
 
 @pytest.mark.parametrize(
