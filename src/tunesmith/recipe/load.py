@@ -44,6 +44,9 @@ def build(leaves: Leaves) -> Recipe:
     """Return the validated recipe of merged leaves; plug-ins are imported only once all other keys are valid."""
     tree = _tree(leaves)
     unknown = sorted(set(tree) - set(Recipe.model_fields))
+    if "stages" in unknown:
+        what, hint = "must be a list of recipes, one for each stage", "e.g. stages: [{task: fill-mask}, ...]"
+        raise RecipeError(what, where=place_of(leaves, ("stages",)), hint=hint)
     if unknown:
         hint = did_you_mean(unknown[0], _top_level_keys())
         raise RecipeError("unknown key", where=place_of(leaves, (unknown[0],)), hint=hint)

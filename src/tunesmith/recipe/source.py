@@ -121,6 +121,9 @@ def _stages_by_number(value: Any, count: int, place: Callable[[Key], str]) -> di
     """Keys of the stages of one layer by number from 1: a list in a file, some numbers on the command line."""
     if value is None:
         return {}
+    if not isinstance(value, list | dict):
+        what = f"must be a list of recipes, one for each stage, not {shorten(value)}"
+        raise RecipeError(what, where=place(("stages",)), hint="or set a key of one: stages.1.train.epochs=1")
     given = dict(enumerate(value, start=1)) if isinstance(value, list) else value
     stages: dict[int, dict[str, Any]] = {}
     for name, stage in given.items():

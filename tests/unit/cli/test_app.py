@@ -98,7 +98,7 @@ def test_version(command: Command) -> None:
     assert command("--version") == (0, f"tunesmith {tunesmith.__version__}\n", "")
 
 
-def test_nothing_typed_is_answered_by_the_help(command: Command) -> None:
+def test_no_arguments_print_the_help(command: Command) -> None:
     code, out, err = command()
     assert code == 2 and "tunesmith demo" in out and err == ""
 
@@ -131,7 +131,7 @@ def test_nothing_typed_is_answered_by_the_help(command: Command) -> None:
         ("train README.md", "; use data.train=README.md for data"),
     ),
 )
-def test_what_cannot_be_meant_is_said_on_one_line(line: str, said: str, command: Command) -> None:
+def test_usage_errors_are_one_line(line: str, said: str, command: Command) -> None:
     code, out, err = command(*line.split())
     assert code == 2 and out == "" and err.count("\n") == 1 and said in err and err.startswith("error: ")
 
@@ -146,7 +146,7 @@ def test_train_as_json(command: Command, words: list[str], tmp_path: Path) -> No
     assert re.search(said, err, re.M)
 
 
-def test_train_in_words(command: Command, words: list[str], tmp_path: Path) -> None:
+def test_train_as_text(command: Command, words: list[str], tmp_path: Path) -> None:
     code, out, err = command("train", *words)
     assert code == 0 and err == "" and not re.search(r"\x1b|\r|^step ", out, re.M)
     assert f": tunesmith train --resume {tmp_path / 'run'}\n" in out
@@ -173,7 +173,7 @@ def test_evaluate(command: Command, finished: Path) -> None:
     assert code == 0 and out.startswith(f"{finished} on test (8 examples): accuracy {scores['test']['accuracy']:.4f}  ")
 
 
-def test_evaluate_the_untouched_base(command: Command, finished: Path) -> None:
+def test_evaluate_the_base_model(command: Command, finished: Path) -> None:
     code, out, _ = command("evaluate", str(finished), "--base", "--json")
     result = json.loads(out)
     assert code == 0 and result["examples"] == 8 and 0 <= result["metrics"]["accuracy"] <= 1
@@ -191,13 +191,13 @@ def test_evaluate_on_another_file(command: Command, finished: Path, tmp_path: Pa
     assert code == 3 and f"{tmp_path / 'other.csv'}:2: label: 'awful' " in err
 
 
-def test_evaluate_on_a_split_that_is_not_there(command: Command, finished: Path) -> None:
+def test_evaluate_on_a_missing_split(command: Command, finished: Path) -> None:
     code, out, err = command("evaluate", str(finished), "--split", "dev")
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"error: {finished}: ")
     assert all(part in err for part in ("dev", "test, train, validation", "--data FILE"))
 
 
-def test_evaluate_on_data_that_has_changed(command: Command, words: list[str], tmp_path: Path) -> None:
+def test_evaluate_on_changed_data(command: Command, words: list[str], tmp_path: Path) -> None:
     data = shutil.copy(words[2].partition("=")[2], tmp_path / "mine.csv")
     assert command("train", *words, f"data.train={data}", "-q")[0] == 0
     with open(data, "a", encoding="utf-8") as file:
@@ -251,7 +251,7 @@ GAPS = {
 
 
 @pytest.mark.parametrize("name", GAPS)
-def test_predict_has_a_line_for_each_row_of_a_file(name: str, command: Command, finished: Path, tmp_path: Path) -> None:
+def test_predict_prints_a_line_for_each_row(name: str, command: Command, finished: Path, tmp_path: Path) -> None:
     file = tmp_path / name
     file.write_text(GAPS[name], encoding="utf-8")
     code, out, err = command("predict", str(finished), "--input", str(file), "--json")
@@ -267,9 +267,7 @@ def test_predict_has_a_line_for_each_row_of_a_file(name: str, command: Command, 
     assert code == 0 and len(lines) == 5 and lines[1] == f"(no answer: {answers[1]['error']})"
 
 
-def test_predict_says_how_many_texts_were_cut(
-    command: Command, finished: Path, words: list[str], tmp_path: Path
-) -> None:
+def test_predict_reports_truncated_texts(command: Command, finished: Path, words: list[str], tmp_path: Path) -> None:
     assert command("train", *words, "max_length=4", "-q")[0] == 0
     run = str(tmp_path / "run")
     code, _, err = command("predict", run, "bad", "the film was great", "so very dull", "-q")
@@ -366,7 +364,7 @@ def test_doctor(command: Command) -> None:
     assert [line.split(maxsplit=1) for line in said] == [[name, value] for name, value in report.items()]
 
 
-def test_doctor_says_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_missing_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "LIBRARIES", ("torch", "no-such-library"))
     assert doctor.examine()["no-such-library"] == "not installed"
 
@@ -399,7 +397,7 @@ def test_init_writes_a_recipe_that_runs(
     assert code == 0 and json.loads(out)["run"] == f"runs/text-classification-{technique}", err
 
 
-def test_init_writes_over_nothing(command: Command, tmp_path: Path) -> None:
+def test_init_does_not_overwrite(command: Command, tmp_path: Path) -> None:
     target = tmp_path / "mine.yaml"
     code, out, _ = command("init", "text-classification", "--output", str(target), "--json", "-q")
     assert code == 0 and json.loads(out) == {"recipe": str(target)}
@@ -409,7 +407,7 @@ def test_init_writes_over_nothing(command: Command, tmp_path: Path) -> None:
     assert target.read_text(encoding="utf-8") == starter.starter("text-classification", "lora")
 
 
-def test_a_bug_of_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bug_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def examine() -> None:
         raise ZeroDivisionError("by nothing")
 
@@ -437,7 +435,7 @@ def test_a_library_warns_on_one_line(
         assert command("doctor", "--json") == (0, '{"device": "cpu"}\n', "warning: library: that is old and slow\n")
 
 
-def test_a_fault_of_the_user_has_its_traceback_on_request(
+def test_a_user_error_has_a_traceback_with_debug(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["tunesmith", "evaluate", "runs/none", "--debug"])
@@ -461,7 +459,7 @@ def test_exit_codes(change: str, code: int, said: str, command: Command, words: 
     assert left == code and out == "" and said in err.splitlines()[-1]
 
 
-def test_exit_code_of_a_resume_that_would_be_another_run(command: Command, words: list[str], tmp_path: Path) -> None:
+def test_exit_code_of_a_resume_with_other_keys(command: Command, words: list[str], tmp_path: Path) -> None:
     assert command("train", *words, "-q")[0] == 0
     code, out, err = command("train", "--resume", str(tmp_path / "run"), "train.max_steps=3")
     assert code == 6 and "train.max_steps was '2', is '3'" in err and "--override train.max_steps" in err
@@ -473,7 +471,7 @@ def test_exit_code_of_a_resume_that_would_be_another_run(command: Command, words
     assert code == 6 and err.endswith(f"use one of the runs in it: {tmp_path / 'run'}\n")
 
 
-def test_a_stopped_run_prints_the_command_that_goes_on(
+def test_a_stopped_run_prints_the_resume_command(
     command: Command, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = Batches.micro_batches
@@ -496,13 +494,13 @@ def test_a_stopped_run_prints_the_command_that_goes_on(
     assert losses[0] == losses[1] and len(losses[0]) == 1, "the loss is that of all steps, not of those since"
 
 
-def test_an_unfinished_run_is_not_asked(command: Command, words: list[str], tmp_path: Path) -> None:
+def test_predict_refuses_an_unfinished_run(command: Command, words: list[str], tmp_path: Path) -> None:
     assert command("train", *words, "train.learning_rate=1e30", "train.warmup_ratio=0")[0] == 5
     code, out, err = command("predict", str(tmp_path / "run"), "x")
     assert code == 2 and f"`tunesmith train --resume {tmp_path / 'run'}`" in err
 
 
-def test_who_leaves_before_the_end_is_no_fault(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_closed_pipe_is_not_an_error(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w", encoding="utf-8") as stdout:
@@ -532,7 +530,7 @@ def test_shell_completion(
 
 @pytest.mark.parametrize("verb", ("train", "predict"))
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
-def test_a_signal_before_a_run_has_begun(verb: str, number: signal.Signals) -> None:
+def test_a_signal_before_the_run_starts(verb: str, number: signal.Signals) -> None:
     code = (
         "import os, signal, sys\nfrom tunesmith.cli import app as cli\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"

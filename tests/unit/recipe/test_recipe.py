@@ -50,7 +50,7 @@ def _refusal(recipe_from: Any, text: str, *overrides: str) -> str:
         ("output_dir: a\noutput: b\n", "recipe.yaml:4: output"),
     ),
 )
-def test_the_same_under_two_names(text: str, where: str, recipe_from: Any) -> None:
+def test_duplicate_keys_under_an_alias(text: str, where: str, recipe_from: Any) -> None:
     assert f"{where}: " in _refusal(recipe_from, HEAD + text)
 
 
@@ -71,32 +71,30 @@ def test_the_same_under_two_names(text: str, where: str, recipe_from: Any) -> No
         ),
     ),
 )
-def test_what_no_recipe_can_be_made_of_is_refused_by_its_line(
-    text: str, said: str, recipe_from: Any, tmp_path: Path
-) -> None:
+def test_an_invalid_recipe_is_refused_with_its_line(text: str, said: str, recipe_from: Any, tmp_path: Path) -> None:
     assert _refusal(recipe_from, HEAD + text).startswith(f"{tmp_path}/recipe.yaml:{said}")
 
 
-def test_tags_make_no_objects(recipe_from: Any) -> None:
+def test_yaml_tags_create_no_objects(recipe_from: Any) -> None:
     assert "recipe.yaml:3: output: must be a string" in _refusal(
         recipe_from, f"{HEAD}output: !!python/object/apply:os.getcwd []\n"
     )
 
 
-def test_a_list_that_holds_itself_is_no_value(recipe_from: Any) -> None:
+def test_a_recursive_list_is_refused(recipe_from: Any) -> None:
     assert "recipe.yaml:3: x: " in _refusal(recipe_from, f"{HEAD}x: &a [*a]\n")
 
 
 @pytest.mark.parametrize(
     ("missing", "said"), (("task", "task: missing; known: fill-mask, text-class"), ("model", "model: missing; "))
 )
-def test_what_must_be_said(missing: str, said: str, recipe_from: Any) -> None:
+def test_required_keys(missing: str, said: str, recipe_from: Any) -> None:
     kept = "".join(line for line in HEAD.splitlines(keepends=True) if not line.startswith(missing))
     assert _refusal(recipe_from, kept).startswith(said)
 
 
 @pytest.mark.parametrize("word", ("lr", "=3", "--lr=3=", "lr=[1", "train.sede=1", "nonsense=1"))
-def test_mistakes_on_the_command_line(word: str, recipe_from: Any) -> None:
+def test_errors_on_the_command_line(word: str, recipe_from: Any) -> None:
     assert _refusal(recipe_from, HEAD, word).startswith("command line: ")
 
 
@@ -140,14 +138,14 @@ def _value(recipe: Recipe, key: str) -> Any:
     return found
 
 
-def test_the_aliases_are_those_of_the_page() -> None:
+def test_the_documented_aliases_are_complete() -> None:
     page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8").partition("## Aliases")[2]
     rows = re.findall(r"^\| `(\w+)` \| `([\w.]+)` \|$", page, re.M)
     assert dict(rows) == {theirs: ours for theirs, (ours, _) in ALIASES.items()}
 
 
 @pytest.mark.parametrize("theirs", ALIASES)
-def test_a_name_of_others_is_ours(theirs: str, recipe_from: Any) -> None:
+def test_an_alias_sets_our_key(theirs: str, recipe_from: Any) -> None:
     ours = ALIASES[theirs][0]
     given, meant = SPECIAL.get(theirs) or (VALUES[ours], VALUES[ours])
     written = json.dumps(given)
@@ -188,22 +186,22 @@ def test_a_name_of_others_is_ours(theirs: str, recipe_from: Any) -> None:
         ("train: {per_device_train_batch_size: 4}\n", "train.batch_size", 4),
     ),
 )
-def test_what_others_mean_by_a_value(text: str, key: str, meant: Any, recipe_from: Any) -> None:
+def test_alias_values_are_converted(text: str, key: str, meant: Any, recipe_from: Any) -> None:
     assert _value(recipe_from(HEAD + text), key) == meant
 
 
-def test_a_strategy_without_its_steps_is_refused(recipe_from: Any) -> None:
+def test_a_strategy_without_its_interval_is_refused(recipe_from: Any) -> None:
     said = _refusal(recipe_from, f"{HEAD}eval_strategy: steps\n")
     assert said.endswith(":3: eval_strategy: must be an integer or 'epoch', not 'steps'")
 
 
-def test_a_size_per_device_counts_the_processes(recipe_from: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_per_device_batch_size_is_multiplied_by_processes(recipe_from: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert recipe_from(f"{HEAD}per_device_train_batch_size: 8\n").train.batch_size == 32
     assert recipe_from(f"{HEAD}batch_size: 8\n").train.batch_size == 8
 
 
-def test_the_command_line_beats_the_file_and_the_file_the_defaults(recipe_from: Any) -> None:
+def test_precedence(recipe_from: Any) -> None:
     text = f"{HEAD}train: {{epochs: 1, seed: 5}}\ntechnique: {{name: lora, r: 4, dora: true}}\n"
     found = recipe_from(text, "lr=1e-3", "train.epochs=2", "technique.r=16", "train.epochs=3")
     assert (found.train.epochs, found.train.seed, found.train.learning_rate) == (3.0, 5, 1e-3)
@@ -211,7 +209,7 @@ def test_the_command_line_beats_the_file_and_the_file_the_defaults(recipe_from: 
 
 
 @pytest.mark.parametrize("word", ("technique=full", "technique.name=full", "technique={name: full}"))
-def test_another_technique_leaves_no_key_of_the_first_behind(word: str, recipe_from: Any) -> None:
+def test_another_technique_drops_the_keys_of_the_first(word: str, recipe_from: Any) -> None:
     text = f"{HEAD}technique: {{name: lora, r: 4}}\n"
     assert recipe_from(text, word).dump()["technique"] == {"name": "full", "layer_lr_decay": 1.0}
 
@@ -225,30 +223,30 @@ def test_a_key_of_another_technique_is_refused_in_any_order(words: tuple[str, ..
 
 
 @pytest.mark.parametrize("name", TECHNIQUE_SYNONYMS)
-def test_what_a_technique_is_called_elsewhere_is_known(name: str, recipe_from: Any) -> None:
+def test_synonyms_of_techniques_are_suggested(name: str, recipe_from: Any) -> None:
     said = _refusal(recipe_from, HEAD, f"technique={name}")
     assert said.startswith(f"command line: technique: no technique is called '{name}'; ")
     assert said.endswith(f"technique={shlex.quote(TECHNIQUE_SYNONYMS[name])}")
     assert recipe_from(HEAD, f"technique={TECHNIQUE_SYNONYMS[name]}").technique.name in TECHNIQUE_SYNONYMS[name]
 
 
-def test_a_size_per_device_may_be_two_words(recipe_from: Any) -> None:
+def test_batch_size_factors_on_the_command_line(recipe_from: Any) -> None:
     words = ("gradient_accumulation_steps=2", "per_device_train_batch_size=4")
     assert recipe_from(HEAD, *words).train.batch_size == 8 == recipe_from(HEAD, *words[::-1]).train.batch_size
 
 
-def test_null_on_the_command_line_takes_a_key_back(recipe_from: Any) -> None:
+def test_null_on_the_command_line_unsets_a_key(recipe_from: Any) -> None:
     assert recipe_from(f"{HEAD}train: {{max_steps: 5}}\n", "max_steps=null", "epochs=2").train.max_steps is None
 
 
-def test_how_long_is_said_last_holds(recipe_from: Any) -> None:
+def test_the_later_of_epochs_and_max_steps_takes_precedence(recipe_from: Any) -> None:
     assert recipe_from(f"{HEAD}train: {{max_steps: 5}}\n", "epochs=2").train.max_steps is None
     assert recipe_from(f"{HEAD}train: {{epochs: 5}}\n", "max_steps=2").train.epochs is None
     assert "epochs and max_steps" in _refusal(recipe_from, f"{HEAD}train: {{epochs: 5, max_steps: 2}}\n")
 
 
 @pytest.mark.parametrize("words", ((), ("technique=lora",), ("technique={name: freeze, last_n_blocks: 1}",)))
-def test_what_is_written_is_read_back(words: tuple[str, ...], recipe_from: Any) -> None:
+def test_a_dumped_recipe_round_trips(words: tuple[str, ...], recipe_from: Any) -> None:
     data = "{train: '1:30', columns: {text: 'no'}, test: b.csv}"
     text = f"{HEAD}train: {{learning_rate: 2e-5, seed: 7}}\ndata: {data}\n"
     first = recipe_from(text, "output='2024-01-02'", *words)
@@ -256,7 +254,7 @@ def test_what_is_written_is_read_back(words: tuple[str, ...], recipe_from: Any) 
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_schema_takes_the_recipes_of_the_house(path: Path) -> None:
+def test_the_schema_accepts_our_recipes(path: Path) -> None:
     found = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     staged = load_stages(path)
     assert _fits(found, schema())
@@ -264,7 +262,7 @@ def test_the_schema_takes_the_recipes_of_the_house(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", registry.names("technique"))
-def test_the_schema_takes_a_starter_with_every_default_written_out(name: str, recipe_from: Any) -> None:
+def test_the_schema_accepts_a_starter_with_all_defaults(name: str, recipe_from: Any) -> None:
     text = starter("text-classification", name)
     spelled_out = re.sub(r"^  # (\w+: )", r"  \1", text, flags=re.M)
     assert spelled_out.count("\n  ") > text.count("\n  ") - text.count("\n  # ") > 0
@@ -290,7 +288,7 @@ def test_the_schema_takes_a_starter_with_every_default_written_out(name: str, re
     ),
     ids=str,
 )
-def test_the_schema_refuses_what_the_recipe_does(change: dict[str, Any]) -> None:
+def test_the_schema_refuses_invalid_recipes(change: dict[str, Any]) -> None:
     sound = {"task": "text-classification", "model": "tiny"}
     assert _fits(sound, schema()) and not _fits(sound | change, schema())
 
@@ -301,7 +299,7 @@ def reads_max_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry.get("task", "fill-mask"), "data_keys", frozenset({"max_length"}), raising=False)
 
 
-def test_a_data_key_that_the_task_does_not_read(reads_max_length: None, recipe_from: Any) -> None:
+def test_a_data_key_that_the_task_does_not_read_is_refused(reads_max_length: None, recipe_from: Any) -> None:
     head = "task: fill-mask\nmodel: tiny\n"
     said = _refusal(recipe_from, f"{head}data:\n  max_length: 16\n  class_weights: balanced\n")
     assert ".yaml:5: data.class_weights: fill-mask " in said and said.count("\n") == 0
@@ -313,7 +311,7 @@ def test_a_data_key_that_the_task_does_not_read(reads_max_length: None, recipe_f
     assert recipe.data.max_length == 16 and recipe_from(to_yaml(recipe.dump())) == recipe
 
 
-def test_the_schema_and_the_starter_know_the_data_keys_of_a_task(reads_max_length: None) -> None:
+def test_schema_and_starter_respect_data_keys(reads_max_length: None) -> None:
     text = starter("fill-mask", "lora")
     assert "# max_length: " in text and "class_weights" not in text and "augment" not in text
     rules = {rule["if"]["properties"]["task"]["anyOf"][0]["const"]: rule["then"] for rule in schema()["allOf"]}
@@ -337,14 +335,14 @@ def test_a_source_reads_its_file_once(tmp_path: Path) -> None:
     assert str(read(None, ["lr=1"]).locate(error)) == str(error), "a resumed recipe is not among the layers"
 
 
-def test_a_source_takes_more_layers(tmp_path: Path) -> None:
+def test_layers_of_a_source(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"{HEAD}train: {{seed: 1, epochs: 2}}\n", encoding="utf-8")
     source = read(None, ["train.seed=2"]).on_file(tmp_path / "recipe.yaml")
     assert (load(source).train.seed, load(source, ["seed=3"]).train.seed) == (2, 3)
     assert load(source, ["seed=3"], {"train": {"epochs": 4}}).train.epochs == 4
 
 
-def test_the_schema_asks_for_task_and_model() -> None:
+def test_the_schema_requires_task_and_model() -> None:
     assert not _fits({"task": "text-classification"}, schema()) and not _fits({"model": "tiny"}, schema())
 
 
@@ -399,7 +397,7 @@ def _is_a(value: Any, kind: str) -> bool:
     ),
     ids=str,
 )
-def test_a_later_refusal_names_the_place_of_its_key(error: UserError, said: str, tmp_path: Path) -> None:
+def test_a_later_error_names_the_place_of_its_key(error: UserError, said: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(f"{HEAD}train:\n  precision: fp16\ntechnique:\n  lora_r: 4\n")
     found = read(path, ["data.test=0.1"]).locate(error)

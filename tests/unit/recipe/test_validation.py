@@ -27,7 +27,7 @@ def refuse(tmp_path: Path) -> Callable[[str], str]:
 
 
 @pytest.mark.parametrize("text", (".nan", ".inf", "-.inf", "true", "'2e-4'", "[1]", "-1", "0"))
-def test_what_is_no_rate_is_refused(text: str, refuse: Callable[[str], str]) -> None:
+def test_invalid_learning_rates(text: str, refuse: Callable[[str], str]) -> None:
     assert "recipe.yaml:3: train.learning_rate: must be " in refuse(f"train: {{learning_rate: {text}}}\n")
 
 
@@ -76,16 +76,16 @@ def test_what_is_no_rate_is_refused(text: str, refuse: Callable[[str], str]) -> 
     ),
     ids=lambda text: text.split(": ", 1)[-1][:40].strip(),
 )
-def test_each_mistake_is_one_line_with_its_place(text: str, said: str, refuse: Callable[[str], str]) -> None:
+def test_each_error_is_one_line_with_its_place(text: str, said: str, refuse: Callable[[str], str]) -> None:
     refusal = refuse(text)
     assert refusal.startswith(f"recipe.yaml:{said}") and "\n" not in refusal
 
 
-def test_several_mistakes_are_said_at_once(refuse: Callable[[str], str]) -> None:
+def test_several_errors_are_reported_together(refuse: Callable[[str], str]) -> None:
     said = refuse("train:\n  epochs: -1\n  micro_batch_size: many\n  sede: 1\n").splitlines()
     assert [line.split(":")[1] for line in said] == ["4", "5", "6"] and len(said) == 3
 
 
-def test_a_value_is_shortened_and_holds_no_control_characters(refuse: Callable[[str], str]) -> None:
+def test_values_are_shortened_and_escaped(refuse: Callable[[str], str]) -> None:
     said = refuse(f'train: {{schedule: "{"x" * 500}\\e[31m"}}\n')
     assert len(said) < 300 and "\x1b" not in said

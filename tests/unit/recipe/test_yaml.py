@@ -1,4 +1,4 @@
-"""Recipes are YAML 1.2 with the line of each key; what is broken or made to take all memory is refused by its line."""
+"""YAML 1.2 with the line of each key; malformed YAML and YAML that would exhaust memory are refused."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ def test_numbers_are_numbers(text: str, value: float, read: Any) -> None:
     "text",
     ("no", "yes", "on", "off", "y", "NO", "12:30", "1:30:45", "2024-01-02", "2024-01-02T03:04:05", "~x", "1e", "v1.0"),
 )
-def test_what_yaml_1_1_took_for_something_else_is_a_text(text: str, read: Any) -> None:
+def test_yaml_1_1_literals_are_strings(text: str, read: Any) -> None:
     found = read(f"output: {text}\ndata: {{train: {text}}}\n")
     assert found == {"output": text, "data": {"train": text}} and type(found["output"]) is str
 
 
 @pytest.mark.parametrize(("text", "value"), (("010", 10), ("0o10", 8), ("0x1F", 31), ("+7", 7)))
-def test_whole_numbers_are_those_of_yaml_1_2(text: str, value: int, read: Any) -> None:
+def test_integers_are_those_of_yaml_1_2(text: str, value: int, read: Any) -> None:
     found = read(f"seed: {text}\n")["seed"]
     assert found == value and type(found) is int
 
 
-def test_a_key_given_twice(read: Any) -> None:
+def test_duplicate_keys(read: Any) -> None:
     with pytest.raises(RecipeError, match=r"recipe.yaml:4: epochs: duplicate key; "):
         read("train:\n  epochs: 1\n  seed: 0\n  epochs: 2\n")
 
@@ -95,7 +95,7 @@ def test_hostile_and_broken_yaml(text: str, said: str, read: Any, monkeypatch: p
 
 
 @pytest.mark.parametrize("text", ("", "just words", "- a\n- list\n", "# nothing\n", "{}\n"))
-def test_what_is_no_recipe(text: str, read: Any) -> None:
+def test_files_that_are_not_recipes(text: str, read: Any) -> None:
     with pytest.raises(RecipeError, match="recipe.yaml:1: .*`key: value`"):
         read(text)
 
@@ -133,20 +133,20 @@ WORDS = ("technique=lora", "technique.r=4", "train.epochs=2", "train={seed: 1}",
 
 
 @pytest.mark.parametrize("words", (WORDS, WORDS[::-1], WORDS[2:] + WORDS[:2]))
-def test_the_order_of_words_is_no_matter(words: tuple[str, ...]) -> None:
+def test_the_order_of_words_does_not_matter(words: tuple[str, ...]) -> None:
     tree, where = read_words(words)
     technique, train = {"name": "lora", "r": 4}, {"epochs": 2, "seed": 1}
     assert tree == {"technique": technique, "train": train, "stages": {"2": {"technique": {"r": 8}}}}
     assert where(("technique", "r")) == "command line: technique.r"
 
 
-def test_of_two_words_for_one_key_the_later_holds() -> None:
+def test_the_later_of_two_words_takes_precedence() -> None:
     assert read_words(["a.b=1", "a.b=2"])[0] == {"a": {"b": 2}} == read_words(["a={b: 1}", "a={b: 2}"])[0]
     with pytest.raises(RecipeError, match=r"command line: a.b: a is .*'3', .*; "):
         read_words(["a.b=1", "a=3"])
 
 
-def test_a_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
+def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(b"\xef\xbb\xbftask: some\r\nmodel: tiny\r\n")
     assert read_file(tmp_path / "recipe.yaml")[0] == {"task": "some", "model": "tiny"}
 
@@ -161,6 +161,6 @@ def test_each_key_has_its_place(tmp_path: Path) -> None:
     assert places[0](("train", "seed")) == f"{path}:2: train.seed", "merged in from elsewhere: the line of its section"
 
 
-def test_what_is_written_is_read_back(read: Any) -> None:
+def test_to_yaml_round_trips(read: Any) -> None:
     tree = {"model": "no", "data": {"train": "1:30", "columns": None, "path": "a " * 99}, "list": ["a", 2e-5, True]}
     assert read(to_yaml(tree)) == tree

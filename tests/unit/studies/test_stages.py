@@ -47,7 +47,7 @@ def _weights(folder: Path) -> bytes:
     return (folder / "model" / "model.safetensors").read_bytes()
 
 
-def test_a_stage_begins_where_the_one_before_it_ended(written: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_stage_starts_from_the_run_before_it(written: Path, tmp_path: Path, capsys: Any) -> None:
     result = tunesmith.train(written, "stages.1.train.max_steps=2")
     said = capsys.readouterr().out
     first, second = tmp_path / "out" / "1-fill-mask", tmp_path / "out" / "2-text-classification"
@@ -68,7 +68,7 @@ def test_a_stage_begins_where_the_one_before_it_ended(written: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("stage", (1, 2))
-def test_a_killed_stage_goes_on_and_a_finished_one_stays(
+def test_a_killed_stage_resumes_and_a_finished_one_is_kept(
     stage: int, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tunesmith.train(written, f"output={tmp_path / 'whole'}", talk=QUIET)
@@ -102,7 +102,7 @@ def test_other_stages_are_not_resumed(written: Path, tmp_path: Path) -> None:
     assert result["stages"][0]["steps"] == 1
 
 
-def test_what_stands_on_a_stage_that_is_run_again_is_run_again(written: Path, tmp_path: Path) -> None:
+def test_dependents_of_a_rerun_stage_are_rerun(written: Path, tmp_path: Path) -> None:
     tunesmith.train(written, "gain.seeds=2", talk=QUIET)
     key = "stages.1.train.max_steps"
     again = tunesmith.train(written, "gain.seeds=2", f"{key}=6", resume=tmp_path / "out", override=[key], talk=QUIET)
@@ -116,7 +116,7 @@ def test_what_stands_on_a_stage_that_is_run_again_is_run_again(written: Path, tm
     assert [json.loads(path.read_text())["steps"] for path in runs] == [5] * 4
 
 
-def test_a_gain_on_rows_whose_answers_were_learned_is_refused(written: Path, reviews_csv: Path) -> None:
+def test_a_gain_on_rows_seen_in_training_is_refused(written: Path, reviews_csv: Path) -> None:
     learned = ("stages.1.task=text-classification", f"stages.1.data.train={reviews_csv}", "gain.seeds=2")
     with pytest.raises(
         RecipeError, match=r"^gain: stage 1 .*reviews\.csv.*; .*data\.validation and data\.test.*gain=null"
@@ -124,7 +124,7 @@ def test_a_gain_on_rows_whose_answers_were_learned_is_refused(written: Path, rev
         tunesmith.train(written, *learned, talk=QUIET)
 
 
-def test_the_gain_is_paired_and_has_its_noise(written: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_gain_is_paired_and_has_a_standard_error(written: Path, tmp_path: Path, capsys: Any) -> None:
     result = tunesmith.train(written, "gain.seeds=2", "train.max_steps=2")
     gain, out = result["gain"], tmp_path / "out"
     assert gain["metric"] == "accuracy" and gain["split"] == "test" and gain["seeds"] == [0, 1]
@@ -169,7 +169,7 @@ def test_the_gain_is_paired_and_has_its_noise(written: Path, tmp_path: Path, cap
         ((0.1, -0.1, 0.01), "not significant"),
     ),
 )
-def test_what_a_gain_says(gains: tuple[float, ...], said: str, capsys: Any) -> None:
+def test_the_report_of_a_gain(gains: tuple[float, ...], said: str, capsys: Any) -> None:
     stages._say_gain(stages.gain_of("accuracy", "test", [0, 1, 2], gains, (0.0, 0.0, 0.0)), Talk())
     assert said in capsys.readouterr().out
     lower = stages.gain_of("loss", "test", [0, 1, 2], (1.0, 1.1, 1.2), (2.0, 2.2, 2.1))
@@ -181,26 +181,27 @@ REFUSED = {
     "an output of its own": ("stages:\n  - {task: fill-mask, output: a}\nmodel: x\n", "two.yaml:2: stages.1.output: "),
     "a key that is unknown": ("model: x\nstages:\n  - task: fill-mask\n  - task: {name: fill-mask, shar: 1}\n",
                               "two.yaml:4: stages.2.task.shar: unknown key"),
+    "no list": ("model: x\nstages: fill-mask\n", "two.yaml:2: stages: must be a list "),
     "no base": ("stages:\n  - task: fill-mask\n", "model: missing"),
     "one seed": ("model: x\ngain: {seeds: 1}\nstages:\n  - task: fill-mask\n", "gain.seeds: must be at least 2"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_refusals_name_the_line(why: str, tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+def test_errors_name_the_line(why: str, tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     text, said = REFUSED[why]
     path = tmp_path / "two.yaml"
     path.write_text(text)
     code, _, err = command("train", str(path))
     assert code == 2 and said in err and err.count("\n") == 1, err
     path.write_text("model: x\nstages:\n  - task: fill-mask\n")
+    code, _, err = command("train", str(path), "stages=5")
+    assert code == 2 and "command line: stages: must be a list " in err, err
     code, _, err = command("train", str(path), "stages.2.train.epochs=1")
     assert code == 2 and "command line: stages.2: " in err and "1 to 1" in err, err
 
 
-def test_a_later_refusal_names_its_line_in_the_stage(
-    written: Path, command: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_a_later_error_names_its_line_in_the_stage(written: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     written.write_text(written.read_text().replace("{max_steps: 3}", "{max_steps: 3, metric: f2}"))
     code, _, err = command("train", str(written), "--offline")
     assert code == 2 and f"{written}:10: stages.2.train.metric: " in err and "'f2'" in err, err
@@ -224,7 +225,7 @@ def test_json_is_one_object(written: Path, command: Callable[..., tuple[int, str
     assert len(result["stages"]) == 2 and result["run"] == result["stages"][1]["run"]
 
 
-def test_data_of_a_stage_is_looked_at(written: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+def test_data_verbs_take_a_stage(written: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     said = {word: command("data", "show", str(written), "-n", "1", *word) for word in ((), ("--stage", "1"))}
     assert [code for code, _, _ in said.values()] == [0, 0]
     assert "target: " in said[()][1] and "[MASK]" in said["--stage", "1"][1]
@@ -258,7 +259,7 @@ def test_a_folder_of_runs_names_them(
     assert code == 0 and "target: " in shown, "the folder stands for its recipe"
 
 
-def test_a_signal_names_what_goes_on_with_the_whole(
+def test_a_signal_prints_the_resume_command_of_all_stages(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked(prepared: Any, *_: Any) -> None:
