@@ -18,7 +18,7 @@ _MODULES = {
     "Task": "tunesmith.tasks",
     "Technique": "tunesmith.techniques",
     "evaluate": "tunesmith.studies.score",
-    "load": "tunesmith.deploy.several",
+    "load": "tunesmith.deploy.multi_adapter",
     "predict": "tunesmith.deploy.predict",
     "train": "tunesmith.api",
 }

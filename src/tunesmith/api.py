@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith import run
+from tunesmith.console import Talk
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.recipe import Recipe, RecipeSource, load, load_stages, read
-from tunesmith.run_folder import RECIPES, runs_in
+from tunesmith.run import train as run
+from tunesmith.storage.run_folder import RECIPES, runs_in
 from tunesmith.studies import stages as study
-from tunesmith.talk import Talk
 
 
 def train(

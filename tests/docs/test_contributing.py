@@ -13,8 +13,8 @@ import pytest
 
 import tunesmith
 from tunesmith import registry
+from tunesmith.console import Talk
 from tunesmith.errors import RecipeError
-from tunesmith.talk import Talk
 from tunesmith.testing import MADE_UP, check
 
 PAGE = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import pytest
 
 import tunesmith
 from tunesmith import recipe as recipes
-from tunesmith.talk import Talk
+from tunesmith.console import Talk
 from tunesmith.testing import sample_row
 
 FOLDER = Path(__file__).parents[2] / "recipes"

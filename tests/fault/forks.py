@@ -27,9 +27,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import transformers.models.bert.modeling_bert  # noqa: F401 - before the fork, not in each child
 
-from tunesmith import cli, run
-from tunesmith.deploy import artefact
+from tunesmith import cli
+from tunesmith.deploy import artifact as artefact
 from tunesmith.models import load as models
+from tunesmith.run import train as run
 from tunesmith.tasks.text_classification import TextClassification
 from tunesmith.techniques import freeze, full, lora  # noqa: F401
 from tunesmith.training import checkpoint, evaluate, examples

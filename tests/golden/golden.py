@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tunesmith
 from tunesmith import recipe as recipes
-from tunesmith.talk import Talk
+from tunesmith.console import Talk
 from tunesmith.testing import tiny_model, tiny_tokenizer
 
 FILE = Path(__file__).with_name("losses.json")

@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 
-from tunesmith import registry, run
+from tunesmith import registry
+from tunesmith.console import Talk
 from tunesmith.data.formats import Row
 from tunesmith.errors import UserError
-from tunesmith.prepare import Prepared
 from tunesmith.recipe import Data, Recipe, Train, load
-from tunesmith.talk import Talk
+from tunesmith.run import train as run
+from tunesmith.run.prepare import Prepared
+from tunesmith.run.signals import Signals
 from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training import machine
-from tunesmith.training.signals import Signals
 
 LORA = "technique={name: lora, r: 4, target_modules: [query]}"
 BLOCKS = "technique={name: freeze, last_n_blocks: 2}"

@@ -41,7 +41,7 @@ from tunesmith.cli.options import (
     verb,
 )
 from tunesmith.errors import Interrupted, RecipeError, UserError, counted
-from tunesmith.run_folder import check_run
+from tunesmith.storage.run_folder import check_run
 
 if TYPE_CHECKING:
     from tunesmith.deploy.inputs import Asked
@@ -186,9 +186,9 @@ def init(
     verbose: Verbose = False,
 ) -> None:
     """Write a starter recipe with every key, its default and a comment."""
+    from tunesmith.console import command
     from tunesmith.recipe.starter import starter
-    from tunesmith.talk import command
-    from tunesmith.training.files import atomic_write
+    from tunesmith.storage.files import atomic_write
 
     text = starter(task, technique)
     check_new(output)
@@ -260,8 +260,8 @@ def evaluate(
 ) -> None:
     """Compute the metrics of a run on a split or on other data."""
     check_run(run)
+    from tunesmith.console import scores_line
     from tunesmith.studies import score
-    from tunesmith.talk import scores_line
 
     talk = new_talk(True, quiet)
     result = score.evaluate(
@@ -302,8 +302,8 @@ def merge(
     offline: Offline = False,
 ) -> None:
     """Merge several runs into one plain model, or one run's adapter into its base model."""
-    from tunesmith.deploy import merging
-    from tunesmith.talk import command
+    from tunesmith.console import command
+    from tunesmith.deploy import merge as merging
 
     try:
         weight_list = [float(weight) for weight in weights.split(",")] if weights else None
@@ -355,7 +355,7 @@ def predict(
     from tunesmith.data.formats import Row
     from tunesmith.deploy.inputs import answer_rows, read_inputs
     from tunesmith.deploy.predict import load
-    from tunesmith.training.files import atomic_write
+    from tunesmith.storage.files import atomic_write
 
     talk = new_talk(True, quiet, verbose)
     tuned = load(run, device=device, offline=offline, allow_pickle=allow_pickle)

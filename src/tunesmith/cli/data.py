@@ -61,7 +61,7 @@ def check(
 ) -> None:
     """Report faulty rows; exit code 3 if one would stop a run or invalidate its scores."""
     target, pairs = _split_target(words, stage)
-    from tunesmith.studies import data_check as study
+    from tunesmith.inspect_data import check as study
 
     allowed = {"offline": offline, "allow_pickle": allow_pickle}
     report = study.check(target, pairs, group=group, model=model, stage=stage, **allowed)
@@ -154,7 +154,7 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """Convert a file to another format; an existing file is not overwritten."""
-    from tunesmith.studies import data_convert as study
+    from tunesmith.inspect_data import convert as study
 
     result = study.convert(source, output, to=to, header=header, skip=skip, spans=spans)
     talk = new_talk(as_json, quiet)
@@ -189,8 +189,8 @@ def show(
 ) -> None:
     """Show rows as tokens of the model input, with the tokens that carry loss."""
     target, pairs = _split_target(words, stage)
-    from tunesmith.studies import data_show as study
-    from tunesmith.training.files import atomic_write
+    from tunesmith.inspect_data import show as study
+    from tunesmith.storage.files import atomic_write
 
     if html is not None:
         check_new(html, "--html")

@@ -16,8 +16,8 @@ import typer
 from tunesmith.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
+    from tunesmith.console import Talk
     from tunesmith.recipe import RecipeSource
-    from tunesmith.talk import Talk
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, all other output to stderr.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print warnings only.")]
@@ -75,7 +75,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 def new_talk(as_json: bool, quiet: bool, verbose: bool = False) -> Talk:
     """Return the output of a verb."""
-    from tunesmith.talk import Talk
+    from tunesmith.console import Talk
 
     return Talk(level=-1 if quiet else int(verbose), to_stderr=as_json)
 
@@ -115,7 +115,7 @@ def refuse_early(source: RecipeSource, *, overwrite: bool | None = None) -> None
     """
     from tunesmith import recipe as recipes
     from tunesmith.data.formats import check_there
-    from tunesmith.run_folder import claim
+    from tunesmith.storage.run_folder import claim
 
     with located(source):
         data, output = source.paths()

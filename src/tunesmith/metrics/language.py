@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tunesmith.data.batches import Batch
 from tunesmith.data.encoded import Encoded
-from tunesmith.data.texts import from_bytes
+from tunesmith.data.text.texts import from_bytes
 from tunesmith.metrics.classification import check_finite
 from tunesmith.metrics.texts import TextMetrics
 

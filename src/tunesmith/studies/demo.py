@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import recipe as recipes
-from tunesmith import run
+from tunesmith.console import Talk, command
 from tunesmith.deploy import predict
 from tunesmith.models import sources
 from tunesmith.models.snippets import snippets
+from tunesmith.run import train as run
+from tunesmith.storage.files import atomic_write
 from tunesmith.studies import score
-from tunesmith.talk import Talk, command
-from tunesmith.training.files import atomic_write
 
 MODEL = sources.EXAMPLE
 NEUTRAL = 0.5

@@ -21,15 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import recipe as recipes
-from tunesmith import record, run
+from tunesmith.console import Talk
 from tunesmith.data.columns import labeled, translates
 from tunesmith.errors import RecipeError, UserError
 from tunesmith.recipe import Recipe, Stages
-from tunesmith.run_folder import REPLACED, claim, put_aside, put_back
-from tunesmith.talk import Talk
+from tunesmith.run import record
+from tunesmith.run import train as run
+from tunesmith.storage import files
+from tunesmith.storage.run_folder import REPLACED, claim, put_aside, put_back
+from tunesmith.storage.run_lock import RunLock
 from tunesmith.tasks import LOWER_IS_BETTER
-from tunesmith.training import checkpoint, files, machine, parallel
-from tunesmith.training.run_lock import RunLock
+from tunesmith.training import checkpoint, machine, parallel
 
 STUDENT_T = (
     12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09,

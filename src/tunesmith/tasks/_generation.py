@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch, Ragged
-from tunesmith.data.conversations import conversation
 from tunesmith.data.formats import Row
+from tunesmith.data.text.conversations import conversation
 from tunesmith.models.load import UNBOUNDED, length_limit
 from tunesmith.models.writing import Spoken, likeliest, write
 from tunesmith.recipe.fields import Generation

@@ -21,7 +21,15 @@ from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
 from tunesmith.data.preview import Preview, Token
-from tunesmith.data.texts import as_bytes, count_tokens, cut_texts, preview_tokens, spell, token_costs, unknown_notes
+from tunesmith.data.text.texts import (
+    as_bytes,
+    count_tokens,
+    cut_texts,
+    preview_tokens,
+    spell,
+    token_costs,
+    unknown_notes,
+)
 from tunesmith.kernels.vocabulary import token_loss, token_shares
 from tunesmith.metrics.language import PerplexityMetrics
 from tunesmith.metrics.texts import TextMetrics

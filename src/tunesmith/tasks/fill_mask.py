@@ -21,13 +21,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch, Ragged
-from tunesmith.data.blocks import Segment, blocks
 from tunesmith.data.columns import Column
 from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.formats import Row
-from tunesmith.data.masks import Tokens, hide
 from tunesmith.data.preview import Preview
-from tunesmith.data.texts import inspect_texts, preview_tokens, spell, token_costs, unknown_notes
+from tunesmith.data.text.blocks import Segment, blocks
+from tunesmith.data.text.masking import Tokens, hide
+from tunesmith.data.text.texts import inspect_texts, preview_tokens, spell, token_costs, unknown_notes
 from tunesmith.errors import RecipeError
 from tunesmith.kernels.logits import logits_at
 from tunesmith.kernels.vocabulary import token_loss

@@ -21,16 +21,24 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch, Limits, Ragged, cut
-from tunesmith.data.blocks import packed
-from tunesmith.data.chat_faults import chat_faults, text_faults
-from tunesmith.data.chats import ALL_CUT, NOT_WRITTEN, SOME_CUT, Chats, TrainOn, first_token, own_template
 from tunesmith.data.columns import Column
-from tunesmith.data.conversations import CHAT_COLUMNS, Message, choices_of, conversation, is_conversation
 from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.formats import Row
 from tunesmith.data.preview import Preview
-from tunesmith.data.templates import PLAIN, template_text
-from tunesmith.data.texts import as_bytes, count_tokens, model_inputs, preview_tokens, spell, token_costs, unknown_notes
+from tunesmith.data.text.blocks import packed
+from tunesmith.data.text.chat_faults import chat_faults, text_faults
+from tunesmith.data.text.chats import ALL_CUT, NOT_WRITTEN, SOME_CUT, Chats, TrainOn, first_token, own_template
+from tunesmith.data.text.conversations import CHAT_COLUMNS, Message, choices_of, conversation, is_conversation
+from tunesmith.data.text.templates import PLAIN, template_text
+from tunesmith.data.text.texts import (
+    as_bytes,
+    count_tokens,
+    model_inputs,
+    preview_tokens,
+    spell,
+    token_costs,
+    unknown_notes,
+)
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.kernels.padding_free import computes_without_padding
 from tunesmith.kernels.vocabulary import token_loss, token_shares

@@ -20,8 +20,8 @@ from tunesmith.data import languages
 from tunesmith.data.columns import Column
 from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
-from tunesmith.data.pairs import pair_faults
-from tunesmith.data.templates import template_text
+from tunesmith.data.text.pairs import pair_faults
+from tunesmith.data.text.templates import template_text
 from tunesmith.errors import DataError, RecipeError, shorten
 from tunesmith.metrics.texts import TextMetrics
 from tunesmith.models.directions import direction

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data import splits
-from tunesmith.data.augment import Augmenter
 from tunesmith.data.columns import Column, inputs_of, labeled, of_kind, reads_plain_text, translates
 from tunesmith.data.encoded import Encoded, Fields, encode, encode_in_memory, fingerprint
 from tunesmith.data.formats import Row, Table, find_splits, is_folder, read_table
@@ -26,6 +25,7 @@ from tunesmith.data.formats.columns import is_number
 from tunesmith.data.formats.folders import data_files, no_train
 from tunesmith.data.formats.plain import texts_in
 from tunesmith.data.labels import IGNORED
+from tunesmith.data.text.augment import Augmenter
 from tunesmith.errors import DataError, RecipeError, counted, shorten
 from tunesmith.recipe import Data
 from tunesmith.tasks import BoundTask, Task

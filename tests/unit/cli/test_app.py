@@ -22,11 +22,11 @@ import typer
 import tunesmith
 from tunesmith import recipe, registry
 from tunesmith.cli import app as cli
+from tunesmith.console import Talk
 from tunesmith.data.batches import Batches
 from tunesmith.models.package_index import FETCHED
 from tunesmith.recipe import starter
 from tunesmith.studies import doctor
-from tunesmith.talk import Talk
 
 Command = Callable[..., tuple[int, str, str]]
 QUICK = ("train.max_steps=2", "train.batch_size=8", "train.precision=fp32", "train.device=cpu")

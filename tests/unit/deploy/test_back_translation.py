@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tunesmith.data.augment import Augmenter, texts_of
+from tunesmith.console import Talk
 from tunesmith.data.formats import Row
+from tunesmith.data.text.augment import Augmenter, texts_of
 from tunesmith.deploy import back_translation, predict
 from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import RecipeError
 from tunesmith.recipe.fields import Augmentation
-from tunesmith.talk import Talk
 from tunesmith.testing import sample_row
 
 QUIET = Talk(level=-1)

@@ -12,8 +12,8 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
 import tunesmith
+from tunesmith.console import Talk
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.talk import Talk
 from tunesmith.testing import sample_row
 
 

@@ -11,10 +11,10 @@ import pytest
 
 import tunesmith
 from tunesmith import recipe as recipes
-from tunesmith import run
+from tunesmith.console import Talk
 from tunesmith.errors import CheckpointError, Interrupted, RecipeError, UserError
+from tunesmith.run import train as run
 from tunesmith.studies import stages
-from tunesmith.talk import Talk
 from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 
 QUIET = Talk(level=-1)
@@ -263,7 +263,7 @@ def test_a_signal_prints_the_resume_command_of_all_stages(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked(prepared: Any, *_: Any) -> None:
-        from tunesmith.training.signals import Stopped
+        from tunesmith.run.signals import Stopped
 
         raise Stopped("SIGTERM")
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 import tunesmith
-from tunesmith import run
+from tunesmith.console import Talk
 from tunesmith.data.batches import Batch, collate
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load as models
 from tunesmith.models import sources
-from tunesmith.talk import Talk
+from tunesmith.run import train as run
 from tunesmith.tasks.fill_mask import FillMask
 from tunesmith.testing import Case, case, sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training import evaluate

@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tunesmith
-from tunesmith import run
+from tunesmith.console import Talk
 from tunesmith.data.batches import Batch, Limits, collate
 from tunesmith.data.encoded import encode
 from tunesmith.data.formats import Row
@@ -26,7 +26,7 @@ from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.models import snippets
 from tunesmith.models.anatomy import anatomy
 from tunesmith.recipe import Data, load
-from tunesmith.talk import Talk
+from tunesmith.run import train as run
 from tunesmith.tasks import text_generation
 from tunesmith.tasks.text_generation import TextGeneration
 from tunesmith.testing import tiny_model

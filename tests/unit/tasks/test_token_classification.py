@@ -15,12 +15,12 @@ from transformers import DataCollatorForTokenClassification, PreTrainedModel
 
 import tunesmith
 from tunesmith import recipe as recipes
+from tunesmith.console import Talk
 from tunesmith.data.batches import Batch, collate
 from tunesmith.data.encoded import Encoded, encode
 from tunesmith.data.formats import Row
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe import Data
-from tunesmith.talk import Talk
 from tunesmith.tasks.token_classification import TokenClassification
 from tunesmith.techniques.prefix import Prefix
 from tunesmith.techniques.prompt import Prompt

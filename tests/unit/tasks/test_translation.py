@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import tunesmith
 from tunesmith import recipe as recipes
-from tunesmith import run
+from tunesmith.console import Talk
 from tunesmith.data.batches import Batch, collate
 from tunesmith.data.encoded import encode
 from tunesmith.data.formats import Row
@@ -23,8 +23,8 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.recipe import Data
+from tunesmith.run import train as run
 from tunesmith.studies import score
-from tunesmith.talk import Talk
 from tunesmith.tasks.translation import Translation
 from tunesmith.techniques.full import Full
 from tunesmith.testing import KEYS, Case, case, sample_row, tiny_model, tiny_tokenizer

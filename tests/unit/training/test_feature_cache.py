@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tunesmith import prepare, run
+from tunesmith.console import Talk
 from tunesmith.models import sources
-from tunesmith.talk import Talk
+from tunesmith.run import prepare
+from tunesmith.run import train as run
 from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training import feature_cache
 
