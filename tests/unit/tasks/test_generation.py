@@ -10,8 +10,8 @@ import torch
 from tunesmith.data.batches import Ragged
 from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.models.anatomy import anatomy
-from tunesmith.models.writing import write
 from tunesmith.recipe.fields import Generation
+from tunesmith.tasks._generation import generate_tokens
 from tunesmith.testing import tiny_model
 
 PROMPTS = [[5, 9, 7, 8], [6, 8], [11], [4, 4, 5]]
@@ -23,7 +23,9 @@ def _ragged(rows: list[list[int]]) -> Ragged:
 
 
 def _written(model: Any, rows: list[list[int]], stop: tuple[int, ...] = (), limit: int = 64, **how: Any) -> Any:
-    return write(model, _ragged(rows), Generation(**{"max_new_tokens": 8, **how}), pad=0, stop=stop, limit=limit)
+    return generate_tokens(
+        model, _ragged(rows), Generation(**{"max_new_tokens": 8, **how}), pad=0, stop=stop, limit=limit
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma", "t5"])
