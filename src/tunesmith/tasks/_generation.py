@@ -14,7 +14,7 @@ from tunesmith.data.batches import Batch, Ragged
 from tunesmith.data.conversations import conversation
 from tunesmith.data.formats import Row
 from tunesmith.models.load import UNBOUNDED, length_limit
-from tunesmith.models.writing import Spoken, likeliest, write
+from tunesmith.models.writing import CallbackStreamer, most_likely, write
 from tunesmith.recipe_values import Generation
 from tunesmith.tasks import Answer, Baseline
 
@@ -74,7 +74,7 @@ class PromptGenerator:
             (text,) = self._generate(model, batch)
             say(text)
             return text
-        return self._generate(model, batch, streamer=Spoken(self.processor, say))[0]
+        return self._generate(model, batch, streamer=CallbackStreamer(self.processor, say))[0]
 
     def reference_pair(self, row: Row) -> tuple[str, str]:
         """The prompt of a row, and the reference for its answer."""
@@ -93,7 +93,7 @@ class PromptGenerator:
         offers, pad = self._options(batch), self.processor.pad_token_id
         for number, (prompt, options) in enumerate(zip(prompts, offers, strict=True)):
             if options and len(prompt):
-                chosen = options[likeliest(model, prompt, options, pad)]
+                chosen = options[most_likely(model, prompt, options, pad)]
                 texts[number] = self.processor.decode(chosen, skip_special_tokens=True).strip()
         free = [number for number, prompt in enumerate(prompts) if len(prompt) and not offers[number]]
         if free:
