@@ -1,4 +1,4 @@
-"""Writing behind prompts: many at once as one alone, ends and limits, beams, and what is drawn."""
+"""Batched generation equals single prompts; stop tokens, limits, beams and sampling."""
 
 from __future__ import annotations
 

@@ -355,14 +355,14 @@ def test_a_tokenizer_without_an_end_and_an_encoder_are_refused(tiny_bert: Path, 
     endless.eos_token = None
     with pytest.raises(RecipeError, match="its tokenizer has no token that ends a text"):
         TextGeneration(form="text").for_processor(endless)  # type: ignore[call-arg]
-    with pytest.raises(RecipeError, match="a bert model sees a word from both sides, and does not write on"):
+    with pytest.raises(RecipeError, match="model: a bert model"):
         run.train(_recipe(tiny_bert, chats, tmp_path / "run", general="none"), talk=QUIET)
 
 
 def test_what_was_forgotten_is_said_to_be_unknown_without_the_general_text(home: Path) -> None:
     task = TextGeneration()
     (note,) = task.fetch(print, offline=True)
-    assert note.startswith("what was forgotten is not scored, for want of the general text") and task.others() == {}
+    assert "general text" in note and task.others() == {}
     home.mkdir(exist_ok=True)
     snippets.general_path().write_text("some text")
     assert task.fetch(print, offline=True) == [] and task.others() == {"general": str(home / "general.txt")}
