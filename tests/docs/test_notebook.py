@@ -47,8 +47,9 @@ def output(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
 def test_a_cell_runs_and_shows_plain_lines(output: Any) -> None:
     lines = output(CELL)
     assert [line.split()[0] for line in lines] == [
-        "model", "a", "4,194", "if", "epoch", "epoch", "kept:", "validation:", "a", "in", "written"
+        "model", "new", "trainable", "to", "epoch", "epoch", "kept:", "validation:", "majority-class", "in", "written"
     ]  # fmt: skip
+    assert lines[2].startswith("trainable parameters: 4,194 of ")
     assert tunesmith.load("runs/reviews-lora").predict(["the film was great"])[0]["label"] in ("negative", "positive")
 
 
