@@ -26,7 +26,7 @@ from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.models import snippets
 from tunesmith.models.anatomy import anatomy
 from tunesmith.recipe import Data, load
-from tunesmith.run import train as run
+from tunesmith.run.train import train as run
 from tunesmith.tasks import text_generation
 from tunesmith.tasks.text_generation import TextGeneration
 from tunesmith.testing import tiny_model

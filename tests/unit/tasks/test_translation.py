@@ -23,7 +23,7 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.recipe import Data
-from tunesmith.run import train as run
+from tunesmith.run.train import train as run
 from tunesmith.studies import score
 from tunesmith.tasks.translation import Translation
 from tunesmith.techniques.full import Full
