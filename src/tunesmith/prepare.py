@@ -39,7 +39,7 @@ from tunesmith.models.load import UNBOUNDED
 from tunesmith.recipe import Recipe
 from tunesmith.talk import Talk
 from tunesmith.tasks import BoundTask, Task
-from tunesmith.techniques import Technique, learn_only
+from tunesmith.techniques import Technique, set_trainable
 from tunesmith.training import evaluate, examples, feature_cache, parallel
 from tunesmith.training.examples import Augmented
 from tunesmith.training.machine import Machine, store_frozen
@@ -108,9 +108,9 @@ class Prepared:
         if self.head_warmup_steps:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name in self.learned)
-        self.technique.thaw(self.model, self.anatomy, step / self.total_steps)
+        self.technique.update_trainable(self.model, self.anatomy, step / self.total_steps)
         if step < self.head_warmup_steps:
-            learn_only(self.model, self.anatomy.new)
+            set_trainable(self.model, self.anatomy.new)
 
     @property
     def batches(self) -> Batches:
@@ -125,22 +125,30 @@ class Prepared:
         train = self.recipe.train
         return train.max_steps or math.ceil((train.epochs or EPOCHS) * self.batches.steps_per_epoch)
 
+    @property
+    def draws(self) -> int | None:
+        """The number of different draws of the inputs; None where each epoch has its own."""
+        return feature_cache.draws_of(self.bound, feature_cache.level_of(self.anatomy, self.learned))
+
     def keep_features(self, talk: Talk) -> float:
-        """Compute once what the frozen lower blocks give, where examples are read again; the seconds it took."""
-        began, again = time.perf_counter(), self.total_steps > self.batches.steps_per_epoch
-        features: Any = getattr(self.model, "frozen_features", None)
-        if features is None or not again or self.augmented or not self.bound.deterministic_inputs:
+        """Cache the features of the frozen blocks, where examples are read again; returns the seconds it took."""
+        began, features = time.perf_counter(), feature_cache.features_of(self.model)
+        epochs, draws = self.total_steps / self.batches.steps_per_epoch, self.draws
+        if features is None or draws is None or epochs <= draws or self.augmented:
             return 0.0
         home = sources.cache_home() / "features"
         base = models.base_hash(self.base.source), models.processor_hash(self.base.processor), self.machine.precision
-        of_model = (*base, self.task.name, self.technique.model_dump(), features.level)
-        for name in ("train", "validation"):
+        of_model = (*base, self.task.name, self.technique.model_dump(), sorted(features.blocks))
+        seed = 0 if self.bound.deterministic_inputs else self.recipe.train.seed
+        sets = [("train", seed, draw) for draw in range(draws)] + [("validation", 0, 0)]
+        for name, seed, draw in sets:
             if (encoded := self.encoded.get(name)) is None:
                 continue
-            folder = home / fingerprint(encoded.key, of_model)
-            with talk.during(f"computing once what the frozen blocks give for {name}"), parallel.first_alone():
-                kept = feature_cache.keep_features(self.model, self.bound, encoded, self.machine, folder, talk.say)
-            if parallel.largest(int(not kept), self.machine.device):  # what one has no room for, none goes on with
+            folder = home / fingerprint(encoded.key, of_model, seed, draw)
+            with talk.during(f"caching frozen features for {name}"), parallel.main_process_first():
+                args = self.model, self.bound, encoded, self.machine, folder, talk.say, seed, draw
+                kept = feature_cache.keep_features(*args)
+            if parallel.all_reduce_max(int(not kept), self.machine.device):  # one without space stops all
                 break
         feature_cache.prune(home)
         return time.perf_counter() - began
@@ -190,7 +198,7 @@ def load_base(recipe: Recipe, task: Task, run: Path | None, *, offline: bool, al
         _fold_adapter(recipe.model, offline, allow_pickle, talk)
     else:
         talk.say(f"goes on with the adapter of {run}")
-    with parallel.first_alone():  # it fetches and converts, the others find what it left
+    with parallel.main_process_first():  # it fetches and converts, the others find what it left
         source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
     snapshot = source if run is None else continuing.dressed(source, run)
     processor = models.load_processor(snapshot, task.auto_class, task.added_tokens, kind=task.processor)
@@ -251,7 +259,7 @@ def _fold_adapter(model: str, offline: bool, allow_pickle: bool, talk: Talk) -> 
     """A run that left an adapter gets a `model/`, once, before another starts from it."""
     run = Path(model).expanduser()
     if (run / "adapter" / "adapter_config.json").exists() and not (run / "model").exists():
-        with parallel.first_alone():
+        with parallel.main_process_first():
             if not (run / "model").exists():
                 merging.fold(run, offline=offline, allow_pickle=allow_pickle)
                 talk.say(f"merged the adapter of {run} into {run / 'model'}")
@@ -284,7 +292,7 @@ def _encode(read: examples.Examples, bound: BoundTask, talk: Talk) -> dict[str, 
     cache = sources.cache_home() / "encoded"
     processor_hash = models.processor_hash(bound.processor)
     rows = counted(sum(read.rows.values()), "row")
-    with talk.during(f"encoding {rows}"), parallel.first_alone():  # it encodes, the others open what it wrote
+    with talk.during(f"encoding {rows}"), parallel.main_process_first():  # it encodes, the others open what it wrote
         encoded = examples.encode_splits(read, bound, processor_hash, cache)
     notes = ((name, f": {note}") for name, split in encoded.items() for note in bound.notes(split))
     for note in examples.said_once(notes):
@@ -294,7 +302,7 @@ def _encode(read: examples.Examples, bound: BoundTask, talk: Talk) -> dict[str, 
 
 def _augmented(read: examples.Examples, bound: BoundTask, recipe: Recipe, offline: bool, talk: Talk) -> Augmented:
     cache, steps = sources.cache_home(), read.data.augment or []
-    with parallel.first_alone():  # it translates, the others read what it wrote
+    with parallel.main_process_first():  # it translates, the others read what it wrote
         texts, device = augment.texts_of(read.splits["train"].rows(), read.task.columns), recipe.train.device
         kept = cache / "translated-back"
         otherwise = translated_back(texts, steps, kept, device=device, offline=offline, say=talk.say)

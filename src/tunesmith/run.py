@@ -70,7 +70,7 @@ def train(
         if parallel.rank() == 0:
             needed = (recipe if isinstance(recipe, str | Path) else None, *recipes.paths_needed(wanted))
             claim(folder, resume=resume is not None, overwrite=overwrite, needed=needed)
-            files.sweep(folder)
+            files.remove_leftovers(folder)
         parallel.barrier()
         begun = resume is not None
         try:
@@ -94,7 +94,7 @@ def _told(error: BaseException, folder: Path, begun: bool) -> BaseException:
         again = record.resume_command(folder) if begun and (folder / "recipe.yaml").exists() else "the same command"
         return Interrupted(f"stopped by {error}; go on with: {again}")
     if isinstance(error, OSError | SafetensorError):
-        return files.out_of_space(error, Path(getattr(error, "filename", None) or folder))
+        return files.disk_error(error, Path(getattr(error, "filename", None) or folder))
     if machine.is_out_of_memory(error):
         hint = "use technique=lora or freeze, a smaller model, or device=cpu"
         return ResourceError(f"out of memory ({error})", hint=hint)
@@ -167,6 +167,7 @@ def _engine(prepared: Prepared, talk: Talk) -> loop.Engine:
         ),
         seed=train.seed,
         max_grad_norm=train.max_grad_norm,
+        draws=prepared.draws,
         may_checkpoint=train.gradient_checkpointing == "auto",
         say=talk.warn,
     )
@@ -237,7 +238,7 @@ def _fit(run: Run, signals: Signals) -> None:
                 since = []
             # scores may differ in their last bits: what all have to do alike is decided by all
             state = improved, _enough(train, progress), signals.requested is not None
-            improved, stop, asked = parallel.any_of(state, prepared.machine.device)
+            improved, stop, asked = parallel.all_reduce_any(state, prepared.machine.device)
             _score_before(run)
             prepared.thaw(step.number)
             if last or stop or asked or improved or _due(train.save_every, step.number, batches.steps_per_epoch):
@@ -260,7 +261,7 @@ def _score_before(run: Run) -> None:
     held_out = [name for name in ("validation", *prepared.task.extra_eval_sets()) if name in prepared.encoded]
     when = f"after {counted(progress.step, 'step')} of its new head alone" if progress.step else "before training"
     scored = {}
-    with talk.during(f"scoring {' and '.join(held_out)} {when}"), prepared.technique.absent(model):
+    with talk.during(f"scoring {' and '.join(held_out)} {when}"), prepared.technique.disabled(model):
         for name in held_out:
             scored[name] = evaluate.scores_and_answers(model, bound, prepared.encoded[name], prepared.machine)
     progress.before = {name: scores for name, (scores, _) in scored.items()}
@@ -308,7 +309,7 @@ def _not_finite(run: Run, step: loop.Step) -> None:
     if train.on_nan == "stop" or progress.skips > train.max_skips:
         hint = f"a lower learning rate than {step.learning_rate:.1e}, precision=fp32, or on_nan=skip"
         raise NumericError(what, hint=hint)
-    with parallel.first_alone():  # it sets damaged ones aside before the others look
+    with parallel.main_process_first():  # it sets damaged ones aside before the others look
         saved = checkpoint.newest(folder / "checkpoints", talk.warn) if train.on_nan == "rollback" else None
     if saved is not None:
         _put(run, saved.tensors)
@@ -382,9 +383,9 @@ def _save(run: Run) -> None:
             "optimizer": optimizer.state_tensors(engine.optimizer, prepared.model),
         }
         saved = checkpoint.save(where, progress.step, tensors, asdict(progress), prepared.identity())
-        checkpoint.point(where, "last", saved)
+        checkpoint.write_pointer(where, "last", saved)
         if progress.best_step == progress.step:
-            checkpoint.point(where, "best", saved)
+            checkpoint.write_pointer(where, "best", saved)
         checkpoint.rotate(where, prepared.recipe.train.keep_checkpoints)
     parallel.barrier()
 
@@ -393,7 +394,7 @@ def _restore(run: Run, override: Collection[str]) -> Progress:
     """Put the newest checkpoint that can be trusted back; an empty folder starts from the beginning."""
     prepared, engine, folder, talk = run.prepared, run.engine, run.folder, run.talk
     where = folder / "checkpoints"
-    with parallel.first_alone():
+    with parallel.main_process_first():
         saved = checkpoint.newest(where, talk.warn)
     if saved is None:
         talk.say("no checkpoint yet: starting from the beginning")
@@ -416,8 +417,8 @@ def _restore(run: Run, override: Collection[str]) -> Progress:
     if parallel.rank() == 0:
         files.truncate_metrics(folder / "metrics.jsonl", saved.step)
         for name, step in (("last", saved.step), ("best", progress.best_step)):  # a kill came before they were set
-            if step is not None and checkpoint.place(where, step).exists():
-                checkpoint.point(where, name, checkpoint.place(where, step))
+            if step is not None and checkpoint.path_of(where, step).exists():
+                checkpoint.write_pointer(where, name, checkpoint.path_of(where, step))
     talk.say(f"resumed after step {saved.step} of {prepared.total_steps}")
     if progress.threads != torch.get_num_threads():
         talk.say(f"on {progress.threads} threads, as before: another number would not give the same bits")
@@ -470,7 +471,7 @@ def _finish(run: Run) -> dict[str, Any]:
 
 def _write_artefact(run: Run) -> None:
     prepared, folder = run.prepared, run.folder
-    if prepared.technique.artefact == "adapter":
+    if prepared.technique.artifact == "adapter":
         shutil.rmtree(folder / "model", ignore_errors=True)  # of a run before, merged for another to start from
         artefact.write_adapter(
             folder, prepared.model, prepared.anatomy, prepared.technique, prepared.base.source, prepared.base.processor

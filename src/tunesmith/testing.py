@@ -40,7 +40,7 @@ from tunesmith.techniques import Technique
 from tunesmith.training import loop, optimizer
 from tunesmith.training.machine import NEVER_CUT, Machine
 
-__all__ = ["FAMILIES", "Case", "case", "check", "sample_row", "tiny_model", "tiny_tokenizer"]
+__all__ = ["FAMILIES", "Case", "case", "check", "sample_row", "tiny_image_processor", "tiny_model", "tiny_tokenizer"]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -85,6 +85,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Family (a config's `model_type`) -> what its tiny config says beside the sizes all share; no dropout."""
 
+IMAGE_FAMILIES: dict[str, dict[str, Any]] = {
+    "vit": {"image_size": 16, "patch_size": 4, "intermediate_size": 64, "hidden_dropout_prob": 0.0},
+}
+"""The same for models of pictures."""
+
 CLASSIFYING = tuple(family for family in FAMILIES if family != "marian")
 """The families of which transformers has a model that classifies texts."""
 
@@ -112,12 +117,20 @@ def tiny_model(family: str, model_class: str, *, seed: int = 0, **config: Any) -
         what = f"a {family} model has no {model_class.removeprefix('AutoModelFor')}"
         raise RecipeError(what, where="model", hint="choose another model or task")
     keys = {config_class.attribute_map.get(key, key): value for key, value in _SIZES.items()}
-    keys |= FAMILIES[family] | {config_class.attribute_map.get(key, key): value for key, value in config.items()}
+    keys |= (FAMILIES | IMAGE_FAMILIES)[family]
+    keys |= {config_class.attribute_map.get(key, key): value for key, value in config.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = getattr(transformers, model_class).from_config(config_class(**keys))
     model.eval()
     return model
+
+
+def tiny_image_processor() -> Any:
+    """An image processor for pictures of 16 x 16 pixels, with the PIL back end."""
+    from transformers import ViTImageProcessorPil
+
+    return ViTImageProcessorPil(size={"height": 16, "width": 16})
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -193,11 +206,11 @@ class Case:
         """Losses of the steps from `start` to `stop`."""
         batches = Batches(self.encoded, 8, self.recipe.train.seed)
         factor = optimizer.schedule(self.recipe.train, total)
-        self.technique.thaw(engine.model, self.anatomy, start / total)
+        self.technique.update_trainable(engine.model, self.anatomy, start / total)
         losses = []
         for step in loop.steps(engine, batches, factor, start=start, total=stop):
             losses.append(step.loss)
-            self.technique.thaw(engine.model, self.anatomy, step.number / total)
+            self.technique.update_trainable(engine.model, self.anatomy, step.number / total)
         return losses
 
 
@@ -216,19 +229,21 @@ def case(
 
     `data` and `train` are keys of the recipe, `config` overrides what the tiny model's config says.
     """
-    keys = {"train": "made-up.csv", "max_length": 32, **(data or {})}
+    keys = {"train": "made-up.csv", **(data or {})}
     train = {"learning_rate": 5e-3, "warmup_ratio": 0.0, **train}
     train.setdefault("head_learning_rate", train["learning_rate"])
     task = {"name": task, **_task(task).sample_keys} if isinstance(task, str) else task
     given = {"task": task, "model": "tiny", "technique": technique, "data": keys, "train": train}
     recipe = recipes.load(None, (), given)
-    task = recipe.task
+    task, reads = recipe.task, recipe.data
     assert isinstance(task, Task) and isinstance(recipe.technique, Technique)
     rows = [Row(f"made-up:{number}", (row or task.sample_row)(number)) for number in range(40)]
-    fitted, read = task.fit([task.parse_target(one) for one in rows], recipe.data)
+    if "max_length" in task.data_keys and reads.max_length is None:
+        reads = reads.model_copy(update={"max_length": 32})
+    fitted, read = task.fit([task.parse_target(one) for one in rows], reads)
     models.config_class(family, fitted.auto_class)
     kind = models.auto_class(family, fitted.auto_class)
-    processor = tiny_tokenizer()
+    processor = tiny_tokenizer() if fitted.processor == "tokenizer" else tiny_image_processor()
     added_tokens.add(processor, fitted.added_tokens)
     base = tiny_model(family, kind, **fitted.head_config(), **(config or {}))
     added_tokens.extend(base, added_tokens.ids(processor, fitted.added_tokens))
@@ -268,7 +283,7 @@ def _check_start(case: Case) -> None:
         assert same, "says that it starts as the base model, and answers differently"
     learns = {name for name, parameter in case.model.named_parameters() if parameter.requires_grad}
     assert learns, "nothing learns"
-    assert case.anatomy.learns_always <= learns, "a new head does not learn"
+    assert case.anatomy.always_trainable <= learns, "a new head does not learn"
 
 
 def _check_training(case: Case) -> None:
@@ -276,7 +291,7 @@ def _check_training(case: Case) -> None:
     frozen = {name: p.detach().clone() for name, p in case.model.named_parameters() if not p.requires_grad}
     names = [name for name, parameter in case.model.named_parameters() if parameter.requires_grad]
     before_training = case.loss(case.model)
-    steps = 30 if case.anatomy.learns_always else 120  # without a new head what learns has further to go
+    steps = 30 if case.anatomy.always_trainable else 120  # without a new head what learns has further to go
     case.train(case.engine(), 0, steps, total=steps)
     after_training = case.loss(case.model)
     assert after_training < 0.98 * before_training, f"the loss does not fall: {before_training} to {after_training}"
@@ -286,7 +301,7 @@ def _check_training(case: Case) -> None:
     trained = case.answers(case.model)
     again = copy.deepcopy(case.base)
     case.technique.apply(again, case.anatomy, case.processor)
-    if case.technique.artefact == "adapter":
+    if case.technique.artifact == "adapter":
         case.technique.load_adapter(again, dict(case.technique.adapter_tensors(case.model)))
     else:
         artefact.put(again, artefact.learned(case.model, names))

@@ -122,8 +122,8 @@ def test_nothing_typed_is_answered_by_the_help(command: Command) -> None:
         ("train", "model: missing; "),
         ("init nonsense", "no task is called 'nonsense'; "),
         ("init text-classification --technique lroa", "no technique is called 'lroa'; did you mean 'lora'?"),
-        ("predict runs/none x", "runs/none: no run in this folder; `tunesmith train` makes one"),
-        ("evaluate runs/none", "runs/none: no run in this folder; `tunesmith train` makes one"),
+        ("predict runs/none x", "runs/none: not a run folder; `tunesmith train` creates one"),
+        ("evaluate runs/none", "runs/none: not a run folder; `tunesmith train` creates one"),
         ("models path ./none", "./none: model: no such folder; "),
         ("models path README.md", "README.md: model: it is a file; give a folder with config.json and model.safet"),
         ("train README.md", "data.train=README.md if it is data"),
@@ -469,7 +469,7 @@ def test_exit_code_of_a_resume_that_would_be_another_run(command: Command, words
     code, out, err = command("train", "--resume", str(tmp_path / "none"))
     assert code == 6 and "no run to resume in this folder" in err
     code, out, err = command("train", "--resume", str(tmp_path))
-    assert code == 6 and err.endswith(f"name one of the runs in it: {tmp_path / 'run'}\n")
+    assert code == 6 and err.endswith(f"use one of the runs in it: {tmp_path / 'run'}\n")
 
 
 def test_a_stopped_run_prints_the_command_that_goes_on(

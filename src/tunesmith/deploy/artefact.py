@@ -63,7 +63,10 @@ def write_adapter(
     with _complete(folder / "adapter") as adapter:
         save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
         (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        belongs_to = origin.fingerprint(source, folder / "base") | {"quantization": technique.quantization(anatomy)}
+        kind = models.processor_kind(processor)
+        belongs_to = origin.fingerprint(source, folder / "base", kind) | {
+            "quantization": technique.quantization(anatomy)
+        }
         (adapter / origin.FILE).write_text(json.dumps(belongs_to, indent=2) + "\n", encoding="utf-8")
 
 

@@ -57,4 +57,4 @@ def put_back(model: nn.Module, task: Task, technique: Technique, source: Source,
     if before.name != task.name or before.head_config() != task.head_config():
         what = f"technique.continue: that run's head ({before.name}) does not fit {task.name} on this data"
         raise RecipeError(what, where=str(run), hint="leave continue out: what was learned is merged, the head is new")
-    technique.load_adapter(model, predict.read_adapter(run / "adapter", source))
+    technique.load_adapter(model, predict.read_adapter(run / "adapter", source, task.processor))

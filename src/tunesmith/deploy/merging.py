@@ -86,7 +86,7 @@ def merge(
             changed.setdefault(name, []).append(state[name].float() - before)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in base.named_parameters():
-        if name in anatomy.learns_always:
+        if name in anatomy.always_trainable:
             total = sum(shares)
             added = sum(a / total * d for a, d in zip(shares, changed[name], strict=True))
         else:

@@ -20,12 +20,12 @@ from tunesmith.models.sources import Source
 FILE = "tunesmith.json"
 
 
-def fingerprint(source: Source, dress: Path) -> dict[str, Any]:
+def fingerprint(source: Source, dress: Path, kind: models.ProcessorKind) -> dict[str, Any]:
     """The hashes of a base and of what it is dressed in."""
     return {
         "base_sha256": models.base_hash(source),
-        "base": {"weights": models.weight_hashes(source), **_of_processor(source)},
-        "dress": _of_processor(replace(source, folder=dress)),
+        "base": {"weights": models.weight_hashes(source), **_of_processor(source, kind)},
+        "dress": _of_processor(replace(source, folder=dress), kind),
     }
 
 
@@ -41,7 +41,7 @@ def read(file: Path) -> dict[str, Any]:
     return known
 
 
-def check(known: Mapping[str, Any], source: Source, dress: Path, adapter: Path) -> None:
+def check(known: Mapping[str, Any], source: Source, dress: Path, adapter: Path, kind: models.ProcessorKind) -> None:
     """Refuse a base or a dress that is not the one of training.
 
     Raises:
@@ -53,15 +53,17 @@ def check(known: Mapping[str, Any], source: Source, dress: Path, adapter: Path) 
         raise CheckpointError(
             f"{what}: {_first(base['weights'], models.weight_hashes(source))}", where=str(adapter), hint=hint
         )
-    if found := _first(base, _of_processor(source) | {"weights": base["weights"]}):
+    if found := _first(base, _of_processor(source, kind) | {"weights": base["weights"]}):
         raise CheckpointError(f"{source.spec} is not as it was in training: {found}", where=str(adapter), hint=hint)
-    if found := _first(known["dress"], _of_processor(replace(source, folder=dress))):
+    if found := _first(known["dress"], _of_processor(replace(source, folder=dress), kind)):
         what = f"what the base is dressed in is not as the run left it: {found}"
         raise CheckpointError(what, where=str(dress), hint="take the folder as it was written")
 
 
-def _of_processor(source: Source) -> dict[str, str | None]:
-    processor = models.load_processor(source)
+def _of_processor(source: Source, kind: models.ProcessorKind) -> dict[str, str | None]:
+    processor = models.load_processor(source, kind=kind)
+    if kind == "image_processor":
+        return {"image processor": models.processor_hash(processor)}
     return {"tokenizer": models.tokenizer_hash(processor), "chat template": models.template_hash(processor)}
 
 

@@ -140,7 +140,7 @@ def load(
     recipe = load_recipe(folder / "recipe.yaml")
     if to_merge:
         assert isinstance(recipe.technique, Technique)
-        recipe = recipe.model_copy(update={"technique": recipe.technique.over_original()})
+        recipe = recipe.model_copy(update={"technique": recipe.technique.for_merge()})
     if (folder / "adapter" / "adapter_config.json").exists():
         source = sources.resolve(str(base or recipe.model), offline=offline, allow_pickle=allow_pickle)
         tuned = _ready(recipe, source, folder / "adapter", found.device)
@@ -157,7 +157,7 @@ def load(
 def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device: torch.device) -> Tuned:
     task, technique = recipe.task, recipe.technique
     assert isinstance(task, Task) and isinstance(technique, Technique)
-    tensors = None if adapter is None else read_adapter(adapter, source)
+    tensors = None if adapter is None else read_adapter(adapter, source, task.processor)
     snapshot = source if adapter is None else replace(source, folder=adapter.parent / "base")
     processor = models.load_processor(snapshot, kind=task.processor)
     model, anatomy = load_task_model(task, source, processor, recipe.train.seed, folded=adapter is None)
@@ -169,7 +169,7 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
     return Tuned(model, bound, anatomy, recipe.model_copy(update={"task": bound.task}), Machine(device, None))
 
 
-def read_adapter(adapter: Path, source: sources.Source) -> dict[str, Tensor]:
+def read_adapter(adapter: Path, source: sources.Source, kind: models.ProcessorKind) -> dict[str, Tensor]:
     """What an adapter holds, if this is the base that it belongs to.
 
     Raises:
@@ -177,7 +177,7 @@ def read_adapter(adapter: Path, source: sources.Source) -> dict[str, Tensor]:
     """
     with _reading(adapter / origin.FILE) as file:
         known = origin.read(file)
-    origin.check(known, source, adapter.parent / "base", adapter)
+    origin.check(known, source, adapter.parent / "base", adapter, kind)
     with _reading(adapter / "adapter_model.safetensors") as file:
         return artefact.own_names(load_file(file))
 

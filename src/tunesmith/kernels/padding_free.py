@@ -144,7 +144,10 @@ def use_padding_free_blocks(model: Any, blocks: Sequence[nn.Module]) -> bool:
 
     A model is taken only when its answers to two short texts of unequal length stay the same; others keep padding.
     """
+    embeddings = model.get_input_embeddings()
     if next(model.parameters()).device.type != "cpu" or not blocks or not takes_attention(model):
+        return False
+    if not isinstance(embeddings, nn.Embedding):  # pictures have no padding
         return False
     paths = {module: path for path, module in model.named_modules()}
     last = {paths[block].rpartition(".")[0]: block for block in blocks}  # of each stack

@@ -28,12 +28,20 @@ INSTEAD = {"AutoModelForSeq2SeqLM": "AutoModelForCausalLM"}
 """Auto class -> the one that does the same in another way, for kinds of models that lack the first."""
 
 
+ProcessorKind = Literal["tokenizer", "image_processor"]
+
+
+def processor_kind(processor: Any) -> ProcessorKind:
+    """The kind of a processor in hand."""
+    return "tokenizer" if hasattr(processor, "get_vocab") else "image_processor"
+
+
 def load_processor(
     source: Source,
     model_class: str | None = None,
     add_tokens: Sequence[str] = (),
     *,
-    kind: Literal["tokenizer", "image_processor"] = "tokenizer",
+    kind: ProcessorKind = "tokenizer",
 ) -> Any:
     """The tokenizer, with tokens added, or the image processor of a model.
 
@@ -238,7 +246,7 @@ def base_hash(source: Source) -> str:
 
 def processor_hash(processor: Any) -> str:
     """A sha256 over what a tokenizer and its chat template do to a text, or over an image processor's settings."""
-    if not hasattr(processor, "get_vocab"):
+    if processor_kind(processor) == "image_processor":
         return hashlib.sha256(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
     return hashlib.sha256(f"{tokenizer_hash(processor)}{template_hash(processor)}".encode()).hexdigest()
 

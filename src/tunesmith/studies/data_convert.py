@@ -22,7 +22,7 @@ from tunesmith.data.spans import read_tags, words_of
 from tunesmith.data.tags import TagSet
 from tunesmith.errors import DataError, RecipeError, did_you_mean
 from tunesmith.tasks import Task
-from tunesmith.training.files import out_of_space
+from tunesmith.training.files import disk_error
 
 Values = dict[str, Any]
 
@@ -87,7 +87,7 @@ def convert(
     except DataError as error:
         raise DataError(error.what, where=error.where or str(source), hint=error.hint) from None
     except OSError as error:
-        raise out_of_space(error, output) from error
+        raise disk_error(error, output) from error
     finally:
         writing.unlink(missing_ok=True)
     about = {"input": str(source), "output": str(output), "format": kind, "rows": count}

@@ -79,7 +79,7 @@ def train(
             needed -= {one.output for one in wanted.recipes}
             written = recipe if isinstance(recipe, str | Path) else None
             claim(folder, resume=resume is not None, overwrite=overwrite, needed=(written, *needed))
-            files.sweep(folder)
+            files.remove_leftovers(folder)
             if resume is None:
                 put_aside(folder)
             _keep(wanted, folder, override)

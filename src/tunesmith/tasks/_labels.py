@@ -20,7 +20,7 @@ from tunesmith.data.batches import Batch
 from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.labels import Label, LabelKind, label_fields
 from tunesmith.errors import RecipeError
-from tunesmith.metrics.classification import ClassScores, LabelScores, NumberScores
+from tunesmith.metrics.classification import ClassificationMetrics, MultiLabelMetrics, RegressionMetrics
 from tunesmith.tasks import Answer, Baseline, Metrics
 
 __all__ = ["LabelObjective", "head_config", "mistake", "render"]
@@ -121,8 +121,8 @@ class LabelObjective:
     def metrics(self) -> Metrics:
         """The metrics of this kind of problem."""
         if self.kind == "regression":
-            return NumberScores()
-        return LabelScores(list(self.names)) if self.kind == "multi" else ClassScores(list(self.names))
+            return RegressionMetrics()
+        return MultiLabelMetrics(list(self.names)) if self.kind == "multi" else ClassificationMetrics(list(self.names))
 
     def prior(self, train: Encoded) -> Tensor:
         """Log frequency of each class, log odds of each label, or the mean, in the training targets."""  # (classes,)

@@ -31,7 +31,7 @@ from tunesmith.data.texts import inspect_texts, preview_tokens, spell, token_cos
 from tunesmith.errors import RecipeError
 from tunesmith.kernels.logits import logits_at
 from tunesmith.kernels.vocabulary import token_loss
-from tunesmith.metrics.language import TokenScores
+from tunesmith.metrics.language import MaskedTokenMetrics
 from tunesmith.models.snippets import fetch_general, general_files
 from tunesmith.models.sources import cache_home
 from tunesmith.recipe import Data
@@ -218,7 +218,7 @@ class BoundFillMask(BoundTask):
 
     def metrics(self) -> Metrics:
         """Loss, perplexity, accuracy."""
-        return TokenScores()
+        return MaskedTokenMetrics()
 
     def baseline(self, train: Encoded) -> Baseline:
         """Log frequency of each token in the training text."""  # (masks, vocabulary)

@@ -34,8 +34,8 @@ from tunesmith.data.texts import as_bytes, count_tokens, model_inputs, preview_t
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.kernels.padding_free import computes_without_padding
 from tunesmith.kernels.vocabulary import token_loss, token_shares
-from tunesmith.metrics.language import SurpriseScores
-from tunesmith.metrics.texts import TextScores
+from tunesmith.metrics.language import PerplexityMetrics
+from tunesmith.metrics.texts import TextMetrics
 from tunesmith.models.snippets import fetch_general, general_files
 from tunesmith.recipe import Data
 from tunesmith.recipe_values import General, Generation
@@ -109,7 +109,7 @@ class TextGeneration(Task):
             what = f"task.form: {self.form}, but the rows are raw text"
             raise RecipeError(what, hint="data.columns.prompt=NAME data.columns.answer=NAME, or leave the key out")
         if self.generate is not None:
-            TextScores(SCORES)
+            TextMetrics(SCORES)
         return self.model_copy(update={"form": form}), data
 
     def sample_row(self, number: int) -> dict[str, object]:
@@ -328,8 +328,8 @@ class BoundTextGeneration(BoundTask):
     def metrics(self) -> Metrics:
         """Loss, perplexity, accuracy; and scores of generated texts."""
         if self.task.generate is None:
-            return SurpriseScores()
-        return SurpriseScores(TextScores(SCORES), max_texts=self.task.generate.rows)
+            return PerplexityMetrics()
+        return PerplexityMetrics(TextMetrics(SCORES), max_texts=self.task.generate.rows)
 
     def baseline(self, train: Encoded) -> Baseline:
         """Log frequency of each token among those with loss, and of the most frequent."""  # (tokens, 2)

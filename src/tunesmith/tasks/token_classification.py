@@ -33,7 +33,7 @@ from tunesmith.data.tags import Scheme, TagSet, belongs, faults, faults_of_rows,
 from tunesmith.data.texts import inspect_texts, model_inputs, preview_tokens, token_costs
 from tunesmith.data.words import Sentence, encode_words, inner_marks, words_notes
 from tunesmith.errors import DataError, counted, shorten
-from tunesmith.metrics.entities import EntityScores
+from tunesmith.metrics.entities import EntityMetrics
 from tunesmith.recipe import Data
 from tunesmith.tasks import Answer, Baseline, BoundTask, Inspection, Metrics, Task, _samples
 from tunesmith.tasks._labels import LabelObjective
@@ -260,7 +260,7 @@ class BoundTokenClassification(BoundTask):
 
     def metrics(self) -> Metrics:
         """The metrics of entities."""
-        return EntityScores(self._names)
+        return EntityMetrics(self._names)
 
     def baseline(self, train: Encoded) -> Baseline:
         """The tag that each word most often has in training, and of a word that is not there the most frequent tag.

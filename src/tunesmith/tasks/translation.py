@@ -23,7 +23,7 @@ from tunesmith.data.formats import Row
 from tunesmith.data.pairs import pair_faults
 from tunesmith.data.templates import template_text
 from tunesmith.errors import DataError, RecipeError, shorten
-from tunesmith.metrics.texts import TextScores
+from tunesmith.metrics.texts import TextMetrics
 from tunesmith.models.directions import direction
 from tunesmith.recipe import Data
 from tunesmith.recipe_values import Generation
@@ -102,7 +102,7 @@ class Translation(Task):
     def fit(self, targets: Sequence[tuple[str, str, bool]], data: Data) -> tuple[Self, Data]:
         """Check that most pairs are translations, in the direction of the recipe; nothing is learned from them."""
         where = str(data.train)
-        TextScores(SCORES)  # whose library may be missing
+        TextMetrics(SCORES)  # whose library may be missing
         same = sum(copied for _, _, copied in targets)
         if same > len(targets) / 2:
             what = f"the target of {same:,} of {len(targets):,} rows is the source itself"

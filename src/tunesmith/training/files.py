@@ -1,4 +1,7 @@
-"""Files that are whole or absent: written beside, fsynced, renamed; and lines appended one write each."""
+"""Atomic writes and appended lines: a reader sees a whole file or none.
+
+A file is written beside its target, fsynced and renamed. A line is appended in one write.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import json
 import os
 import re
 import shutil
+import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +20,15 @@ from safetensors import SafetensorError
 
 from tunesmith.errors import ResourceError
 
-FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-NOT_OURS = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
-"""What a disk answers when the user, not the code, has to mend it."""
+DISK_FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+USER_ERRNOS = DISK_FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
+"""Errors of the file system that the user, not the code, has to fix."""
+
+MAX_ATTEMPTS = 100
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a rename inside the folder survive a power cut."""
+    """Flush a folder to disk, so that a rename inside it survives a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -30,16 +37,16 @@ def fsync_folder(folder: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Force a finished file to disk."""
+    """Flush a finished file to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Replace a file so that a reader sees the old or the new one, never a part.
+    """Replace a file so that a reader sees the old content or the new, never a part of it.
 
     Raises:
-        ResourceError: no space left.
+        ResourceError: the disk is full or not writable.
     """
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
@@ -50,57 +57,75 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):  # on a disk gone read-only nothing can be removed either
+        with contextlib.suppress(OSError):  # a disk that has become read-only refuses this too
             temporary.unlink(missing_ok=True)
-        raise out_of_space(error, path, len(content)) from error
+        raise disk_error(error, path, len(content)) from error
 
 
-def out_of_space(error: OSError | SafetensorError, path: Path, needed_bytes: int | None = None) -> Exception:
-    """The error as the user's, where a disk is full, broken or closed to us; else as it is."""
-    code = error.errno if isinstance(error, OSError) else _os_error(str(error))
-    if code not in NOT_OURS:
+def disk_error(error: OSError | SafetensorError, path: Path, needed_bytes: int | None = None) -> Exception:
+    """Return a `ResourceError` if the disk is full, broken or not writable, and `error` itself otherwise."""
+    code = error.errno if isinstance(error, OSError) else _parse_errno(str(error))
+    if code not in USER_ERRNOS:
         return error
-    why = os.strerror(code).lower()
-    what = why if needed_bytes is None else f"cannot write {needed_bytes:,} bytes: {why}"
-    way_out = "make room" if code in FULL else "mend that"
+    reason = os.strerror(code).lower()
+    what = reason if needed_bytes is None else f"cannot write {needed_bytes:,} bytes: {reason}"
+    fix = "free some space" if code in DISK_FULL else "fix this"
     return ResourceError(
         f"{what} ({free_bytes(path):,} bytes free)",
         where=str(path),
-        hint=f"{way_out} and resume: what was saved before is untouched",
+        hint=f"{fix} and resume: everything saved so far is intact",
     )
 
 
-def _os_error(text: str) -> int | None:
-    """Safetensors reports what the system said as words: `I/O error: ... (os error 28)`."""
-    found = re.search(r"\(os error (\d+)\)", text)
-    return int(found[1]) if found else None
+def _parse_errno(text: str) -> int | None:
+    """Return the error number in a message of safetensors: `I/O error: ... (os error 28)`."""
+    match = re.search(r"\(os error (\d+)\)", text)
+    return int(match[1]) if match else None
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that may still be written where `path` lies."""
+    """Return how many bytes may still be written on the disk of `path`."""
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     status = os.statvfs(existing)
     return status.f_bavail * status.f_frsize
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """A folder for the user alone, with those above it; those that were not there before, it first.
+    """Create a folder (mode 0700) and its parents; return those that did not exist, the innermost first.
+
+    Other processes may create and remove the same folders meanwhile.
 
     Raises:
-        ResourceError: it cannot be made here.
+        ResourceError: the folder cannot be created.
     """
-    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return missing
+        except OSError as error:
+            if attempt < MAX_ATTEMPTS and _may_retry_mkdir(error):
+                time.sleep(0.001)
+                continue
+            reason = f"cannot be created ({os.strerror(error.errno or 0).lower()})"
+            raise ResourceError(reason, where=str(folder), hint="set another output=DIR") from error
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _may_retry_mkdir(error: OSError) -> bool:
+    """Return whether another process may have removed a folder between two system calls of `mkdir`."""
+    if isinstance(error, FileNotFoundError):  # a parent was removed after it had been created
+        return True
+    if not isinstance(error, FileExistsError):
+        return False
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        if isinstance(error, FileExistsError) and (os.path.isdir(folder) or not os.path.lexists(error.filename)):
-            return make_folder(folder)  # in between, who had made it took it along
-        why = f"cannot be made ({os.strerror(error.errno or 0).lower()})"
-        raise ResourceError(why, where=str(folder), hint="output=DIR puts the run elsewhere") from error
-    return made
+        mode = os.lstat(error.filename).st_mode
+    except FileNotFoundError:  # it was there for os.mkdir and gone for the look that follows
+        return True
+    return stat.S_ISDIR(mode) or (stat.S_ISLNK(mode) and os.path.isdir(error.filename))
 
 
-def sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left half written (`.tmp-...`) or half deleted (`.trash-...`)."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.startswith((".tmp-", ".trash-")):
@@ -108,7 +133,7 @@ def sweep(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where it is not there or a power cut has spoilt it."""
+    """Return the object in a JSON file; an empty one if the file is missing or damaged."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -120,18 +145,18 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
     """Append one JSON object as one line, in one write.
 
     Raises:
-        ResourceError: no space left.
+        ResourceError: the disk is full or not writable.
     """
     line = json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line)
     except OSError as error:
-        raise out_of_space(error, path, len(line)) from error
+        raise disk_error(error, path, len(line)) from error
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and a last line that was not finished."""
+    """Drop the lines after `step`, and an unfinished last line."""
     if not path.exists():
         return
     kept = []

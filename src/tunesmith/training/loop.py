@@ -65,6 +65,8 @@ class Engine:
     may_checkpoint: bool = True
     """Whether gradient checkpointing may be switched on when a single example does not fit."""
     say: Callable[[str], None] = print
+    draws: int | None = None
+    """The number of different draws of the inputs; None where each epoch has its own."""
     fp16_scale: float = FP16_SCALE
     fp16_good_steps: int = 0
     checkpointing: bool = False
@@ -128,12 +130,12 @@ def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, fl
             if not is_out_of_memory(error):
                 raise
         # processes exchange nothing while one of them may run out of memory; here all of them learn that one did
-        if parallel.largest(int(totals is None), device):
+        if parallel.all_reduce_max(int(totals is None), device):
             engine.optimizer.zero_grad(set_to_none=True)
             _make_room(engine, parts)
             continue
         assert totals is not None, "no process ran out of memory"
-        summed = parallel.sum_all(totals, device)
+        summed = parallel.all_reduce_sum(totals, device)
         loss, norm = float(summed["loss"]), _reduce(engine)
         if engine.machine.autocast_dtype == torch.float16 and not _fp16_fits(engine, loss, norm):
             continue
@@ -143,7 +145,14 @@ def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, fl
 def _drawn(engine: Engine, batches: Batches, indices: NDArray[np.int64], number: int) -> Batch:
     """Some examples of a step (counted from 0), as they are in its epoch."""
     batch = collate(batches.examples(number), indices)
-    return engine.task.transform(batch, indices, engine.seed, number // batches.steps_per_epoch)
+    return engine.task.transform(batch, indices, *_draw(engine, number // batches.steps_per_epoch))
+
+
+def _draw(engine: Engine, epoch: int) -> tuple[int, int]:
+    """Seed and draw of the inputs of an epoch."""
+    if engine.draws == 1:
+        return 0, 0
+    return engine.seed, epoch if engine.draws is None else epoch % engine.draws
 
 
 def _accumulate(
@@ -160,7 +169,8 @@ def _accumulate(
     total = torch.zeros((), device=device)
     for index, (batch, examples) in enumerate(zip(micro, parts, strict=True)):
         _seed(_mix(engine.seed, number, index, batches.rank), device)
-        with engine.machine.autocast(), standing_in(engine.model, batches.examples(number), examples):
+        drawn = _draw(engine, number // batches.steps_per_epoch)
+        with engine.machine.autocast(), standing_in(engine.model, batches.examples(number), examples, *drawn):
             loss = engine.task.loss(engine.model, batch.to(device), normalizers)
         (loss * scale if scale != 1.0 else loss).backward()
         total += loss.detach()
@@ -173,7 +183,7 @@ def _normalizers(engine: Engine, micro: list[Batch], device: torch.device) -> di
     for batch in micro:
         for name, value in engine.task.normalizers(batch).items():
             totals[name] = totals.get(name, torch.zeros((), device=device)) + value.to(device)
-    return parallel.sum_all(totals, device)
+    return parallel.all_reduce_sum(totals, device)
 
 
 def _reduce(engine: Engine) -> float:
@@ -216,7 +226,7 @@ def _make_room(engine: Engine, parts: list[NDArray[np.int64]]) -> None:
     """Halve the micro-batch; the batch, and so the result, stays what it was."""
     if engine.machine.device.type == "cuda":
         torch.cuda.empty_cache()
-    tried = parallel.largest(max((len(part) for part in parts), default=0), engine.machine.device)
+    tried = parallel.all_reduce_max(max((len(part) for part in parts), default=0), engine.machine.device)
     if tried > 1:
         engine.limits = replace(engine.limits, max_examples=tried // 2)
         engine.say(f"out of memory: going on with at most {tried // 2} examples at once, same batch_size")

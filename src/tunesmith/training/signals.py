@@ -1,6 +1,6 @@
-"""A signal ends a run: at once where all that is written is whole or absent, after a checkpoint inside the loop.
+"""Stopping on a signal: inside the training loop after a checkpoint, elsewhere at once.
 
-The second signal stops at once in any case.
+Stopping at once is safe because every write is atomic. A second signal always ends the process at once.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
 class Stopped(BaseException):
-    """A signal came where nothing has to be finished first. Not an `Exception`: no library may swallow it."""
+    """Raised by a signal. Not an `Exception`, so that no library catches it."""
 
 
 class Signals:
-    """Within the block a signal raises `Stopped`, and within `deferred()` it only sets `requested`, its name.
+    """Context manager in which a signal raises `Stopped`; within `deferred()` it only sets `requested` to its name.
 
-    Outside the main thread: inert.
+    Outside the main thread it does nothing.
     """
 
     def __init__(self) -> None:
@@ -33,15 +33,16 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            before = {number: signal.getsignal(number) for number in WATCHED}
-            self._before = {number: was for number, was in before.items() if was is not signal.SIG_IGN}  # nohup's wish
+            before = {number: signal.getsignal(number) for number in SIGNALS}
+            ignored = signal.SIG_IGN  # as nohup sets SIGHUP
+            self._before = {number: handler for number, handler in before.items() if handler is not ignored}
             for number in self._before:
                 signal.signal(number, self._handle)
         return self
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let the block see `requested` and stop by itself; what it did not heed is raised behind it."""
+        """Let the block check `requested` and stop by itself; raise `Stopped` after it otherwise."""
         self._deferred = True
         try:
             yield
@@ -56,8 +57,8 @@ class Signals:
         self.requested = signal.Signals(number).name
         if not self._deferred:
             raise Stopped(self.requested)
-        text = f"{self.requested}: saving a checkpoint after this step, then stopping (again to stop at once)\n"
-        with contextlib.suppress(OSError):  # a terminal that hung up; print() may not be entered twice
+        text = f"{self.requested}: saving a checkpoint after this step, then stopping (send again to stop at once)\n"
+        with contextlib.suppress(OSError):  # a closed terminal; print() is not reentrant
             os.write(2, text.encode())
 
     def __exit__(

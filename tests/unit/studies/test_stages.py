@@ -243,7 +243,7 @@ def test_a_folder_of_runs_names_them(
 ) -> None:
     stages.train(written, "train.max_steps=1", "stages.2.train.max_steps=1", talk=QUIET)
     out = tmp_path / "out"
-    runs = f"name one of the runs in it: {out / '1-fill-mask'}, {out / '2-text-classification'}\n"
+    runs = f"use one of the runs in it: {out / '1-fill-mask'}, {out / '2-text-classification'}\n"
     for words in (
         ("predict", str(out), "x"),
         ("evaluate", str(out)),

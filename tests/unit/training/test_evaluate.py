@@ -17,7 +17,7 @@ from tunesmith.data.batches import Batch, Limits, collate
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import Row
 from tunesmith.errors import ResourceError
-from tunesmith.metrics.classification import ClassScores
+from tunesmith.metrics.classification import ClassificationMetrics
 from tunesmith.tasks import WritingTask
 from tunesmith.tasks.text_classification import TextClassification
 from tunesmith.testing import Case, case, sample_row
@@ -164,7 +164,7 @@ class Repeats(WritingTask, TextClassification):
         return _Lengths(self.classes or [])
 
 
-class _Lengths(ClassScores):
+class _Lengths(ClassificationMetrics):
     long, rows = 0, 0
 
     def update_texts(self, texts: list[str], batch: Batch) -> None:
