@@ -25,7 +25,7 @@ import torch
 import tunesmith
 from bench.splits import ENTITIES
 from tunesmith import recipe
-from tunesmith.run.train import prepare
+from tunesmith.run import prepare
 from tunesmith.techniques.lora import LoraLinear
 
 TECHNIQUES: dict[str, Any] = {

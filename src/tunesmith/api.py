@@ -9,7 +9,7 @@ from typing import Any
 from tunesmith.console import Talk
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.recipe import Recipe, RecipeSource, load, load_stages, read
-from tunesmith.run.train import train as run
+from tunesmith.run import train as run
 from tunesmith.storage.run_folder import RECIPES, runs_in
 from tunesmith.studies import stages as study
 

@@ -30,7 +30,7 @@ import transformers.models.bert.modeling_bert  # noqa: F401 - before the fork, n
 from tunesmith import cli
 from tunesmith.deploy import artifact as artefact
 from tunesmith.models import load as models
-from tunesmith.run.train import train as run
+from tunesmith.run import train as run
 from tunesmith.tasks.text_classification import BoundTextClassification
 from tunesmith.techniques import freeze, full, lora  # noqa: F401
 from tunesmith.training import checkpoint, evaluate, examples

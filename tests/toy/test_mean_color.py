@@ -13,7 +13,7 @@ import tunesmith
 from tunesmith.console import Talk
 from tunesmith.errors import RecipeError
 from tunesmith.inspect_data import show as data_show
-from tunesmith.run.train import train as running
+from tunesmith.run import train as running
 from tunesmith.studies import score
 from tunesmith.testing import check
 

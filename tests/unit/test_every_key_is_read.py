@@ -20,9 +20,9 @@ from tunesmith.data.columns import of_kind
 from tunesmith.data.formats import Row
 from tunesmith.errors import UserError
 from tunesmith.recipe import Data, Recipe, Train, load
+from tunesmith.run import train as run
 from tunesmith.run.prepare import Prepared
 from tunesmith.run.signals import Signals
-from tunesmith.run.train import train as run
 from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training import machine
 

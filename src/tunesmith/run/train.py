@@ -27,10 +27,10 @@ from tunesmith.errors import Interrupted, NumericError, ResourceError, UserError
 from tunesmith.insight import hints, report
 from tunesmith.kernels.packed import numbers_in
 from tunesmith.recipe import Recipe, Train
+from tunesmith.run import record
 from tunesmith.run.prepare import Prepared, prepare
 from tunesmith.run.record import Progress
 from tunesmith.run.signals import Signals, Stopped
-from tunesmith.run.train import record
 from tunesmith.storage import files
 from tunesmith.storage.run_folder import claim, clear
 from tunesmith.storage.run_lock import RunLock

@@ -12,7 +12,7 @@ from tunesmith.console import Talk, command
 from tunesmith.deploy import predict
 from tunesmith.models import sources
 from tunesmith.models.snippets import snippets
-from tunesmith.run.train import train as run
+from tunesmith.run import train as run
 from tunesmith.storage.files import atomic_write
 from tunesmith.studies import score
 

@@ -25,8 +25,8 @@ from tunesmith.console import Talk
 from tunesmith.data.columns import labeled, translates
 from tunesmith.errors import RecipeError, UserError
 from tunesmith.recipe import Recipe, Stages
-from tunesmith.run.train import record
-from tunesmith.run.train import train as run
+from tunesmith.run import record
+from tunesmith.run import train as run
 from tunesmith.storage import files
 from tunesmith.storage.run_folder import REPLACED, claim, put_aside, put_back
 from tunesmith.storage.run_lock import RunLock

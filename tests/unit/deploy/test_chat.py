@@ -16,7 +16,7 @@ from tunesmith.deploy.chat import chat
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import load
 from tunesmith.recipe.fields import Generation
-from tunesmith.run.train import train as run
+from tunesmith.run import train as run
 from tunesmith.testing import tiny_model
 
 HOW = Generation.model_validate({"max_new_tokens": 5})

@@ -13,7 +13,7 @@ import tunesmith
 from tunesmith import recipe as recipes
 from tunesmith.console import Talk
 from tunesmith.errors import CheckpointError, Interrupted, RecipeError, UserError
-from tunesmith.run.train import train as run
+from tunesmith.run import train as run
 from tunesmith.studies import stages
 from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 

@@ -21,6 +21,7 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.recipe import Data
+from tunesmith.run import train as run
 from tunesmith.tasks.fill_mask import FillMask
 from tunesmith.testing import Case, case, sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training import evaluate

@@ -14,7 +14,7 @@ from tunesmith import registry
 from tunesmith.console import Talk
 from tunesmith.errors import RecipeError
 from tunesmith.models.anatomy import anatomy
-from tunesmith.run.train import prepare
+from tunesmith.run import prepare
 from tunesmith.techniques import Technique
 from tunesmith.testing import tiny_model, tiny_tokenizer
 from tunesmith.training import machine

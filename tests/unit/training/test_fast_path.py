@@ -15,7 +15,7 @@ from tunesmith.console import Talk
 from tunesmith.kernels import attention, fused, layout
 from tunesmith.kernels.graphs import Graphs
 from tunesmith.models.anatomy import anatomy
-from tunesmith.run.train import prepare
+from tunesmith.run import prepare
 from tunesmith.techniques.lora import LoraLinear
 from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training.machine import Machine

@@ -11,8 +11,8 @@ import pytest
 import tunesmith
 from tunesmith.console import Talk
 from tunesmith.models import sources
-from tunesmith.run.train import prepare
-from tunesmith.run.train import train as run
+from tunesmith.run import prepare
+from tunesmith.run import train as run
 from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training import feature_cache
 
