@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
+from tunesmith.data.formats import Row
 from tunesmith.errors import CheckpointError, DataError, RecipeError, UserError
 from tunesmith.talk import Talk
 from tunesmith.testing import tiny_tokenizer
@@ -71,6 +73,14 @@ def test_what_can_be_asked(tuned: Any) -> None:
     pair = tuned.predict([{"text": TEXTS[0], "text_pair": TEXTS[1]}, TEXTS[0]])
     assert not _same(pair[:1], plain) and _same(pair[1:], plain)
     assert tuned.predict([]) == []
+
+
+def test_answers_write_nothing_to_disk(tuned: Any, home: Path, no_writes: Any) -> None:
+    with no_writes(home):
+        answers = tuned.predict(TEXTS)
+        assert tuned.predict_rows([Row(f"input {n}", {"text": text}) for n, text in enumerate(TEXTS)]) == answers
+    with pytest.raises(AssertionError), no_writes(home):
+        tempfile.mkdtemp()
 
 
 @pytest.mark.parametrize("asked", (7, None, {"review": "a"}, {"text": 7}, ["a"]))

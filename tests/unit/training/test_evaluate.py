@@ -60,7 +60,9 @@ def test_scores_are_those_of_all_examples_at_once(trial: Case, monkeypatch: pyte
 
 def test_answers_come_in_the_order_of_the_examples(trial: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [collate(trial.encoded, np.array([index])) for index in range(40)]
-    one_by_one = [one for n, batch in enumerate(batches) for one in trial.bound.predict(trial.model, batch, _outputs(trial, [n]))]
+    one_by_one = [
+        one for n, batch in enumerate(batches) for one in trial.bound.predict(trial.model, batch, _outputs(trial, [n]))
+    ]
     monkeypatch.setattr(evaluate, "CHUNK_EXAMPLES", 16)
     given = evaluate.answers(trial.model, trial.bound, trial.encoded, CPU)
     scores, again = evaluate.scores_and_answers(trial.model, trial.bound, trial.encoded, CPU)
