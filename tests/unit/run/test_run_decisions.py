@@ -292,7 +292,7 @@ def test_rollback_before_the_first_checkpoint_leaves_the_step_out(
 
 def test_weights_that_are_not_finite_are_never_saved(recipe_of: Any, tmp_path: Path) -> None:
     wild = ("train.learning_rate=1e30", "train.weight_decay=1e10", "train.save_every=1")
-    with pytest.raises(NumericError, match=r"after step 1 .* is not finite, so it is not saved; a lower learning rate"):
+    with pytest.raises(NumericError, match=r"step 1: .*query.weight .*--resume"):
         tunesmith.train(recipe_of(*wild, "train.warmup_ratio=0.0", "train.on_nan=skip"))
     assert _saved(tmp_path / "run") == []
 
