@@ -64,7 +64,11 @@ def test_the_refusals_are_those_of_the_support_page(page: str) -> None:
     rows = [
         line.strip("|").split("|") for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if "|" in line
     ]
-    listed = {row[0].strip(" `"): {name.strip() for name in row[1].split(",")} for row in rows if len(row) == 3}
+    listed = {
+        row[0].strip(" `").partition("`")[0]: {name.strip() for name in row[1].split(",")}
+        for row in rows
+        if len(row) == 3
+    }
     refusals: dict[str, set[str]] = {}
     for task, row, family in matrix.refused():
         if task == "text-classification":  # other tasks refuse whole families, as in their cards
