@@ -24,7 +24,8 @@ import torch
 
 import tunesmith
 from bench.splits import ENTITIES
-from tunesmith import prepare, recipe
+from tunesmith import recipe
+from tunesmith.run.train import prepare
 from tunesmith.techniques.lora import LoraLinear
 
 TECHNIQUES: dict[str, Any] = {

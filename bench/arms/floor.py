@@ -12,9 +12,9 @@ import torch
 from bench.arms.ours import keywords
 from bench.floor import Model, Row, product_rate
 from tunesmith import recipe as recipes
+from tunesmith.console import Talk
 from tunesmith.data.batches import collate
-from tunesmith.prepare import Prepared, prepare
-from tunesmith.talk import Talk
+from tunesmith.run.prepare import Prepared, prepare
 from tunesmith.training import machine
 from tunesmith.training.task_model import load_task_model
 

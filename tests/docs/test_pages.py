@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from tunesmith import registry
-from tunesmith.cli import app
+from tunesmith.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")) if path.name != "CHANGELOG.md")

@@ -9,8 +9,8 @@ import pytest
 
 import tunesmith
 from tunesmith import registry
+from tunesmith.console import Talk
 from tunesmith.recipe import Recipe, to_yaml
-from tunesmith.talk import Talk
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "docs" / "quickstart.md"]

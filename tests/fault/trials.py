@@ -27,7 +27,7 @@ import torch
 import transformers.models.bert.modeling_bert  # noqa: F401 - before the fork, not in each child
 from outcome import differences, result
 
-from tunesmith import run
+import tunesmith
 from tunesmith.tasks import fill_mask, text_classification, token_classification  # noqa: F401
 from tunesmith.techniques import adapter, bitfit, freeze, full, ia3, lora, prefix, prompt  # noqa: F401
 
@@ -54,7 +54,7 @@ def start(technique: str, folder: Path, model: str, data: str, task: str) -> int
     code = 1
     try:
         with (folder.parent / f"{folder.name}.log").open("a") as log, contextlib.redirect_stdout(log):
-            run.train(
+            tunesmith.train(
                 task=task,
                 model=model,
                 data={"train": data, "validation": 0.2},

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tunesmith.deploy import artefact
+from tunesmith.deploy import artifact as artefact
 from tunesmith.models import added_tokens, load, sources
 from tunesmith.techniques.ia3 import Ia3
 from tunesmith.techniques.lora import Lora

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tunesmith import run as running
+from tunesmith.console import Talk
 from tunesmith.errors import RecipeError
-from tunesmith.studies import data_show, score
-from tunesmith.talk import Talk
+from tunesmith.inspect_data import show as data_show
+from tunesmith.run.train import train as running
+from tunesmith.studies import score
 from tunesmith.testing import check
 
 QUIET = Talk(level=-1)

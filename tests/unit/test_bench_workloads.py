@@ -13,10 +13,10 @@ from bench import models, rows
 from bench.arms import encode_once, floor, ours, trainer
 from bench.splits import read_rows, read_sentences
 from bench.workloads import ON_GPUS, SPEED, WORKLOADS, Workload, chosen
+from tunesmith.console import Talk
 from tunesmith.models import sources
-from tunesmith.prepare import Prepared
 from tunesmith.recipe import load
-from tunesmith.talk import Talk
+from tunesmith.run.prepare import Prepared
 from tunesmith.testing import sample_row
 
 README = Path(__file__).parents[2] / "bench" / "README.md"

@@ -10,15 +10,15 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from tunesmith.deploy import origin
+from tunesmith.deploy import fingerprint as origin
 from tunesmith.errors import counted
 from tunesmith.metrics import MEANINGS, side_by_side
 from tunesmith.models.load import auto_class
 from tunesmith.recipe import Recipe, to_yaml
 from tunesmith.recipe import load as load_recipe
+from tunesmith.storage.files import atomic_write, read_json
 from tunesmith.tasks import Task
 from tunesmith.techniques import OWN_TYPE
-from tunesmith.training.files import atomic_write, read_json
 
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from tunesmith.data.columns import of_kind
-from tunesmith.data.conversations import Message
+from tunesmith.data.text.conversations import Message
 from tunesmith.deploy.predict import Tuned
 from tunesmith.errors import RecipeError
-from tunesmith.recipe_values import Generation
+from tunesmith.recipe.fields import Generation
 
 ANEW = "/new"
 """Begins another conversation."""

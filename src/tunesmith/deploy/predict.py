@@ -14,18 +14,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tunesmith.console import command
 from tunesmith.data.batches import collate
 from tunesmith.data.columns import Kind, inputs_of
 from tunesmith.data.formats import Row
-from tunesmith.deploy import artefact, origin
+from tunesmith.deploy import artifact as artefact
+from tunesmith.deploy import fingerprint as origin
 from tunesmith.errors import CheckpointError, RecipeError, UserError, shorten
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Data, Recipe
 from tunesmith.recipe import load as load_recipe
-from tunesmith.run_folder import check_run
-from tunesmith.talk import command
+from tunesmith.storage.run_folder import check_run
 from tunesmith.tasks import BoundTask, Task
 from tunesmith.techniques import Technique
 from tunesmith.training import evaluate, machine

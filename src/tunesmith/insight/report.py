@@ -14,8 +14,8 @@ from tunesmith.data.formats import Row
 from tunesmith.errors import CONTROL, counted
 from tunesmith.metrics import ERRORS, MEANINGS, side_by_side
 from tunesmith.recipe import load as load_recipe
+from tunesmith.storage.files import atomic_write
 from tunesmith.tasks import Task
-from tunesmith.training.files import atomic_write
 
 WIDTH, HEIGHT = 560, 180
 WORST_SHOWN = 20

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tunesmith.data.batches import Batch
 from tunesmith.data.encoded import Encoded
-from tunesmith.data.tags import TagSet
+from tunesmith.data.text.tags import TagSet
 from tunesmith.metrics.classification import MAX_CLASSES_SHOWN, check_finite
 
 Array = NDArray[Any]

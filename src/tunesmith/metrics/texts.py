@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tunesmith.data.blocks import UNSPACED
+from tunesmith.data.text.blocks import UNSPACED
 from tunesmith.errors import RecipeError
 
 SACREBLEU = ("chrf", "bleu")

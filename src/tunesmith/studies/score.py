@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from tunesmith.console import Talk
 from tunesmith.data.columns import translates
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import find_splits, is_folder
@@ -16,7 +17,6 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.studies import probe
-from tunesmith.talk import Talk
 from tunesmith.tasks import Task
 from tunesmith.training import evaluate as evaluation
 from tunesmith.training import examples

@@ -21,12 +21,19 @@ from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
 from tunesmith.data.preview import Preview, Token
-from tunesmith.data.texts import as_bytes, count_tokens, cut_texts, preview_tokens, spell, token_costs, unknown_notes
-from tunesmith.kernels.padding_free import computes_without_padding
+from tunesmith.data.text.texts import (
+    as_bytes,
+    count_tokens,
+    cut_texts,
+    preview_tokens,
+    spell,
+    token_costs,
+    unknown_notes,
+)
 from tunesmith.kernels.vocabulary import token_loss, token_shares
 from tunesmith.metrics.language import PerplexityMetrics
 from tunesmith.metrics.texts import TextMetrics
-from tunesmith.recipe_values import Generation
+from tunesmith.recipe.fields import Generation
 from tunesmith.tasks import Answer, Baseline, BoundTask, Inspection, Metrics
 from tunesmith.tasks._generation import token_frequencies
 from tunesmith.tasks.text_generation import BoundTextGeneration, TextGeneration
@@ -143,16 +150,15 @@ class EncoderDecoderTranslation(BoundTask):
                 "input_ids": rows.padded(self.config.pad_token_id or 0),
                 "attention_mask": rows.mask(),
                 "decoder_input_ids": shift_right(self.config, labels.padded(IGNORED)),
+                "decoder_attention_mask": labels.mask(),
                 "use_cache": False,
             }
         ]
 
-    def _at_labels(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Any], Tensor, Tensor]:
+    def _at_labels(self, batch: Batch) -> tuple[dict[str, Any], Tensor, Tensor]:
         """The model's arguments, and row and place of each token of the targets."""
-        (inputs,), mask = self.model_inputs(batch), batch.ragged("label").mask()
-        if computes_without_padding(model):  # to others it says nothing, for no token attends to a later one
-            inputs["decoder_attention_mask"] = mask
-        row, place = mask.nonzero(as_tuple=True)
+        (inputs,) = self.model_inputs(batch)
+        row, place = inputs["decoder_attention_mask"].nonzero(as_tuple=True)
         return inputs, row, place
 
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
@@ -162,12 +168,12 @@ class EncoderDecoderTranslation(BoundTask):
     def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor]) -> Tensor:
         """This batch's share of the mean over the step's tokens."""
         labels = batch.ragged("label").values
-        total = token_loss(model, *self._at_labels(model, batch), labels, self.label_smoothing)
+        total = token_loss(model, *self._at_labels(batch), labels, self.label_smoothing)
         return total / normalizers["tokens"]
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-probabilities of each token of the targets, and of the likeliest one in its place."""  # (tokens, 2)
-        return token_shares(model, *self._at_labels(model, batch), batch.ragged("label").values)
+        return token_shares(model, *self._at_labels(batch), batch.ragged("label").values)
 
     def metrics(self) -> Metrics:
         """Loss, perplexity, accuracy of the next token; BLEU and chrF."""

@@ -21,13 +21,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch, Ragged
-from tunesmith.data.blocks import Segment, blocks
 from tunesmith.data.columns import Column
 from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.formats import Row
-from tunesmith.data.masks import Tokens, hide
 from tunesmith.data.preview import Preview
-from tunesmith.data.texts import inspect_texts, preview_tokens, spell, token_costs, unknown_notes
+from tunesmith.data.text.blocks import Segment, blocks
+from tunesmith.data.text.masking import Tokens, hide
+from tunesmith.data.text.texts import inspect_texts, preview_tokens, spell, token_costs, unknown_notes
 from tunesmith.errors import RecipeError
 from tunesmith.kernels.logits import logits_at
 from tunesmith.kernels.vocabulary import token_loss
@@ -35,7 +35,7 @@ from tunesmith.metrics.language import MaskedTokenMetrics
 from tunesmith.models.snippets import fetch_general, general_files
 from tunesmith.models.sources import cache_home
 from tunesmith.recipe import Data
-from tunesmith.recipe_values import General
+from tunesmith.recipe.fields import General
 from tunesmith.tasks import Answer, Baseline, BoundTask, Inspection, Metrics, Task, _samples
 
 MASK = "[MASK]"

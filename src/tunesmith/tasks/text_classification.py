@@ -22,7 +22,7 @@ from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.formats import Row
 from tunesmith.data.labels import Label, LabelKind, class_name, class_weights, fit_labels, read_label
 from tunesmith.data.preview import Preview
-from tunesmith.data.texts import (
+from tunesmith.data.text.texts import (
     encode_texts,
     inspect_texts,
     mean_of_windows,

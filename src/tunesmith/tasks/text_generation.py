@@ -21,16 +21,24 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch, Limits, Ragged, cut
-from tunesmith.data.blocks import packed
-from tunesmith.data.chat_faults import chat_faults, text_faults
-from tunesmith.data.chats import ALL_CUT, NOT_WRITTEN, SOME_CUT, Chats, TrainOn, first_token, own_template
 from tunesmith.data.columns import Column
-from tunesmith.data.conversations import CHAT_COLUMNS, Message, choices_of, conversation, is_conversation
 from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.formats import Row
 from tunesmith.data.preview import Preview
-from tunesmith.data.templates import PLAIN, template_text
-from tunesmith.data.texts import as_bytes, count_tokens, model_inputs, preview_tokens, spell, token_costs, unknown_notes
+from tunesmith.data.text.blocks import packed
+from tunesmith.data.text.chat_faults import chat_faults, text_faults
+from tunesmith.data.text.chats import ALL_CUT, NOT_WRITTEN, SOME_CUT, Chats, TrainOn, first_token, own_template
+from tunesmith.data.text.conversations import CHAT_COLUMNS, Message, choices_of, conversation, is_conversation
+from tunesmith.data.text.templates import PLAIN, template_text
+from tunesmith.data.text.texts import (
+    as_bytes,
+    count_tokens,
+    model_inputs,
+    preview_tokens,
+    spell,
+    token_costs,
+    unknown_notes,
+)
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.kernels.padding_free import computes_without_padding
 from tunesmith.kernels.vocabulary import token_loss, token_shares
@@ -38,7 +46,7 @@ from tunesmith.metrics.language import PerplexityMetrics
 from tunesmith.metrics.texts import TextMetrics
 from tunesmith.models.snippets import fetch_general, general_files
 from tunesmith.recipe import Data
-from tunesmith.recipe_values import General, Generation
+from tunesmith.recipe.fields import General, Generation
 from tunesmith.tasks import Answer, Baseline, BoundTask, Inspection, Metrics, Task, _samples
 from tunesmith.tasks._generation import PromptGenerator, last_token, render, token_frequencies
 
@@ -328,7 +336,7 @@ class BoundTextGeneration(BoundTask):
     def metrics(self) -> Metrics:
         """Loss, perplexity, accuracy; and scores of generated texts."""
         if self.task.generate is None:
-            return PerplexityMetrics()
+            return PerplexityMetrics(of_answers=SCORES)
         return PerplexityMetrics(TextMetrics(SCORES), max_texts=self.task.generate.rows)
 
     def baseline(self, train: Encoded) -> Baseline:

@@ -28,10 +28,19 @@ from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.formats import Row
 from tunesmith.data.labels import class_weights
 from tunesmith.data.preview import Preview
-from tunesmith.data.spans import has_spans, read_tags, unknown_tag, words_of
-from tunesmith.data.tags import Scheme, TagSet, belongs, faults, faults_of_rows, scheme_of, split_tag, tags_of_types
-from tunesmith.data.texts import inspect_texts, model_inputs, preview_tokens, token_costs
-from tunesmith.data.words import Sentence, encode_words, inner_marks, words_notes
+from tunesmith.data.text.spans import has_spans, read_tags, unknown_tag, words_of
+from tunesmith.data.text.tags import (
+    Scheme,
+    TagSet,
+    belongs,
+    faults,
+    faults_of_rows,
+    scheme_of,
+    split_tag,
+    tags_of_types,
+)
+from tunesmith.data.text.texts import inspect_texts, model_inputs, preview_tokens, token_costs
+from tunesmith.data.text.words import Sentence, encode_words, inner_marks, words_notes
 from tunesmith.errors import DataError, counted, shorten
 from tunesmith.metrics.entities import EntityMetrics
 from tunesmith.recipe import Data

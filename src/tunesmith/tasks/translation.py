@@ -20,13 +20,13 @@ from tunesmith.data import languages
 from tunesmith.data.columns import Column
 from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
-from tunesmith.data.pairs import pair_faults
-from tunesmith.data.templates import template_text
+from tunesmith.data.text.pairs import pair_faults
+from tunesmith.data.text.templates import template_text
 from tunesmith.errors import DataError, RecipeError, shorten
 from tunesmith.metrics.texts import TextMetrics
 from tunesmith.models.directions import direction
 from tunesmith.recipe import Data
-from tunesmith.recipe_values import Generation
+from tunesmith.recipe.fields import Generation
 from tunesmith.tasks import Answer, BoundTask, Task, _samples
 from tunesmith.tasks._generation import PromptGenerator, SourceGenerator, render
 from tunesmith.tasks._translators import (

@@ -25,14 +25,7 @@ from torch import Tensor
 
 from tunesmith.data.encoded import file_sha256
 from tunesmith.errors import CheckpointError, NumericError, shorten
-from tunesmith.training.files import (
-    atomic_write,
-    disk_error,
-    free_bytes,
-    fsync_file,
-    fsync_folder,
-    remove_leftovers,
-)
+from tunesmith.storage.files import atomic_write, disk_error, free_bytes, fsync_file, fsync_folder, remove_leftovers
 
 SCHEMA = 1
 MANIFEST = "MANIFEST.json"

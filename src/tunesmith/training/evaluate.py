@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,18 +41,23 @@ def outputs(
     model: nn.Module, task: BoundTask, encoded: Encoded, machine: Machine, rows: Indices | None = None
 ) -> Batched[Tensor]:
     """`BoundTask.outputs` for all examples or `rows`, sorted by cost in chunks so that little is padded."""
-    return _batched(partial(task.outputs, model), model, task, encoded, machine, rows)
+
+    def ask(indices: Indices, batch: Batch) -> Tensor:
+        with standing_in(model, encoded, indices):
+            return task.outputs(model, batch)
+
+    return _batched(ask, model, task, encoded, machine, rows)
 
 
 def _predictions(
     model: nn.Module, task: BoundTask, encoded: Encoded, machine: Machine, rows: Indices | None = None
 ) -> Batched[list[Answer]]:
     """`BoundTask.predict` for all examples or `rows`, in the same order."""
-    return _batched(partial(task.predict, model), model, task, encoded, machine, rows)
+    return _batched(lambda _, batch: task.predict(model, batch), model, task, encoded, machine, rows)
 
 
 def _batched(
-    ask: Callable[[Batch], T],
+    ask: Callable[[Indices, Batch], T],
     model: nn.Module,
     task: BoundTask,
     encoded: Encoded,
@@ -71,7 +75,12 @@ def _batched(
 
 
 def _ask(
-    ask: Callable[[Batch], T], model: nn.Module, task: BoundTask, encoded: Encoded, machine: Machine, rows: Indices
+    ask: Callable[[Indices, Batch], T],
+    model: nn.Module,
+    task: BoundTask,
+    encoded: Encoded,
+    machine: Machine,
+    rows: Indices,
 ) -> Batched[T]:
     """One batch, or two halves where it does not fit in memory.
 
@@ -80,8 +89,8 @@ def _ask(
     """
     output, batch = None, _drawn(task, encoded, rows).to(machine.device)
     try:
-        with torch.inference_mode(), machine.autocast(), standing_in(model, encoded, rows):
-            output = ask(batch)
+        with torch.inference_mode(), machine.autocast():
+            output = ask(rows, batch)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

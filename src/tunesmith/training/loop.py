@@ -65,6 +65,8 @@ class Engine:
     may_checkpoint: bool = True
     """Whether gradient checkpointing may be switched on when a single example does not fit."""
     say: Callable[[str], None] = print
+    draws: int | None = None
+    """The number of different draws of the inputs; None where each epoch has its own."""
     fp16_scale: float = FP16_SCALE
     fp16_good_steps: int = 0
     checkpointing: bool = False
@@ -143,7 +145,14 @@ def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, fl
 def _drawn(engine: Engine, batches: Batches, indices: NDArray[np.int64], number: int) -> Batch:
     """Some examples of a step (counted from 0), as they are in its epoch."""
     batch = collate(batches.examples(number), indices)
-    return engine.task.transform(batch, indices, engine.seed, number // batches.steps_per_epoch)
+    return engine.task.transform(batch, indices, *_draw(engine, number // batches.steps_per_epoch))
+
+
+def _draw(engine: Engine, epoch: int) -> tuple[int, int]:
+    """Seed and draw of the inputs of an epoch."""
+    if engine.draws == 1:
+        return 0, 0
+    return engine.seed, epoch if engine.draws is None else epoch % engine.draws
 
 
 def _accumulate(
@@ -160,7 +169,8 @@ def _accumulate(
     total = torch.zeros((), device=device)
     for index, (batch, examples) in enumerate(zip(micro, parts, strict=True)):
         _seed(_mix(engine.seed, number, index, batches.rank), device)
-        with engine.machine.autocast(), standing_in(engine.model, batches.examples(number), examples):
+        drawn = _draw(engine, number // batches.steps_per_epoch)
+        with engine.machine.autocast(), standing_in(engine.model, batches.examples(number), examples, *drawn):
             loss = engine.task.loss(engine.model, batch.to(device), normalizers)
         (loss * scale if scale != 1.0 else loss).backward()
         total += loss.detach()

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tunesmith import talk
+from tunesmith import console as talk
 from tunesmith.errors import RecipeError, ResourceError
 
 BUCKET_BYTES = 25 * 2**20

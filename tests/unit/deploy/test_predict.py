@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
+from tunesmith.console import Talk
 from tunesmith.errors import CheckpointError, DataError, RecipeError, UserError
-from tunesmith.talk import Talk
 from tunesmith.testing import tiny_tokenizer
 
 TEXTS = ("the film was great", "bad", "a very very dull plot . not so very fine , it was", "lovely")

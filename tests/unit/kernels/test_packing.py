@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tunesmith import registry, testing
+from tunesmith import registry
 from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.models.anatomy import anatomy
 from tunesmith.testing import FAMILIES, tiny_model, tiny_tokenizer
+from tunesmith.testing import contract as testing
 
 FURTHER = {
     "qwen3": FAMILIES["qwen2"] | {"head_dim": 8},

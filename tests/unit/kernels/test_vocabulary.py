@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tunesmith import testing
 from tunesmith.kernels import vocabulary
 from tunesmith.kernels.logits import logits_at
 from tunesmith.kernels.vocabulary import Vocabulary, token_loss, token_shares, use_chunked_loss
 from tunesmith.testing import FAMILIES, tiny_model
+from tunesmith.testing import contract as testing
 
 CAUSAL, MASKED, BOTH = "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"
 FURTHER = {

@@ -13,7 +13,7 @@ from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fsc
 from seqeval.scheme import BILOU, IOB2, IOBES, Entities
 
 from tunesmith.data.batches import Batch, Ragged
-from tunesmith.data.tags import PREFIXES, Scheme, TagSet, split_tag, tags_of_types
+from tunesmith.data.text.tags import PREFIXES, Scheme, TagSet, split_tag, tags_of_types
 from tunesmith.errors import NumericError
 from tunesmith.metrics.entities import EntityMetrics
 

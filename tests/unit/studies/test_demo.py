@@ -12,9 +12,9 @@ import pytest
 from loopback import StubIndex, sdist
 
 import tunesmith
+from tunesmith.console import Talk
 from tunesmith.models import sources
 from tunesmith.studies import demo
-from tunesmith.talk import Talk
 from tunesmith.testing import sample_row
 
 VADER = "vaderSentiment-3.3.2"

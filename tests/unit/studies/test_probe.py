@@ -15,8 +15,8 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, AutoModelForMaskedLM
 
 import tunesmith
+from tunesmith.console import Talk
 from tunesmith.studies import probe
-from tunesmith.talk import Talk
 from tunesmith.testing import sample_row, tiny_tokenizer
 
 MOODS: dict[str, Callable[[int], Any]] = {

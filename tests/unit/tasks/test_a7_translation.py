@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.inspect_data.check import check
 from tunesmith.recipe import Data
-from tunesmith.studies.data_check import check
 from tunesmith.tasks.translation import Translation
 from tunesmith.testing import sample_row
 from tunesmith.training import examples

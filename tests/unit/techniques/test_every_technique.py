@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tunesmith import prepare, registry
+from tunesmith import registry
+from tunesmith.console import Talk
 from tunesmith.errors import RecipeError
 from tunesmith.models.anatomy import anatomy
-from tunesmith.talk import Talk
+from tunesmith.run.train import prepare
 from tunesmith.techniques import Technique
 from tunesmith.testing import tiny_model, tiny_tokenizer
 from tunesmith.training import machine

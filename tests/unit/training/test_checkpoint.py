@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from tunesmith.errors import CheckpointError, ResourceError
-from tunesmith.training import checkpoint, files
+from tunesmith.storage import files
+from tunesmith.training import checkpoint
 
 FILES = ("learned.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json")
 

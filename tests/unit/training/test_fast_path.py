@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tunesmith import prepare, run
+import tunesmith
+from tunesmith.console import Talk
 from tunesmith.kernels import attention, fused, layout
 from tunesmith.kernels.graphs import Graphs
 from tunesmith.models.anatomy import anatomy
-from tunesmith.talk import Talk
+from tunesmith.run.train import prepare
 from tunesmith.techniques.lora import LoraLinear
 from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training.machine import Machine
@@ -35,7 +36,7 @@ BASES = {"translation": "AutoModelForSeq2SeqLM", "text-generation": "AutoModelFo
 
 
 def _losses(recipe: dict[str, Any], output: Path) -> list[float]:
-    run.train(recipe, output=str(output), talk=Talk(level=-1))
+    tunesmith.train(recipe, output=str(output), talk=Talk(level=-1))
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "grad_norm" in line]
 
