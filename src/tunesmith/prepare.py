@@ -21,13 +21,13 @@ from tunesmith.deploy import continuing, merging
 from tunesmith.deploy.back_translation import fingerprints as translators
 from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import RecipeError, counted
-from tunesmith.kernels.blocks import use_blocks
-from tunesmith.kernels.dropout import use_fast_dropout
-from tunesmith.kernels.embedding import use_kept_gradients
-from tunesmith.kernels.graphs import use_graphs
-from tunesmith.kernels.kept import keep_memory
-from tunesmith.kernels.padding_free import use_padding_free_blocks
-from tunesmith.kernels.vocabulary import use_chunked_loss
+from tunesmith.kernels.chunked_loss import use_chunked_loss
+from tunesmith.kernels.cuda_graphs import use_graphs
+from tunesmith.kernels.fused_blocks import use_blocks
+from tunesmith.kernels.ops.dropout import use_fast_dropout
+from tunesmith.kernels.ops.grad_buffers import keep_memory
+from tunesmith.kernels.ops.sparse_embedding import use_kept_gradients
+from tunesmith.kernels.unpadded import use_padding_free_blocks
 from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
 from tunesmith.models.anatomy import Anatomy

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ResourceError, redact
-from tunesmith.kernels.packed import numbers_in
+from tunesmith.kernels.ops.quantized import numbers_in
 from tunesmith.prepare import Prepared
 from tunesmith.tasks import WritingTask
 from tunesmith.training import evaluate, files, loop, machine, parallel

@@ -24,7 +24,7 @@ from tunesmith import record
 from tunesmith.deploy import artefact, card, predict
 from tunesmith.errors import CheckpointError, Interrupted, NumericError, RecipeError, ResourceError, UserError, counted
 from tunesmith.insight import hints, report
-from tunesmith.kernels.packed import numbers_in
+from tunesmith.kernels.ops.quantized import numbers_in
 from tunesmith.prepare import Prepared, prepare
 from tunesmith.recipe import Recipe, Train
 from tunesmith.record import Progress

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from tunesmith.data.batches import Limits, cut
-from tunesmith.kernels.attention import Sequences, Together
-from tunesmith.kernels.rectangles import Rectangles
+from tunesmith.kernels.ops.attention import Sequences, Together
+from tunesmith.kernels.ops.padding import Rectangles
 
 __all__ = ["Across", "Group", "Layout", "Put"]
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from tunesmith.data.batches import Ragged
 from tunesmith.kernels.logits import logits_at
-from tunesmith.kernels.padding_free import with_padding
+from tunesmith.kernels.unpadded import with_padding
 from tunesmith.models.quiet import quiet
 from tunesmith.recipe_values import Generation
 

@@ -17,9 +17,9 @@ from tunesmith.data.encoded import Encoded
 from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
 from tunesmith.data.texts import cut_texts, unknown_notes
+from tunesmith.kernels.chunked_loss import token_loss, token_shares
 from tunesmith.kernels.logits import IGNORED, shifted
-from tunesmith.kernels.padding_free import computes_without_padding
-from tunesmith.kernels.vocabulary import token_loss, token_shares
+from tunesmith.kernels.unpadded import computes_without_padding
 from tunesmith.models.directions import Direction
 from tunesmith.models.load import UNBOUNDED
 from tunesmith.models.writing import write

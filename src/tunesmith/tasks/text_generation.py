@@ -30,8 +30,8 @@ from tunesmith.data.formats import Row
 from tunesmith.data.templates import PLAIN, template_text
 from tunesmith.data.texts import as_bytes, model_inputs, unknown_notes
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.kernels.padding_free import computes_without_padding
-from tunesmith.kernels.vocabulary import token_loss, token_shares
+from tunesmith.kernels.chunked_loss import token_loss, token_shares
+from tunesmith.kernels.unpadded import computes_without_padding
 from tunesmith.metrics.language import SurpriseScores
 from tunesmith.metrics.texts import TextScores
 from tunesmith.models.load import length_limit

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import CheckpointError, RecipeError, shorten
-from tunesmith.kernels.linears import Part, linears
-from tunesmith.kernels.lora import adapted_weight, lora_linear
-from tunesmith.kernels.packed import Bits, Packed, PackedLinear
+from tunesmith.kernels.ops.linear import Part, linears
+from tunesmith.kernels.ops.lora import adapted_weight, lora_linear
+from tunesmith.kernels.ops.quantized import Bits, Packed, PackedLinear
 from tunesmith.models.anatomy import LINEAR, Anatomy
 from tunesmith.techniques import (
     PEFT_PREFIX,

@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from tunesmith.errors import CheckpointError, RecipeError, did_you_mean, shorten
-from tunesmith.kernels import packed
+from tunesmith.kernels.ops import quantized as packed
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.techniques import (
     PEFT_PREFIX,

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from tunesmith.data.batches import Batch, Limits, collate, cut
 from tunesmith.data.encoded import Encoded, encode
+from tunesmith.kernels.last_block import Tail, asking
 from tunesmith.kernels.layout import Layout
-from tunesmith.kernels.padding_free import computes_without_padding, layout_in
-from tunesmith.kernels.tail import Tail, asking
+from tunesmith.kernels.unpadded import computes_without_padding, layout_in
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.tasks import Task
 from tunesmith.training.machine import Machine

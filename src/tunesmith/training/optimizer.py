@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels.embedding import Rows, zeros_like
+from tunesmith.kernels.ops.sparse_embedding import Rows, zeros_like
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Train
 from tunesmith.techniques import Technique

@@ -12,9 +12,10 @@ from adapting import TECHNIQUES, adapt
 from torch import Tensor
 
 from tunesmith import registry
-from tunesmith.kernels import block_parts, padding_free
-from tunesmith.kernels.blocks import NormsAfter, NormsBefore, use_blocks
-from tunesmith.kernels.padding_free import use_padding_free_blocks, with_padding
+from tunesmith.kernels import block_pattern as block_parts
+from tunesmith.kernels import unpadded as padding_free
+from tunesmith.kernels.fused_blocks import NormsAfter, NormsBefore, use_blocks
+from tunesmith.kernels.unpadded import use_padding_free_blocks, with_padding
 from tunesmith.models.anatomy import anatomy
 from tunesmith.testing import tiny_model, tiny_tokenizer
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith import registry, testing
-from tunesmith.kernels.padding_free import use_padding_free_blocks
+from tunesmith.kernels.unpadded import use_padding_free_blocks
 from tunesmith.models.anatomy import anatomy
 from tunesmith.testing import FAMILIES, tiny_model, tiny_tokenizer
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tunesmith.data.batches import Ragged
-from tunesmith.kernels.padding_free import use_padding_free_blocks
+from tunesmith.kernels.unpadded import use_padding_free_blocks
 from tunesmith.models.anatomy import anatomy
 from tunesmith.models.writing import write
 from tunesmith.recipe_values import Generation

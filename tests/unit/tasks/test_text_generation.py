@@ -22,7 +22,7 @@ from tunesmith.data.batches import Batch, Limits, collate
 from tunesmith.data.encoded import encode
 from tunesmith.data.formats import Row
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.kernels.padding_free import use_padding_free_blocks
+from tunesmith.kernels.unpadded import use_padding_free_blocks
 from tunesmith.models import snippets
 from tunesmith.models.anatomy import anatomy
 from tunesmith.recipe import Data, load

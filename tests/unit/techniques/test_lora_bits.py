@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tunesmith
 from tunesmith.deploy import merging
-from tunesmith.kernels.packed import Packed, PackedLinear
+from tunesmith.kernels.ops.quantized import Packed, PackedLinear
 from tunesmith.models.anatomy import anatomy
 from tunesmith.talk import Talk
 from tunesmith.techniques.lora import Lora, LoraLinear

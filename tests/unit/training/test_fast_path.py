@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from tunesmith import prepare, run
-from tunesmith.kernels import attention, fused, layout
-from tunesmith.kernels.graphs import Graphs
+from tunesmith.kernels import layout
+from tunesmith.kernels.cuda_graphs import Graphs
+from tunesmith.kernels.ops import attention
+from tunesmith.kernels.ops import compiled as fused
 from tunesmith.models.anatomy import anatomy
 from tunesmith.talk import Talk
 from tunesmith.techniques.lora import LoraLinear

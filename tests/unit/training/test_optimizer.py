@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tunesmith.kernels import embedding
+from tunesmith.kernels.ops import sparse_embedding as embedding
 from tunesmith.recipe import Train
 from tunesmith.testing import Case, case
 from tunesmith.training import optimizer

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.kernels.norms import (
+from tunesmith.kernels.ops.norm import (
     add_norm,
     add_rms_norm,
     plain_add_norm,

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from tunesmith.kernels.gates import gated, plain_gated
-from tunesmith.kernels.linears import ACTIVATIONS
-from tunesmith.kernels.rotation import plain_rotated, rotated
+from tunesmith.kernels.ops.glu import gated, plain_gated
+from tunesmith.kernels.ops.linear import ACTIVATIONS
+from tunesmith.kernels.ops.rope import plain_rotated, rotated
 
 
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "none"])

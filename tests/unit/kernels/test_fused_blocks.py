@@ -10,10 +10,10 @@ from adapting import TECHNIQUES, VARIANTS, adapt
 from torch import Tensor
 
 from tunesmith import registry
-from tunesmith.kernels import block_parts
-from tunesmith.kernels.blocks import use_blocks
+from tunesmith.kernels import block_pattern as block_parts
+from tunesmith.kernels.fused_blocks import use_blocks
 from tunesmith.kernels.logits import logits_at
-from tunesmith.kernels.padding_free import use_padding_free_blocks
+from tunesmith.kernels.unpadded import use_padding_free_blocks
 from tunesmith.models.anatomy import anatomy
 from tunesmith.testing import tiny_model
 

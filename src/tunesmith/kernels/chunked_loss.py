@@ -1,5 +1,5 @@
 """The last map of a language model, which can be asked for a loss, or for scores, instead of logits
-(`kernels/losses.py`).
+(`kernels/ops/cross_entropy.py`).
 
 What a model does to the numbers that its last map gives out (a scale, a bias, a soft cap) is found by giving it
 others in their place: `use_chunked_loss` takes the map only where one of these explains what comes out.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.kernels.logits import logits_at
-from tunesmith.kernels.losses import log_shares, loss_sum, shares_said
+from tunesmith.kernels.ops.cross_entropy import log_shares, loss_sum, shares_said
 
 __all__ = ["Vocabulary", "token_loss", "token_shares", "use_chunked_loss"]
 

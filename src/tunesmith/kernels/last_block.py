@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels.attention import Together
 from tunesmith.kernels.layout import Group, Layout
-from tunesmith.kernels.padding_free import probe_batch
-from tunesmith.kernels.rectangles import Rectangles
+from tunesmith.kernels.ops.attention import Together
+from tunesmith.kernels.ops.padding import Rectangles
+from tunesmith.kernels.unpadded import probe_batch
 
 __all__ = ["Asking", "Tail", "asking", "tail_of"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.fused import fused, fuses
-from tunesmith.kernels.linears import ACTIVATIONS, SLOPES, Activation
+from tunesmith.kernels.ops.compiled import fused, fuses
+from tunesmith.kernels.ops.linear import ACTIVATIONS, SLOPES, Activation
 
 __all__ = ["gated", "plain_gated"]
 

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function
 
-from tunesmith.kernels.attention import attend
-from tunesmith.kernels.distances import has_distances, use_distances
-from tunesmith.kernels.dropout import keep_scale
 from tunesmith.kernels.layout import Across, Between, Group, Layout, Put
+from tunesmith.kernels.ops.attention import attend
+from tunesmith.kernels.ops.dropout import keep_scale
+from tunesmith.kernels.ops.relative_bias import has_distances, use_distances
 from tunesmith.kernels.prefix import prefixed, takes_attention
 
 __all__ = ["computes_without_padding", "use_padding_free_blocks", "with_padding"]

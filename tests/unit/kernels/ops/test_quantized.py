@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from tunesmith.errors import RecipeError
-from tunesmith.kernels import packed
-from tunesmith.kernels.packed import Bits, Packed, PackedLinear, numbers_in
+from tunesmith.kernels.ops import quantized as packed
+from tunesmith.kernels.ops.quantized import Bits, Packed, PackedLinear, numbers_in
 
 BITS: tuple[Bits, ...] = (4, 8)
 ROUNDING = {4: 0.12, 8: 0.01}

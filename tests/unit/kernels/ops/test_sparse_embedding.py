@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tunesmith.kernels import embedding
-from tunesmith.kernels.embedding import Embedding, use_kept_gradients
+from tunesmith.kernels.ops import sparse_embedding as embedding
+from tunesmith.kernels.ops.sparse_embedding import Embedding, use_kept_gradients
 from tunesmith.testing import tiny_model
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from tunesmith import registry
-from tunesmith.kernels import padding_free
+from tunesmith.kernels import unpadded as padding_free
 from tunesmith.kernels.layout import ROUND_TOKENS, Layout
-from tunesmith.kernels.padding_free import use_padding_free_blocks
+from tunesmith.kernels.unpadded import use_padding_free_blocks
 from tunesmith.models.anatomy import anatomy
 from tunesmith.testing import CLASSIFYING, tiny_model, tiny_tokenizer
 

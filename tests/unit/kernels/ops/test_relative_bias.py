@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from tunesmith.kernels.attention import attend
-from tunesmith.kernels.distances import distances_of, has_distances, pairs, use_distances
 from tunesmith.kernels.layout import Layout
+from tunesmith.kernels.ops.attention import attend
+from tunesmith.kernels.ops.relative_bias import distances_of, has_distances, pairs, use_distances
 from tunesmith.testing import tiny_model
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.fused import fused, fuses
+from tunesmith.kernels.ops.compiled import fused, fuses
 
 __all__ = ["plain_rotated", "rotated"]
 

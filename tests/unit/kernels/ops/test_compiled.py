@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.kernels import fused as module
-from tunesmith.kernels.gates import gated
-from tunesmith.kernels.norms import add_norm, add_rms_norm, rms_norm
-from tunesmith.kernels.rotation import rotated
+from tunesmith.kernels.ops import compiled as module
+from tunesmith.kernels.ops.glu import gated
+from tunesmith.kernels.ops.norm import add_norm, add_rms_norm, rms_norm
+from tunesmith.kernels.ops.rope import rotated
 
 WIDTH = 16
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.kernels import losses
-from tunesmith.kernels.losses import log_shares, loss_sum, plain_loss_sum, shares_said
+from tunesmith.kernels.ops import cross_entropy as losses
+from tunesmith.kernels.ops.cross_entropy import log_shares, loss_sum, plain_loss_sum, shares_said
 
 FORMS: tuple[dict[str, Any], ...] = (
     {},

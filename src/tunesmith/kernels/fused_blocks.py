@@ -26,14 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.kernels.block_parts import Around, Encoded, Parts, Roles, parts_of
-from tunesmith.kernels.distances import distances_of, has_distances
-from tunesmith.kernels.dropout import keep_scale
+from tunesmith.kernels.block_pattern import Around, Encoded, Parts, Roles, parts_of
+from tunesmith.kernels.last_block import Tail, asking, tail_of
 from tunesmith.kernels.layout import Layout
-from tunesmith.kernels.linears import compute_dtype
-from tunesmith.kernels.norms import add_norm, add_rms_norm, rms_norm
-from tunesmith.kernels.padding_free import across_in, argument_names, layout_in, same_answers
-from tunesmith.kernels.tail import Tail, asking, tail_of
+from tunesmith.kernels.ops.dropout import keep_scale
+from tunesmith.kernels.ops.linear import compute_dtype
+from tunesmith.kernels.ops.norm import add_norm, add_rms_norm, rms_norm
+from tunesmith.kernels.ops.relative_bias import distances_of, has_distances
+from tunesmith.kernels.unpadded import across_in, argument_names, layout_in, same_answers
 
 __all__ = ["use_blocks"]
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from tunesmith.kernels import attention
 from tunesmith.kernels import layout as layout_module
-from tunesmith.kernels.attention import attend
+from tunesmith.kernels.last_block import asking
 from tunesmith.kernels.layout import Layout
-from tunesmith.kernels.tail import asking
+from tunesmith.kernels.ops import attention
+from tunesmith.kernels.ops.attention import attend
 
 LENGTHS = ([12, 3, 7, 7, 1], [5, 5, 5], [9], [1, 2, 3, 40], [8, 8, 1, 1, 16])
 

@@ -9,11 +9,11 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from tunesmith.kernels.attention import Together, attend
-from tunesmith.kernels.dropout import keep_scale
-from tunesmith.kernels.gates import gated
-from tunesmith.kernels.linears import ACTIVATIONS, Activation, mapped
-from tunesmith.kernels.rotation import rotated
+from tunesmith.kernels.ops.attention import Together, attend
+from tunesmith.kernels.ops.dropout import keep_scale
+from tunesmith.kernels.ops.glu import gated
+from tunesmith.kernels.ops.linear import ACTIVATIONS, Activation, mapped
+from tunesmith.kernels.ops.rope import rotated
 
 __all__ = ["Heads", "Parts", "Roles", "parts_of"]
 

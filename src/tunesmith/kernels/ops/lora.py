@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.kernels.packed import Packed
+from tunesmith.kernels.ops.quantized import Packed
 
 __all__ = ["adapted_weight", "lora_linear"]
 

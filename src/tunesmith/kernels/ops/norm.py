@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.kernels.dropout import keep_scale
-from tunesmith.kernels.fused import fused, fuses
+from tunesmith.kernels.ops.compiled import fused, fuses
+from tunesmith.kernels.ops.dropout import keep_scale
 
 __all__ = ["add_norm", "add_rms_norm", "plain_add_norm", "plain_add_rms_norm", "plain_rms_norm", "rms_norm"]
 

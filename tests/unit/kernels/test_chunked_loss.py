@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith import testing
-from tunesmith.kernels import vocabulary
+from tunesmith.kernels import chunked_loss as vocabulary
+from tunesmith.kernels.chunked_loss import Vocabulary, token_loss, token_shares, use_chunked_loss
 from tunesmith.kernels.logits import logits_at
-from tunesmith.kernels.vocabulary import Vocabulary, token_loss, token_shares, use_chunked_loss
 from tunesmith.testing import FAMILIES, tiny_model
 
 CAUSAL, MASKED, BOTH = "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"

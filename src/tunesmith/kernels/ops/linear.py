@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith.kernels.kept import kept_of
-from tunesmith.kernels.lora import lora_linear
+from tunesmith.kernels.ops.grad_buffers import kept_of
+from tunesmith.kernels.ops.lora import lora_linear
 
 __all__ = [
     "ACTIVATIONS",

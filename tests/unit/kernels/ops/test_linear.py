@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels.linears import Activation, Part, compute_dtype, linears, part_of, plain_linears
+from tunesmith.kernels.ops.linear import Activation, Part, compute_dtype, linears, part_of, plain_linears
 
 ACTIVATIONS: tuple[Activation, ...] = ("none", "gelu", "gelu_tanh", "relu", "silu")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tunesmith.kernels import kept
-from tunesmith.kernels.kept import keep_memory, kept_of
-from tunesmith.kernels.linears import mapped
+from tunesmith.kernels.ops import grad_buffers as kept
+from tunesmith.kernels.ops.grad_buffers import keep_memory, kept_of
+from tunesmith.kernels.ops.linear import mapped
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tunesmith.kernels.dropout import Dropout, keep_scale, use_fast_dropout
+from tunesmith.kernels.ops.dropout import Dropout, keep_scale, use_fast_dropout
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.distances import pairs
-from tunesmith.kernels.dropout import keep_scale
-from tunesmith.kernels.linears import compute_dtype
-from tunesmith.kernels.rectangles import Rectangles
+from tunesmith.kernels.ops.dropout import keep_scale
+from tunesmith.kernels.ops.linear import compute_dtype
+from tunesmith.kernels.ops.padding import Rectangles
+from tunesmith.kernels.ops.relative_bias import pairs
 
 __all__ = ["Rows", "Sequences", "Together", "attend"]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels import graphs
-from tunesmith.kernels.graphs import Graphs, use_graphs
+from tunesmith.kernels import cuda_graphs as graphs
+from tunesmith.kernels.cuda_graphs import Graphs, use_graphs
 from tunesmith.testing import tiny_model
 
 LONGEST = 40
