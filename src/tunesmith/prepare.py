@@ -21,13 +21,8 @@ from tunesmith.deploy import continuing, merging
 from tunesmith.deploy.back_translation import fingerprints as translators
 from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import RecipeError, counted
-from tunesmith.kernels.chunked_loss import use_chunked_loss
-from tunesmith.kernels.cuda_graphs import use_graphs
-from tunesmith.kernels.fused_blocks import use_blocks
-from tunesmith.kernels.ops.dropout import use_fast_dropout
-from tunesmith.kernels.ops.grad_buffers import keep_memory
-from tunesmith.kernels.ops.sparse_embedding import use_kept_gradients
-from tunesmith.kernels.unpadded import use_padding_free_blocks
+from tunesmith.kernels.accelerate import accelerate, switched_off
+from tunesmith.kernels.fast_path import FastPath
 from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
 from tunesmith.models.anatomy import Anatomy
@@ -39,9 +34,6 @@ from tunesmith.training import evaluate, examples, feature_cache, machine, paral
 from tunesmith.training.examples import Augmented
 from tunesmith.training.machine import Machine
 from tunesmith.training.task_model import load_task_model
-
-ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
-"""What transformers calls it. A GPU's attention over sequences one after another has none."""
 
 MAX_LENGTH = 512
 EPOCHS = 3.0
@@ -63,8 +55,7 @@ class Prepared:
     machine: Machine
     learned: tuple[str, ...]
     """Names of what the run keeps: what learns, and the buffers that the technique added."""
-    padding_free: bool
-    """Whether the blocks compute on valid tokens only."""
+    fast_path: FastPath
     augmented: Augmented | None
     """The training examples as they are in an epoch, where the recipe changes them."""
     continued: Path | None = None
@@ -167,10 +158,10 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
     learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     kept = model.state_dict().keys()
     learned += tuple(name for name, _ in model.named_buffers() if name not in before and name in kept)
-    padding_free = _speed_up(model, anatomy, found, longest)
-    feature_cache.use_features(model, anatomy, feature_cache.level_of(anatomy, learned))
     machine.store_frozen(model, found.autocast_dtype)
     model.to(found.device)
+    fast_path = _accelerate(model, anatomy, recipe, found, longest)
+    feature_cache.use_features(model, anatomy, feature_cache.level_of(anatomy, learned))
     read = replace(read, data=read.data.model_copy(update={"max_length": longest}))
     encoded = _encode(read, processor, talk)
     changed = _augmented(read, processor, recipe, offline, talk) if read.data.augment else None
@@ -188,7 +179,7 @@ def prepare(recipe: Recipe, found: Machine, *, offline: bool, allow_pickle: bool
         anatomy,
         found,
         learned,
-        padding_free,
+        fast_path,
         changed,
         run,
     )
@@ -214,27 +205,17 @@ def _fold_adapter(model: str, offline: bool, allow_pickle: bool, talk: Talk) -> 
                 talk.say(f"merged the adapter of {run} into {run / 'model'}")
 
 
-def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine, longest: int) -> bool:
-    """The same mathematics faster, where it is known how; whether the blocks went padding-free."""
-    use_chunked_loss(model)
-    settings: Any = model.config
-    if found.device.type == "cpu":
-        use_fast_dropout(model)
-        keep_memory(model)
-        if parallel.world_size() == 1:  # others would add to rows that this process has not looked up
-            use_kept_gradients(model)
-    elif found.device.type != "cuda":
-        return False
-    elif found.autocast_dtype is None or any(getattr(settings, name, None) for name in ATTENTION_DROPOUT):
-        use_graphs(model, longest)
-        return False
-    blocks = [model.get_submodule(path) for path in anatomy.blocks]
-    if use_padding_free_blocks(model, blocks):
-        use_blocks(model, blocks, [anatomy.roles_in(path) for path in anatomy.blocks])
-        return True
-    if found.device.type == "cpu" and settings.is_encoder_decoder and settings._attn_implementation == "sdpa":
-        model.set_attn_implementation("eager")  # type: ignore[operator]  # a fourth faster over sentences, in its backward pass
-    return False
+def _accelerate(model: nn.Module, anatomy: Anatomy, recipe: Recipe, found: Machine, longest: int) -> FastPath:
+    if recipe.train.fast_path == "off":
+        return switched_off("train.fast_path: off")
+    return accelerate(
+        model,
+        anatomy,
+        device=found.device,
+        autocast_dtype=found.autocast_dtype,
+        max_tokens=longest,
+        world_size=parallel.world_size(),
+    )
 
 
 def _encode(read: examples.Examples, processor: Any, talk: Talk) -> dict[str, Encoded]:

@@ -95,6 +95,9 @@ class Train(Keys):
     on_nan: Literal["stop", "skip", "rollback"] = Field("stop", description="skip and rollback at most max_skips times")
     max_skips: int = Field(3, ge=1, description="steps left out by on_nan before the run stops")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    fast_path: Literal["auto", "off"] = Field(
+        "auto", description="auto: faster code of equal results, where it is checked; off: the model's own code"
+    )
 
     @model_validator(mode="after")
     def _length(self) -> Self:

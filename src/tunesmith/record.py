@@ -117,6 +117,7 @@ def write_run(folder: Path, prepared: Prepared, progress: Progress, outcome: dic
         "learned": list(prepared.learned),
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         "hardware": machine.describe(prepared.machine),
+        "fast_path": prepared.fast_path.dump(),
     }
     files.atomic_write(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 

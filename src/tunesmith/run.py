@@ -142,7 +142,7 @@ def _engine(prepared: Prepared, talk: Talk) -> loop.Engine:
         optimizer=optimizer.build(prepared.model, prepared.anatomy, prepared.technique, train),
         machine=prepared.machine,
         limits=prepared.machine.limits(
-            prepared.anatomy, train.micro_batch_size, train.batch_size, padding_free=prepared.padding_free
+            prepared.anatomy, train.micro_batch_size, train.batch_size, padding_free=prepared.fast_path.unpadded
         ),
         seed=train.seed,
         max_grad_norm=train.max_grad_norm,
@@ -172,6 +172,7 @@ def _introduce(prepared: Prepared, folder: Path, talk: Talk) -> None:
     rate = f"learning rate {recipe.train.learning_rate:.1e}"
     steps = counted(prepared.total_steps, "step")
     talk.say(f"{learns:,} of {total:,} parameters learn ({learns / total:.2%}), {rate}, {steps} {where}")
+    talk.say(prepared.fast_path.summary())
     talk.say(f"if stopped, go on with: {record.resume_command(folder)}")
 
 

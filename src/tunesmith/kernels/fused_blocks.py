@@ -1,79 +1,81 @@
-"""Blocks in few passes over memory, for models that compute without padding.
+"""Transformer blocks in few passes over memory, for models whose blocks compute without padding.
 
-Norms after the sums (BERT, Devlin 2019, arXiv 1810.04805; BART, Lewis 2020, arXiv 1910.13461):
+Post-norm (BERT, Devlin 2019, arXiv 1810.04805; BART, Lewis 2020, arXiv 1910.13461):
 
     h = norm(x + D (W_o attend(W_q x, W_k x, W_v x)))        z = norm(h + D (W_down f(W_up h)))
 
-Norms before them (GPT-2, Radford 2019; mBART, Liu 2020, arXiv 2001.08210), with rotations R and a gate (LLaMA, Touvron
+Pre-norm (GPT-2, Radford 2019; mBART, Liu 2020, arXiv 2001.08210), with rotary embeddings R and a gate (LLaMA, Touvron
 2023, arXiv 2302.13971):
 
     n = norm(x)    h = x + D (W_o attend(R W_q n, R W_k n, W_v n))    m = norm(h)    z = h + D (W_down f(W_up m))
                                                                           or z = h + W_down (f(W_gate m) * W_up m)
 
-A decoder's block has a second attention, whose keys and values are maps of the encoder's states, and a norm of its own,
-between the two parts. The block's modules stay where they are and say what is multiplied; only the way through them is
-another, and only while the block computes without padding. A block is known by its parts' roles, and taken when its
-answer stays the same.
+A decoder's block has cross-attention with a norm of its own between the two parts; its keys and values are projections
+of the encoder states. The block's modules stay in place and hold the parameters; only the order of computation is ours,
+and only while the block computes without padding. `match_block` recognizes a block by the roles of its parts;
+`accelerate` keeps the fused forward pass if outputs and gradients stay equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import MethodType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.kernels.block_pattern import Around, Encoded, Parts, Roles, parts_of
-from tunesmith.kernels.last_block import Tail, asking, tail_of
+from tunesmith.kernels.block_pattern import BlockInputs, BlockPattern, EncoderStates
+from tunesmith.kernels.edits import Edits
+from tunesmith.kernels.last_block import LastBlock, select_queries
 from tunesmith.kernels.layout import Layout
+from tunesmith.kernels.ops.attention import has_relative_bias, relative_bias
 from tunesmith.kernels.ops.dropout import keep_scale
+from tunesmith.kernels.ops.elementwise import add_norm, add_rms_norm, rms_norm
 from tunesmith.kernels.ops.linear import compute_dtype
-from tunesmith.kernels.ops.norm import add_norm, add_rms_norm, rms_norm
-from tunesmith.kernels.ops.relative_bias import distances_of, has_distances
-from tunesmith.kernels.unpadded import across_in, argument_names, layout_in, same_answers
+from tunesmith.kernels.unpadded import argument_names, cross_layout_in, layout_in
 
-__all__ = ["use_blocks"]
+__all__ = ["KINDS", "PostNorm", "PreNorm", "fuse_block"]
 
-STATES, DISTANCES = "encoder_hidden_states", "position_bias"
-"""The names under which a block is given its encoder's states, and what distances add to scores."""
+STATES, BIAS = "encoder_hidden_states", "position_bias"
+"""Argument names of a block for the encoder states and for the relative bias."""
 
 
-class NormsAfter(Parts):
-    """The first of the module's formulas."""
+class PostNorm(BlockPattern):
+    """A block with the norms after the residual sums."""
 
-    norms_before = False
+    is_pre_norm = False
 
-    def __call__(self, x: Tensor, around: Around) -> Tensor:
-        """(total, width) -> (asking, width)."""
-        share, encoded = self.dropouts[0].share, around.encoded
-        asked = x if around.places is None else x.index_select(0, around.places)
-        _, h = _added(asked, self.attention.attended(asked, x, around), self.norms[0], share)
-        if self.across is not None and encoded is not None:
-            _, h = _added(h, self.across.attended(h, encoded.states, Around(encoded.together)), self.norms[1], share)
-        return _added(h, self.mlp(h), self.norms[-1], self.dropouts[2].share)[1]
-
-
-class NormsBefore(Parts):
-    """The second."""
-
-    norms_before = True
-
-    def __call__(self, x: Tensor, around: Around) -> Tensor:
-        """(total, width) -> (asking, width)."""
-        share, encoded, places = self.dropouts[0].share, around.encoded, around.places
-        n = _normed(x, self.norms[0])
-        asked, x = (n, x) if places is None else (n.index_select(0, places), x.index_select(0, places))
-        h, m = _added(x, self.attention.attended(asked, n, around), self.norms[1], share)
-        if self.across is not None and encoded is not None:
-            h, m = _added(h, self.across.attended(m, encoded.states, Around(encoded.together)), self.norms[2], share)
-        y, share = self.mlp(m), self.dropouts[2].share
-        return torch.addcmul(h, y, keep_scale(y, share)) if share else h + y
+    def __call__(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        """(total, width) -> (queries, width)."""
+        p, encoder = self.dropouts[0].p, inputs.encoder
+        queries = x if inputs.positions is None else x.index_select(0, inputs.positions)
+        _, h = _add_norm(queries, self.attention(queries, x, inputs), self.norms[0], p)
+        if self.cross_attention is not None and encoder is not None:
+            y = self.cross_attention(h, encoder.states, BlockInputs(encoder.groups))
+            _, h = _add_norm(h, y, self.norms[1], p)
+        return _add_norm(h, self.mlp(h), self.norms[-1], self.dropouts[2].p)[1]
 
 
-def _normed(x: Tensor, norm: Any) -> Tensor:
+class PreNorm(BlockPattern):
+    """A block with the norms before attention and MLP."""
+
+    is_pre_norm = True
+
+    def __call__(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        """(total, width) -> (queries, width)."""
+        p, encoder, positions = self.dropouts[0].p, inputs.encoder, inputs.positions
+        n = _norm(x, self.norms[0])
+        queries, x = (n, x) if positions is None else (n.index_select(0, positions), x.index_select(0, positions))
+        h, m = _add_norm(x, self.attention(queries, n, inputs), self.norms[1], p)
+        if self.cross_attention is not None and encoder is not None:
+            y = self.cross_attention(m, encoder.states, BlockInputs(encoder.groups))
+            h, m = _add_norm(h, y, self.norms[2], p)
+        y, p = self.mlp(m), self.dropouts[2].p
+        return torch.addcmul(h, y, keep_scale(y, p)) if p else h + y
+
+
+def _norm(x: Tensor, norm: Any) -> Tensor:
     if isinstance(norm, nn.Identity):
         return x
     if isinstance(norm, nn.LayerNorm):
@@ -81,8 +83,8 @@ def _normed(x: Tensor, norm: Any) -> Tensor:
     return rms_norm(x, norm.weight, _eps(norm))
 
 
-def _added(x: Tensor, y: Tensor, norm: Any, dropout: float) -> tuple[Tensor, Tensor]:
-    """The sum, and its norm."""
+def _add_norm(x: Tensor, y: Tensor, norm: Any, dropout: float) -> tuple[Tensor, Tensor]:
+    """Return the residual sum and its norm."""
     if isinstance(norm, nn.LayerNorm):
         return add_norm(x, y, norm.weight, norm.bias, norm.eps, dropout)
     return add_rms_norm(x, y * keep_scale(y, dropout) if dropout else y, norm.weight, _eps(norm))
@@ -92,79 +94,55 @@ def _eps(norm: Any) -> float:
     return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
-def use_blocks(model: Any, blocks: Sequence[nn.Module], roles: Sequence[Roles]) -> bool:
-    """Let a model's padding-free blocks go one of these ways, in place; whether they do.
+KINDS: tuple[type[PostNorm | PreNorm], ...] = (PostNorm, PreNorm)
+"""All patterns."""
 
-    `roles` are the paths inside each block. All blocks are taken, or none.
+
+def fuse_block(
+    pattern: BlockPattern,
+    edits: Edits,
+    *,
+    last_block: LastBlock | None = None,
+    record: Callable[[Tensor, Layout], None] | None = None,
+) -> None:
+    """Let a block compute by its pattern wherever it computes without padding.
+
+    `last_block` selects the tokens to compute; `record` is called with the block's output.
     """
-    kinds: tuple[type[NormsAfter | NormsBefore], ...] = (NormsAfter, NormsBefore)
-    for kind in kinds:
-        ways = [way for block, own in zip(blocks, roles, strict=True) if (way := parts_of(model, block, own, kind))]
-        if ways and len(ways) == len(blocks) and _taken(model, ways):
-            return True
-    return False
-
-
-def _taken(model: Any, ways: Sequence[NormsAfter | NormsBefore]) -> bool:
-    """Whether the model's answers stay the same; then its blocks go these ways."""
-
-    def take() -> None:
-        for way in ways:
-            way.block.forward = MethodType(_forward(way), way.block)
-
-    def leave() -> None:
-        for way in ways:
-            del way.block.forward
-
-    if not same_answers(model, take, leave):
-        return False
-    if model.config.is_encoder_decoder or any(has_distances(way.attention.module) for way in ways):
-        return True
-    last, recorded = ways[-1], list[tuple[Tensor, Layout]]()
-    last.block.forward = MethodType(_forward(last, recorded=recorded), last.block)
-    model.block_tail = tail_of(model, recorded)
-    if model.block_tail is not None:
-        model.block_tail.watch(model)
-    last.block.forward = MethodType(_forward(last, tail=model.block_tail), last.block)
-    return True
-
-
-def _forward(
-    way: NormsAfter | NormsBefore, tail: Tail | None = None, recorded: list[tuple[Tensor, Layout]] | None = None
-) -> Any:
-    """The block's own forward; `recorded` keeps what it gives."""
-    plain = type(way.block).forward
-    names = argument_names(plain)[1:]  # behind the states
+    plain = type(pattern.block).forward
+    names = argument_names(plain)[1:]  # after the hidden states
 
     def forward(block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        layout, across = layout_in(args, kwargs), across_in(args, kwargs)
+        layout, cross = layout_in(args, kwargs), cross_layout_in(args, kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
-        states, distances = given.get(STATES), given.get(DISTANCES)
-        if layout is None or hidden_states.shape[0] != 1 or (across is None) != (states is None):
+        states, bias = given.get(STATES), given.get(BIAS)
+        if layout is None or hidden_states.shape[0] != 1 or (cross is None) != (states is None):
             return plain(block, hidden_states, *args, **kwargs)
-        if distances is None and has_distances(way.attention.module):
-            distances = distances_of(way.attention.module, max(group.longest for group in layout.groups))
+        if bias is None and has_relative_bias(pattern.attention.module):
+            bias = relative_bias(pattern.attention.module, max(group.longest for group in layout.groups))
 
-        def computed(hidden_states: Tensor, states: Tensor | None, distances: Tensor | None) -> Tensor:
+        def compute(hidden_states: Tensor, states: Tensor | None, bias: Tensor | None) -> Tensor:
             dtype = compute_dtype(hidden_states)
             x = hidden_states[0].to(dtype)
-            seen = None if states is None or across is None else Encoded(states[0].to(dtype), across.together)
-            wanted = None if tail is None else tail.read_of(layout)
-            places, together = (None, layout.together) if wanted is None else asking(layout, wanted)
-            out = way(x, Around(together, places, kwargs.get("position_embeddings"), distances, seen))
-            return out if places is None else out.new_zeros(layout.total, out.shape[1]).index_copy(0, places, out)
+            encoder = None
+            if states is not None and cross is not None:
+                encoder = EncoderStates(states[0].to(dtype), cross.attention_groups)
+            needed = None if last_block is None else last_block.needed_once(layout)
+            positions, groups = (None, layout.attention_groups) if needed is None else select_queries(layout, needed)
+            out = pattern(x, BlockInputs(groups, positions, kwargs.get("position_embeddings"), bias, encoder))
+            return out if positions is None else out.new_zeros(layout.total, out.shape[1]).index_copy(0, positions, out)
 
-        # since 5.2x transformers checkpoints in the class's `forward`, which this one stands in the place of
-        again = getattr(block, "gradient_checkpointing", False) and block.training and hasattr(plain, "__wrapped__")
-        call = block._gradient_checkpointing_func if again else _called
-        out = call(computed, hidden_states, states, distances)
-        if recorded is not None:
+        # since 5.2x transformers' gradient checkpointing wraps the class's `forward`, which this one replaces
+        recompute = getattr(block, "gradient_checkpointing", False) and block.training and hasattr(plain, "__wrapped__")
+        call = block._gradient_checkpointing_func if recompute else _call
+        out = call(compute, hidden_states, states, bias)
+        if record is not None:
             out = out.detach().requires_grad_()
-            recorded.append((out, layout))
-        return (out[None], distances, None) if DISTANCES in names else out[None]  # which the next block is given
+            record(out, layout)
+        return (out[None], bias, None) if BIAS in names else out[None]  # the next block is given the bias
 
-    return forward
+    edits.set_forward(pattern.block, forward)
 
 
-def _called(computed: Any, *given: Any) -> Any:
-    return computed(*given)
+def _call(compute: Callable[..., Any], *inputs: Any) -> Any:
+    return compute(*inputs)

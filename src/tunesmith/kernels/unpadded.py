@@ -1,21 +1,19 @@
-"""Blocks that compute on valid tokens only: padding is dropped before the first block and put back after the last.
+"""Blocks that compute on valid tokens only: padding is removed before the first block and restored after the last.
 
-Outside, a model stays as it is: (batch, tokens) in, padded states out, so that no head and no task knows. Between the
-blocks the states are one row of tokens; the model's own attention mask is replaced by a `Layout`, which travels where
-the mask would, and attention runs over groups of sequences of like length. Which query may see which key is asked of
-the model's own mask function, so that causal and sliding windows are what the model says. transformers' registries of
-attention and mask functions are the public way in; nothing is patched. On a GPU the sequences lie one after another for
-PyTorch's own kernel, in half precision and without dropout; what that does not compute goes by groups there too.
+The model's interface stays as it is: (batch, tokens) in, padded states out, so that heads and tasks need no change.
+Between blocks the states are one row of tokens. A `Layout` travels in place of the model's attention mask, and
+attention runs over groups of sequences of similar length. transformers' public registries of attention and mask
+functions are the way in; nothing is patched. On a GPU the sequences are concatenated for PyTorch's variable-length
+kernel, in half precision and without dropout; anything else is computed in groups there too.
 
-A decoder's blocks are given the states of its encoder as one row of tokens as well, and in the place of the mask over
-them an `Across`.
+A decoder's blocks get the states of its encoder as one row of tokens, and a `CrossAttentionLayout` in place of the mask
+over them.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import chain, repeat
 from typing import Any
@@ -26,21 +24,23 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function
 
-from tunesmith.kernels.layout import Across, Between, Group, Layout, Put
-from tunesmith.kernels.ops.attention import attend
+from tunesmith.data.batches import host_lengths
+from tunesmith.kernels.edits import Edits
+from tunesmith.kernels.layout import CrossAttentionGroup, CrossAttentionLayout, Group, Layout, known_lengths
+from tunesmith.kernels.ops.attention import attend, has_relative_bias, relative_bias
 from tunesmith.kernels.ops.dropout import keep_scale
-from tunesmith.kernels.ops.relative_bias import has_distances, use_distances
-from tunesmith.kernels.prefix import prefixed, takes_attention
+from tunesmith.kernels.ops.padding import Pad
+from tunesmith.kernels.prefix import prefixed
 
-__all__ = ["computes_without_padding", "use_padding_free_blocks", "with_padding"]
+__all__ = ["argument_names", "cross_layout_in", "layout_in", "remove_padding"]
 
-NAME = "tunesmith_padding_free"
-WRITTEN_OUT = 512
-"""Up to which length the scores are written out: PyTorch's fused attention then takes one and a half to three times as
-long forward and backward (9 heads of 64, bf16), from 1,024 on less."""
+NAME = "tunesmith_unpadded"
+MAX_EXPLICIT_LENGTH = 512
+"""Longest sequences whose scores are computed explicitly: up to here PyTorch's fused attention takes 1.5 to 3 times as
+long, forward and backward (9 heads of 64, bf16); from 1,024 on it is faster."""
 
-SEEN = "encoder_"
-"""What the names of a block's arguments begin with that are of the encoder a decoder looks at."""
+ENCODER_PREFIX = "encoder_"
+"""Start of the names of a decoder block's arguments that come from the encoder."""
 
 
 def layout_as_mask(
@@ -51,9 +51,9 @@ def layout_as_mask(
     attention_mask: Tensor | None = None,
     **_: Any,
 ) -> Layout:
-    """A mask function for transformers that gives the layout of what is seen instead of a mask."""
-    whole = q_length == kv_length or mask_function is bidirectional_mask_function  # a decoder looks at its encoder
-    assert whole, "blocks without padding serve whole sequences, not one more token"
+    """Return a layout in place of a mask; a mask function for transformers."""
+    whole = q_length == kv_length or mask_function is bidirectional_mask_function  # cross-attention has both lengths
+    assert whole, "blocks without padding compute whole sequences, not one more token"
     return Layout(attention_mask, batch_size, kv_length, mask_function)
 
 
@@ -62,51 +62,53 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Layout | Across,
+    attention_mask: Layout | CrossAttentionLayout,
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function for transformers over (1, heads, total tokens, width).
+    """Attend over (1, heads, total tokens, width); an attention function for transformers.
 
     Raises:
-        ValueError: the model wants what is not computed here, a bias for each pair of tokens or sinks.
+        ValueError: the model needs a bias for each pair of tokens or attention sinks.
     """
-    across, distances = isinstance(attention_mask, Across), others.get("position_bias")
-    if distances is not None and across and not has_distances(module):  # T5 has zeros there
-        distances = None
-    wrong = distances is not None and (distances.ndim != 2 or across or hasattr(module, "prefix"))
+    cross, bias = isinstance(attention_mask, CrossAttentionLayout), others.get("position_bias")
+    if bias is not None and cross and not has_relative_bias(module):  # T5 passes zeros there
+        bias = None
+    wrong = bias is not None and (bias.ndim != 2 or cross or hasattr(module, "prefix"))
     if wrong or others.get("s_aux") is not None:
-        raise ValueError(f"attention without padding has no such {'position_bias' if wrong else 's_aux'}")
+        what = "position_bias for each pair of tokens" if wrong else "attention sinks"
+        raise ValueError(f"attention without padding has no {what}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, heads, width)
     dropout = dropout if module.training else 0.0
     longest = max(group.longest for group in attention_mask.groups)
-    written_out = longest <= WRITTEN_OUT or attention_mask.together.sequences is not None or distances is not None
-    if softcap is None and written_out:
+    groups = attention_mask.attention_groups
+    explicit = longest <= MAX_EXPLICIT_LENGTH or groups.sequences is not None or bias is not None
+    if softcap is None and explicit:
         prefix: Any = getattr(module, "prefix", None)
-        seen = attend(
+        output = attend(
             q.flatten(1),
             k.flatten(1),
             v.flatten(1),
-            attention_mask.together,
+            groups,
             width=q.shape[2],
             scaling=q.shape[2] ** -0.5 if scaling is None else scaling,
             dropout=dropout,
             prefix=None if prefix is None else prefix(),
-            distances=distances,
+            bias=bias,
         )
-        return seen.view(1, *q.shape), None
+        return output.view(1, *q.shape), None
     parts = [_attend(module, group, q, k, v, dropout, scaling, softcap) for group in attention_mask.groups]
     if attention_mask.groups[0].tokens is None:
         back = torch.cat([group.indices for group in attention_mask.groups])
-        return Put.apply(torch.cat(parts), back, attention_mask.total)[None], None  # type: ignore[no-untyped-call]
+        return Pad.apply(torch.cat(parts), back, attention_mask.total)[None], None  # type: ignore[no-untyped-call]
     return torch.cat([*parts, parts[0].new_zeros(attention_mask.spare, *parts[0].shape[1:])])[None], None
 
 
 def _attend(
     module: nn.Module,
-    group: Group | Between,
+    group: Group | CrossAttentionGroup,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -116,7 +118,7 @@ def _attend(
 ) -> Tensor:
     q, k, v = group.gather_queries(q), group.gather(k), group.gather(v)
     k, v, length = prefixed(module, k, v)
-    if k.shape[1] != q.shape[1]:  # grouped queries
+    if k.shape[1] != q.shape[1]:  # grouped-query attention
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     plain = dropout == 0.0 and softcap is None
     if plain and group.causal and not length:
@@ -139,137 +141,103 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, layout_as_mask)
 
 
-def use_padding_free_blocks(model: Any, blocks: Sequence[nn.Module]) -> bool:
-    """Let the blocks of a model on a CPU compute without padding, in place; whether it does.
-
-    A model is taken only when its answers to two short texts of unequal length stay the same; others keep padding.
-    """
-    if next(model.parameters()).device.type != "cpu" or not blocks or not takes_attention(model):
-        return False
+def remove_padding(model: Any, blocks: Sequence[nn.Module], edits: Edits) -> None:
+    """Let the blocks of a model compute without padding."""
     paths = {module: path for path, module in model.named_modules()}
-    last = {paths[block].rpartition(".")[0]: block for block in blocks}  # of each stack
-    before: str = model.config._attn_implementation
-    hooks: list[Any] = []
-    of_distances: list[Any] = [module for module in model.modules() if has_distances(module)]
-
-    def take() -> None:
-        for module in of_distances:
-            use_distances(module, lambda: computes_without_padding(model))
-        hooks.extend(block.register_forward_pre_hook(_drop_padding, with_kwargs=True) for block in blocks)
-        hooks.extend(block.register_forward_hook(_put_back, with_kwargs=True) for block in last.values())
-        model.attention_with_padding = before
-        model.set_attn_implementation(NAME)
-
-    def leave() -> None:
-        model.set_attn_implementation(before)
-        del model.attention_with_padding
-        for hook in hooks:
-            hook.remove()
-        for module in of_distances:
-            del module.compute_bias
-
-    return same_answers(model, take, leave)
+    last_of_stack = {paths[block].rpartition(".")[0]: block for block in blocks}
+    for module in model.modules():
+        if has_relative_bias(module):
+            edits.set_method(module, "compute_bias", _compute_bias(model.config))
+    for block in blocks:
+        edits.add_hooks(block.register_forward_pre_hook(_remove, with_kwargs=True))
+    for block in last_of_stack.values():
+        edits.add_hooks(block.register_forward_hook(_restore, with_kwargs=True))
+    _pass_lengths_on(model, edits)
+    edits.set_attention(model, NAME)
 
 
-def same_answers(model: Any, take: Callable[[], None], leave: Callable[[], None]) -> bool:
-    """Change how a model computes by `take`, or `leave` it as it was where its answers to two short texts changed."""
-    expected = _probe(model)
-    try:
-        take()
-        found = _probe(model)
-        same = found.shape == expected.shape and bool(torch.dist(found, expected) <= 0.01 * expected.norm())
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError):
-        same = False  # its blocks do not pass the layout on
-    if not same:
-        leave()
-    return same
+def _compute_bias(config: Any) -> Callable[..., Tensor]:
+    """Let T5's attention return one number for each distance while the model computes without padding."""
+
+    def compute_bias(module: Any, query_length: int, key_length: int, *args: Any, **kwargs: Any) -> Tensor:
+        if config._attn_implementation == NAME:
+            return relative_bias(module, query_length)
+        bias: Tensor = type(module).compute_bias(module, query_length, key_length, *args, **kwargs)
+        return bias
+
+    return compute_bias
 
 
-def computes_without_padding(model: Any) -> bool:
-    """Whether rows of unequal length cost no more than their tokens."""
-    return bool(model.config._attn_implementation == NAME)
+def _pass_lengths_on(model: nn.Module, edits: Edits) -> None:
+    """Hand the lengths that a batch knows on the host to the layouts of a forward pass."""
+    contexts: list[Any] = []
+
+    def begin(_: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        contexts.append(known_lengths(_by_width(kwargs)))
+        contexts[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        contexts.pop().__exit__(None, None, None)
+
+    edits.add_hooks(
+        model.register_forward_pre_hook(begin, with_kwargs=True), model.register_forward_hook(end, always_call=True)
+    )
 
 
-@contextmanager
-def with_padding(model: Any) -> Iterator[None]:
-    """For a while a model attends as it came, as writing token by token with a cache needs."""
-    padding_free = computes_without_padding(model)
-    if padding_free:
-        model.set_attn_implementation(model.attention_with_padding)
-    try:
-        yield
-    finally:
-        if padding_free:
-            model.set_attn_implementation(NAME)
+def _by_width(inputs: Mapping[str, Any]) -> dict[int, Any]:
+    """Return the known lengths of masks by the width of the padded batch; none for a width that two masks share."""
+    masks = [value for name, value in inputs.items() if name.endswith("attention_mask") and isinstance(value, Tensor)]
+    widths = [mask.shape[1] for mask in masks if mask.ndim == 2]
+    known = {mask.shape[1]: lengths for mask in masks if mask.ndim == 2 and (lengths := host_lengths(mask)) is not None}
+    return {width: lengths for width, lengths in known.items() if widths.count(width) == 1}
 
 
-@torch.no_grad()
-def _probe(model: Any) -> Tensor:
-    """The backbone's last states for two texts of 3 and 5 tokens; of a decoder on them, of 4 and 2."""
-    batch, was_training = probe_batch(model), model.training
-    mask = batch["attention_mask"]
-    if model.config.is_encoder_decoder:
-        mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-        batch |= {"decoder_input_ids": batch["input_ids"][1:, :4].expand(2, -1), "decoder_attention_mask": mask}
-    model.eval()
-    states: Tensor = model.base_model(**batch)[0]
-    model.train(was_training)
-    return (states.float() * mask[:, :, None]).flatten()
-
-
-def probe_batch(model: Any) -> dict[str, Tensor]:
-    """Two texts of 3 and 5 tokens."""
-    pad = model.config.pad_token_id or 0
-    known = [token for token in range(min(12, model.get_input_embeddings().num_embeddings)) if token != pad]
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    ids = torch.tensor([known[n % len(known)] for n in range(10)]).view(2, 5)
-    return {"input_ids": ids.masked_fill(mask == 0, pad), "attention_mask": mask}
-
-
-def layout_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout | None:
-    """The layout among what a block is called with, once padding is dropped."""
+def layout_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Layout | None:
+    """Return the layout among a block's arguments; None if it computes with padding."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Layout)), None)
 
 
-def across_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Across | None:
-    """Likewise how its tokens attend to those of an encoder."""
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Across)), None)
+def cross_layout_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CrossAttentionLayout | None:
+    """Return the layout of cross-attention among a block's arguments; None without any."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, CrossAttentionLayout)), None)
 
 
 @cache
 def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of what a class's `forward` is called with, in order."""
+    """Return the argument names of a class's `forward`, in order."""
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def _drop_padding(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _remove(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Remove padding from a block's arguments; a forward pre-hook."""
     named = [*zip(chain(argument_names(type(block).forward), repeat("")), args, strict=False), *kwargs.items()]
     layouts = [(name, value) for name, value in named if isinstance(value, Layout)]
-    own = next((value for name, value in layouts if not name.startswith(SEEN)), None)
-    seen = next((value for name, value in layouts if name.startswith(SEEN)), None)
+    own = next((value for name, value in layouts if not name.startswith(ENCODER_PREFIX)), None)
+    keys = next((value for name, value in layouts if name.startswith(ENCODER_PREFIX)), None)
     if own is None:
         return None
-    across = None if seen is None else own.across(seen)
-    again = getattr(block, "gradient_checkpointing", False)  # what is computed twice must do the same twice
+    cross = None if keys is None else own.cross(keys)
+    recompute = getattr(block, "gradient_checkpointing", False)  # a cached tensor would differ in the second pass
 
-    def flat(name: str, value: Any) -> Any:
+    def unpad(name: str, value: Any) -> Any:
         if isinstance(value, tuple):
-            return tuple(flat(name, part) for part in value)
-        if across is not None and name.startswith(SEEN):
+            return tuple(unpad(name, part) for part in value)
+        if cross is not None and name.startswith(ENCODER_PREFIX):
             if not isinstance(value, Tensor) or value.ndim != 3:
-                return across if value is seen else value
-            return across.seen.flat(value) if again else across.states(value)
+                return cross if value is keys else value
+            return cross.keys.unpad(value) if recompute else cross.states(value)
         padded = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == own.tokens
-        return own.flat(value) if padded and value.shape[0] in (1, own.batch_size) else value
+        return own.unpad(value) if padded and value.shape[0] in (1, own.batch_size) else value
 
-    values = [flat(name, value) for name, value in named]
+    values = [unpad(name, value) for name, value in named]
     return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
 
-def _put_back(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _restore(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Restore padding in a block's output; a forward hook."""
     layout = layout_in(args, kwargs)
     if layout is None:
         return output
     if isinstance(output, tuple):
-        return (layout.padded(output[0]), *output[1:])
-    return layout.padded(output)
+        return (layout.pad(output[0]), *output[1:])
+    return layout.pad(output)

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
 from tunesmith.data.batches import Ragged
-from tunesmith.kernels.logits import logits_at
-from tunesmith.kernels.unpadded import with_padding
+from tunesmith.kernels.chunked_loss import logits_at
+from tunesmith.kernels.fast_path import fast_path
 from tunesmith.models.quiet import quiet
 from tunesmith.recipe_values import Generation
 
@@ -57,7 +57,7 @@ def write(
         **(drawn if how.temperature > 0 else {"do_sample": False}),
     )
     devices = [ids.device] if ids.device.type == "cuda" else []
-    with quiet(), with_padding(model), torch.random.fork_rng(devices=devices):
+    with quiet(), fast_path(model).with_padding(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(SEED)
         written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
     return [_up_to(row, stop) for row in written[:, begin:].tolist()]

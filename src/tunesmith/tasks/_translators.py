@@ -17,9 +17,8 @@ from tunesmith.data.encoded import Encoded
 from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
 from tunesmith.data.texts import cut_texts, unknown_notes
-from tunesmith.kernels.chunked_loss import token_loss, token_shares
-from tunesmith.kernels.logits import IGNORED, shifted
-from tunesmith.kernels.unpadded import computes_without_padding
+from tunesmith.kernels.chunked_loss import IGNORE_INDEX, shift_tokens_right, token_log_probs, token_loss
+from tunesmith.kernels.fast_path import fast_path
 from tunesmith.models.directions import Direction
 from tunesmith.models.load import UNBOUNDED
 from tunesmith.models.writing import write
@@ -114,7 +113,7 @@ class EncoderDecoder:
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-probabilities of each token of the targets, and of the one that was likeliest there."""  # (tokens, 2)
-        return token_shares(model, *self._asked(model, batch), batch.ragged("label").values)
+        return token_log_probs(model, *self._asked(model, batch), batch.ragged("label").values)
 
     def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float) -> Tensor:
         """This batch's share of the mean over the step's tokens."""
@@ -127,11 +126,11 @@ class EncoderDecoder:
         inputs = {
             "input_ids": rows.padded(self.config.pad_token_id or 0),
             "attention_mask": rows.mask(),
-            "decoder_input_ids": shifted(model, labels.padded(IGNORED)),
+            "decoder_input_ids": shift_tokens_right(model, labels.padded(IGNORE_INDEX)),
             "use_cache": False,
         }
         mask = labels.mask()
-        if computes_without_padding(model):  # to others it says nothing, for no token looks at a later one
+        if fast_path(model).unpadded:  # to others it says nothing, for no token looks at a later one
             inputs["decoder_attention_mask"] = mask
         row, place = mask.nonzero(as_tuple=True)
         return inputs, row, place

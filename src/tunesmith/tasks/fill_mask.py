@@ -27,8 +27,7 @@ from tunesmith.data.formats import Row
 from tunesmith.data.masks import Tokens, hide
 from tunesmith.data.texts import unknown_notes
 from tunesmith.errors import RecipeError
-from tunesmith.kernels.chunked_loss import token_loss
-from tunesmith.kernels.logits import logits_at
+from tunesmith.kernels.chunked_loss import logits_at, token_loss
 from tunesmith.metrics.language import TokenScores
 from tunesmith.models.snippets import fetch_general, general_files
 from tunesmith.models.sources import cache_home

@@ -30,8 +30,8 @@ from tunesmith.data.formats import Row
 from tunesmith.data.templates import PLAIN, template_text
 from tunesmith.data.texts import as_bytes, model_inputs, unknown_notes
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.kernels.chunked_loss import token_loss, token_shares
-from tunesmith.kernels.unpadded import computes_without_padding
+from tunesmith.kernels.chunked_loss import token_log_probs, token_loss
+from tunesmith.kernels.fast_path import fast_path
 from tunesmith.metrics.language import SurpriseScores
 from tunesmith.metrics.texts import TextScores
 from tunesmith.models.load import length_limit
@@ -265,7 +265,7 @@ class TextGeneration(WritingTask):
         labels = _labels(batch)
         found = torch.empty(len(labels), 2, device=labels.device)
         for which, asked in _asked_of(model, batch):
-            found[which] = token_shares(model, *asked, labels[which])
+            found[which] = token_log_probs(model, *asked, labels[which])
         return found
 
     def loss(
@@ -394,7 +394,7 @@ def _asked_of(model: Any, batch: Batch) -> list[tuple[Tensor, tuple[dict[str, An
     window, place = _before(batch)
     pad, more = model.config.pad_token_id or 0, {"use_cache": False}
     everything = torch.arange(len(window), device=window.device)
-    if "windows" not in batch or computes_without_padding(model):
+    if "windows" not in batch or fast_path(model).unpadded:
         return [(everything, (model_inputs(batch, pad) | more, window, place))]
     lengths = batch.ragged("windows").values
     order = lengths.argsort(stable=True)

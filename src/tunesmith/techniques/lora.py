@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import CheckpointError, RecipeError, shorten
-from tunesmith.kernels.ops.linear import Part, linears
-from tunesmith.kernels.ops.lora import adapted_weight, lora_linear
-from tunesmith.kernels.ops.quantized import Bits, Packed, PackedLinear
+from tunesmith.kernels.ops.linear import LinearPart, adapted_weight, linears, lora_linear
+from tunesmith.kernels.ops.quantized import Bits, QuantizedLinear, QuantizedWeight
 from tunesmith.models.anatomy import LINEAR, Anatomy
 from tunesmith.techniques import (
     PEFT_PREFIX,
@@ -75,7 +74,7 @@ class LoraLinear(nn.Module):
     ) -> None:
         super().__init__()
         assert isinstance(linear, LINEAR), type(linear)
-        self.weight: Tensor | Packed = linear.weight
+        self.weight: Tensor | QuantizedWeight = linear.weight
         self.bias = linear.bias
         self.transposed = isinstance(linear, Conv1D)
         self.out_features, self.in_features = linear.weight.shape[:: -1 if self.transposed else 1]
@@ -94,7 +93,7 @@ class LoraLinear(nn.Module):
 
     def _start_from_principal_part(self) -> None:
         """A0 and B0, so that s B0 A0 is W's best approximation of rank r; in fp32, hence before any cast of W."""
-        assert not isinstance(self.weight, Packed)
+        assert not isinstance(self.weight, QuantizedWeight)
         weight = self.weight.detach().float()
         U, S, Vh = torch.linalg.svd(weight.t() if self.transposed else weight, full_matrices=False)
         root = (S[: self.r] / self.scaling).sqrt()
@@ -104,10 +103,10 @@ class LoraLinear(nn.Module):
 
     def pack(self, bits: Bits) -> None:
         """Keep the weight in a few bits from here on."""
-        assert not isinstance(self.weight, Packed)
+        assert not isinstance(self.weight, QuantizedWeight)
         weight = self.weight.detach()
         del self.weight
-        self.weight = Packed(weight.t() if self.transposed else weight, bits)
+        self.weight = QuantizedWeight(weight.t() if self.transposed else weight, bits)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the ordinary LoRA that this is: of rank r, or 2r with PiSSA."""
@@ -116,14 +115,14 @@ class LoraLinear(nn.Module):
             return A, B
         return torch.cat([A, A - self.pissa_A]), torch.cat([B - self.pissa_B, self.pissa_B], dim=1)
 
-    def part(self) -> Part | None:
+    def part(self) -> LinearPart | None:
         """This map, where it is no more than a product and a low-rank one."""
-        if isinstance(self.weight, Packed) or self.lora_magnitude_vector is not None:
+        if isinstance(self.weight, QuantizedWeight) or self.lora_magnitude_vector is not None:
             return None
         if self.dropout and self.training:
             return None
         weight = self.weight.t() if self.transposed else self.weight
-        return Part(weight, self.bias, *self.factors(), self.scaling)
+        return LinearPart(weight, self.bias, *self.factors(), self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -254,7 +253,7 @@ class Lora(Technique):
                 module.pack(bits)
             else:
                 model.set_submodule(
-                    path, PackedLinear(module.weight, module.bias, bits, transposed=isinstance(module, Conv1D))
+                    path, QuantizedLinear(module.weight, module.bias, bits, transposed=isinstance(module, Conv1D))
                 )
 
     def merge(self, model: nn.Module) -> None:
@@ -262,8 +261,8 @@ class Lora(Technique):
         for path, adapted in list(_adapted(model)):
             model.set_submodule(path, adapted.merged())
         for path, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear):
-                weight = module.weight.decoded(module.weight.dtype)
+            if isinstance(module, QuantizedLinear):
+                weight = module.weight.dequantized(module.weight.dtype)
                 weight = weight.t().contiguous() if module.transposed else weight
                 model.set_submodule(path, plain_linear(weight, module.bias, transposed=module.transposed))
 

@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from tunesmith.errors import CheckpointError, RecipeError, did_you_mean, shorten
-from tunesmith.kernels.ops import quantized as packed
+from tunesmith.kernels.ops import quantized
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.techniques import (
     PEFT_PREFIX,
@@ -190,7 +190,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _library() -> Any:
     """PEFT, where the extra is installed."""
     try:
-        with packed.quiet_library():
+        with quantized.quiet_bitsandbytes():
             import peft
     except ImportError as error:
         raise RecipeError("it needs PEFT", where="technique", hint="pip install 'tunesmith[peft]'") from error

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tunesmith.errors import CheckpointError, RecipeError
-from tunesmith.kernels.prefix import Seen, seen_by_attention, use_prefixes
+from tunesmith.kernels.prefix import AttentionInputs, attention_inputs, use_prefixes
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.models.load import first_position
 from tunesmith.techniques import (
@@ -158,11 +158,11 @@ class Prefix(Technique):
             for prefix in prefixes:
                 prefix.present = True
 
-    def _ask(self, model: Any, body: Any, vocabulary: int, anatomy: Anatomy) -> list[Seen]:
+    def _ask(self, model: Any, body: Any, vocabulary: int, anatomy: Anatomy) -> list[AttentionInputs]:
         """What each attention that is to have a prefix makes of tokens drawn from the vocabulary."""
         count = max(4, min(self.num_virtual_tokens, 64))
         ids = torch.randint(vocabulary, (1, count)) % model.get_input_embeddings().num_embeddings
-        seen = seen_by_attention(model, body, ids)
+        seen = attention_inputs(model, body, ids)
         if model.config.is_encoder_decoder:
             seen = [one for one in seen if one.queries == one.key.shape[1] == 3]
         seen = list({one.path: one for one in reversed(seen)}.values())[::-1]  # a shared module once

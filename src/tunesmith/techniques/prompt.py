@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tunesmith.errors import CheckpointError, RecipeError
+from tunesmith.kernels.fast_path import fast_path
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.techniques import (
     OWN_TYPE,
@@ -103,16 +104,13 @@ class Prompt(Technique):
     @contextmanager
     def absent(self, model: nn.Module) -> Iterator[None]:
         """No vectors."""
-        prompt, tail = _prompt(model), getattr(model, "block_tail", None)
+        prompt = _prompt(model)
         prompt.present = False
-        if tail is not None:
-            tail.off = True  # it counts places from behind the vectors
         try:
-            yield
+            with fast_path(model).all_tokens():
+                yield
         finally:
             prompt.present = True
-            if tail is not None:
-                tail.off = False
 
     def _start(self, embedding: Any, processor: Any) -> Tensor:
         """The tokens that the vectors start as."""

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from tunesmith.data.batches import Batch, Limits, collate, cut
 from tunesmith.data.encoded import Encoded, encode
-from tunesmith.kernels.last_block import Tail, asking
+from tunesmith.kernels.fast_path import fast_path
+from tunesmith.kernels.last_block import LastBlock, select_queries
 from tunesmith.kernels.layout import Layout
-from tunesmith.kernels.unpadded import computes_without_padding, layout_in
+from tunesmith.kernels.unpadded import layout_in
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.tasks import Task
 from tunesmith.training.machine import Machine
@@ -77,7 +78,7 @@ def level_of(anatomy: Anatomy, learned: Sequence[str]) -> int:
 
 def use_features(model: Any, anatomy: Anatomy, level: int) -> None:
     """Let states stand in for the lowest `level` blocks of a padding-free model, where it is asked for."""
-    if not level or not computes_without_padding(model) or model.config.is_encoder_decoder:
+    if not level or not fast_path(model).unpadded or model.config.is_encoder_decoder:
         return  # a decoder's embeddings stand above its encoder's blocks
     features = Features(level)
     for path in anatomy.embeddings:
@@ -85,7 +86,7 @@ def use_features(model: Any, anatomy: Anatomy, level: int) -> None:
         module.forward = _embedding(features, path, module.forward)
     for place, path in enumerate(anatomy.blocks[:level], start=1):
         block = model.get_submodule(path)
-        tail = getattr(model, "block_tail", None) if place == len(anatomy.blocks) else None
+        tail = fast_path(model).last_block if place == len(anatomy.blocks) else None
         block.forward = _block(features, block.forward, tail, top=place == level)
         if tail is not None and tail.reads in ("begin", "end") and not tail.offset:
             model.register_forward_pre_hook(partial(_read_alone, features, tail.reads), with_kwargs=True)
@@ -116,7 +117,7 @@ def _embedding(features: Features, path: str, inner: Callable[..., Tensor]) -> C
     return forward
 
 
-def _block(features: Features, inner: Callable[..., Any], tail: Tail | None, *, top: bool) -> Callable[..., Any]:
+def _block(features: Features, inner: Callable[..., Any], tail: LastBlock | None, *, top: bool) -> Callable[..., Any]:
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout = layout_in(args, kwargs)
         if layout is None or (features.states is None and not features.recording):
@@ -133,10 +134,10 @@ def _block(features: Features, inner: Callable[..., Any], tail: Tail | None, *, 
     return forward
 
 
-def _read(tail: Tail | None, layout: Layout) -> Tensor | None:
+def _read(tail: LastBlock | None, layout: Layout) -> Tensor | None:
     """The flat places that are read of a last block; None where all are."""
-    wanted = None if tail is None else tail.wanted(layout)
-    return None if wanted is None else asking(layout, wanted)[0]
+    wanted = None if tail is None else tail.needed(layout)
+    return None if wanted is None else select_queries(layout, wanted)[0]
 
 
 def _placed(states: Tensor, layout: Layout, places: Tensor | None) -> Tensor:

@@ -1,12 +1,11 @@
-"""Cross-entropy over a large vocabulary, a few tokens at a time, whose gradient is formed in the forward pass; and
-what a language model is scored by, as many at a time.
+"""Cross-entropy and log-probabilities over a large vocabulary in chunks of tokens.
 
     z = s W h + b,  with a soft cap c: z' = c tanh(z / c)      loss = sum over tokens of -log softmax(z')[label]
     dloss / dz' = softmax(z') - onehot(label)                  (smoothed: (1 - e) onehot + e / V)
 
-What is kept for backward is the gradient of the states (and of W, b where they learn), never (tokens, vocabulary)
-numbers: for 500 tokens over 49,152 words those are 100 MB a copy, and four copies. `plain_loss_sum` is the same
-formula written plainly. (As Liger and Apple's cut cross-entropy do: arXiv 2410.10989, 2411.09009.)
+The forward pass computes the gradient of the hidden states (and of trainable W and b), so that no tensor of (tokens,
+vocabulary) is ever kept: for 500 tokens over 49,152 words each would take 100 MB, and plain PyTorch keeps four. Liger
+(arXiv 2410.10989) and Apple's cut cross-entropy (arXiv 2411.09009) do the same.
 """
 
 from __future__ import annotations
@@ -19,33 +18,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["log_shares", "loss_sum", "plain_loss_sum", "shares_said"]
+__all__ = ["chunked_cross_entropy", "chunked_log_probs", "label_log_probs", "plain_cross_entropy"]
 
 CHUNK_BYTES = 30 * 2**20
-"""Of the logits that are there at once: 320 tokens over 49,152 words in bf16. The weight is repacked for each chunk;
-from 32 MiB on the system hands out fresh pages each time, and filling those takes longer than the arithmetic."""
+"""Size of the logits of one chunk: 320 tokens over 49,152 words in bf16. Each chunk repacks the weight; from 32 MiB on
+the system provides fresh pages each time, and filling those takes longer than the arithmetic."""
 
-CHUNK_BYTES_OF_GPU = 512 * 2**20
-"""There the weight is read twice for each chunk, and pages are no matter."""
+GPU_CHUNK_BYTES = 512 * 2**20
+"""Larger, because each chunk reads the weight twice, and the allocator keeps its pages."""
 
-CHUNK_IF_WEIGHT_LEARNS = 1024
-"""Tokens at least: the gradient of the whole weight is added up once for each chunk."""
+MIN_CHUNK_TRAINABLE = 1024
+"""Fewest tokens of a chunk if the weight is trainable: each chunk accumulates the gradient of the whole weight."""
 
-PIECE = 2**20
-"""Elements that the softmax passes over at a time, in fp32 within the processor's cache."""
+PIECE_ELEMENTS = 2**20
+"""Elements per softmax call, so that fp32 scores stay in the processor's cache."""
 
-ROUND = 16
-"""Tokens of a chunk are rounded up to this: oneDNN compiles a kernel for each new shape."""
+ROUND_TOKENS = 16
+"""Token counts of chunks are multiples of this: oneDNN compiles a kernel for each new shape."""
 
 
-def shares_said(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of each label, and of the likeliest word in its place.  # (tokens, vocabulary) -> (tokens, 2)"""
-    said = torch.stack([logits.gather(1, labels[:, None])[:, 0], logits.amax(1)], 1)
-    return said - logits.logsumexp(1, keepdim=True)
+def label_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the log-probability of each label and of the most likely token.  # (tokens, vocabulary) -> (tokens, 2)"""
+    scores = torch.stack([logits.gather(1, labels[:, None])[:, 0], logits.amax(1)], 1)
+    return scores - logits.logsumexp(1, keepdim=True)
 
 
 @torch.no_grad()
-def log_shares(
+def chunked_log_probs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -54,42 +53,42 @@ def log_shares(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """`shares_said` of the module's logits z', in fp32, without all of them being there at once; works under autocast.
+    """Return the result of `label_log_probs` in fp32, in chunks of tokens; works under autocast.
 
     (tokens, hidden), (vocabulary, hidden) -> (tokens, 2)
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     wide, count, words = torch.promote_types(dtype, torch.float32), len(labels), len(weight)
-    found = torch.empty(count, 2, dtype=wide, device=hidden.device)
+    log_probs = torch.empty(count, 2, dtype=wide, device=hidden.device)
     with torch.autocast(device, enabled=False):
-        states, weight_ = F.pad(hidden.to(dtype), (0, 0, 0, -count % ROUND)), weight.to(dtype)
-        rows = _rows_at_once(len(states), words, dtype, device, ROUND)
+        states, weight_ = F.pad(hidden.to(dtype), (0, 0, 0, -count % ROUND_TOKENS)), weight.to(dtype)
+        rows = _rows_at_once(len(states), words, dtype, device, ROUND_TOKENS)
         logits_ = torch.empty(rows, words, dtype=dtype, device=hidden.device)
         for start in range(0, count, rows):
-            own, wanted = states[start : start + rows], labels[start : start + rows]
+            own, targets = states[start : start + rows], labels[start : start + rows]
             logits = torch.mm(own, weight_.t(), out=logits_[: len(own)])
-            for piece in _pieces(len(wanted), words, device):
-                scores = _scores(logits[: len(wanted)][piece], wide, bias, scale, softcap)
-                found[start : start + rows][piece] = shares_said(scores, wanted[piece])
-    return found
+            for piece in _pieces(len(targets), words, device):
+                scores = _scores(logits[: len(targets)][piece], wide, bias, scale, softcap)
+                log_probs[start : start + rows][piece] = label_log_probs(scores, targets[piece])
+    return log_probs
 
 
 def _rows_at_once(count: int, words: int, dtype: torch.dtype, device: str, least: int) -> int:
-    """Tokens of a chunk."""
-    most = CHUNK_BYTES if device == "cpu" else CHUNK_BYTES_OF_GPU
+    """Return the number of tokens per chunk."""
+    most = CHUNK_BYTES if device == "cpu" else GPU_CHUNK_BYTES
     rows = max(most // dtype.itemsize // words, least)
-    return max(1, min(count, rows // ROUND * ROUND))
+    return max(1, min(count, rows // ROUND_TOKENS * ROUND_TOKENS))
 
 
 def _pieces(count: int, words: int, device: str) -> Iterator[slice]:
-    """The tokens of a chunk that are passed over at a time."""
-    step = max(1, PIECE // words) if device == "cpu" else max(1, count)
+    """Cut the tokens of a chunk into pieces for the softmax."""
+    step = max(1, PIECE_ELEMENTS // words) if device == "cpu" else max(1, count)
     return (slice(first, first + step) for first in range(0, count, step))
 
 
 def _scores(logits: Tensor, wide: torch.dtype, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """Z' of products W h, which are left alone."""
+    """Return z' for products W h, which stay unchanged."""
     scores = logits.to(wide, copy=True)
     if bias is not None:
         scores += bias
@@ -100,7 +99,7 @@ def _scores(logits: Tensor, wide: torch.dtype, bias: Tensor | None, scale: float
     return scores
 
 
-def plain_loss_sum(
+def plain_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -110,7 +109,10 @@ def plain_loss_sum(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """The sum of the module's formula, in fp32 from the logits on.  # (tokens, hidden), (vocabulary, hidden)"""
+    """Return the summed loss by the plain formula, in fp32 from the logits on.
+
+    # (tokens, hidden), (vocabulary, hidden)
+    """
     logits = F.linear(hidden, weight, bias) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -118,7 +120,7 @@ def plain_loss_sum(
     return F.cross_entropy(logits.to(wide), labels, reduction="sum", label_smoothing=label_smoothing)
 
 
-def loss_sum(
+def chunked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -128,14 +130,14 @@ def loss_sum(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """What `plain_loss_sum` gives, and its gradients, without the logits being kept; works under autocast."""
+    """Return the result of `plain_cross_entropy`, with gradients, in chunks of tokens; works under autocast."""
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    found: Tensor = _LossSum.apply(hidden, weight, bias, labels, label_smoothing, scale, softcap)  # type: ignore[no-untyped-call]
-    return found
+    loss: Tensor = _ChunkedLoss.apply(hidden, weight, bias, labels, label_smoothing, scale, softcap)  # type: ignore[no-untyped-call]
+    return loss
 
 
-class _LossSum(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -150,26 +152,26 @@ class _LossSum(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        learns, count, words = ctx.needs_input_grad, len(labels), len(weight)
+        needs, count, words = ctx.needs_input_grad, len(labels), len(weight)
         with torch.autocast(device, enabled=False):
-            states, weight_ = F.pad(hidden.to(dtype), (0, 0, 0, -count % ROUND)), weight.to(dtype)
-            least = CHUNK_IF_WEIGHT_LEARNS if learns[1] else ROUND
+            states, weight_ = F.pad(hidden.to(dtype), (0, 0, 0, -count % ROUND_TOKENS)), weight.to(dtype)
+            least = MIN_CHUNK_TRAINABLE if needs[1] else ROUND_TOKENS
             rows = _rows_at_once(len(states), words, dtype, device, least)
             logits_ = torch.empty(rows, words, dtype=dtype, device=hidden.device)
             total = torch.zeros((), dtype=wide, device=hidden.device)
-            grad_hidden = torch.empty_like(states) if learns[0] else None
+            grad_hidden = torch.empty_like(states) if needs[0] else None
             grad_weight: Tensor | None = None
-            grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and learns[2] else None
-            form = _Losses(bias, grad_bias, label_smoothing, scale, softcap, any(learns))
+            grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
+            losses = _Losses(bias, grad_bias, label_smoothing, scale, softcap, any(needs))
             for start in range(0, count, rows):
-                own, wanted = states[start : start + rows], labels[start : start + rows]
+                own, targets = states[start : start + rows], labels[start : start + rows]
                 logits = torch.mm(own, weight_.t(), out=logits_[: len(own)])
-                logits[len(wanted) :] = 0  # what rounds up
-                for piece in _pieces(len(wanted), words, device):
-                    total += form(logits[: len(wanted)][piece], wanted[piece], wide)
+                logits[len(targets) :] = 0  # rows of padding
+                for piece in _pieces(len(targets), words, device):
+                    total += losses(logits[: len(targets)][piece], targets[piece], wide)
                 if grad_hidden is not None:
                     torch.mm(logits, weight_, out=grad_hidden[start : start + rows])
-                if learns[1]:
+                if needs[1]:
                     part = logits.t() @ own
                     grad_weight = part.to(wide) if grad_weight is None else grad_weight.add_(part)
         ctx.grads = None if grad_hidden is None else grad_hidden[:count], grad_weight, grad_bias
@@ -178,7 +180,7 @@ class _LossSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """The gradients that forward has formed, given away: a second time there are none."""
+        """Hand out the gradients of the forward pass; a second call has none."""
         grads, ctx.grads = ctx.grads, None
         assert grads is not None, "a chunked loss has one backward pass"
         pairs = zip(grads, ctx.dtypes, strict=True)
@@ -187,26 +189,26 @@ class _LossSum(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Losses:
-    """From logits to losses and to the logits' gradient, which is left in their place."""
+    """Compute losses, and write the gradient of the logits in their place."""
 
     bias: Tensor | None
     grad_bias: Tensor | None
     label_smoothing: float
     scale: float
     softcap: float | None
-    learns: bool
+    needs_grad: bool
 
     def __call__(self, logits: Tensor, labels: Tensor, wide: torch.dtype) -> Tensor:
-        """The sum of the losses of a few tokens.  # (tokens, vocabulary), (tokens,)"""
-        scores, wanted = _scores(logits, wide, self.bias, self.scale, self.softcap), labels[:, None]
-        log_shares = torch.log_softmax(scores, -1)
-        loss = -(1 - self.label_smoothing) * log_shares.gather(1, wanted).sum()
+        """Return the sum of the losses of a few tokens.  # (tokens, vocabulary), (tokens,)"""
+        scores, targets = _scores(logits, wide, self.bias, self.scale, self.softcap), labels[:, None]
+        log_probs = torch.log_softmax(scores, -1)
+        loss = -(1 - self.label_smoothing) * log_probs.gather(1, targets).sum()
         if self.label_smoothing:
-            loss -= self.label_smoothing * log_shares.mean(1).sum()
-        if not self.learns:
+            loss -= self.label_smoothing * log_probs.mean(1).sum()
+        if not self.needs_grad:
             return loss
-        grad = log_shares.exp_()
-        grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, self.label_smoothing - 1))
+        grad = log_probs.exp_()
+        grad.scatter_add_(1, targets, grad.new_full(targets.shape, self.label_smoothing - 1))
         if self.label_smoothing:
             grad -= self.label_smoothing / grad.shape[1]
         if self.softcap is not None:
