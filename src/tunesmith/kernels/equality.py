@@ -120,7 +120,7 @@ class Probe:
                 stack.callback(handle.remove)
             stack.callback(last.register_forward_hook(stop, with_kwargs=True).remove)
             stack.enter_context(_training_without_dropout(self.model))
-            parameters = stack.enter_context(_all_trainable(self.blocks[: self.depth + 1]))
+            parameters = stack.enter_context(_all_trainable(self.model, self.blocks[: self.depth + 1]))
             with self._autocast(autocast), torch.enable_grad():
                 try:
                     self.model(**self.batch)
@@ -273,15 +273,17 @@ def _stored_in_fp32(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _all_trainable(blocks: Sequence[nn.Module]) -> Iterator[dict[str, nn.Parameter]]:
+def _all_trainable(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[dict[str, nn.Parameter]]:
     """Let all parameters of some blocks have gradients for a while; yield them by name."""
     named = {f"{n}.{name}": one for n, block in enumerate(blocks) for name, one in block.named_parameters()}
-    before = {name: one.requires_grad for name, one in named.items()}
+    before = [(one, one.requires_grad, one.grad) for one in model.parameters()]
     try:
+        for one, _, _ in before:
+            one.grad = None
         for one in named.values():
             one.requires_grad_(one.is_floating_point())
         yield named
     finally:
-        for name, one in named.items():
-            one.requires_grad_(before[name])
-            one.grad = None
+        for one, requires_grad, grad in before:
+            one.requires_grad_(requires_grad)
+            one.grad = grad

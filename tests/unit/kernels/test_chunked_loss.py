@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerating import accelerated
 from torch import Tensor, nn
 
 from tunesmith import testing
-from tunesmith.kernels import chunked_loss as vocabulary
-from tunesmith.kernels.chunked_loss import Vocabulary, token_loss, token_shares, use_chunked_loss
-from tunesmith.kernels.logits import logits_at
+from tunesmith.kernels import chunked_loss
+from tunesmith.kernels.chunked_loss import lm_head_of, logits_at, token_log_probs, token_loss
 from tunesmith.testing import FAMILIES, tiny_model
 
 CAUSAL, MASKED, BOTH = "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"
@@ -27,7 +27,7 @@ MODELS += [(family, BOTH) for family in ("t5", "bart", "marian")]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "WORTH_IT", 1)
+    monkeypatch.setattr(chunked_loss, "MIN_PARAMETERS", 1)
     for name, keys in FURTHER.items():
         monkeypatch.setitem(testing.FAMILIES, name, keys)
 
@@ -46,7 +46,7 @@ def _both(family: str, model_class: str) -> tuple[Any, Any]:
     if family == "marian":
         plain.final_logits_bias.normal_()
     ours = copy.deepcopy(plain)
-    assert use_chunked_loss(ours)
+    assert accelerated(ours, device="mps").statuses["chunked_loss"].on
     return plain, ours
 
 
@@ -62,7 +62,7 @@ def test_shares_of_tokens_are_those_of_their_logits(family: str, model_class: st
     plain, ours = _both(family, model_class)
     with torch.inference_mode():
         torch.testing.assert_close(
-            token_shares(ours, *_asked(ours)), token_shares(plain, *_asked(plain)), rtol=1e-5, atol=1e-5
+            token_log_probs(ours, *_asked(ours)), token_log_probs(plain, *_asked(plain)), rtol=1e-5, atol=1e-5
         )
 
 
@@ -84,36 +84,35 @@ def test_the_loss_of_tokens_is_that_of_their_logits(family: str, model_class: st
 def test_what_no_scale_and_no_cap_of_the_config_explains_keeps_its_logits(bent: Any) -> None:
     model: Any = tiny_model("llama", CAUSAL)
     model.register_forward_hook(lambda _, args, output: output | {"logits": bent(output.logits)})
-    assert not use_chunked_loss(model) and type(model.lm_head) is nn.Linear
+    assert isinstance(lm_head_of(model), str)
 
 
 def test_an_output_map_with_something_hooked_to_it_keeps_its_logits() -> None:
     model: Any = tiny_model("llama", CAUSAL)
     model.lm_head.register_forward_hook(lambda _, args, output: output.square())
-    assert not use_chunked_loss(model)
+    assert isinstance(lm_head_of(model), str)
 
 
 def test_an_output_map_that_is_adapted_or_small_or_absent_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not use_chunked_loss(tiny_model("bert", "AutoModelForSequenceClassification"))
+    assert lm_head_of(tiny_model("bert", "AutoModelForSequenceClassification")) is None
     model: Any = tiny_model("llama", CAUSAL)
-    monkeypatch.setattr(vocabulary, "WORTH_IT", 2**20)
-    assert not use_chunked_loss(model)
-    monkeypatch.setattr(vocabulary, "WORTH_IT", 1)
+    monkeypatch.setattr(chunked_loss, "MIN_PARAMETERS", 2**20)
+    assert isinstance(lm_head_of(model), str)
+    monkeypatch.setattr(chunked_loss, "MIN_PARAMETERS", 1)
     model.lm_head.__class__ = type("Adapted", (nn.Linear,), {})
-    assert not use_chunked_loss(model)
+    assert isinstance(lm_head_of(model), str)
 
 
 def test_a_frozen_weight_is_cast_once_and_one_that_changes_again() -> None:
     model: Any = tiny_model("llama", CAUSAL)
-    assert use_chunked_loss(model)
-    output = model.lm_head
-    assert isinstance(output, Vocabulary)
+    head, output = accelerated(model).lm_head, model.lm_head
+    assert head is not None
     model.requires_grad_(False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(input_ids=torch.tensor([[3, 4]]))
-        (first,) = {output.cast[1].data_ptr()}  # type: ignore[index]
+        (first,) = {head._cast[1].data_ptr()}  # type: ignore[index]
         before = model(input_ids=torch.tensor([[3, 4]])).logits
-        assert output.cast[1].data_ptr() == first  # type: ignore[index]
+        assert head._cast[1].data_ptr() == first  # type: ignore[index]
         output.weight.mul_(2)
         torch.testing.assert_close(
             output(torch.ones(1, 32)), torch.ones(1, 32).bfloat16() @ output.weight.bfloat16().t()

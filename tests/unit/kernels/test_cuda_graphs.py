@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels import cuda_graphs as graphs
-from tunesmith.kernels.cuda_graphs import Graphs, use_graphs
+from tunesmith.kernels import cuda_graphs
+from tunesmith.kernels.cuda_graphs import CudaGraphs, why_no_graphs
 from tunesmith.testing import tiny_model
 
 LONGEST = 40
@@ -51,7 +51,7 @@ class Played:
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "GRAPHS_ON", ("cpu",))
+    monkeypatch.setattr(cuda_graphs, "GRAPH_DEVICES", ("cpu",))
 
 
 def _model(kind: str = "Sequence", **config: Any) -> Any:
@@ -60,7 +60,7 @@ def _model(kind: str = "Sequence", **config: Any) -> Any:
 
 
 def _with_graphs(model: Any, capture: Any) -> Any:
-    model.forward = Graphs(model, LONGEST, capture)
+    model.forward = CudaGraphs(model, LONGEST, capture)
     return model
 
 
@@ -196,7 +196,7 @@ def test_a_model_that_no_graph_takes_goes_on_without(fault: str) -> None:
 
     plain, ours = _model(), _with_graphs(_model(), capture)
     batches = list(_batches([9, 12, 16, 10]))
-    with pytest.warns(UserWarning, match="no CUDA graphs for this model, which costs time only: .*(captur|off by)"):
+    with pytest.warns(UserWarning, match="CUDA graphs are off, .*(captur|differ by)"):
         found = _gradients(ours, *batches)
     _assert_alike(found, _gradients(plain, *batches))
 
@@ -209,7 +209,7 @@ def test_where_a_graph_does_not_fit_there_are_none() -> None:
 
     expected = _gradients(_model(), *_batches([9, 12, 16]))
     ours = _with_graphs(_model(), capture)
-    with pytest.warns(UserWarning, match="no CUDA graphs .* more memory than there is"):
+    with pytest.warns(UserWarning, match="CUDA graphs are off, .* out of memory"):
         found = _gradients(ours, *_batches([9, 12, 16]))
     assert ours.forward.capture is None and ours.forward.graphs == {}
     assert found.keys() == expected.keys()
@@ -227,4 +227,4 @@ def test_where_a_graph_does_not_fit_there_are_none() -> None:
     ],
 )
 def test_a_map_over_a_vocabulary_is_left_alone(family: str, kind: str, taken: bool) -> None:
-    assert use_graphs(tiny_model(family, kind), LONGEST) is taken
+    assert bool(why_no_graphs(tiny_model(family, kind))) is not taken

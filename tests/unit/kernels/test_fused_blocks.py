@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerating import accelerated
 from adapting import TECHNIQUES, VARIANTS, adapt
 from torch import Tensor
 
 from tunesmith import registry
-from tunesmith.kernels import block_pattern as block_parts
-from tunesmith.kernels.fused_blocks import use_blocks
-from tunesmith.kernels.logits import logits_at
-from tunesmith.kernels.unpadded import use_padding_free_blocks
+from tunesmith.kernels import block_pattern
+from tunesmith.kernels.chunked_loss import logits_at
+from tunesmith.kernels.fast_path import fast_path
 from tunesmith.models.anatomy import anatomy
 from tunesmith.testing import tiny_model
 
@@ -41,11 +41,10 @@ def _answers_and_gradients(model: Any, lengths: list[int]) -> tuple[Tensor, Tens
     return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def _taken(model: Any) -> bool:
-    map_ = anatomy(model)
-    modules = [model.get_submodule(path) for path in map_.blocks]
-    assert use_padding_free_blocks(model, modules)
-    return use_blocks(model, modules, [map_.roles_in(path) for path in map_.blocks])
+def _fused(model: Any) -> bool:
+    status = accelerated(model).statuses
+    assert status["unpadded"].on
+    return status["fused_blocks"].blocks == anatomy(model).blocks
 
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
@@ -57,9 +56,9 @@ def test_answers_and_gradients_are_those_of_the_model(family: str, technique: st
     model = tiny_model(family, f"AutoModelFor{head}", num_labels=3, sliding_window=4, pad_token_id=0)
     adapt(model, technique)
     padded = [_answers_and_gradients(model, lengths) for lengths in LENGTHS]
-    assert _taken(model)
+    assert _fused(model)
     read = "end" if family in READ_AT_THE_END else "begin"
-    assert model.block_tail.reads == (read if head == "SequenceClassification" else "each")
+    assert fast_path(model).last_block.reads == (read if head == "SequenceClassification" else "each")
     for lengths, (answers, gradients) in zip(LENGTHS, padded, strict=True):
         ours = _answers_and_gradients(model, lengths)
         assert torch.allclose(ours[0], answers, atol=1e-5, rtol=1e-5)
@@ -72,7 +71,7 @@ def test_a_head_that_takes_an_end_for_padding_reads_what_it_read() -> None:
     batch = _batch([12, 3, 7])
     batch["input_ids"][torch.arange(3), torch.tensor([11, 2, 6])] = 0
     expected = model(**batch).logits
-    assert _taken(model) and model.block_tail.reads == "end"
+    assert _fused(model) and fast_path(model).last_block.reads == "end"
     torch.testing.assert_close(model(**batch).logits, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -84,7 +83,7 @@ def test_without_what_stands_before_a_text_it_answers_as_the_base(family: str, t
     batch, row, place = _batch([12, 3, 7]), torch.tensor([0, 1, 2, 2]), torch.tensor([11, 2, 0, 6])
     expected = logits_at(model, batch, row, place)
     adapt(model, technique)
-    assert _taken(model)
+    assert _fused(model)
     assert not torch.allclose(logits_at(model, batch, row, place), expected, atol=1e-3)
     with registry.get("technique", technique)().absent(model):  # type: ignore[attr-defined]
         torch.testing.assert_close(logits_at(model, batch, row, place), expected, atol=1e-5, rtol=1e-5)
@@ -97,7 +96,7 @@ def test_whatever_a_technique_is_told_all_of_it_learns(family: str, technique: s
     adapt(model, technique, keys)
     answers, gradients = _answers_and_gradients(model, LENGTHS[0])
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    _taken(model)  # or not: where a technique stands in a way that is not known
+    _fused(model)  # or not: where a technique stands in a way that is not known
     ours = _answers_and_gradients(model, LENGTHS[0])
     assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == without
     torch.testing.assert_close(ours[0], answers, atol=1e-5, rtol=1e-5)
@@ -109,15 +108,15 @@ def test_a_loss_of_few_tokens_computes_the_last_block_there_alone(family: str, m
     model = tiny_model(family, "AutoModelForCausalLM" if family == "llama" else "AutoModelForMaskedLM")
     batch, row, place = _batch([12, 3, 7]), torch.tensor([2, 0, 0]), torch.tensor([1, 11, 4])
     expected = model(**batch).logits[row, place]
-    assert _taken(model)
+    assert _fused(model)
     seen: list[int] = []
-    mapped = block_parts.mapped
+    apply_linears = block_pattern.apply_linears
 
     def watched(x: Tensor, *modules: Any, **how: Any) -> tuple[Tensor, ...]:
         seen.append(len(x))
-        return mapped(x, *modules, **how)
+        return apply_linears(x, *modules, **how)
 
-    monkeypatch.setattr(block_parts, "mapped", watched)
+    monkeypatch.setattr(block_pattern, "apply_linears", watched)
     found = logits_at(model, batch, row, place)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert seen[-1] == 3, "the MLP sees three tokens"
@@ -126,18 +125,18 @@ def test_a_loss_of_few_tokens_computes_the_last_block_there_alone(family: str, m
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_what_is_computed_again_in_the_backward_pass_is_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = tiny_model(family, "AutoModelForSequenceClassification", num_labels=3, pad_token_id=0)
-    assert _taken(model)
+    assert _fused(model)
     model.train()
     for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
         dropout.p = 0.2
     found, called = [], [0]
-    attend = block_parts.attend
+    attend = block_pattern.attend
 
     def counted(*args: Any, **how: Any) -> Tensor:
         called[0] += 1
         return attend(*args, **how)
 
-    monkeypatch.setattr(block_parts, "attend", counted)
+    monkeypatch.setattr(block_pattern, "attend", counted)
     for checkpointing in (False, True):
         if checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -155,7 +154,7 @@ def test_dropout_falls_where_gpt2_has_it(where: str) -> None:
     batch = {name: one.repeat(800, 1) for name, one in _batch([5, 3]).items()}
     model.train()
     for taken in (False, True):
-        assert not taken or _taken(model)
+        assert not taken or _fused(model)
         torch.manual_seed(0)
         with torch.no_grad():
             drawn = model(**batch).logits[batch["attention_mask"] == 1].view(800, 8, -1)
@@ -167,8 +166,8 @@ def test_dropout_falls_where_gpt2_has_it(where: str) -> None:
 
 
 def test_dropout_that_the_formula_has_no_place_for_keeps_a_block_its_own_way() -> None:
-    assert _taken(tiny_model("llama", "AutoModelForCausalLM"))
-    assert not _taken(tiny_model("llama", "AutoModelForCausalLM", attention_dropout=0.1))
+    assert _fused(tiny_model("llama", "AutoModelForCausalLM"))
+    assert not _fused(tiny_model("llama", "AutoModelForCausalLM", attention_dropout=0.1))
     model = tiny_model("bert", "AutoModelForMaskedLM")
     model.get_submodule(anatomy(model).blocks[0]).more = torch.nn.Dropout(0.1)
-    assert not _taken(model)
+    assert not _fused(model)

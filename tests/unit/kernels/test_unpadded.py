@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerating import accelerated, unpadded
 from torch import Tensor
+from transformers.masking_utils import bidirectional_mask_function
 
 from tunesmith import registry
-from tunesmith.kernels import unpadded as padding_free
 from tunesmith.kernels.layout import ROUND_TOKENS, Layout
-from tunesmith.kernels.unpadded import use_padding_free_blocks
 from tunesmith.models.anatomy import anatomy
 from tunesmith.testing import CLASSIFYING, tiny_model, tiny_tokenizer
 
@@ -41,7 +41,7 @@ def _answers_and_gradients(model: torch.nn.Module, lengths: list[int]) -> tuple[
 def test_answers_and_gradients_are_those_of_the_padded_model(family: str) -> None:
     model = tiny_model(family, "AutoModelForSequenceClassification", num_labels=3, local_attention=6, sliding_window=4)
     padded = [_answers_and_gradients(model, lengths) for lengths in LENGTHS]
-    assert use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
+    unpadded(model)
     seen = []
     model.get_submodule(anatomy(model).blocks[-1]).register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     for lengths, (answers, gradients) in zip(LENGTHS, padded, strict=True):
@@ -60,7 +60,7 @@ def test_virtual_tokens_change_nothing_of_that(family: str, name: str) -> None:
     technique: Any = registry.get("technique", name)
     technique(num_virtual_tokens=5).apply(model, anatomy(model), tiny_tokenizer())
     padded = [_answers_and_gradients(model, lengths) for lengths in LENGTHS]
-    assert use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
+    unpadded(model)
     for lengths, (answers, gradients) in zip(LENGTHS, padded, strict=True):
         ours = _answers_and_gradients(model, lengths)
         assert torch.allclose(ours[0], answers, atol=1e-5, rtol=1e-5)
@@ -71,7 +71,8 @@ def test_virtual_tokens_change_nothing_of_that(family: str, name: str) -> None:
 def test_a_family_that_cannot_keeps_padding(family: str) -> None:
     model = tiny_model(family, "AutoModelForSequenceClassification")
     before = dict(model.config.to_dict()), model.config._attn_implementation
-    assert not use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
+    status = accelerated(model).statuses["unpadded"]
+    assert not status.on and "attention interface" in status.reason
     assert (model.config.to_dict(), model.config._attn_implementation) == before
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
@@ -79,9 +80,9 @@ def test_a_family_that_cannot_keeps_padding(family: str) -> None:
 def test_dropout_of_attention_has_the_right_mean() -> None:
     model = tiny_model("bert", "AutoModel", attention_probs_dropout_prob=0.3)
     batch = _batch([12, 3, 7])
-    assert use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
+    unpadded(model)
     layer = model.encoder.layer[0].attention.self
-    layout = Layout(batch["attention_mask"], 3, 12, padding_free.bidirectional_mask_function)
+    layout = Layout(batch["attention_mask"], 3, 12, bidirectional_mask_function)
     states = torch.randn(1, layout.total, 32)
     model.eval()
     exact = layer(states, layout)[0].detach()
@@ -99,14 +100,15 @@ def test_a_model_that_does_not_pass_its_mask_on_keeps_padding() -> None:
     before = _answers_and_gradients(model, LENGTHS[0])[0]
     own = blocks[1].forward
     blocks[1].forward = lambda states, mask=None, *args, **kwargs: own(states)  # type: ignore[method-assign]
-    assert not use_padding_free_blocks(model, blocks)
+    status = accelerated(model).statuses["unpadded"]
+    assert not status.on and status.reason
     blocks[1].forward = own  # type: ignore[method-assign]
     assert torch.equal(_answers_and_gradients(model, LENGTHS[0])[0], before)
 
 
 def test_gradient_checkpointing_recomputes_the_same() -> None:
     model = tiny_model("bert", "AutoModelForSequenceClassification")
-    use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
+    unpadded(model)
     model.train()
     plain = _answers_and_gradients(model, LENGTHS[0])
     model.activation_checkpointing_enable()

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from tunesmith.kernels import layout as layout_module
-from tunesmith.kernels.last_block import asking
+from tunesmith.kernels.last_block import select_queries
 from tunesmith.kernels.layout import Layout
 from tunesmith.kernels.ops import attention
 from tunesmith.kernels.ops.attention import attend
@@ -54,7 +54,7 @@ def test_outputs_and_gradients_are_those_of_torch(lengths: list[int], prefix: in
     k, v = (torch.randn(layout.total, 8, **wide) for _ in range(2))  # type: ignore[call-overload]
     before = torch.randn(2, 2, prefix, 4, **wide) if prefix else None  # type: ignore[call-overload]
     wanted = [q, k, v] if before is None else [q, k, v, before]
-    ours = attend(q, k, v, layout.together, width=4, scaling=0.3, prefix=before)
+    ours = attend(q, k, v, layout.attention_groups, width=4, scaling=0.3, prefix=before)
     plain = _plain(q, k, v, layout, 4, causal, before)
     weight = torch.randn_like(plain)
     weight[layout.total - layout.spare :] = 0
@@ -74,10 +74,10 @@ def test_few_ask_and_are_answered_the_same(lengths: list[int], causal: bool) -> 
     draw = np.random.default_rng(0)
     wanted = torch.tensor([(row, place) for row, n in enumerate(lengths) for place in range(n) if draw.random() < 0.4])
     wanted = wanted.reshape(-1, 2)[torch.randperm(len(wanted))] if len(wanted) else torch.zeros(1, 2, dtype=torch.long)
-    places, together = asking(layout, wanted)
+    places, together = select_queries(layout, wanted)
     q, k, v = (torch.randn(layout.total, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     some = attend(q[places], k, v, together, width=4, scaling=0.5)
-    whole = attend(q, k, v, layout.together, width=4, scaling=0.5)[places]
+    whole = attend(q, k, v, layout.attention_groups, width=4, scaling=0.5)[places]
     torch.testing.assert_close(some, whole)
     for one, other in zip(
         torch.autograd.grad(some.square().sum(), [q, k, v]),
@@ -91,7 +91,7 @@ def test_few_ask_and_are_answered_the_same(lengths: list[int], causal: bool) -> 
 
 def test_nobody_asks() -> None:
     layout = _layout([3, 5], bidirectional_mask_function)
-    places, together = asking(layout, torch.zeros(0, 2, dtype=torch.long))
+    places, together = select_queries(layout, torch.zeros(0, 2, dtype=torch.long))
     q, k, v = (torch.randn(n, 8, requires_grad=True) for n in (0, layout.total, layout.total))
     seen = attend(q, k, v, together, width=4, scaling=0.5, dropout=0.1)
     seen.sum().backward()
@@ -120,21 +120,23 @@ def test_one_after_another_is_what_groups_give(
     lengths: list[int], causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "VARLEN_ATTN", _varlen)
-    monkeypatch.setattr(layout_module, "SEQUENCES_ON", ("cpu",))
+    monkeypatch.setattr(layout_module, "VARLEN_DEVICES", ("cpu",))
     layout = _layout(lengths, causal_mask_function if causal else bidirectional_mask_function)
     half = dict(dtype=torch.bfloat16, requires_grad=True)
     q, k, v = (torch.randn(layout.total, width, **half) for width in (16, 8, 8))  # type: ignore[call-overload]
-    sequences = layout.together.sequences
-    assert sequences is not None and sequences.take(torch.bfloat16, 8)
+    sequences = layout.attention_groups.sequences
+    assert sequences is not None and sequences.supports(torch.bfloat16, 8)
     weight = torch.randn(layout.total, 16, dtype=torch.bfloat16)
     weight[layout.total - layout.spare :] = 0
 
-    def run(together: attention.Together) -> tuple[Tensor, ...]:
+    def run(together: attention.AttentionGroups) -> tuple[Tensor, ...]:
         seen = attend(q, k, v, together, width=8, scaling=0.3)
         valid = seen[: layout.total - layout.spare]
         return (valid, *torch.autograd.grad((seen * weight).sum(), [q, k, v]))
 
-    for one, other in zip(run(layout.together), run(layout.together._replace(sequences=None)), strict=True):
+    for one, other in zip(
+        run(layout.attention_groups), run(layout.attention_groups._replace(sequences=None)), strict=True
+    ):
         assert torch.isfinite(one).all()
         torch.testing.assert_close(one, other, atol=0.03, rtol=0.03)
 
@@ -144,15 +146,15 @@ def test_what_has_no_kernel_goes_by_groups_everywhere(monkeypatch: pytest.Monkey
         raise AssertionError("it has no dropout, no prefix, no fp32 and no heads of 4")
 
     monkeypatch.setattr(attention, "VARLEN_ATTN", refuse)
-    monkeypatch.setattr(layout_module, "SEQUENCES_ON", ("cpu",))
-    together = _layout([3, 5], causal_mask_function).together
+    monkeypatch.setattr(layout_module, "VARLEN_DEVICES", ("cpu",))
+    together = _layout([3, 5], causal_mask_function).attention_groups
     assert together.sequences is not None
     x = torch.randn(32, 8, dtype=torch.bfloat16)
     attend(x, x, x, together, width=8, scaling=1.0, dropout=0.1)
     attend(x, x, x, together, width=8, scaling=1.0, prefix=torch.randn(2, 1, 2, 8))
     attend(x, x, x, together, width=4, scaling=1.0)
     attend(x.float(), x.float(), x.float(), together, width=8, scaling=1.0)
-    assert _layout([3, 5], lambda *_: torch.tensor(True)).together.sequences is None
+    assert _layout([3, 5], lambda *_: torch.tensor(True)).attention_groups.sequences is None
 
 
 def test_dropout_leaves_out_its_share_and_the_gradient_is_that_of_what_was_kept() -> None:
@@ -161,13 +163,13 @@ def test_dropout_leaves_out_its_share_and_the_gradient_is_that_of_what_was_kept(
 
     def run(dropout: float) -> Tensor:
         torch.manual_seed(1)
-        return attend(q, k, v, layout.together, width=8, scaling=0.3, dropout=dropout)
+        return attend(q, k, v, layout.attention_groups, width=8, scaling=0.3, dropout=dropout)
 
     torch.testing.assert_close(run(0.3), run(0.3))
     assert not torch.allclose(run(0.3), run(0.0))
-    mean = torch.stack([attend(q, k, v, layout.together, width=8, scaling=0.3, dropout=0.3) for _ in range(2000)]).mean(
-        0
-    )
+    mean = torch.stack(
+        [attend(q, k, v, layout.attention_groups, width=8, scaling=0.3, dropout=0.3) for _ in range(2000)]
+    ).mean(0)
     assert torch.dist(mean, run(0.0)) < 0.05 * run(0.0).norm()
     direction = torch.randn_like(q)
     (grad,) = torch.autograd.grad(run(0.3).sin().sum(), q)
@@ -191,4 +193,4 @@ def test_softmax_in_bf16_is_right_at_every_length(length: int) -> None:
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), shares.detach(), atol=0, rtol=2**-8)
     (wanted,) = torch.autograd.grad(shares, exact, grad.double())
-    torch.testing.assert_close(attention._through_softmax(grad, found).double(), wanted, atol=2**-8, rtol=2**-6)
+    torch.testing.assert_close(attention._softmax_backward(grad, found).double(), wanted, atol=2**-8, rtol=2**-6)

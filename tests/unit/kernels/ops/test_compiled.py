@@ -9,16 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.ops import compiled as module
-from tunesmith.kernels.ops.glu import gated
-from tunesmith.kernels.ops.norm import add_norm, add_rms_norm, rms_norm
-from tunesmith.kernels.ops.rope import rotated
+from tunesmith.kernels.ops import elementwise as module
+from tunesmith.kernels.ops.elementwise import add_norm, add_rms_norm, glu, rms_norm, rope
 
 WIDTH = 16
 
 
-def _gated(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return gated(x, y, "silu")
+def _glu(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return glu(x, y, "silu")
 
 
 def _add_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -35,13 +33,13 @@ def _rms_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return rms_norm(x * y, weight, 1e-5)
 
 
-def _rotated(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _rope(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     cos, sin = torch.linspace(-1, 1, len(x) * 8, dtype=x.dtype).view(len(x), 8).sin().chunk(2, 1)
-    return rotated(x, cos, sin) * y * weight * bias
+    return rope(x, cos, sin) * y * weight * bias
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at it
-WAYS = (_gated, _add_norm, _add_rms_norm, _rms_norm, _rotated)
+WAYS = (_glu, _add_norm, _add_rms_norm, _rms_norm, _rope)
 
 
 @pytest.fixture
@@ -55,9 +53,9 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return compiled(formula, backend)
 
     torch.compiler.reset()
-    monkeypatch.setattr(module, "FUSED_ON", ("cpu",))
+    monkeypatch.setattr(module, "COMPILED_DEVICES", ("cpu",))
     monkeypatch.setattr(module, "_has_compiler", lambda: True)
-    monkeypatch.setattr(module, "BACKEND", "aot_eager")
+    monkeypatch.setattr(module, "COMPILE_BACKEND", "aot_eager")
     monkeypatch.setattr(module, "_compiled", note)
     return seen
 
@@ -83,7 +81,7 @@ def test_formulas_trace_whole_and_give_what_the_functions_do(
 
         ours = run()
         with monkeypatch.context() as as_it_is:
-            as_it_is.setattr(module, "FUSED_ON", ())
+            as_it_is.setattr(module, "COMPILED_DEVICES", ())
             plain = run()
         for one, other in zip(ours, plain, strict=True):
             assert (one is None) == (other is None)

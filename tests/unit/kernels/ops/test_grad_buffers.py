@@ -6,14 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from tunesmith.kernels.ops import grad_buffers as kept
-from tunesmith.kernels.ops.grad_buffers import keep_memory, kept_of
-from tunesmith.kernels.ops.linear import mapped
+from tunesmith.kernels.ops.grad_buffers import GradBuffers
+from tunesmith.kernels.ops.linear import apply_linears
 
 
-@pytest.fixture(autouse=True)
-def every_matrix_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "WORTH_IT", 1)
+def _buffers(linear: nn.Linear) -> GradBuffers:
+    return GradBuffers(linear.parameters(), min_elements=1)
 
 
 @pytest.mark.parametrize("half", (False, True))
@@ -21,14 +19,14 @@ def test_gradients_are_those_without(half: bool) -> None:
     torch.manual_seed(0)
     plain = nn.Linear(6, 5)
     ours = copy.deepcopy(plain)
-    keep_memory(ours)
+    buffers = _buffers(ours)
     where = set()
     for step in range(3):
         xs = [torch.randn(4, 6) for _ in range(2)]  # two micro-batches add up
         for linear in (plain, ours):
             for x in xs:
                 with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                    mapped(x, linear)[0].float().square().sum().backward()
+                    apply_linears(x, linear, buffers=buffers)[0].float().square().sum().backward()
         assert ours.weight.grad is not None and plain.weight.grad is not None
         torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
         where.add(ours.weight.grad.data_ptr())
@@ -42,40 +40,42 @@ def test_gradients_are_those_without(half: bool) -> None:
 
 def test_a_changed_weight_is_cast_anew_and_what_needs_the_old_one_says_so() -> None:
     linear = nn.Linear(6, 5)
-    keep_memory(linear)
+    buffers = _buffers(linear)
     x = torch.randn(4, 6, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        first, same = mapped(x, linear)[0], mapped(x, linear)[0]
+        first, same = apply_linears(x, linear, buffers=buffers)[0], apply_linears(x, linear, buffers=buffers)[0]
         same.sum().backward()
         first.sum().backward()  # nothing has changed since
-        old = mapped(x, linear)[0]
+        old = apply_linears(x, linear, buffers=buffers)[0]
         with torch.no_grad():
             linear.weight.mul_(2.0)
             linear.bias.zero_()
-        torch.testing.assert_close(mapped(x, linear)[0], (x.bfloat16() @ linear.weight.bfloat16().t()))
+        torch.testing.assert_close(
+            apply_linears(x, linear, buffers=buffers)[0], (x.bfloat16() @ linear.weight.bfloat16().t())
+        )
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             old.sum().backward()
         linear.weight.data.zero_()  # which counts no version
-        assert mapped(x, linear)[0].eq(0).all()
+        assert apply_linears(x, linear, buffers=buffers)[0].eq(0).all()
 
 
 def test_what_was_scored_before_the_first_step_learns() -> None:
     linear, x = nn.Linear(6, 5), torch.randn(4, 6)
-    keep_memory(linear)
+    buffers = _buffers(linear)
     with torch.autocast("cpu", torch.bfloat16):
         with torch.inference_mode():
-            mapped(x, linear)
-        mapped(x, linear)[0].sum().backward()
+            apply_linears(x, linear, buffers=buffers)
+        apply_linears(x, linear, buffers=buffers)[0].sum().backward()
         with torch.inference_mode():
-            mapped(x, linear)
-        mapped(x, linear)[0].sum().backward()
+            apply_linears(x, linear, buffers=buffers)
+        apply_linears(x, linear, buffers=buffers)[0].sum().backward()
     assert linear.weight.grad is not None and linear.weight.grad.ne(0).any()
 
 
 def test_what_does_not_learn_keeps_nothing() -> None:
     linear = nn.Linear(6, 5)
-    keep_memory(linear)
+    buffers = _buffers(linear)
     linear.weight.requires_grad_(False)
-    assert kept_of(linear.weight) is None and kept_of(linear.bias) is None and kept_of(None) is None
+    assert buffers.of(linear.weight) is None and buffers.of(linear.bias) is None and buffers.of(None) is None
     linear.weight.requires_grad_(True)
-    assert kept_of(linear.weight) is not None and kept_of(linear.weight.t()) is None
+    assert buffers.of(linear.weight) is not None and buffers.of(linear.weight.t()) is None

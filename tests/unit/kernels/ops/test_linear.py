@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels.ops.linear import Activation, Part, compute_dtype, linears, part_of, plain_linears
+from tunesmith.kernels.ops.elementwise import Activation
+from tunesmith.kernels.ops.linear import LinearPart, compute_dtype, linear_part, linears, plain_linears
 
 ACTIVATIONS: tuple[Activation, ...] = ("none", "gelu", "gelu_tanh", "relu", "silu")
 
 
-def _parts(draw: torch.Generator, *, wide: int, outs: tuple[int, ...], learn: str) -> list[Part]:
+def _parts(draw: torch.Generator, *, wide: int, outs: tuple[int, ...], learn: str) -> list[LinearPart]:
     def tensor(*shape: int, learns: bool) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_(learns)
 
@@ -20,7 +21,7 @@ def _parts(draw: torch.Generator, *, wide: int, outs: tuple[int, ...], learn: st
         weight = tensor(out, wide, learns=learn == "all")
         bias = tensor(out, learns=learn != "low") if number % 2 == 0 else None
         low = (tensor(3, wide, learns=True), tensor(out, 3, learns=True)) if learn != "bias" and number != 1 else ()
-        parts.append(Part(weight, bias, *low, scaling=0.5 + number))
+        parts.append(LinearPart(weight, bias, *low, scaling=0.5 + number))
     return parts
 
 
@@ -47,7 +48,10 @@ def test_outputs_and_gradients_are_those_of_the_plain_formula(
 
 
 def test_under_autocast_products_are_in_its_format_and_gradients_in_that_of_what_learns() -> None:
-    x, part = torch.randn(4, 8, requires_grad=True), Part(torch.randn(6, 8), None, torch.randn(2, 8), torch.zeros(6, 2))
+    x, part = (
+        torch.randn(4, 8, requires_grad=True),
+        LinearPart(torch.randn(6, 8), None, torch.randn(2, 8), torch.zeros(6, 2)),
+    )
     assert part.A is not None and part.B is not None
     part.A.requires_grad_()
     part.B.requires_grad_()
@@ -66,14 +70,14 @@ def test_under_autocast_products_are_in_its_format_and_gradients_in_that_of_what
 def test_what_nobody_learns_from_is_not_computed() -> None:
     x = torch.randn(4, 8)
     bias = torch.zeros(6, requires_grad=True)
-    (y,) = linears(x, [Part(torch.randn(6, 8), bias)])
+    (y,) = linears(x, [LinearPart(torch.randn(6, 8), bias)])
     y.sum().backward()
     assert x.grad is None and bias.grad is not None and bias.grad.eq(4).all()
 
 
 def test_a_module_with_hooks_or_of_another_kind_is_no_part() -> None:
     linear = nn.Linear(3, 2)
-    part = part_of(linear)
+    part = linear_part(linear)
     assert part is not None and part.weight is linear.weight and part.bias is linear.bias
     linear.register_forward_hook(lambda *_: None)
-    assert part_of(linear) is None and part_of(nn.Identity()) is None
+    assert linear_part(linear) is None and linear_part(nn.Identity()) is None

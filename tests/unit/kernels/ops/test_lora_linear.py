@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tunesmith.kernels.ops.lora import adapted_weight, lora_linear
+from tunesmith.kernels.ops.linear import adapted_weight, lora_linear
 
 
 @pytest.fixture(autouse=True)

@@ -4,16 +4,22 @@ import copy
 
 import pytest
 import torch
+from accelerating import accelerated
 from torch import nn
 
-from tunesmith.kernels.ops import sparse_embedding as embedding
-from tunesmith.kernels.ops.sparse_embedding import Embedding, use_kept_gradients
+from tunesmith.kernels import accelerate
+from tunesmith.kernels.edits import Edits
+from tunesmith.kernels.ops.grad_buffers import SparseEmbedding
 from tunesmith.testing import tiny_model
 
 
 @pytest.fixture(autouse=True)
 def every_table_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "WORTH_IT", 1)
+    monkeypatch.setattr(accelerate, "MIN_TABLE", 1)
+
+
+def _use_sparse_gradients(table: nn.Embedding) -> None:
+    Edits().set_forward(table, SparseEmbedding(table))
 
 
 @pytest.mark.parametrize("padding_idx", (None, 0))
@@ -21,8 +27,7 @@ def test_gradients_are_those_of_pytorch(padding_idx: int | None) -> None:
     torch.manual_seed(0)
     plain = nn.Embedding(12, 4, padding_idx=padding_idx)
     ours = copy.deepcopy(plain)
-    use_kept_gradients(ours)
-    assert type(ours) is Embedding
+    _use_sparse_gradients(ours)
     for step in range(4):  # rows of a step before must not linger
         for _ in range(2):  # two micro-batches add up
             ids = torch.randint(0, 12, (3, 2))
@@ -41,7 +46,7 @@ def test_gradients_are_those_of_pytorch(padding_idx: int | None) -> None:
 
 def test_a_step_zeroes_only_what_it_touched() -> None:
     table = nn.Embedding(1000, 4)
-    use_kept_gradients(table)
+    _use_sparse_gradients(table)
     table(torch.tensor([3])).sum().backward()
     kept = table.weight.grad
     table.zero_grad()
@@ -54,15 +59,13 @@ def test_a_step_zeroes_only_what_it_touched() -> None:
 def test_a_table_tied_to_an_output_is_left_alone(family: str, taken: bool) -> None:
     name = {"bert": "AutoModelForSequenceClassification", "gpt2": "AutoModelForCausalLM"}[family]
     model = tiny_model(family, name)
-    use_kept_gradients(model)
-    assert (type(model.get_input_embeddings()) is Embedding) == taken
+    assert (model.get_input_embeddings().weight in accelerated(model).looked_up) == taken
 
 
 def test_a_frozen_table_and_a_look_without_gradients_stay_plain() -> None:
     table = nn.Embedding(12, 4).requires_grad_(False)
-    use_kept_gradients(table)
-    assert type(table) is nn.Embedding
+    _use_sparse_gradients(table)
+    assert not table(torch.tensor([1])).requires_grad
     table.requires_grad_(True)
-    use_kept_gradients(table)
     with torch.no_grad():
         assert torch.equal(table(torch.tensor([1, 1])), table.weight[[1, 1]])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.kernels.ops.norm import (
+from tunesmith.kernels.ops.elementwise import (
     add_norm,
     add_rms_norm,
     plain_add_norm,
