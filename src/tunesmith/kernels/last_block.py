@@ -53,6 +53,8 @@ class LastBlock:
             if self.tokens is None:
                 return None
             row, position = self.tokens
+            if self.offset and bool((position == 0).any()):  # a prompt may leave the first token before its vectors
+                return None
             return torch.stack([row, position + self.offset], 1)
         rows = torch.arange(layout.batch_size)
         ends = torch.as_tensor(layout.lengths) - 1 - self.offset
