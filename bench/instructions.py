@@ -144,7 +144,7 @@ def compare_masks(given: argparse.Namespace, rows: list[dict[str, Any]]) -> dict
     import datasets
     import trl
 
-    from tunesmith.data.chats import Chats
+    from tunesmith.data.text.chats import Chats
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
     chats = [row["messages"] for row in rows]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tunesmith.recipe import Recipe, load
-from tunesmith.testing import MADE_UP, tiny_model, tiny_tokenizer
+from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as in an activated environment
@@ -61,7 +61,7 @@ def reviews_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ("text", "label"))
         writer.writeheader()
-        writer.writerows(MADE_UP["text-classification"](number) for number in range(60))
+        writer.writerows(sample_row("text-classification", number) for number in range(60))
     return path
 
 

@@ -13,10 +13,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "tunesmith"
 FLOORS = [
     {"errors"},
-    {"registry", "recipe_names", "recipe_text", "run_folder"},
-    {"recipe_refusals", "recipe_values"},
+    {"registry", "run_folder"},
     {"recipe", "talk"},
-    {"recipe_forms"},
     {"data"},
     {"metrics", "kernels"},
     {"models"},
@@ -29,12 +27,13 @@ FLOORS = [
     {"record"},
     {"run"},
     {"studies"},
-    {"cli_options"},
-    {"cli_about", "cli_data"},
+    {"api"},
     {"cli", "__init__"},
     {"__main__"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+TYPED = {("recipe", "tasks"), ("recipe", "techniques")}
+"""Imports upward that only the type checker sees."""
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -55,8 +54,12 @@ def _imports(tree: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
 def test_imports_go_down_only(path: Path) -> None:
-    room = _room(path)
-    for other in _imports(ast.parse(path.read_text(encoding="utf-8"))) - {"__version__"}:
+    room, tree = _room(path), ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            inside = ast.Module(node.body, [])
+            node.body = [] if {(room, other) for other in _imports(inside)} <= TYPED else node.body
+    for other in _imports(tree) - {"__version__"}:
         assert FLOOR[other] < FLOOR[room] or other == room, f"{path} imports {other}, which is not below {room}"
 
 
@@ -76,7 +79,7 @@ def test_nothing_dangerous_is_called(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
 def test_imports_stand_at_the_top(path: Path) -> None:
-    if path.name in ("cli.py", "cli_about.py", "cli_data.py", "cli_options.py", "__init__.py"):
+    if _room(path) in ("cli", "__init__"):
         return
     tree = ast.parse(path.read_text(encoding="utf-8"))
     refused = (node for node in ast.walk(tree) if isinstance(node, ast.Try) and "ImportError" in ast.unparse(node))
@@ -88,24 +91,30 @@ def test_imports_stand_at_the_top(path: Path) -> None:
             assert not inner, f"{path}:{node.lineno} imports inside a function"
 
 
-@pytest.mark.parametrize("word", ("--help", "tasks", "techniques"))
-def test_help_and_lists_are_quick_and_load_no_torch(word: str) -> None:
+REFUSED = "train task=text-classification model=x train.sede=1"
+
+
+@pytest.mark.parametrize("words", ("--help", "tasks", "techniques", REFUSED))
+def test_help_lists_and_refusals_are_quick_and_load_no_torch(words: str) -> None:
     code = (
-        f"import sys\nfrom tunesmith.cli import main\nsys.argv = ['tunesmith', '{word}']\ntry:\n    main()\nfinally:\n"
+        f"import sys\nfrom tunesmith.cli import main\nsys.argv = ['tunesmith', *'{words}'.split()]\n"
+        "try:\n    main()\nfinally:\n"
         "    print('torch' in sys.modules, 'transformers' in sys.modules, file=sys.stderr)"
     )
     seconds = []
     for _ in range(3):
         before = os.times()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == (2 if words == REFUSED else 0), done.stderr
         after = os.times()  # processor time of the child: a busy machine makes nobody's start slower
         seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert done.stderr.split()[-2:] == ["False", "False"]
-    assert min(seconds) < 0.6, f"{word} took {min(seconds):.2f} s (0.4 s is the aim on a quiet machine)"
+    limit = 0.9 if words == REFUSED else 0.6  # torch alone takes more than 1 s
+    assert min(seconds) < limit, f"{words} took {min(seconds):.2f} s (0.4 s is the aim on a quiet machine)"
 
 
 def test_ratchets() -> None:
-    """May fall, never rise unsaid."""
+    """Counts that may fall; a rise needs a reason."""
     import tomllib
 
     import tunesmith
@@ -116,7 +125,7 @@ def test_ratchets() -> None:
     assert fields <= 40  # data.group and data.augment cannot be derived from other data; train.fast_path is a switch
     assert len(project["dependencies"]) <= 12
     assert tunesmith.__all__ == sorted(tunesmith.__all__)
-    assert len(tunesmith.__all__) <= 8
+    assert tunesmith.__all__ == ["Recipe", "Step", "Task", "Technique", "evaluate", "load", "predict", "train"]
     for name in tunesmith.__all__:
         assert getattr(tunesmith, name) is not None
     longest = max(FILES, key=lambda path: path.read_text(encoding="utf-8").count("\n"))

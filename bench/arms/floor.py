@@ -12,9 +12,9 @@ import torch
 from bench.arms.ours import keywords
 from bench.floor import Model, Row, product_rate
 from tunesmith import recipe as recipes
+from tunesmith.console import Talk
 from tunesmith.data.batches import collate
-from tunesmith.prepare import Prepared, prepare
-from tunesmith.talk import Talk
+from tunesmith.run.prepare import Prepared, prepare
 from tunesmith.training import machine
 from tunesmith.training.task_model import load_task_model
 
@@ -34,18 +34,19 @@ def _counted(job: str) -> int:
     recipe = recipes.load(None, (), keywords(given, "build/never-written"))
     quiet = Talk(level=-1, to_stderr=True)
     prepared = prepare(recipe, machine.find("cpu", "fp32"), offline=True, allow_pickle=False, talk=quiet)
-    model, anatomy = load_task_model(prepared.task, prepared.source, prepared.processor, 0)
-    prepared.technique.apply(model, anatomy, prepared.processor)
+    model, anatomy = load_task_model(prepared.task, prepared.base.source, prepared.base.processor, 0)
+    prepared.technique.apply(model, anatomy, prepared.base.processor)
     return Model(model, anatomy, prepared.technique.virtual_tokens).multiply_adds(_rows(prepared), given["epochs"])
 
 
 def _rows(prepared: Prepared) -> list[Row]:
     """How long the examples are as they are encoded."""
     encoded, config = prepared.encoded["train"], cast(Any, prepared.model.config)
+    baseline = prepared.bound.baseline(encoded)
     rows = []
     for index in range(len(encoded)):
         batch = collate(encoded, np.array([index]))
         written = int(batch.ragged("label").lengths[0]) if config.is_encoder_decoder else 0
         read = int(batch.ragged("input_ids").lengths[0])
-        rows.append(Row(read, written, prepared.task.num_outputs(batch)))
+        rows.append(Row(read, written, len(baseline(batch))))
     return rows

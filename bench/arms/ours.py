@@ -16,7 +16,7 @@ from typing import Any
 import tunesmith
 from bench.clock import Clock
 from tunesmith import registry
-from tunesmith.talk import Talk
+from tunesmith.console import Talk
 
 train = tunesmith.train  # named here, so that all it needs is imported before anything is measured
 for task in registry.names("task"):

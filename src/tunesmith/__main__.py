@@ -1,4 +1,4 @@
-"""`python -m tunesmith`, and with it `torchrun -m tunesmith`."""
+"""Entry point of `python -m tunesmith` and `torchrun -m tunesmith`."""
 
 from tunesmith.cli import main
 

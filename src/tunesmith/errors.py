@@ -1,7 +1,7 @@
-"""The user's errors: each says where, what is wrong and the way out, and carries its exit code.
+"""Errors that the user can fix: place, what is wrong, fix, and the exit code.
 
-Everything else that is raised is a programmer's error (exit code 1). Exit codes: 0 done, 1 a bug of ours, 2 usage or
-recipe, 3 data, 4 resources, 5 numbers, 6 checkpoint or resume, 75 interrupted and resumable.
+Any other exception is a bug (exit code 1). Exit codes: 0 done, 1 bug, 2 usage or recipe, 3 data, 4 resources,
+5 numerical (NaN, divergence), 6 checkpoint or resume, 75 interrupted and resumable.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _SECRETS = (
 
 
 class UserError(Exception):
-    """What the user can mend. `str()` reads `where: what; hint` on one line, without control characters or secrets."""
+    """Error that the user can fix; `str()` is `where: what; hint` without control characters or secrets."""
 
     exit_code = 2
     stage: int | None = None
-    """Of a recipe's stages the one in which it came up, from 1."""
+    """Number of the stage that raised it, from 1, in a recipe with stages."""
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint
@@ -46,60 +46,60 @@ class UserError(Exception):
         super().__init__(redact(CONTROL.sub("?", f"{text}; {hint}" if hint else text)))
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows of it in a notebook: where a user erred is in the words, not in our code."""
+        """Show one line in a notebook (IPython) instead of a traceback through our code."""
         return [f"{type(self).__name__}: {self}"]
 
 
 class RecipeError(UserError):
-    """A key, a value or a command that cannot be meant."""
+    """Invalid recipe key, value or command."""
 
     exit_code = 2
 
 
 class DataError(UserError):
-    """A file or a row that cannot be learned from; names file, row or line, column and value."""
+    """File or row that cannot be trained on; names file, line, column and value."""
 
     exit_code = 3
 
 
 class ResourceError(UserError):
-    """Memory, disk or network that is not there."""
+    """Missing memory, disk space, device or network."""
 
     exit_code = 4
 
 
 class NumericError(UserError):
-    """NaN, infinity or divergence."""
+    """Non-finite loss or gradients, or divergence."""
 
     exit_code = 5
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be trusted, or a resume that would not continue the same run."""
+    """Corrupt checkpoint, or a resume that would not continue the same run."""
 
     exit_code = 6
 
 
 class Interrupted(UserError):
-    """A signal stopped the run after a checkpoint was written; the message is the command that resumes it."""
+    """Run stopped by a signal after a checkpoint was written; the message has the command that resumes it."""
 
     exit_code = 75
 
 
 def redact(text: str) -> str:
-    """The text without credentials: user and password in addresses, tokens, what `--token` or `password=` says."""
+    """Return the text without credentials: user and password in URLs, tokens, values of `--token` or `password=`."""
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """`1 row`, `1,200 rows`; `plural` where it is not the noun with an s."""
+    """Return `1 row` or `1,200 rows`; `plural` is for nouns that do not just add an s."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """The nearest option as `did you mean 'r'?`, else the list of them."""
+    """Return the nearest option as `did you mean 'r'?`, or the list of all options."""
     options = sorted(options)
     near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     if near:
@@ -108,6 +108,6 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """`value` as it is shown in an error: on one line, at most `limit` characters."""
+    """Return a value as shown in an error: quoted, on one line, at most `limit` characters."""
     text = repr(value) if not isinstance(value, str) else repr(value)[1:-1]
     return f"'{text if len(text) <= limit else text[: limit - 1] + '…'}'"

@@ -1,6 +1,6 @@
-"""Finds techniques and tasks by name: the name of a plug-in is the name of its file, with dashes.
+"""Registry of tasks and techniques: a plug-in is named after its file, with dashes.
 
-Third parties register theirs under the entry points `tunesmith.techniques` and `tunesmith.tasks`. This is the one
+Third parties register theirs under the entry points `tunesmith.techniques` and `tunesmith.tasks`. This is the only
 dynamic import of the package.
 """
 
@@ -22,7 +22,7 @@ Kind = Literal["task", "technique"]
 
 
 class Keys(BaseModel):
-    """A set of recipe keys: frozen, strict, nothing unknown, no NaN."""
+    """Section of recipe keys: frozen, strict types, no unknown keys, no NaN."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
@@ -30,61 +30,59 @@ class Keys(BaseModel):
 
 
 class Plugin(Keys):
-    """A task or a technique: its fields are its recipe keys. It is called as its file is, or its entry point."""
+    """Task or technique: its fields are its recipe keys, its name is that of its file or entry point."""
 
     name: ClassVar[str] = ""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
-        """Name it, however it comes to be imported."""
-        cls.name = _called(cls.__module__)
+        """Set the name from the module, however it is imported."""
+        cls.name = _plugin_name(cls.__module__)
 
 
 class About(NamedTuple):
-    """What a plug-in is, in its own words, and its recipe keys."""
+    """Name, docstring and recipe keys of a plug-in."""
 
     name: str
-    what: str
+    description: str
     keys: list[str]
 
 
-def _called(module: str) -> str:
+def _plugin_name(module: str) -> str:
     return module.rpartition(".")[2].replace("_", "-")
 
 
 def _files(kind: Kind) -> dict[str, Path]:
     """Name -> file of the plug-ins of this package."""
-    found = Path(__file__).with_name(f"{kind}s").glob("[!_]*.py")
-    return {_called(path.stem): path for path in found}
+    return {_plugin_name(path.stem): path for path in Path(__file__).with_name(f"{kind}s").glob("[!_]*.py")}
 
 
-def _points(kind: Kind) -> dict[str, EntryPoint]:
-    """Name -> entry point of the plug-ins of third parties, which come before ours of the same name."""
+def _entry_points(kind: Kind) -> dict[str, EntryPoint]:
+    """Name -> entry point of the plug-ins of third parties, which take precedence over ours of the same name."""
     return {point.name: point for point in entry_points(group=f"tunesmith.{kind}s")}
 
 
 def names(kind: Kind) -> list[str]:
-    """All known plug-ins of a kind, sorted, without importing them."""
-    return sorted(_files(kind).keys() | _points(kind).keys())
+    """Return the names of all plug-ins of a kind, sorted, without importing them."""
+    return sorted(_files(kind).keys() | _entry_points(kind).keys())
 
 
 def about(kind: Kind) -> list[About]:
-    """All plug-ins of a kind, sorted; those of this package are read, not imported, for that takes seconds."""
-    theirs = _points(kind)  # asked once: each time goes through all packages that are installed
-    found = [_imported(kind, name) for name in theirs]
-    found += [_read(kind, name, file) for name, file in _files(kind).items() if name not in theirs]
-    return sorted(found)
+    """Describe all plug-ins of a kind, sorted; those of this package are parsed, as importing them takes seconds."""
+    theirs = _entry_points(kind)  # once: it scans all installed packages
+    plugins = [_import(kind, name) for name in theirs]
+    plugins += [_parse(kind, name, file) for name, file in _files(kind).items() if name not in theirs]
+    return sorted(plugins)
 
 
-def _read(kind: Kind, name: str, file: Path) -> About:
-    """A plug-in as its file says it."""
+def _parse(kind: Kind, name: str, file: Path) -> About:
+    """Description of a plug-in from the text of its file."""
     parts = ast.parse(file.read_text(encoding="utf-8")).body
     base = kind.capitalize()
     (plugin,) = (
         part
         for part in parts
-        if isinstance(part, ast.ClassDef)
-        and any(isinstance(one, ast.Name) and one.id.endswith(base) for one in part.bases)
+        if isinstance(part, ast.ClassDef) and any(isinstance(one, ast.Name) and one.id == base for one in part.bases)
     )
     fields = (
         part.target.id
@@ -97,13 +95,13 @@ def _read(kind: Kind, name: str, file: Path) -> About:
     return About(name, ast.get_docstring(plugin) or "", keys)
 
 
-def _imported(kind: Kind, name: str) -> About:
+def _import(kind: Kind, name: str) -> About:
     plugin = get(kind, name)
     return About(name, inspect.getdoc(plugin) or "", list(plugin.model_fields))
 
 
 def check_name(kind: Kind, name: str) -> None:
-    """Whether a name is known, without importing what it stands for.
+    """Check that a name is known, without importing the plug-in.
 
     Raises:
         RecipeError: no plug-in has that name.
@@ -114,16 +112,16 @@ def check_name(kind: Kind, name: str) -> None:
 
 @cache
 def get(kind: Kind, name: str) -> type[Plugin]:
-    """The class behind a name.
+    """Return the class of a name.
 
     Raises:
         RecipeError: no plug-in has that name.
     """
     check_name(kind, name)
-    if name in _points(kind):
-        found: type[Plugin] = _points(kind)[name].load()
-        found.name = name
-        return found
+    if name in _entry_points(kind):
+        plugin: type[Plugin] = _entry_points(kind)[name].load()
+        plugin.name = name
+        return plugin
     module = importlib.import_module(f"tunesmith.{kind}s.{name.replace('-', '_')}")
     own = [
         value

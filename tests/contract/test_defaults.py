@@ -8,7 +8,7 @@ import pytest
 
 import tunesmith
 from tunesmith import registry
-from tunesmith.talk import Talk
+from tunesmith.console import Talk
 
 SST2 = Path(__file__).parents[3] / "shared" / "data" / "sst2"
 MAJORITY = 0.509

@@ -1,4 +1,4 @@
-"""Every technique on every task and family: the lists come from the registry; what is refused, docs/support.md says.
+"""Every technique on every task and family, from the registry; docs/support.md lists the refusals.
 
 `make test` takes every sixth cell of text classification, each variant on three families and each family with four,
 and of other tasks every eighteenth or thirty-sixth; `make test-all` takes all.
@@ -36,13 +36,13 @@ def _cases() -> list[Any]:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 @pytest.mark.parametrize(("technique", "keys", "task", "family"), _cases())
 def test_contract(technique: str, keys: dict[str, Any], task: str, family: str) -> None:
-    said = (task, matrix.label(technique, keys), family) in matrix.refused()
+    expected = (task, matrix.label(technique, keys), family) in matrix.refused()
     try:
         check({"name": technique, **keys}, task, family)
     except RecipeError as refusal:
-        assert said, f"refused, and docs/support.md does not say so: {refusal}"
+        assert expected, f"refused, but not in docs/support.md: {refusal}"
     else:
-        assert not said, "docs/support.md says that this is refused: run tests/contract/matrix.py"
+        assert not expected, "not refused, but in docs/support.md: run tests/contract/matrix.py"
 
 
 def test_the_page_has_every_row_and_column() -> None:
@@ -64,9 +64,9 @@ def test_the_refusals_are_those_of_the_support_page(page: str) -> None:
     rows = [
         line.strip("|").split("|") for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if "|" in line
     ]
-    said = {row[0].strip(" `"): {name.strip() for name in row[1].split(",")} for row in rows if len(row) == 3}
-    found: dict[str, set[str]] = {}
+    listed = {row[0].strip(" `"): {name.strip() for name in row[1].split(",")} for row in rows if len(row) == 3}
+    refusals: dict[str, set[str]] = {}
     for task, row, family in matrix.refused():
-        if task == "text-classification":  # other tasks refuse whole families, which their cards say
-            found.setdefault(row.split()[0], set()).add(family)
-    assert {name: families for name, families in said.items() if name in registry.names("technique")} == found
+        if task == "text-classification":  # other tasks refuse whole families, as in their cards
+            refusals.setdefault(row.split()[0], set()).add(family)
+    assert {name: families for name, families in listed.items() if name in registry.names("technique")} == refusals

@@ -1,4 +1,4 @@
-"""The example plug-ins of CONTRIBUTING.md, installed as a package of a third party would be."""
+"""The example plug-ins of CONTRIBUTING.md, installed like a third-party package."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 
 import tunesmith
 from tunesmith import registry
+from tunesmith.console import Talk
 from tunesmith.errors import RecipeError
-from tunesmith.talk import Talk
 from tunesmith.testing import MADE_UP, check
 
 PAGE = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -47,25 +47,25 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         del sys.modules[name]
 
 
-def test_the_examples_are_found_by_name(installed: None) -> None:
+def test_examples_are_registered(installed: None) -> None:
     assert "bias-only" in registry.names("technique")
     assert "text-share" in registry.names("task")
     assert ("bias-only", "Bias-only fine-tuning.", ["norms"]) in registry.about("technique")
 
 
-def test_the_examples_keep_the_contract(installed: None) -> None:
+def test_examples_pass_the_contract(installed: None) -> None:
     snippets = SNIPPET.findall(PAGE)
     assert len(snippets) == 2
     for code in snippets:
         exec(code, {})
 
 
-def test_the_examples_train_and_answer(installed: None, tiny_bert: Path, tmp_path: Path) -> None:
+def test_examples_train_and_predict(installed: None, tiny_bert: Path, tmp_path: Path) -> None:
     with (tmp_path / "shares.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("text", "share"))
         for number in range(40):
-            row = MADE_UP["text-classification"](number)
+            row = sample_row("text-classification", number)
             writer.writerow((row["text"], 0.9 if row["label"] == "positive" else 0.2))
     result = tunesmith.train(
         task="text-share",
@@ -81,6 +81,6 @@ def test_the_examples_train_and_answer(installed: None, tiny_bert: Path, tmp_pat
     assert 0 < answer["value"] < 1
 
 
-def test_a_model_without_biases_is_refused_with_the_reason(installed: None) -> None:
+def test_a_model_without_biases_is_refused(installed: None) -> None:
     with pytest.raises(RecipeError, match="a llama has no biases; use technique=lora"):
         check("bias-only", "text-classification", "llama")

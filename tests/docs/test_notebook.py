@@ -1,4 +1,4 @@
-"""What the quickstart says of notebooks: the code runs, the cell looks right, an interrupted kernel loses nothing."""
+"""The notebook section of the quickstart: the code runs, the output is plain, an interrupted kernel can resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECTION = PAGE.read_text(encoding="utf-8").partition("### In a notebook\n")[2].p
 
 @pytest.fixture
 def output(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`output(code)`: what running it in a notebook's cell leaves on the screen, line by line."""
+    """Return `output(code)`, which runs code in a simulated notebook cell and returns the visible lines."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr(builtins, "get_ipython", type("ZMQInteractiveShell", (), {}), raising=False)
@@ -38,7 +38,7 @@ def output(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
             patch.setattr(sys, "stdout", screen)
             patch.setattr(sys, "stderr", screen)
             exec(code, {})
-        assert "\x1b" not in screen.getvalue(), "a cell knows no escape codes"
+        assert "\x1b" not in screen.getvalue(), "a cell shows no escape codes"
         return [re.sub(r"^.*\r", "", line) for line in screen.getvalue().rstrip("\n").split("\n")]
 
     return run
@@ -46,13 +46,14 @@ def output(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
 
 def test_a_cell_runs_and_shows_plain_lines(output: Any) -> None:
     lines = output(CELL)
-    assert [line.split()[0] for line in lines] == [
-        "model", "a", "4,194", "if", "epoch", "epoch", "kept:", "validation:", "a", "in", "written"
-    ]  # fmt: skip
+    assert sum(line.startswith("epoch ") for line in lines) == 2
+    assert sum(line.startswith("validation: ") for line in lines) == 1
+    assert any(line.endswith("tunesmith train --resume runs/reviews-lora") for line in lines)
+    assert len(lines) < 15
     assert tunesmith.load("runs/reviews-lora").predict(["the film was great"])[0]["label"] in ("negative", "positive")
 
 
-def test_a_cell_that_is_run_twice_says_the_way_out(output: Any) -> None:
+def test_running_a_cell_twice_raises_a_one_line_error(output: Any) -> None:
     output(CELL)
     with pytest.raises(RecipeError, match="the folder is not empty") as caught:
         output(CELL)
@@ -60,7 +61,7 @@ def test_a_cell_that_is_run_twice_says_the_way_out(output: Any) -> None:
     assert line == f"RecipeError: {caught.value}" and "\n" not in line
 
 
-def test_an_interrupted_kernel_goes_on_where_it_was(output: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_kernel_resumes(output: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = Batches.micro_batches
 
     def interrupted(batches: Batches, step: int, limits: Any) -> Any:

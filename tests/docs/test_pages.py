@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from tunesmith import registry
-from tunesmith.cli import app
+from tunesmith.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")) if path.name != "CHANGELOG.md")
@@ -27,7 +27,7 @@ def _commands() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("page", "line"), _commands(), ids=lambda value: value[:60])
-def test_every_printed_command_is_one(page: str, line: str) -> None:
+def test_every_command_on_a_page_parses(page: str, line: str) -> None:
     words = shlex.split(line)[1:]
     command: typing.Any = typer.main.get_command(app)
     context = click.Context(command)
@@ -37,13 +37,13 @@ def test_every_printed_command_is_one(page: str, line: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_point_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         if not target.startswith("https://"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_the_recipe_reference_is_the_generated_one() -> None:
+def test_the_recipe_reference_is_up_to_date() -> None:
     generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == generate["page"](), "run docs/generate.py"
 
@@ -55,4 +55,4 @@ def test_every_plug_in_has_a_card(kind: str, name: str) -> None:
     card = ROOT / "docs" / f"{kind}s" / f"{name}.md"
     text = card.read_text(encoding="utf-8")
     for key in registry.get(typing.cast(registry.Kind, kind), name).model_fields:
-        assert key in text, f"{card.name} does not speak of {key}"
+        assert key in text, f"{card.name} does not mention {key}"

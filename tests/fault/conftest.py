@@ -1,4 +1,4 @@
-"""Fixtures of the fault tests: command lines in forked children, and a run to disturb."""
+"""Fixtures of the fault tests: commands in forked children, and a run to disturb."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def forks(tiny_bert: Path, reviews_csv: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def undisturbed(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run ends with that nothing has happened to."""
+    """Result of an undisturbed run."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     done = forks.train(folder)
     assert done.code == [0], done.err
@@ -40,7 +40,7 @@ def undisturbed(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.fixture(scope="session")
 def stopped(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that a signal stopped after step 6 of 12; copy it."""
+    """Folder of a run that a signal stopped after step 6 of 12; to be copied."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     assert forks.train(folder, fault=STOP).code == [75]
     return folder
@@ -48,5 +48,5 @@ def stopped(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(stopped: Path, tmp_path: Path) -> Path:
-    """Such a run of the test's own."""
+    """Copy of the stopped run for one test."""
     return Path(shutil.copytree(stopped, tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""The other end of `forks.py`: what a test calls."""
+"""Client of `forks.py`, called by the tests."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 STOP = {"name": "send", "signals": ["SIGTERM"], "moment": "forward", "at": 6}
-"""A signal in the sixth step."""
+"""Send SIGTERM in the sixth step."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """How a command line ended: an exit code for each process (negative: the signal that killed it), what it said."""
+    """Result of a command: an exit code for each process (negative: the signal that killed it) and its output."""
 
     code: list[int]
     out: str
@@ -24,7 +24,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Forks:
-    """The process that `forks.py` is."""
+    """Running process of `forks.py`."""
 
     process: subprocess.Popen[str]
     words: tuple[str, ...]
@@ -37,9 +37,9 @@ class Forks:
         return done
 
     def train(self, folder: Path, *words: str, **job: Any) -> Done:
-        """Begin a run of 12 steps into a folder."""
+        """Start a run of 12 steps in a folder."""
         return self("train", *self.words, f"output={folder}", *words, **job)
 
     def resume(self, folder: Path, *words: str, **job: Any) -> Done:
-        """Go on with it."""
+        """Resume the run in a folder."""
         return self("train", "--resume", folder, *words, **job)

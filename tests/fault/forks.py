@@ -1,11 +1,11 @@
-"""Command lines in children forked from one process that has imported everything: real exit codes, in half a second.
+"""Run commands in forked children of one process that has imported everything: real exit codes in half a second.
 
     python tests/fault/forks.py WORK
 
-reads jobs, a JSON object a line, and answers each with {"code": [one a process], "out", "err", "seconds"}. A job is
-`words` (of `tunesmith`), how many processes (`world`), and what goes wrong: a `fault` by name with its keys, in the
-process of its `rank` (0). What goes wrong is real, a signal, a limit of the system, an error raised by the audit hook
-of an operation on files; only the moment is chosen, by counting.
+reads jobs, one JSON object per line, and answers each with {"code": [one per process], "out", "err", "seconds"}. A job
+has the arguments of `tunesmith` (`words`), the number of processes (`world`) and a `fault`: its name, its arguments and
+the `rank` of the process it occurs in (0). Faults are real: a signal, a system limit, or an error raised by the audit
+hook of a file operation. The moment is chosen by counting calls.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import transformers.models.bert.modeling_bert  # noqa: F401 - before the fork, not in each child
 
-from tunesmith import cli, run
-from tunesmith.deploy import artefact
+from tunesmith import cli
+from tunesmith.deploy import artifact as artefact
 from tunesmith.models import load as models
+from tunesmith.run import train as run
 from tunesmith.tasks.text_classification import TextClassification
 from tunesmith.techniques import freeze, full, lora  # noqa: F401
 from tunesmith.training import checkpoint, evaluate, examples
@@ -43,17 +44,17 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "optimizer": (torch.optim.AdamW, "step"),
     "evaluation": (evaluate, "scores"),
     "saving": (checkpoint, "save_file"),
-    "pointing": (checkpoint, "point"),
+    "pointing": (checkpoint, "write_pointer"),
     "rotating": (checkpoint, "rotate"),
     "artefact": (artefact, "write_model"),
     "final scores": (evaluate, "scores_and_answers"),
     "report": (run.report, "write"),
 }
-"""A moment of a run -> the function that is called then."""
+"""Moment of a run -> the function that is called at that moment."""
 
 
 def _before(moment: str, at: int, act: Callable[[], Any]) -> None:
-    """Act before the at-th time of a moment."""
+    """Call `act` before the at-th call of a moment's function."""
     owner, name = MOMENTS[moment]
     own, count = getattr(owner, name), [0]
 
@@ -67,17 +68,17 @@ def _before(moment: str, at: int, act: Callable[[], Any]) -> None:
 
 
 def send(signals: list[str], moment: str, at: int = 1) -> None:
-    """This process gets signals."""
+    """Send signals to this process."""
     _before(moment, at, lambda: [os.kill(os.getpid(), getattr(signal, name)) for name in signals])
 
 
 def limit_files(size_bytes: int) -> None:
-    """No file may grow beyond a size."""
+    """Limit the size of files."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, size_bytes))
 
 
 def fail_writing(folder: str, nth: int, code: int) -> None:
-    """The nth time that something is opened for writing, made, renamed or removed under a folder, and ever after."""
+    """Fail the nth and every later open for writing, mkdir or rename under a folder."""
     count = [0]
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -100,9 +101,9 @@ FAULTS: dict[str, Callable[..., None]] = {"send": send, "limit_files": limit_fil
 
 
 def _port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _child(job: dict[str, Any], rank: int, port: int, out: Path, err: Path) -> None:
@@ -119,8 +120,8 @@ def _child(job: dict[str, Any], rank: int, port: int, out: Path, err: Path) -> N
             FAULTS[fault.pop("name")](**fault)
         sys.argv = ["tunesmith", *job["words"]]
         cli.main()
-    except SystemExit as left:
-        code = int(left.code or 0)
+    except SystemExit as error:
+        code = int(error.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -130,7 +131,7 @@ def _child(job: dict[str, Any], rank: int, port: int, out: Path, err: Path) -> N
 
 
 def done(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run a job; how it ended, and what it said."""
+    """Run a job; return exit codes and output."""
     began, port = time.monotonic(), _port()
     out, err = folder / f"{port}.out", folder / f"{port}.err"
     children = []
@@ -139,12 +140,12 @@ def done(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             _child(job, rank, port, out, err)
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    said = {"out": out.read_text(encoding="utf-8"), "err": err.read_text(encoding="utf-8")}
-    return {"code": codes, **said, "seconds": time.monotonic() - began}
+    output = {"out": out.read_text(encoding="utf-8"), "err": err.read_text(encoding="utf-8")}
+    return {"code": codes, **output, "seconds": time.monotonic() - began}
 
 
 if __name__ == "__main__":
     work = Path(sys.argv[1])
     for line in sys.stdin:
         print(json.dumps(done(json.loads(line), work)), flush=True)
-    os._exit(0)  # what torch would tidy up takes a second
+    os._exit(0)  # skips torch's cleanup, which takes a second

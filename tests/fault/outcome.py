@@ -1,4 +1,4 @@
-"""What a run ended with, to be compared bit for bit."""
+"""Result of a run, to be compared bit by bit."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from safetensors.torch import load_file
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """All that must not depend on what happened: weights, optimizer, and each step's loss."""
-    found: dict[str, Any] = {"files": sorted(path.name for path in folder.iterdir())}
+    """Return everything that must not depend on faults: weights, optimizer state, and the loss of each step."""
+    values: dict[str, Any] = {"files": sorted(path.name for path in folder.iterdir())}
     last = json.loads((folder / "checkpoints" / "last.json").read_text())["folder"]
     kept = sorted((folder / "checkpoints" / last).glob("*.safetensors"))
     for path in (*kept, *sorted(folder.glob("adapter/*.safetensors")), *sorted(folder.glob("model/*.safetensors"))):
-        found |= {f"{path.name}/{name}": tensor for name, tensor in load_file(path).items()}
+        values |= {f"{path.name}/{name}": tensor for name, tensor in load_file(path).items()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found["losses"] = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    found["scores"] = [line for line in lines if "validation/loss" in line]
-    return found
+    values["losses"] = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    values["scores"] = [line for line in lines if "validation/loss" in line]
+    return values
 
 
 def differences(ours: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """The names of what is not the same, bit for bit."""
+    """Return the names of the values that differ in any bit."""
     names = sorted(ours.keys() ^ expected.keys())
     for name in ours.keys() & expected.keys():
         a, b = ours[name], expected[name]

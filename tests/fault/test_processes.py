@@ -1,4 +1,4 @@
-"""Two processes: where one is gone the other ends within seconds, and both go on from the last checkpoint."""
+"""Two processes: if one ends, so does the other within seconds; both resume from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KILL = STOP | {"signals": ["SIGKILL"]}
 
 @pytest.fixture(scope="module")
 def two(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run of two processes ends with that nothing has happened to."""
+    """Result of an undisturbed run of two processes."""
     folder = tmp_path_factory.mktemp("two") / "run"
     done = forks.train(folder, world=2)
     assert done.code == [0, 0], done.err
@@ -32,7 +32,7 @@ def test_one_that_is_killed_ends_the_other(rank: int, forks: Forks, two: dict[st
     folder = tmp_path / "run"
     done = forks.train(folder, world=2, fault=KILL | {"rank": rank})
     assert sorted(done.code) == [-9, 4] and done.code[rank] == -9 and done.seconds < 10
-    assert "error: another process of this run is gone (" in done.err
+    assert "error: another process " in done.err
     resumed = forks.resume(folder, world=2)
     assert resumed.code == [0, 0], resumed.err
     assert differences(result(folder), two) == []
@@ -54,7 +54,7 @@ def test_what_fails_in_one_ends_all(forks: Forks, two: dict[str, Any], tmp_path:
     fault = {"name": "fail_writing", "folder": str(folder / "checkpoints"), "nth": 12, "code": 28}
     done = forks.train(folder, world=2, fault=fault)
     assert done.code == [4, 4], done.err
-    assert "no space left" in done.err and "another process of this run is gone" in done.err
+    assert os.strerror(28).lower() in done.err and "another process " in done.err
     assert forks.resume(folder, world=2).code == [0, 0]
     assert differences(result(folder), two) == []
 
@@ -70,10 +70,10 @@ def test_one_process_goes_on_with_what_two_began(forks: Forks, undisturbed: dict
 
 
 WRONG = {
-    "RANK is missing": ({"WORLD_SIZE": "2"}, 4, "2 processes did not find each other (", "start them with torchrun"),
-    "no number": ({"WORLD_SIZE": "two"}, 2, "WORLD_SIZE=two is no whole number", "unset it"),
-    "none": ({"WORLD_SIZE": "0"}, 2, "WORLD_SIZE=0 is no whole number from 1 up", "unset it"),
-    "no time": ({"TUNESMITH_TIMEOUT_S": "soon"}, 2, "TUNESMITH_TIMEOUT_S=soon is no whole number", "unset it"),
+    "RANK is missing": ({"WORLD_SIZE": "2"}, 4, "2 processes ", "torchrun"),
+    "no number": ({"WORLD_SIZE": "two"}, 2, "WORLD_SIZE=two "),
+    "none": ({"WORLD_SIZE": "0"}, 2, "WORLD_SIZE=0 "),
+    "no time": ({"TUNESMITH_TIMEOUT_S": "soon"}, 2, "TUNESMITH_TIMEOUT_S=soon "),
 }
 
 

@@ -1,4 +1,4 @@
-"""A signal at any moment of a run: exit code 75, at most one more step is finished, and resumed it is the same run."""
+"""A signal at any moment of a run: exit code 75, at most one more step, and the resumed run has the same result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOMENTS = {
     "final scores": (1, 12),
     "report": (1, 12),
 }
-"""Moment -> the how-manieth, and the step that is saved when the run has ended (None: none, it had not begun)."""
+"""Moment -> its number, and the step of the last checkpoint (None: the run had not started)."""
 
 FAST = {("forward", "SIGTERM"), ("saving", "SIGINT")}
 CASES = [
@@ -48,10 +48,10 @@ def test_a_run_stopped_at_any_moment(
     stopped = forks.train(folder, fault={"name": "send", "signals": [signal], "moment": moment, "at": at})
     assert stopped.code == [75], stopped.err
     if saved is None:
-        assert stopped.err.endswith(f"stopped by {signal}; go on with: the same command\n")
+        assert f"stopped by {signal}; " in stopped.err and "--resume" not in stopped.err
         resumed = forks.train(folder)
     else:
-        assert stopped.err.endswith(f"; go on with: tunesmith train --resume {folder}\n")
+        assert stopped.err.endswith(f": tunesmith train --resume {folder}\n")
         assert _step_saved(folder) == saved and not (folder / ".lock").exists()
         resumed = forks.resume(folder)
     assert resumed.code == [0], resumed.err
@@ -63,13 +63,13 @@ def test_the_second_signal_stops_at_once(forks: Forks, undisturbed: dict[str, An
     fault = {"name": "send", "signals": ["SIGTERM", "SIGTERM"], "moment": "forward", "at": at}
     stopped = forks.train(folder, fault=fault)
     assert stopped.code == [128 + 15] and _step_saved(folder) == 4
-    assert forks.resume(folder).code == [0], "and its lock is taken over"
+    assert forks.resume(folder).code == [0], "the stale lock is taken over"
     assert differences(result(folder), undisturbed) == []
 
 
 @pytest.mark.slow
 def test_a_scheduler_stops_the_command_itself(forks: Forks, tmp_path: Path) -> None:
-    """As it is typed, in a process of its own, at whatever moment the signal comes."""
+    """The real command in its own process, with the signal at an arbitrary moment."""
     command = [sys.executable, "-m", "tunesmith", "train", *forks.words, f"output={tmp_path / 'run'}"]
     metrics = tmp_path / "run" / "metrics.jsonl"
     with subprocess.Popen([*command, "train.max_steps=100000"], stderr=subprocess.PIPE, text=True) as process:
@@ -78,6 +78,6 @@ def test_a_scheduler_stops_the_command_itself(forks: Forks, tmp_path: Path) -> N
         before = len(metrics.read_text().splitlines())
         process.terminate()
         _, said = process.communicate(timeout=30)
-    assert process.returncode == 75 and f"go on with: tunesmith train --resume {tmp_path / 'run'}" in said
+    assert process.returncode == 75 and f": tunesmith train --resume {tmp_path / 'run'}" in said
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert _step_saved(tmp_path / "run") == lines[-1]["step"] >= before - 1

@@ -1,10 +1,10 @@
-"""Runs that are killed at random moments and resumed, compared bit for bit with the run that nothing disturbed.
+"""Kill runs at random moments, resume them, and compare the results bit by bit with an undisturbed run.
 
     python tests/fault/trials.py MODEL DATA WORK --trials 60
 
 Each run is a forked child of one process that has loaded everything, so a trial takes seconds. A trial kills its run
-one to three times with SIGKILL, at a moment drawn from its whole length (start-up, steps, evaluation, checkpoints,
-artefact), and then lets it finish with the same command. Prints one JSON line: trials, kills, and what differed.
+one to three times with SIGKILL, at random moments of its whole length (start-up, steps, evaluation, checkpoints,
+artifact), and then lets it finish with the same command. Prints one JSON line: trials, kills, and differences.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 import transformers.models.bert.modeling_bert  # noqa: F401 - before the fork, not in each child
 from outcome import differences, result
 
-from tunesmith import run
+import tunesmith
 from tunesmith.tasks import fill_mask, text_classification, token_classification  # noqa: F401
 from tunesmith.techniques import adapter, bitfit, freeze, full, ia3, lora, prefix, prompt  # noqa: F401
 
@@ -44,17 +44,17 @@ TECHNIQUES: dict[str, Any] = {
     "bitfit": "bitfit",
     "peft": {"name": "peft", "type": "LOHA"},
 }
-"""In turn: few trials try the first ones only."""
+"""Tried in turn; few trials cover only the first ones."""
 
 
 def start(technique: str, folder: Path, model: str, data: str, task: str) -> int:
-    """Begin or go on with a run in a child; its process number."""
+    """Start or resume a run in a child process; return its process number."""
     if child := os.fork():
         return child
     code = 1
     try:
         with (folder.parent / f"{folder.name}.log").open("a") as log, contextlib.redirect_stdout(log):
-            run.train(
+            tunesmith.train(
                 task=task,
                 model=model,
                 data={"train": data, "validation": 0.2},
@@ -73,7 +73,7 @@ def start(technique: str, folder: Path, model: str, data: str, task: str) -> int
 
 
 def main() -> None:
-    """The undisturbed runs, then the trials."""
+    """Run without faults first, then the trials."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data")

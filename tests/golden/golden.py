@@ -14,9 +14,9 @@ import runpy
 import tempfile
 from pathlib import Path
 
+import tunesmith
 from tunesmith import recipe as recipes
-from tunesmith import run
-from tunesmith.talk import Talk
+from tunesmith.console import Talk
 from tunesmith.testing import tiny_model, tiny_tokenizer
 
 FILE = Path(__file__).with_name("losses.json")
@@ -39,14 +39,14 @@ def losses(recipe: Path, work: Path) -> list[float]:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("\n".join([*head, *(row(number) for number in range(48))]) + "\n", encoding="utf-8")
     given = recipes.load(recipe)
-    kind = given.task.model_class  # type: ignore[attr-defined]
+    kind = given.task.auto_class  # type: ignore[attr-defined]
     base = tiny_model(BASES[kind], kind) if kind in BASES else tiny_model("bert", "AutoModelForMaskedLM")
     base.save_pretrained("tiny")
     tiny_tokenizer().save_pretrained("tiny")
     longest = 48 if kind == "AutoModelForCausalLM" else 16  # a conversation is longer than its texts
     shrunk = [*SHRUNK, "model=tiny", f"data.max_length={min(given.data.max_length or 16, longest)}"]
     shrunk += ["technique.dropout=0.0"] if "dropout" in given.dump()["technique"] else []
-    result = run.train(recipe, *shrunk, talk=Talk(level=-1))
+    result = tunesmith.train(recipe, *shrunk, talk=Talk(level=-1))
     lines = [json.loads(line) for line in Path(result["run"], "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 

@@ -1,4 +1,4 @@
-"""PEFT as the judge: the same weights give the same logits and the same gradients, read both ways."""
+"""LoRA against PEFT: the same weights give the same logits and gradients, in both directions."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def answers(model: nn.Module) -> Tensor:
 
 
 def learned(model: nn.Module) -> dict[str, Tensor]:
-    """The gradient of every parameter that learns, under PEFT's names."""
+    """Return the gradient of every trainable parameter, under PEFT's names."""
     model.zero_grad()
     logits = model(input_ids=TOKENS).logits
     (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
@@ -67,7 +67,7 @@ def learned(model: nn.Module) -> dict[str, Tensor]:
 
 
 def ours_trained(family: str, kind: str, technique: Lora) -> PreTrainedModel:
-    """A model that our technique has moved away from its base."""
+    """Return a model with a random adapter."""
     model = same_base(family, kind)
     technique.apply(model, anatomy(model), None)
     torch.manual_seed(1)
@@ -107,15 +107,15 @@ def test_peft_reads_what_we_save(family: str, kind: str, variant: str, tmp_path:
 @pytest.mark.parametrize(("family", "kind"), MODELS)
 def test_we_read_what_peft_saves(family: str, kind: str, variant: str, tmp_path: Path) -> None:
     technique, base = Lora(**KINDS[variant]), same_base(family, kind)
-    found = anatomy(base)
+    parts = anatomy(base)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM" if kind == CAUSAL else "SEQ_CLS",
         r=technique.r,
         lora_alpha=technique.alpha,
         target_modules=technique.target_modules
         if technique.target_modules == "all-linear"
-        else sorted({".".join(path.split(".")[-2:]) for path in found.targets(technique.target_modules)}),
-        modules_to_save=list(found.head) or None,
+        else sorted({".".join(path.split(".")[-2:]) for path in parts.targets(technique.target_modules)}),
+        modules_to_save=list(parts.head) or None,
         use_rslora=technique.rslora,
         use_dora=technique.dora,
         fan_in_fan_out=family == "gpt2",

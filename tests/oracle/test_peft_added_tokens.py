@@ -1,4 +1,4 @@
-"""PEFT as the judge of added tokens: over the resized base it gives the logits and gradients that we do."""
+"""Added tokens against PEFT: over the resized base it gives the same logits and gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tunesmith.deploy import artefact
+from tunesmith.deploy import artifact as artefact
 from tunesmith.models import added_tokens, load, sources
 from tunesmith.techniques.ia3 import Ia3
 from tunesmith.techniques.lora import Lora
@@ -44,7 +44,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _trained(folder: Path, family: str, kind: str, config: dict[str, Any], technique: Any) -> tuple[Any, Any, Any, Any]:
-    """A model on disk, and one with tokens added that has moved away from it."""
+    """Return a model on disk, and one with added tokens and a random adapter."""
     tokenizer = tiny_tokenizer()
     config = {"vocab_size": len(tokenizer), **config}
     tiny_model(family, kind, **config).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""PEFT as the judge of (IA)3, prompts and prefixes: the same vectors give the same logits, read both ways."""
+"""(IA)3, prompts and prefixes against PEFT: the same vectors give the same logits, in both directions."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def map_of(model: PreTrainedModel) -> Anatomy:
 
 
 def logits(model: nn.Module, kind: str) -> Tensor:
-    """Of the text alone; PEFT answers for its virtual tokens too."""
+    """Return the logits of the text; PEFT also returns those of virtual tokens."""
     more = {"decoder_input_ids": torch.tensor([[0, 7, 9], [0, 4, 6]])} if kind == SEQ2SEQ else {}
     with torch.no_grad():
-        found: Tensor = model(input_ids=TOKENS, attention_mask=MASK, **more).logits
-    return found[:, -TOKENS.shape[1] :] if kind == CAUSAL else found
+        logits: Tensor = model(input_ids=TOKENS, attention_mask=MASK, **more).logits
+    return logits[:, -TOKENS.shape[1] :] if kind == CAUSAL else logits
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """What learns, moved at random."""
+    """Return a model with a random adapter."""
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -112,7 +112,7 @@ def test_peft_answers_as_ours_on_bart(name: str, tmp_path: Path) -> None:
 
 
 def test_a_prefix_that_peft_would_answer_otherwise_with_is_not_called_its_own() -> None:
-    """Past keys move the positions of BART's decoder, which takes none from outside."""
+    """Past keys shift the positions of BART's decoder, which does not accept position ids."""
     own, model = technique("prefix"), base("bart", SEQ2SEQ)
     own.apply(model, map_of(model), tiny_tokenizer())
     assert own.adapter_config(model, map_of(base("bart", SEQ2SEQ)))["peft_type"] == "TUNESMITH_PREFIX"

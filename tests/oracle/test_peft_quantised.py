@@ -1,4 +1,4 @@
-"""PEFT over a base that transformers has quantised by bitsandbytes, as the judge of `bits`."""
+"""`bits` against PEFT over a base that transformers has quantized with bitsandbytes."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ WIDE: dict[str, dict[str, int]] = {
     "llama": {"hidden_size": 64, "intermediate_size": 128},
     "distilbert": {"hidden_size": 64, "hidden_dim": 128},
 }
-"""Multiples of 64: of other rows the CPU kernel of bitsandbytes 0.50 takes wrong scales; ours asks it for flat ones."""
+"""Multiples of 64: for other widths the CPU kernel of bitsandbytes 0.50 uses wrong scales; ours passes flat rows."""
 
 TOKENS = torch.tensor([[5, 9, 7, 11, 2], [6, 8, 3, 4, 2]])
 
 
 def _answers(model: nn.Module) -> Tensor:
-    """In training mode, in which bitsandbytes too multiplies with the decoded weights; nothing here drops out."""
+    """Return logits in training mode (without dropout), where bitsandbytes also multiplies with decoded weights."""
     return model.train()(input_ids=TOKENS).logits  # type: ignore[no-any-return]
 
 

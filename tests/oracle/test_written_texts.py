@@ -1,4 +1,4 @@
-"""ROUGE-L against rouge-score, chrF and BLEU against sacrebleu's own functions, on texts drawn at random."""
+"""ROUGE-L against rouge-score, chrF and BLEU against sacrebleu, on random texts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tunesmith.metrics.texts import TextScores, rouge_l
+from tunesmith.metrics.texts import TextMetrics, rouge_l
 
 rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
 sacrebleu = pytest.importorskip("sacrebleu")
@@ -29,8 +29,8 @@ def test_rouge_l_is_that_of_rouge_score() -> None:
 def test_bleu_and_chrf_are_those_of_sacrebleu(options: dict[str, object]) -> None:
     drawn = random.Random(1)
     texts, references = ([_text(drawn) for _ in range(50)] for _ in range(2))
-    scores = TextScores(["bleu", "chrf"], **options)
+    scores = TextMetrics(["bleu", "chrf"], **options)
     scores.update(texts, references)
-    found = scores.compute()
-    assert found["bleu"] == sacrebleu.corpus_bleu(texts, [references], **options).score
-    assert found["chrf"] == sacrebleu.corpus_chrf(texts, [references]).score
+    ours = scores.compute()
+    assert ours["bleu"] == sacrebleu.corpus_bleu(texts, [references], **options).score
+    assert ours["chrf"] == sacrebleu.corpus_chrf(texts, [references]).score

@@ -1,4 +1,4 @@
-"""Every technique, put on a model so that each of its parts shows in the model's answers."""
+"""Apply a technique so that each of its parts affects the outputs of the model."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("prefix", {"num_virtual_tokens": 3, "reparameterize": 8}),
     *(("peft", {"type": kind}) for kind in ("LOHA", "OFT", "LN_TUNING", "HRA")),
 ]
-"""What else they can be told to do."""
+"""Further settings of the techniques."""
 
 
 def adapt(model: Any, name: str, keys: dict[str, Any] | None = None) -> None:
-    """Apply a technique, by default with `TECHNIQUES`' keys; LoRA's B is drawn, since at zero nothing would show."""
+    """Apply a technique, by default with the keys in `TECHNIQUES`; LoRA's B is random, as zero would have no effect."""
     torch.manual_seed(0)
     technique: Any = registry.get("technique", name)
     technique(**(TECHNIQUES[name] if keys is None else keys)).apply(model, anatomy(model), tiny_tokenizer())

@@ -13,11 +13,11 @@ from bench import models, rows
 from bench.arms import encode_once, floor, ours, trainer
 from bench.splits import read_rows, read_sentences
 from bench.workloads import ON_GPUS, SPEED, WORKLOADS, Workload, chosen
+from tunesmith.console import Talk
 from tunesmith.models import sources
-from tunesmith.prepare import Prepared
 from tunesmith.recipe import load
-from tunesmith.talk import Talk
-from tunesmith.testing import MADE_UP
+from tunesmith.run.prepare import Prepared
+from tunesmith.testing import sample_row
 
 README = Path(__file__).parents[2] / "bench" / "README.md"
 
@@ -126,7 +126,7 @@ def test_the_arms_do_the_same_work(tiny_bert: Path, reviews_csv: Path) -> None:
 
 def test_the_floor_is_counted_from_a_job(tiny_marian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.floor.SECONDS", 0.0)
-    known = [MADE_UP["translation"](number) for number in range(8)]
+    known = [sample_row("translation", number) for number in range(8)]
     job = _job("translation", tiny_marian, rows._put_pairs(tmp_path, [(row["source"], row["target"]) for row in known]))
     full, lora = (floor.go(job | {"technique": {"name": name}}) for name in ("full", "lora"))
     assert 0 < lora["multiply_adds"] < full["multiply_adds"] < 2 * lora["multiply_adds"] and full["rate"] > 0

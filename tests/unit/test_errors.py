@@ -1,4 +1,4 @@
-"""What an error's words are made of."""
+"""Formatting of error messages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from tunesmith.errors import counted
 @pytest.mark.parametrize(
     ("number", "said"), ((0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1200, "1,200 rows")), ids=str
 )
-def test_one_is_not_many(number: int, said: str) -> None:
+def test_counted_pluralizes(number: int, said: str) -> None:
     assert counted(number, "row") == said
     assert counted(number, "class", "classes") == said.replace("rows", "classes").replace("row", "class")

@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 
-from tunesmith import registry, run
+from tunesmith import registry
+from tunesmith.console import Talk
 from tunesmith.data.formats import Row
 from tunesmith.errors import UserError
-from tunesmith.prepare import Prepared
 from tunesmith.recipe import Data, Recipe, Train, load
-from tunesmith.talk import Talk
-from tunesmith.testing import MADE_UP, tiny_model, tiny_tokenizer
+from tunesmith.run import train as run
+from tunesmith.run.prepare import Prepared
+from tunesmith.run.signals import Signals
+from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training import machine
-from tunesmith.training.signals import Signals
 
 LORA = "technique={name: lora, r: 4, target_modules: [query]}"
 BLOCKS = "technique={name: freeze, last_n_blocks: 2}"
@@ -164,25 +165,25 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model("marian", "AutoModelForSeq2SeqLM").save_pretrained(folder / "translator")
     tiny_tokenizer().save_pretrained(folder / "translator")
     tiny_tokenizer().save_pretrained(folder / "decoder")
-    rows = [MADE_UP["text-classification"](number) for number in range(24)]
+    rows = [sample_row("text-classification", number) for number in range(24)]
     turned = [" ".join(reversed(str(row["text"]).split())) for row in rows]
     files = {
         "reviews.csv": [(row["text"], other, row["label"]) for row, other in zip(rows, turned, strict=True)],
         "turned.csv": [(other, other, row["label"]) for row, other in zip(rows, turned, strict=True)],
         "bad.csv": [(row["text"], "", row["label"] if number else "") for number, row in enumerate(rows)],
-        "documents.csv": [(MADE_UP["fill-mask"](number)["text"], "", "") for number in range(24)],
+        "documents.csv": [(sample_row("fill-mask", number)["text"], "", "") for number in range(24)],
     }
     for name, lines in files.items():
         with (folder / name).open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("text", "turned", "label"), *lines])
-    tagged = [MADE_UP["token-classification"](number) for number in range(24)]
+    tagged = [sample_row("token-classification", number) for number in range(24)]
     for row in tagged:  # a word that is two to the tokenizer
         row["tokens"] = [f"{word}!" for word in typing.cast(list[str], row["tokens"])]
     (folder / "entities.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged), encoding="utf-8")
-    pairs = [MADE_UP["translation"](number) for number in range(24)]
+    pairs = [sample_row("translation", number) for number in range(24)]
     lines = ["en\tde", *(f"{pair['source']}\t{pair['target']}" for pair in pairs)]
     (folder / "pairs.tsv").write_text("\n".join(lines), encoding="utf-8")
-    chats = "".join(json.dumps(MADE_UP["text-generation"](number)) + "\n" for number in range(24))
+    chats = "".join(json.dumps(sample_row("text-generation", number)) + "\n" for number in range(24))
     (folder / "chats.jsonl").write_text(chats, encoding="utf-8")
     return folder
 

@@ -1,7 +1,7 @@
 """Ragged batches in a global order that is a function of (seed, epoch, index), and their cut into micro-batches.
 
 Batches stay uniformly random; only inside one optimizer step are examples sorted by length before they are cut into
-micro-batches, which changes no gradient (losses are sums over the step's normalisers) and saves padding.
+micro-batches, which changes no gradient (losses are sums over the step's normalizers) and saves padding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tunesmith.data.encoded import Encoded
 class Ragged:
     """Rows of unequal length, flat: row i is `values[offsets[i]:offsets[i + 1]]`."""
 
-    values: Tensor  # (sum of lengths,)
+    values: Tensor  # (sum of lengths, ...)
     offsets: Tensor  # (rows + 1,)
     host_offsets: NDArray[np.int64] | None = None
     """The same offsets in the host's memory, where a device holds the rows."""
@@ -37,15 +37,16 @@ class Ragged:
 
     def mask(self) -> Tensor:
         """1 where a padded row has a value."""  # (rows, longest)
-        lengths, known = self.lengths, self._host_lengths()
+        lengths, known = self.lengths, np.diff(self._offsets_on_host())
         mask = (torch.arange(int(known.max()), device=lengths.device) < lengths[:, None]).long()
         _HOST_LENGTHS[mask] = known
         return mask
 
     def padded(self, fill: int | float) -> Tensor:
-        """Rows as a rectangle, padded on the right."""  # (rows, longest)
-        mask = self.mask().bool()
-        return self.values.new_full(mask.shape, fill).masked_scatter_(mask, self.values)
+        """Rows as a rectangle, padded on the right."""  # (rows, longest, ...)
+        mask, width = self.mask().bool(), self.values.shape[1:]
+        inside = mask.view(*mask.shape, *[1] * len(width))
+        return self.values.new_full((*mask.shape, *width), fill).masked_scatter_(inside, self.values)
 
     def to(self, device: torch.device) -> Ragged:
         """The same rows on another device."""
@@ -53,11 +54,8 @@ class Ragged:
         return Ragged(self.values.to(device, non_blocking=True), offsets, self._offsets_on_host())
 
     def _offsets_on_host(self) -> NDArray[np.int64]:
-        """Return the offsets; those of rows that were made on a device wait for it."""
+        """Return the offsets in the host's memory; for rows that were made on a device this waits for it."""
         return self.offsets.cpu().numpy() if self.host_offsets is None else self.host_offsets
-
-    def _host_lengths(self) -> NDArray[np.int64]:
-        return np.diff(self._offsets_on_host())
 
 
 _HOST_LENGTHS = WeakTensorKeyDictionary()
@@ -72,11 +70,10 @@ def host_lengths(mask: Tensor) -> NDArray[np.int64] | None:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some examples, field by field: `Ragged` where lengths vary, else a tensor of one value per example."""
+    """Some examples, field by field: `Ragged` where lengths differ, else a tensor of (examples, ...)."""
 
     fields: Mapping[str, Ragged | Tensor]
     size: int
-    tokens: int
 
     def __contains__(self, name: str) -> bool:
         return name in self.fields
@@ -87,8 +84,8 @@ class Batch:
         assert isinstance(value, Ragged), f"{name} is not ragged"
         return value
 
-    def scalar(self, name: str) -> Tensor:
-        """A field with one value per example."""  # (examples,)
+    def tensor(self, name: str) -> Tensor:
+        """A field of one value, or one array of equal shape, per example."""  # (examples, ...)
         value = self.fields[name]
         assert isinstance(value, Tensor), f"{name} is ragged"
         return value
@@ -100,22 +97,25 @@ class Batch:
 
 
 def collate(encoded: Encoded, indices: NDArray[np.int64]) -> Batch:
-    """The examples at `indices` as one ragged batch."""
+    """The examples at `indices` as one batch: indices as int64, all other fields in their own dtype."""
     fields: dict[str, Ragged | Tensor] = {}
     for name, (values, offsets) in encoded.take(indices).items():
         flat = torch.from_numpy(np.ascontiguousarray(values))
-        flat = flat.long() if not flat.is_floating_point() else flat
+        flat = flat.long() if encoded.fields[name].is_index else flat
         fields[name] = flat if offsets is None else Ragged(flat, torch.from_numpy(offsets))
-    return Batch(fields, len(indices), int(encoded.lengths[indices].sum()))
+    return Batch(fields, len(indices))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What fits at once. `overhead_tokens`: what one more forward and backward pass costs, in padded tokens."""
+    """How much fits at once, in the cost units of the task (tokens, pixels).
+
+    `overhead` is the cost of one more forward and backward pass, in padded units.
+    """
 
     max_examples: int
-    max_tokens: int
-    overhead_tokens: int = 0
+    max_cost: int
+    overhead: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,9 @@ class Batches:
     def micro_batches(self, step: int, limits: Limits) -> list[NDArray[np.int64]]:
         """This process's share of a step, cut so that padding is least within the limits."""
         share = self.indices(step)[self.rank :: self.world]
-        lengths = self.examples(step).lengths
-        share = share[np.argsort(lengths[share], kind="stable")]
-        return [share[start:stop] for start, stop in cut(lengths[share], limits)]
+        costs = self.examples(step).costs[share]
+        order = np.argsort(costs, kind="stable")
+        return [share[order[start:stop]] for start, stop in cut(costs[order], limits)]
 
 
 @lru_cache(maxsize=2)
@@ -161,20 +161,20 @@ def _order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
 def cut(lengths: NDArray[np.int64], limits: Limits) -> list[tuple[int, int]]:
     """Cut ascending lengths into runs so that sum(rows x longest + overhead) is least; each run within the limits.
 
-    Dynamic programming over the end of each run; a single row that exceeds `max_tokens` stands alone.
+    Dynamic programming over the end of each run; a single row that exceeds `max_cost` stands alone.
     """
     if not len(lengths):
         return []
     padded = len(lengths) * int(lengths[-1])
-    if len(lengths) <= limits.max_examples and padded <= min(limits.max_tokens, limits.overhead_tokens):
+    if len(lengths) <= limits.max_examples and padded <= min(limits.max_cost, limits.overhead):
         return [(0, len(lengths))]  # a second run costs more than it could save
     best: list[float] = [0.0]
     start_of: list[int] = [0]
     for stop in range(1, len(lengths) + 1):
         longest = int(lengths[stop - 1])
-        fit = max(1, min(limits.max_examples, limits.max_tokens // max(longest, 1)))
+        fit = max(1, min(limits.max_examples, limits.max_cost // max(longest, 1)))
         starts = range(max(0, stop - fit), stop)
-        costs = [best[start] + (stop - start) * longest + limits.overhead_tokens for start in starts]
+        costs = [best[start] + (stop - start) * longest + limits.overhead for start in starts]
         least = int(np.argmin(costs))
         best.append(costs[least])
         start_of.append(starts[least])

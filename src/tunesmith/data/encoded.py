@@ -1,8 +1,16 @@
-"""Encoded examples as memory-mapped flat arrays with offsets.
+"""Encoded examples: one array for each field, with offsets where the first dimension differs from example to example.
 
-One mechanism gives the cache (a folder named by a hash of its content), data larger than memory, and resuming at any
-example. A folder is complete or absent: it is written beside and renamed, and one that a power cut has emptied since
-is written anew.
+The same class holds them in memory (to answer a request) and as memory-mapped files (to train). On disk one mechanism
+gives the cache (a folder named by a hash of its content), data larger than memory, and resuming at any example. A
+folder is complete or absent: it is written beside its place and renamed, and one that a power cut has emptied is
+written again.
+
+A field is what `encode_rows` returns for it:
+
+    7, 0.5                    one number an example: an index (int64 in a batch), or float32
+    [3, 1, 4], [0.5, 1.0]     a list: ragged, indices or float32
+    np.ndarray                an array of the same shape for every example, in its own dtype (uint8 stays uint8)
+    VariableLength(array)     an array whose first dimension differs from example to example, in its own dtype
 """
 
 from __future__ import annotations
@@ -11,63 +19,91 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 CHUNK_ROWS = 1024
-SCHEMA = 2
+SCHEMA = 3
 Array = NDArray[Any]
 RowT = TypeVar("RowT")
+Fields = dict[str, Any]
+"""One example: field -> value."""
+
+
+class VariableLength(NamedTuple):
+    """An array whose first dimension differs from example to example."""
+
+    array: Array
+
+
+@dataclass(frozen=True)
+class Field:
+    """The layout of one field: `shape` is that of one element of a ragged field, else that of one example."""
+
+    dtype: str
+    shape: tuple[int, ...] = ()
+    ragged: bool = False
+    is_index: bool = False
+    """Whether a batch holds it as int64, the dtype in which PyTorch indexes."""
 
 
 class Encoded:
-    """A read-only set of encoded examples. `fields` maps a name to whether it is ragged (varies in length)."""
+    """A read-only set of encoded examples.
 
-    def __init__(self, folder: Path) -> None:
+    `key` names their content (the folder's name); it is empty for examples in memory. `costs` are the cost units of
+    each example (tokens, pixels), as its task states them.
+    """
+
+    def __init__(
+        self, size: int, fields: Mapping[str, Field], values: dict[str, Array], offsets: dict[str, Array], key: str = ""
+    ) -> None:
+        self.size, self.fields, self.key = size, dict(fields), key
+        self._values, self._offsets = values, offsets
+        self.costs: Array = np.ones(size, dtype=np.int64)  # (examples,)
+
+    @classmethod
+    def open(cls, folder: Path) -> Encoded:
+        """Map the files of a folder that `encode` wrote."""
         about = json.loads((folder / "fields.json").read_text(encoding="utf-8"))
-        self.folder = folder
-        self.size: int = about["size"]
-        self.fields: dict[str, bool] = {name: field["ragged"] for name, field in about["fields"].items()}
-        self._values: dict[str, Array] = {}
-        self._offsets: dict[str, Array] = {}
-        for name, field in about["fields"].items():
-            self._values[name] = _map(folder / f"{name}.values", field["dtype"])
-            if field["ragged"]:
-                self._offsets[name] = _map(folder / f"{name}.offsets", "int64")
+        fields = {name: Field(**{**field, "shape": tuple(field["shape"])}) for name, field in about["fields"].items()}
+        values, offsets = {}, {}
+        for name, field in fields.items():
+            values[name] = _map(folder / f"{name}.values", field.dtype).reshape(-1, *field.shape)
+            if field.ragged:
+                offsets[name] = _map(folder / f"{name}.offsets", "int64")
+        return cls(about["size"], fields, values, offsets, folder.name)
 
     def __len__(self) -> int:
         return self.size
 
-    @cached_property
-    def lengths(self) -> Array:
-        """Tokens of each example: what `length` says, else the lengths of the first ragged field."""  # (examples,)
-        if "length" in self.fields:
-            return np.asarray(self._values["length"], dtype=np.int64)
-        for name, ragged in self.fields.items():
-            if ragged:
-                return np.diff(self._offsets[name])
-        return np.ones(self.size, dtype=np.int64)
+    def __contains__(self, name: str) -> bool:
+        return name in self.fields
 
     def column(self, name: str) -> Array:
-        """All values of a field, flat."""
+        """All values of a field: (examples, ...), or (sum of lengths, ...) where it is ragged."""
         return self._values[name]
 
     def offsets(self, name: str) -> Array:
-        """Where the examples begin in a ragged field, and where it ends."""  # (examples + 1,)
+        """The places at which the examples of a ragged field begin, and its end."""  # (examples + 1,)
         return self._offsets[name]
 
+    def lengths(self, name: str) -> Array:
+        """The length of each example in a ragged field."""  # (examples,)
+        return np.diff(self._offsets[name])
+
     def take(self, indices: Sequence[int] | Array) -> dict[str, tuple[Array, Array | None]]:
-        """The examples at `indices`: field -> (flat values, offsets starting at 0; None where not ragged)."""
+        """The examples at `indices`: field -> (values, offsets starting at 0; None where not ragged)."""
         taken: dict[str, tuple[Array, Array | None]] = {}
-        for name, ragged in self.fields.items():
+        for name, field in self.fields.items():
             values = self._values[name]
-            if not ragged:
+            if not field.ragged:
                 taken[name] = (values[indices], None)
                 continue
             offsets = self._offsets[name]
@@ -83,7 +119,22 @@ def _map(path: Path, dtype: str) -> Array:
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # the subclass costs a microsecond a slice
 
 
-def encode(rows: Iterable[RowT], encode_rows: Callable[[list[RowT]], list[dict[str, Any]]], folder: Path) -> Encoded:
+Costs = Callable[[Encoded], Array]
+"""Examples -> the cost units of each."""
+
+
+def _with_costs(encoded: Encoded, costs: Costs | None) -> Encoded:
+    if costs is not None and len(encoded):
+        encoded.costs = costs(encoded)
+    return encoded
+
+
+def encode(
+    rows: Iterable[RowT],
+    encode_rows: Callable[[list[RowT]], list[Fields]],
+    folder: Path,
+    costs: Costs | None = None,
+) -> Encoded:
     """Encode `rows` in chunks into `folder`, or open the folder where it is there already."""
     if not _is_whole(folder):
         writing = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
@@ -94,7 +145,27 @@ def encode(rows: Iterable[RowT], encode_rows: Callable[[list[RowT]], list[dict[s
             _put_in_place(writing, folder)
         finally:
             shutil.rmtree(writing, ignore_errors=True)
-    return Encoded(folder)
+    return _with_costs(Encoded.open(folder), costs)
+
+
+def encode_in_memory(
+    rows: Iterable[RowT], encode_rows: Callable[[list[RowT]], list[Fields]], costs: Costs | None = None
+) -> Encoded:
+    """Encode `rows` in chunks; nothing is written to disk."""
+    fields: dict[str, Field] = {}
+    size = 0
+    values: dict[str, list[Array]] = {}
+    lengths: dict[str, list[int]] = {}
+    for chunk in _chunks(rows, encode_rows):
+        fields = fields or _layout(chunk)
+        for name, field in fields.items():
+            flat, own = _packed(name, field, [row[name] for row in chunk])
+            values.setdefault(name, []).append(flat)
+            lengths.setdefault(name, []).extend(own)
+        size += len(chunk)
+    offsets = {name: np.cumsum([0, *lengths[name]]) for name, field in fields.items() if field.ragged}
+    joined = {name: np.concatenate(parts) for name, parts in values.items()}
+    return _with_costs(Encoded(size, fields, joined, offsets), costs)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -117,43 +188,69 @@ def _put_in_place(writing: Path, folder: Path) -> None:
             raise
 
 
-def _chunks(
-    rows: Iterable[RowT], encode_rows: Callable[[list[RowT]], list[dict[str, Any]]]
-) -> Iterator[list[dict[str, Any]]]:
+def _chunks(rows: Iterable[RowT], encode_rows: Callable[[list[RowT]], list[Fields]]) -> Iterator[list[Fields]]:
     rows = iter(rows)
     while chunk := list(islice(rows, CHUNK_ROWS)):
-        yield encode_rows(chunk)
+        if fields := encode_rows(chunk):
+            yield fields
 
 
-def _write(chunks: Iterable[list[dict[str, Any]]], folder: Path) -> None:
-    fields: dict[str, dict[str, Any]] = {}
+def _write(chunks: Iterable[list[Fields]], folder: Path) -> None:
+    fields: dict[str, Field] = {}
     ends: dict[str, int] = {}
     size = 0
     for chunk in chunks:
-        for name, value in chunk[0].items() if not fields else ():
-            fields[name] = {"ragged": np.ndim(value) == 1, "dtype": _dtype([row[name] for row in chunk])}
-            if fields[name]["ragged"]:
+        if not fields:
+            fields = _layout(chunk)
+            for name in (name for name, field in fields.items() if field.ragged):
                 _append(folder / f"{name}.offsets", np.zeros(1, dtype=np.int64))
         for name, field in fields.items():
-            column = [row[name] for row in chunk]
-            flat = np.concatenate([np.asarray(value) for value in column]) if field["ragged"] else np.asarray(column)
-            assert field["dtype"] == _dtype(column) or field["dtype"] == "float32", f"{name} has fractions only now"
-            _append(folder / f"{name}.values", flat.astype(field["dtype"]))
-            if field["ragged"]:
-                offsets = ends.get(name, 0) + np.cumsum([len(value) for value in column], dtype=np.int64)
+            flat, lengths = _packed(name, field, [row[name] for row in chunk])
+            _append(folder / f"{name}.values", flat)
+            if field.ragged:
+                offsets = ends.get(name, 0) + np.cumsum(lengths, dtype=np.int64)
                 _append(folder / f"{name}.offsets", offsets)
                 ends[name] = int(offsets[-1])
         size += len(chunk)
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    about = {"size": size, "fields": fields, "bytes": sizes}
+    about = {"size": size, "fields": {name: asdict(field) for name, field in fields.items()}, "bytes": sizes}
     (folder / "fields.json").write_text(json.dumps(about), encoding="utf-8")
 
 
+def _layout(chunk: list[Fields]) -> dict[str, Field]:
+    return {name: _field(value, [row[name] for row in chunk]) for name, value in chunk[0].items()}
+
+
+def _field(value: Any, column: list[Any]) -> Field:
+    if isinstance(value, VariableLength):
+        return Field(value.array.dtype.name, value.array.shape[1:], ragged=True)
+    if isinstance(value, np.ndarray):
+        return Field(value.dtype.name, value.shape)
+    dtype = _dtype(column)
+    return Field(dtype, ragged=isinstance(value, list), is_index=dtype == "int32")
+
+
+def _packed(name: str, field: Field, column: list[Any]) -> tuple[Array, list[int]]:
+    """The values of some examples as one array, and the length of each where the field is ragged."""
+    if isinstance(column[0], VariableLength):
+        arrays = [value.array for value in column]
+        flat = np.concatenate(arrays)
+        assert flat.shape[1:] == field.shape, f"{name}: elements of {flat.shape[1:]}, not {field.shape}"
+    elif isinstance(column[0], np.ndarray):
+        shapes = {value.shape for value in column} - {field.shape}
+        assert not shapes, f"{name}: an example of {shapes.pop()}, not {field.shape}; VariableLength(array) may differ"
+        return np.stack(column).astype(field.dtype, copy=False), []
+    else:
+        assert field.dtype == _dtype(column) or field.dtype == "float32", f"{name} has fractions only now"
+        arrays = column
+        flat = np.concatenate([np.asarray(value) for value in column]) if field.ragged else np.asarray(column)
+    return flat.astype(field.dtype, copy=False), [len(value) for value in arrays] if field.ragged else []
+
+
 def _dtype(values: list[Any]) -> str:
-    dtypes = {np.asarray(value).dtype for value in values if np.size(value)}
-    if dtypes == {np.dtype("int16")}:  # numbers in bf16, as they are
-        return "int16"
-    return "float32" if any(dtype.kind == "f" for dtype in dtypes) else "int32"
+    """float32 where a number or an element of a list has a fraction, else int32."""
+    kinds = {np.asarray(value).dtype.kind for value in values if np.size(value)}
+    return "float32" if "f" in kinds else "int32"
 
 
 def _append(path: Path, values: Array) -> None:
@@ -174,7 +271,7 @@ def file_sha256(path: Path) -> str:
 
 
 def known_sha256(path: Path) -> str:
-    """`file_sha256`, asked once in this process of a file that stays as it is."""
+    """`file_sha256`, computed once in this process for a file that stays as it is."""
     about = path.stat()
     return _sha256_of(path, about.st_size, about.st_mtime_ns)
 

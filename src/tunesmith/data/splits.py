@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.columns import Columns, inputs_of
 from tunesmith.data.formats import Row
-from tunesmith.data.formats.columns import ANSWERS
 from tunesmith.errors import DataError, counted
 
 Indices = NDArray[np.int64]
@@ -90,11 +90,11 @@ def _whole_texts(
     return np.asarray(drawn, dtype=np.int64)
 
 
-def digest(row: Row, form: Literal["NFC", "NFKC"] = "NFC") -> int:
-    """64 bits of what a row says beside its label, but for case, white space and the way accents are coded; by NFKC
-    also but for the width of characters.
+def digest(row: Row, columns: Columns, form: Literal["NFC", "NFKC"] = "NFC") -> int:
+    """64 bits of a row's inputs, without regard to case, white space and the way accents are coded; by NFKC also
+    without regard to the width of characters.
     """
-    texts = [str(value) for role, value in sorted(row.values.items()) if role not in (*ANSWERS, "group")]
+    texts = [str(row.values[name]) for name in sorted(c.name for c in inputs_of(columns)) if name in row.values]
     return _digest("\0".join(texts), form)
 
 

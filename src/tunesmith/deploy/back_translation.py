@@ -14,8 +14,8 @@ from pathlib import Path
 from tunesmith.data.encoded import file_sha256, fingerprint
 from tunesmith.deploy import predict
 from tunesmith.errors import DataError, RecipeError, counted
-from tunesmith.recipe_values import Augmentation
-from tunesmith.training.files import atomic_write
+from tunesmith.recipe.fields import Augmentation
+from tunesmith.storage.files import atomic_write
 
 
 def translated_back(

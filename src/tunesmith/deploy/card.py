@@ -10,15 +10,15 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from tunesmith.deploy import origin
+from tunesmith.deploy import fingerprint as origin
 from tunesmith.errors import counted
 from tunesmith.metrics import MEANINGS, side_by_side
 from tunesmith.models.load import auto_class
 from tunesmith.recipe import Recipe, to_yaml
 from tunesmith.recipe import load as load_recipe
-from tunesmith.tasks import Task, guess_knows
+from tunesmith.storage.files import atomic_write, read_json
+from tunesmith.tasks import Task
 from tunesmith.techniques import OWN_TYPE
-from tunesmith.training.files import atomic_write, read_json
 
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -58,8 +58,8 @@ def write(folder: Path) -> None:
         "## Load it\n",
         "With tunesmith:\n",
         f"```python\nimport tunesmith\n\nmodel = tunesmith.load({_quoted(folder)})\n"
-        f'print(model.predict(["{EXAMPLES.get(recipe.task.model_class, "...")}"]))\n```\n',
-        _without_us(folder, auto_class(run["model"]["family"], recipe.task.model_class), run["model"], adapter),
+        f'print(model.predict(["{EXAMPLES.get(recipe.task.auto_class, "...")}"]))\n```\n',
+        _without_us(folder, auto_class(run["model"]["family"], recipe.task.auto_class), run["model"], adapter),
         "## How it was made\n",
         _merged(run["merged"]) if "merged" in run else _made(run),
         "```yaml\n" + to_yaml(recipe.dump()) + "```\n",
@@ -69,7 +69,7 @@ def write(folder: Path) -> None:
 
 def _head(recipe: Recipe, run: dict[str, Any], adapter: bool, peft: bool) -> dict[str, Any]:
     assert isinstance(recipe.task, Task)
-    pipeline = PIPELINES.get(recipe.task.model_class, recipe.task.name)
+    pipeline = PIPELINES.get(recipe.task.auto_class, recipe.task.name)
     head: dict[str, Any] = {"library_name": _library(adapter, peft), "pipeline_tag": pipeline}
     base = run["model"]
     if base["kind"] == "hub":
@@ -107,20 +107,20 @@ def _hub_name(spec: str) -> str:
 
 
 def _scores(metrics: dict[str, Any], task: Task) -> str:
-    """A table: metric by split, the guess of one who knows only the training labels beside it; and what each says."""
+    """A table: metric by split, beside the baseline; and the meaning of each metric."""
     columns = side_by_side(metrics)
     if "baseline" not in metrics:
         return "No rows were held out, so there is no score.\n"
-    guess = metrics["baseline"]
+    baseline = metrics["baseline"]
     names = [name for name, value in columns[-1][1].items() if isinstance(value, float)]
-    known = f"guess from the training {guess_knows(task)} ({guess['split']})"
+    known = f"{task.baseline_name} ({baseline['split']})"
     lines = [
         f"| | {' | '.join(title for title, _ in columns)} | {known} |",
         "|---" * (len(columns) + 2) + "|",
     ]
     for name in names:
         cells = " | ".join(f"{scores[name]:.4f}" if name in scores else "" for _, scores in columns)
-        lines.append(f"| {name} | {cells} | {guess[name]:.4f} |" if name in guess else f"| {name} | {cells} | |")
+        lines.append(f"| {name} | {cells} | {baseline[name]:.4f} |" if name in baseline else f"| {name} | {cells} | |")
     lines += ["", *(f"- {name}: {MEANINGS[name]}" for name in names if name in MEANINGS)]
     return "\n".join(lines) + "\n"
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from tunesmith.data.conversations import Message
+from tunesmith.data.columns import of_kind
+from tunesmith.data.text.conversations import Message
 from tunesmith.deploy.predict import Tuned
 from tunesmith.errors import RecipeError
-from tunesmith.recipe_values import Generation
+from tunesmith.recipe.fields import Generation
 
 ANEW = "/new"
 """Begins another conversation."""
@@ -27,12 +28,11 @@ def chat(
     Raises:
         RecipeError: the run holds no conversations.
     """
-    if "messages" not in tuned.task.columns or not tuned.task.rows_are_examples:
+    if of_kind(tuned.task.columns, "messages") is None or not tuned.bound.rows_are_examples:
         hint = "`tunesmith predict` asks it"
         raise RecipeError("this run has learned no conversations", where=tuned.recipe.output, hint=hint)
-    told = replace(
-        tuned, recipe=tuned.recipe.model_copy(update={"task": tuned.task.model_copy(update={"generate": how})})
-    )
+    task = tuned.task.model_copy(update={"generate": how})
+    told = replace(tuned, bound=task.bind(tuned.processor, tuned.model.config, tuned.data))
     opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages = list(opening)
     for line in lines:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,24 +14,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tunesmith.console import command
 from tunesmith.data.batches import collate
-from tunesmith.data.encoded import encode
+from tunesmith.data.columns import Kind, inputs_of
 from tunesmith.data.formats import Row
-from tunesmith.data.formats.columns import ANSWERS
-from tunesmith.deploy import artefact, origin
+from tunesmith.deploy import artifact as artefact
+from tunesmith.deploy import fingerprint as origin
 from tunesmith.errors import CheckpointError, RecipeError, UserError, shorten
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Data, Recipe
 from tunesmith.recipe import load as load_recipe
-from tunesmith.run_folder import check_run
-from tunesmith.talk import command
-from tunesmith.tasks import Task, WritingTask
+from tunesmith.storage.run_folder import check_run
+from tunesmith.tasks import BoundTask, Task
 from tunesmith.techniques import Technique
 from tunesmith.training import evaluate, machine
+from tunesmith.training.examples import encode_rows
 from tunesmith.training.machine import Machine
 from tunesmith.training.task_model import load_task_model
+
+PLAIN_VALUES: dict[Kind, type] = {"text": str}
+"""Kind of a column -> the type of its values in Python."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Tuned:
     """A tuned model with all that is needed to ask it."""
 
     model: nn.Module
-    processor: Any
+    bound: BoundTask
     anatomy: Anatomy
     recipe: Recipe
     machine: Machine
@@ -50,18 +53,23 @@ class Tuned:
 
     @property
     def task(self) -> Task:
-        """What it answers."""
-        assert isinstance(self.recipe.task, Task)
-        return self.recipe.task
+        """The task of the run."""
+        task: Task = self.bound.task
+        return task
 
     @property
-    def writes(self) -> bool:
-        """Whether its answers are texts that the model writes."""
-        return isinstance(self.task, WritingTask)
+    def processor(self) -> Any:
+        """The tokenizer or image processor."""
+        return self.bound.processor
+
+    @property
+    def generates(self) -> bool:
+        """Whether its answers are generated texts."""
+        return self.bound.generator is not None
 
     @property
     def data(self) -> Data:
-        """How its texts are read."""
+        """The data keys of the run."""
         return self.recipe.data
 
     def predict(
@@ -76,43 +84,37 @@ class Tuned:
         return self.predict_rows(self._rows([inputs] if isinstance(inputs, str | Mapping) else inputs))
 
     def stream(self, given: str | Mapping[str, object], say: Callable[[str], None]) -> str:
-        """The text that a model writes for one input, told to `say` piece by piece.
+        """The text that the model generates for one input, passed to `say` piece by piece.
 
         Raises:
-            UserError: the task of this run writes no texts.
+            UserError: the task of this run generates no texts.
         """
-        if not isinstance(self.task, WritingTask):
-            raise UserError(f"stream: {self.task.name} writes no texts", hint="predict answers")
-        (row,) = map(self.task.asked, self._rows([given]))
-        with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
-            encoded = encode(
-                [row], lambda part: self.task.encode(part, self.processor, self.data), Path(folder) / "row"
-            )
-            batch = collate(encoded, np.zeros(1, dtype=np.int64)).to(self.machine.device)
-            with torch.inference_mode():
-                return self.task.streamed(self.model, batch, say)
+        if self.bound.generator is None:
+            raise UserError(f"stream: {self.task.name} generates no texts", hint="predict answers")
+        prompt = [self.bound.as_prompt(row) for row in self._rows([given])]
+        batch = collate(encode_rows(prompt, self.bound), np.zeros(1, dtype=np.int64)).to(self.machine.device)
+        with torch.inference_mode():
+            return self.bound.generator.stream(self.model, batch, say)
 
     def _rows(self, inputs: Iterable[str | Mapping[str, object]]) -> list[Row]:
-        main = next(iter(self.task.columns))
+        columns = inputs_of(self.task.columns)
+        main, others = columns[0], {column.name for column in columns[1:]}
         rows = []
         for number, given in enumerate(inputs, start=1):
-            values: dict[str, object] = {main: given} if isinstance(given, str) else {}
-            values |= given if isinstance(given, Mapping) else {}
-            others = values.keys() & self.task.columns.keys() - {main, *ANSWERS}
-            if not isinstance(values.get(main), str) and (main in self.task.required or main in values or not others):
-                raise UserError(f"input {number} has no {main}", hint=f"give a text, or a mapping with '{main}'")
+            values: dict[str, object] = dict(given) if isinstance(given, Mapping) else {main.name: given}
+            wanted = main.required or main.name in values or not others & values.keys()
+            value = values.get(main.name)
+            if wanted and (value is None or not isinstance(value, PLAIN_VALUES.get(main.kind, object))):
+                hint = f"give a text, or a mapping with '{main.name}'"
+                raise UserError(f"input {number} has no {main.name}", hint=hint)
             rows.append(Row(f"input {number}", values))
         return rows
 
     def predict_rows(self, rows: Iterable[Row]) -> list[dict[str, Any]]:
-        """One answer for each row, in their order."""
-        asked = [self.task.asked(row) for row in rows]
-        with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
-            encoded = encode(
-                asked, lambda chunk: self.task.encode(chunk, self.processor, self.data), Path(folder) / "rows"
-            )
-            answers = evaluate.answers(self.model, self.task, encoded, self.machine)
-        return [self.task.completed(answer, row) for answer, row in zip(answers, asked, strict=True)]
+        """One answer for each row, in their order. Nothing is written to disk."""
+        prompts = [self.bound.as_prompt(row) for row in rows]
+        answers = evaluate.answers(self.model, self.bound, encode_rows(prompts, self.bound), self.machine)
+        return [self.bound.postprocess(answer, row) for answer, row in zip(answers, prompts, strict=True)]
 
 
 def load(
@@ -139,7 +141,7 @@ def load(
     recipe = load_recipe(folder / "recipe.yaml")
     if to_merge:
         assert isinstance(recipe.technique, Technique)
-        recipe = recipe.model_copy(update={"technique": recipe.technique.over_original()})
+        recipe = recipe.model_copy(update={"technique": recipe.technique.for_merge()})
     if (folder / "adapter" / "adapter_config.json").exists():
         source = sources.resolve(str(base or recipe.model), offline=offline, allow_pickle=allow_pickle)
         tuned = _ready(recipe, source, folder / "adapter", found.device)
@@ -154,23 +156,21 @@ def load(
 
 
 def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device: torch.device) -> Tuned:
-    assert isinstance(recipe.task, Task)
-    tensors = None if adapter is None else read_adapter(adapter, source)
-    processor = models.load_processor(source if adapter is None else replace(source, folder=adapter.parent / "base"))
-    task = recipe.task
-    config = models.load_config(source, task.model_class, processor)
-    recipe = recipe.model_copy(update={"task": task.for_processor(processor, config)})
-    assert isinstance(recipe.task, Task)
-    model, anatomy = load_task_model(recipe.task, source, processor, recipe.train.seed, folded=adapter is None)
+    task, technique = recipe.task, recipe.technique
+    assert isinstance(task, Task) and isinstance(technique, Technique)
+    tensors = None if adapter is None else read_adapter(adapter, source, task.processor)
+    snapshot = source if adapter is None else replace(source, folder=adapter.parent / "base")
+    processor = models.load_processor(snapshot, kind=task.processor)
+    model, anatomy = load_task_model(task, source, processor, recipe.train.seed, folded=adapter is None)
+    bound = task.bind(processor, model.config, recipe.data)
     if tensors is not None:
-        assert isinstance(recipe.technique, Technique)
-        recipe.technique.apply(model, anatomy, processor)
-        recipe.technique.load_adapter(model, tensors)
+        technique.apply(model, anatomy, processor)
+        technique.load_adapter(model, tensors)
     model.to(device).eval()
-    return Tuned(model, processor, anatomy, recipe, Machine(device, None))
+    return Tuned(model, bound, anatomy, recipe.model_copy(update={"task": bound.task}), Machine(device, None))
 
 
-def read_adapter(adapter: Path, source: sources.Source) -> dict[str, Tensor]:
+def read_adapter(adapter: Path, source: sources.Source, kind: models.ProcessorKind) -> dict[str, Tensor]:
     """What an adapter holds, if this is the base that it belongs to.
 
     Raises:
@@ -178,7 +178,7 @@ def read_adapter(adapter: Path, source: sources.Source) -> dict[str, Tensor]:
     """
     with _reading(adapter / origin.FILE) as file:
         known = origin.read(file)
-    origin.check(known, source, adapter.parent / "base", adapter)
+    origin.check(known, source, adapter.parent / "base", adapter, kind)
     with _reading(adapter / "adapter_model.safetensors") as file:
         return artefact.own_names(load_file(file))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.recipe import Train
-from tunesmith.tasks import LOW_IS_GOOD
+from tunesmith.tasks import LOWER_IS_BETTER
 
 FEW_STEPS = 100
 """More steps than these are no sign of data so small that three epochs are next to nothing; they beat a guess."""
@@ -35,7 +35,7 @@ def longer(metrics: Path, train: Train, gain: float) -> str | None:
     first, last = sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter
     if len(held_out) > 1:
         first, last = held_out[0], held_out[-1]
-    best = min if train.metric in LOW_IS_GOOD else max
+    best = min if train.metric in LOWER_IS_BETTER else max
     if len(scores) > 1 and best(scores) == scores[-1] and scores.count(scores[-1]) == 1:
         why = f"validation {train.metric} was best at the last evaluation"
     elif last > (1 - HARDLY) * first:

@@ -9,13 +9,13 @@ from typing import Any
 
 from jinja2 import Environment
 
+from tunesmith.data.columns import inputs_of, targets_of
 from tunesmith.data.formats import Row
-from tunesmith.data.formats.columns import ANSWERS
 from tunesmith.errors import CONTROL, counted
 from tunesmith.metrics import ERRORS, MEANINGS, side_by_side
 from tunesmith.recipe import load as load_recipe
-from tunesmith.tasks import Task, guess_knows
-from tunesmith.training.files import atomic_write
+from tunesmith.storage.files import atomic_write
+from tunesmith.tasks import Task
 
 WIDTH, HEIGHT = 560, 180
 WORST_SHOWN = 20
@@ -47,7 +47,7 @@ def write(folder: Path) -> None:
         errors=scores.get("errors", {}),
         confusion=confusion if len(confusion) <= COLUMNS_AT_MOST else [],
         worst=_worst(folder / "predictions-test.jsonl", recipe.task),
-        known=guess_knows(recipe.task),
+        known=recipe.task.baseline_name,
         chars=CHARS_SHOWN,
         counted=counted,
         width=WIDTH,
@@ -94,34 +94,18 @@ def _polyline(points: Sequence[tuple[int, float]]) -> dict[str, Any]:
 def _worst(path: Path, task: Task) -> list[dict[str, Any]]:
     """The wrong answers that the model was surest of, or that are furthest off."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    inputs, targets = inputs_of(task.columns), targets_of(task.columns)
     wrong = []
     for row in rows:
-        found = _mistake(row["prediction"], task.target(Row(row["row"], row))) if "label" in row else None
-        if found is not None:
-            texts = [_text(row[role])[:CHARS_SHOWN] for role in task.columns if role not in ANSWERS and role in row]
+        if not any(column.name in row for column in targets):
+            continue
+        mistake = task.mistake(row["prediction"], task.parse_target(Row(row["row"], row)))
+        if mistake is not None:
+            texts = [_text(row[column.name])[:CHARS_SHOWN] for column in inputs if column.name in row]
             line = row["row"].rpartition(":")[2]
-            wrong.append({"row": line, "texts": texts, "meant": found[0], "said": found[1], "score": found[2]})
+            wrong.append({"row": line, "texts": texts, "meant": mistake[0], "said": mistake[1], "score": mistake[2]})
     return sorted(wrong, key=lambda row: -row["score"])[:WORST_SHOWN]
 
 
 def _text(value: object) -> str:
     return " ".join(str(part) for part in value) if isinstance(value, list) else str(value)
-
-
-def _mistake(answer: dict[str, Any], target: Any) -> tuple[str, str, float] | None:
-    """(what it is, what was said, how sure or how far off that was) of an answer that is wrong."""
-    if "tags" in answer:
-        words = [n for n, (said, meant) in enumerate(zip(answer["tags"], target, strict=True)) if said != meant]
-        sides = [", ".join(f"word {n + 1} {tags[n]}" for n in words) for tags in (target, answer["tags"])]
-        return (sides[0], sides[1], max(answer["scores"][n] for n in words)) if words else None
-    if "label" in answer:
-        return (str(target), answer["label"], answer["score"]) if answer["label"] != target else None
-    if "labels" in answer:
-        wrong = set(answer["labels"]) ^ set(target)
-        sure = [
-            p if name in answer["labels"] else 1 - p for name, p in answer["probabilities"].items() if name in wrong
-        ]
-        return (", ".join(target), ", ".join(answer["labels"]), max(sure)) if wrong else None
-    if "value" in answer:
-        return f"{target:g}", f"{answer['value']:.4g}", abs(answer["value"] - target)
-    return None

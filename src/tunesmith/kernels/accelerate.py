@@ -163,6 +163,8 @@ def _why_padded(model: Any, device: torch.device, autocast_dtype: torch.dtype | 
     """Return the status of a model whose blocks keep padding without a trial; None if they are to be tried."""
     if device.type not in ("cpu", "cuda"):
         return PathStatus(False, reason=f"not on {device.type}", applies=False)
+    if not isinstance(model.get_input_embeddings(), nn.Embedding):
+        return PathStatus(False, reason="no token embeddings, hence no padding", applies=False)
     if not supports_attention_functions(model):
         return PathStatus(False, reason="the model does not use transformers' attention interface")
     if device.type == "cuda" and autocast_dtype is None:

@@ -1,51 +1,50 @@
-"""Scores that are built up batch by batch, what each says, and how those of a run stand side by side."""
+"""Metrics that accumulate batch by batch, and their definitions."""
 
 from __future__ import annotations
 
 from typing import Any
 
 MEANINGS = {
-    "accuracy": "share of rows (or words, tagged or hidden) answered right; of several labels a row, all of them",
-    "f1": "how well entities are found, hits against misses and false alarms; only exact ones are hits",
-    "precision": "share of the entities that were said that are right",
-    "recall": "share of the entities that are there that were found",
-    "f1_macro": "how well each class is found, hits against misses and false alarms, all classes counting alike",
-    "f1_micro": "how well labels are found, hits against misses and false alarms, all rows and labels together",
-    "balanced_accuracy": "share answered right within each class, averaged: a rare class counts as a common one",
-    "loss": "what training makes small; less is better",
-    "perplexity": "among how many words, so to speak, the model wavers for each one that is missing; less is better",
-    "exact_match": "share of the written texts that are word for word what was meant",
-    "rouge_l": "how many words of what was written and of what was meant stand in both in the same order; 1 is best",
-    "chrf": "how many short runs of characters are in both what was written and what was meant; 100 is best",
-    "bleu": "how many runs of up to four words of what was written are in what was meant too; 100 is best",
-    "ece": "gap between how sure the model is and how often it is right (expected calibration error); 0 is best",
-    "auroc": "how often a row of a class gets a higher score for it than a row of another; 0.5 is chance, 1 is best",
-    "rmse": "typical error, large ones weighing more; in the units of the label, less is better",
-    "mae": "mean error; in the units of the label, less is better",
-    "r2": "share of the labels' variance that is explained; 1 is best, 0 is as good as their mean",
-    "pearson": "how straight a line answers and labels make; 1 is best",
-    "spearman": "how well the answers put the rows into the order of the labels; 1 is best",
+    "accuracy": "fraction of correct predictions (per row or per word; multi-label: exact match of all labels)",
+    "f1": "harmonic mean of entity precision and recall; boundaries and type must match exactly",
+    "precision": "fraction of predicted entities that are correct",
+    "recall": "fraction of true entities that are predicted correctly",
+    "f1_macro": "unweighted mean of the F1 scores of all classes",
+    "f1_micro": "F1 score over all rows and labels together",
+    "balanced_accuracy": "unweighted mean of the recall of each class",
+    "loss": "mean loss; lower is better",
+    "perplexity": "exp(mean token loss); lower is better",
+    "exact_match": "fraction of generated texts equal to the reference, ignoring white space",
+    "rouge_l": "ROUGE-L F1, the longest common subsequence of words; 1 is best",
+    "chrf": "chrF, the F-score of character n-grams; 100 is best",
+    "bleu": "BLEU, the precision of word n-grams up to 4 with a brevity penalty; 100 is best",
+    "ece": "expected calibration error, the mean gap between confidence and accuracy; 0 is best",
+    "auroc": "area under the ROC curve; 0.5 is chance, 1 is best",
+    "rmse": "root mean squared error, in the unit of the label; lower is better",
+    "mae": "mean absolute error, in the unit of the label; lower is better",
+    "r2": "coefficient of determination; 1 is best, 0 is as good as predicting the mean",
+    "pearson": "Pearson correlation of predictions and labels; 1 is best",
+    "spearman": "Spearman rank correlation of predictions and labels; 1 is best",
 }
-"""What each score says, in plain words."""
+"""Definition of each metric, one short line each."""
+
+ERRORS = {
+    "right": "correct boundaries and type",
+    "type": "correct boundaries, wrong type",
+    "boundary": "wrong boundaries, correct type",
+    "boundary_and_type": "wrong boundaries and type",
+    "missed": "true entity without an overlapping prediction",
+    "spurious": "predicted entity without an overlapping true entity",
+}
+"""Definition of each kind of entity error."""
 
 
 def side_by_side(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(title, scores) of what a run was scored on: splits last, each behind what the base scored on it before."""
+    """Return (title, scores) for each evaluated split, test last; scores of the base model come before each."""
     before = metrics.get("before", {})
-    others = [name for name in before if name not in ("validation", "test")]
-    found = []
-    for name in (*others, "validation", "test"):
-        found += [(f"{name} before", before[name])] if name in before else []
-        found += [(name, metrics[name])] if name in metrics else []
-    return found
-
-
-ERRORS = {
-    "right": "the same words, the same type",
-    "type": "the same words, another type",
-    "boundary": "other words, the same type",
-    "boundary_and_type": "other words, another type",
-    "missed": "nothing was said there",
-    "spurious": "said where there is nothing",
-}
-"""What becomes of the entities that are there, and of those that are not, in plain words."""
+    extra = [name for name in before if name not in ("validation", "test")]
+    columns = []
+    for name in (*extra, "validation", "test"):
+        columns += [(f"{name} before", before[name])] if name in before else []
+        columns += [(name, metrics[name])] if name in metrics else []
+    return columns

@@ -1,7 +1,7 @@
-"""Scores of classification and regression, built up batch by batch from logits.
+"""Metrics of classification and regression, accumulated batch by batch from logits.
 
-Kept are the scores of each example (float32, examples x classes) and the sums of the losses, never hidden states.
-Calibration: expected calibration error over 15 equal bins of confidence (Guo et al. 2017).
+Only probabilities (float32, examples x classes) and sums of losses are kept.
+Calibration: expected calibration error over 15 bins of equal width (Guo et al. 2017).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, r
 from torch import Tensor
 
 from tunesmith.data.batches import Batch
+from tunesmith.data.encoded import Encoded
 from tunesmith.errors import NumericError
 
 Array = NDArray[Any]
@@ -22,8 +23,11 @@ CALIBRATION_BINS = 15
 MAX_CLASSES_SHOWN = 50
 
 
-class ClassScores:
-    """One class an example: accuracy, F1, AUROC, calibration error, confusion matrix."""
+class ClassificationMetrics:
+    """Single-label classification: accuracy, F1, AUROC, calibration error, confusion matrix."""
+
+    primary = "accuracy"
+    of_answers: frozenset[str] = frozenset()
 
     def __init__(self, classes: list[str]) -> None:
         self.classes = classes
@@ -31,38 +35,46 @@ class ClassScores:
         self._labels: list[Array] = []
         self._loss = 0.0
 
-    def update(self, outputs: Tensor, batch: Batch) -> None:
-        """Take in logits (examples, classes)."""
+    def answers_needed(self, encoded: Encoded) -> int:
+        """Return 0: only outputs are evaluated."""
+        return 0
+
+    def update(self, batch: Batch, outputs: Tensor | None = None, answers: Any = None) -> None:
+        """Add a batch."""  # logits (examples, classes)
+        assert outputs is not None, "evaluates outputs"
         check_finite(outputs)
-        labels = batch.scalar("label")
+        labels = batch.tensor("label")
         self._loss += float(F.cross_entropy(outputs, labels, reduction="sum"))
         self._probabilities.append(outputs.softmax(-1).float().cpu().numpy())
         self._labels.append(labels.cpu().numpy())
 
     def compute(self) -> dict[str, Any]:
-        """The scores so far."""
+        """Return the metrics of all batches so far."""
         probabilities, labels = np.concatenate(self._probabilities), np.concatenate(self._labels)
-        guesses = probabilities.argmax(1)
-        every = list(range(len(self.classes)))
-        _, recall, each, support = precision_recall_fscore_support(labels, guesses, labels=every, zero_division=0)
+        predictions = probabilities.argmax(1)
+        class_ids = list(range(len(self.classes)))
+        _, recall, f1, support = precision_recall_fscore_support(labels, predictions, labels=class_ids, zero_division=0)
         present = support > 0
         scores: dict[str, Any] = {
-            "accuracy": float((guesses == labels).mean()),
-            "f1_macro": float(each[present | (np.bincount(guesses, minlength=len(every)) > 0)].mean()),
+            "accuracy": float((predictions == labels).mean()),
+            "f1_macro": float(f1[present | (np.bincount(predictions, minlength=len(class_ids)) > 0)].mean()),
             "balanced_accuracy": float(recall[present].mean()),
             "loss": self._loss / len(labels),
-            "ece": calibration_error(probabilities.max(1), guesses == labels),
+            "ece": calibration_error(probabilities.max(1), predictions == labels),
         }
         if (auroc := _auroc(labels, probabilities)) is not None:
             scores["auroc"] = auroc
         if len(self.classes) <= MAX_CLASSES_SHOWN:
-            scores["f1"] = {name: float(value) for name, value in zip(self.classes, each, strict=True)}
-            scores["confusion_matrix"] = confusion_matrix(labels, guesses, labels=every).tolist()
+            scores["f1"] = {name: float(value) for name, value in zip(self.classes, f1, strict=True)}
+            scores["confusion_matrix"] = confusion_matrix(labels, predictions, labels=class_ids).tolist()
         return scores
 
 
-class LabelScores:
-    """Several labels an example, each yes or no at 0.5."""
+class MultiLabelMetrics:
+    """Multi-label classification at a threshold of 0.5: F1, accuracy, AUROC."""
+
+    primary = "f1_micro"
+    of_answers: frozenset[str] = frozenset()
 
     def __init__(self, classes: list[str]) -> None:
         self.classes = classes
@@ -70,81 +82,96 @@ class LabelScores:
         self._labels: list[Array] = []
         self._loss = 0.0
 
-    def update(self, outputs: Tensor, batch: Batch) -> None:
-        """Take in logits (examples, labels)."""
+    def answers_needed(self, encoded: Encoded) -> int:
+        """Return 0: only outputs are evaluated."""
+        return 0
+
+    def update(self, batch: Batch, outputs: Tensor | None = None, answers: Any = None) -> None:
+        """Add a batch."""  # logits (examples, labels)
+        assert outputs is not None, "evaluates outputs"
         check_finite(outputs)
-        wanted = batch.ragged("label").values.view_as(outputs)
-        self._loss += float(F.binary_cross_entropy_with_logits(outputs, wanted, reduction="none").mean(1).sum())
+        labels = batch.ragged("label").values.view_as(outputs)
+        self._loss += float(F.binary_cross_entropy_with_logits(outputs, labels, reduction="none").mean(1).sum())
         self._probabilities.append(outputs.sigmoid().float().cpu().numpy())
-        self._labels.append(wanted.cpu().numpy() > 0.5)
+        self._labels.append(labels.cpu().numpy() > 0.5)
 
     def compute(self) -> dict[str, Any]:
-        """The scores so far; accuracy counts an example only when all its labels are right."""
+        """Return the metrics of all batches so far; accuracy is that of whole label sets."""
         probabilities, labels = np.concatenate(self._probabilities), np.concatenate(self._labels)
-        guesses = probabilities > 0.5
-        both, said_or_meant = (guesses & labels).sum(0), guesses.sum(0) + labels.sum(0)
-        each = 2 * both / np.maximum(said_or_meant, 1)  # 0 for a label that is neither said nor meant
+        predictions = probabilities > 0.5
+        true_positives, positives = (predictions & labels).sum(0), predictions.sum(0) + labels.sum(0)
+        f1 = 2 * true_positives / np.maximum(positives, 1)  # 0 for a label that is neither predicted nor true
         scores: dict[str, Any] = {
-            "f1_micro": float(2 * both.sum() / max(said_or_meant.sum(), 1)),
-            "f1_macro": float(np.mean(each)),
-            "accuracy": float((guesses == labels).all(1).mean()),
+            "f1_micro": float(2 * true_positives.sum() / max(positives.sum(), 1)),
+            "f1_macro": float(np.mean(f1)),
+            "accuracy": float((predictions == labels).all(1).mean()),
             "loss": self._loss / len(labels),
         }
         mixed = [c for c in range(labels.shape[1]) if 0 < labels[:, c].sum() < len(labels)]
         if mixed:
             scores["auroc"] = float(np.mean([roc_auc_score(labels[:, c], probabilities[:, c]) for c in mixed]))
         if len(self.classes) <= MAX_CLASSES_SHOWN:
-            scores["f1"] = {name: float(value) for name, value in zip(self.classes, each, strict=True)}
+            scores["f1"] = {name: float(value) for name, value in zip(self.classes, f1, strict=True)}
         return scores
 
 
-class NumberScores:
-    """A number an example: error, explained variance, correlations."""
+class RegressionMetrics:
+    """Regression: errors, coefficient of determination, correlations."""
+
+    primary = "rmse"
+    of_answers: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
-        self._guesses: list[Array] = []
+        self._predictions: list[Array] = []
         self._labels: list[Array] = []
 
-    def update(self, outputs: Tensor, batch: Batch) -> None:
-        """Take in predictions (examples, 1)."""
+    def answers_needed(self, encoded: Encoded) -> int:
+        """Return 0: only outputs are evaluated."""
+        return 0
+
+    def update(self, batch: Batch, outputs: Tensor | None = None, answers: Any = None) -> None:
+        """Add a batch."""  # predictions (examples, 1)
+        assert outputs is not None, "evaluates outputs"
         check_finite(outputs)
-        self._guesses.append(outputs.squeeze(-1).float().cpu().numpy())
-        self._labels.append(batch.scalar("label").float().cpu().numpy())
+        self._predictions.append(outputs.squeeze(-1).float().cpu().numpy())
+        self._labels.append(batch.tensor("label").float().cpu().numpy())
 
     def compute(self) -> dict[str, Any]:
-        """The scores so far; a correlation is left out where either side is constant."""
-        guesses = np.concatenate(self._guesses).astype(np.float64)
+        """Return the metrics of all batches so far; correlations are left out if either side is constant."""
+        predictions = np.concatenate(self._predictions).astype(np.float64)
         labels = np.concatenate(self._labels).astype(np.float64)
-        squared = float(((guesses - labels) ** 2).mean())
-        scores = {"rmse": squared**0.5, "mae": float(np.abs(guesses - labels).mean()), "loss": squared}
+        squared = float(((predictions - labels) ** 2).mean())
+        scores = {"rmse": squared**0.5, "mae": float(np.abs(predictions - labels).mean()), "loss": squared}
         if np.ptp(labels) > 0:
             scores["r2"] = 1 - squared / float(labels.var())
-        if np.ptp(labels) > 0 and np.ptp(guesses) > 0:
-            scores["pearson"] = float(np.corrcoef(guesses, labels)[0, 1])
-            scores["spearman"] = float(np.corrcoef(_ranks(guesses), _ranks(labels))[0, 1])
+        if np.ptp(labels) > 0 and np.ptp(predictions) > 0:
+            scores["pearson"] = float(np.corrcoef(predictions, labels)[0, 1])
+            scores["spearman"] = float(np.corrcoef(_ranks(predictions), _ranks(labels))[0, 1])
         return scores
 
 
 def check_finite(outputs: Tensor) -> None:
-    """Refuse to score what is no number.
+    """Check that outputs are finite.
 
     Raises:
-        NumericError: the model answers NaN or infinity.
+        NumericError: they have NaN or infinite values.
     """
     if not bool(outputs.isfinite().all()):
-        raise NumericError("the model answers NaN or infinity", hint="a lower learning_rate, or precision=fp32")
+        raise NumericError(
+            "the model outputs NaN or infinite values", hint="lower train.learning_rate, or set train.precision=fp32"
+        )
 
 
-def calibration_error(confidence: Array, right: Array) -> float:
-    """Mean gap between confidence and accuracy, weighted by bin size (ECE)."""  # both (examples,)
+def calibration_error(confidence: Array, correct: Array) -> float:  # each (examples,)
+    """Return the expected calibration error: the mean gap of confidence and accuracy, weighted by bin size."""
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    gap = np.bincount(bins, weights=right, minlength=CALIBRATION_BINS)
+    gap = np.bincount(bins, weights=correct, minlength=CALIBRATION_BINS)
     gap -= np.bincount(bins, weights=confidence, minlength=CALIBRATION_BINS)
     return float(np.abs(gap).sum() / len(confidence))
 
 
 def _auroc(labels: Array, probabilities: Array) -> float | None:
-    """Of the second class where there are two, else one against the rest averaged over the classes that occur."""
+    """Return the AUROC of the second of two classes, or the mean of one against the rest over the classes present."""
     if len(np.unique(labels)) < 2:
         return None
     if probabilities.shape[1] == 2:
@@ -153,6 +180,7 @@ def _auroc(labels: Array, probabilities: Array) -> float | None:
 
 
 def _ranks(values: Array) -> Array:
+    """Return ranks from 1; ties get their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[inverse]

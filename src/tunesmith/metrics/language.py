@@ -1,68 +1,93 @@
-"""Scores of guessed tokens, built up batch by batch: sums alone are kept."""
+"""Token-level metrics of language models, accumulated batch by batch as sums."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.data.batches import Batch
-from tunesmith.data.texts import from_bytes
+from tunesmith.data.encoded import Encoded
+from tunesmith.data.text.texts import from_bytes
 from tunesmith.metrics.classification import check_finite
-from tunesmith.metrics.texts import TextScores
+from tunesmith.metrics.texts import TextMetrics
 
-MOST_NATS = 700.0
-"""Beyond, perplexity is no number that a float holds."""
+MAX_MEAN_LOSS = 700.0
+"""exp(709.8) overflows a float."""
 
 
-class SurpriseScores:
-    """Mean surprise (nats a token), perplexity, the share of tokens that were the likeliest; and scores of texts."""
+class PerplexityMetrics:
+    """Causal language modeling: mean token loss in nats, perplexity, token accuracy, and metrics of generated texts."""
 
-    def __init__(self, texts: TextScores | None = None) -> None:
-        self._texts = texts
+    primary = "loss"
+
+    def __init__(self, texts: TextMetrics | None = None, max_texts: int | None = None) -> None:
+        self._texts, self._max_texts = texts, max_texts
         self._loss = 0.0
-        self._right = self._tokens = 0
+        self._correct = self._tokens = 0
 
-    def update(self, outputs: Tensor, batch: Batch) -> None:
-        """Take in the log-probabilities of what stands there and of what was likeliest."""  # (tokens, 2)
-        check_finite(outputs)
-        self._loss -= float(outputs[:, 0].double().sum())
-        self._right += int((outputs[:, 0] >= outputs[:, 1]).sum())
-        self._tokens += len(outputs)
+    @property
+    def of_answers(self) -> frozenset[str]:
+        """Names of the metrics of generated texts."""
+        return frozenset(self._texts.names) if self._texts is not None else frozenset()
 
-    def update_texts(self, texts: list[str], batch: Batch) -> None:
-        """Take in texts beside their references."""
-        assert self._texts is not None, "scores of texts are asked for"
-        self._texts.update(texts, from_bytes(batch.ragged("reference")))
+    def answers_needed(self, encoded: Encoded) -> int:
+        """Return `max_texts`, or the number of examples; 0 without references."""
+        if self._texts is None or "reference" not in encoded:
+            return 0
+        return min(self._max_texts or len(encoded), len(encoded))
+
+    def update(
+        self, batch: Batch, outputs: Tensor | None = None, answers: Sequence[dict[str, Any]] | None = None
+    ) -> None:
+        """Add a batch: log-probabilities of labels and most likely tokens (tokens, 2), or generated texts."""
+        if outputs is not None:
+            check_finite(outputs)
+            self._loss -= float(outputs[:, 0].double().sum())
+            self._correct += int((outputs[:, 0] >= outputs[:, 1]).sum())
+            self._tokens += len(outputs)
+        if answers is not None:
+            assert self._texts is not None, "created without text metrics"
+            texts = [next(iter(answer.values())) for answer in answers]
+            self._texts.update(texts, from_bytes(batch.ragged("reference")))
 
     def compute(self) -> dict[str, Any]:
-        """The scores so far."""
-        scores = _of_tokens(self._loss, self._right, self._tokens)
+        """Return the metrics of all batches so far."""
+        scores = _token_metrics(self._loss, self._correct, self._tokens)
         return scores | (self._texts.compute() if self._texts is not None else {})
 
 
-def _of_tokens(loss: float, right: int, tokens: int) -> dict[str, Any]:
+def _token_metrics(loss: float, correct: int, tokens: int) -> dict[str, Any]:
     mean = loss / max(tokens, 1)
-    return {"loss": mean, "perplexity": math.exp(min(mean, MOST_NATS)), "accuracy": right / max(tokens, 1)}
+    return {"loss": mean, "perplexity": math.exp(min(mean, MAX_MEAN_LOSS)), "accuracy": correct / max(tokens, 1)}
 
 
-class TokenScores:
-    """Mean cross-entropy (nats a token), perplexity, and the share of tokens guessed right."""
+class MaskedTokenMetrics:
+    """Masked language modeling: mean cross-entropy in nats, perplexity and accuracy of the masked tokens."""
+
+    primary = "loss"
+    of_answers: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         self._loss = 0.0
-        self._right = self._tokens = 0
+        self._correct = self._tokens = 0
 
-    def update(self, outputs: Tensor, batch: Batch) -> None:
-        """Take in logits (tokens, vocabulary)."""
+    def answers_needed(self, encoded: Encoded) -> int:
+        """Return 0: only outputs are evaluated."""
+        return 0
+
+    def update(self, batch: Batch, outputs: Tensor | None = None, answers: Any = None) -> None:
+        """Add a batch."""  # logits (masked tokens, vocabulary)
+        assert outputs is not None, "evaluates outputs"
         check_finite(outputs)
         labels = batch.ragged("label").values
         self._loss += float(F.cross_entropy(outputs, labels, reduction="sum"))
-        self._right += int((outputs.argmax(-1) == labels).sum())
+        self._correct += int((outputs.argmax(-1) == labels).sum())
         self._tokens += len(labels)
 
     def compute(self) -> dict[str, Any]:
-        """The scores so far."""
-        return _of_tokens(self._loss, self._right, self._tokens)
+        """Return the metrics of all batches so far."""
+        return _token_metrics(self._loss, self._correct, self._tokens)

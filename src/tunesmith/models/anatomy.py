@@ -70,7 +70,7 @@ class Anatomy:
     """Every parameter's name, a shared one once."""
 
     @property
-    def learns_always(self) -> frozenset[str]:
+    def always_trainable(self) -> frozenset[str]:
         """The parameters that every technique must train: those of the head, and those that nothing has trained yet."""
         nothing_has = self.new | self.added
         return frozenset(name for name in self.parameters if name in nothing_has or _within(name, self.head))
@@ -121,7 +121,7 @@ class Anatomy:
         found = set(named) & set(self.linears)
         if not found:
             raise _refused(f"{shorten(word)} is no linear map of this {self.family} model", self._known(word))
-        whole = {path for path in found if f"{path}.weight" in self.learns_always}
+        whole = {path for path in found if f"{path}.weight" in self.always_trainable}
         if whole == found:
             raise _refused(f"{shorten(word)} belongs to the head, which learns whole anyway", "leave it out")
         if shared := sorted(found & self.tied):

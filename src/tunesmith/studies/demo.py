@@ -7,13 +7,14 @@ import io
 from pathlib import Path
 from typing import Any
 
-from tunesmith import run
+from tunesmith import recipe as recipes
+from tunesmith.console import Talk, command
 from tunesmith.deploy import predict
 from tunesmith.models import sources
 from tunesmith.models.snippets import snippets
+from tunesmith.run import train as run
+from tunesmith.storage.files import atomic_write
 from tunesmith.studies import score
-from tunesmith.talk import Talk, command
-from tunesmith.training.files import atomic_write
 
 MODEL = sources.EXAMPLE
 NEUTRAL = 0.5
@@ -43,7 +44,7 @@ def demo(
     talk.say(ANNOUNCEMENT.format(how=how))
     data = reviews(offline=offline, talk=talk)
     keys = RECIPE | {"data": {"train": str(data), "validation": 0.1, "test": 0.15}, "output": str(output)}
-    result = run.train(keys, offline=offline, overwrite=overwrite, talk=talk)
+    result = run.train(recipes.load(None, (), keys), offline=offline, overwrite=overwrite, talk=talk)
     with talk.during("scoring a linear probe on the untouched model, to compare with"):
         before = score.evaluate(output, base=True, offline=True)["metrics"]
     test, guess = result["metrics"]["test"], result["metrics"]["baseline"]

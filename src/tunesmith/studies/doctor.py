@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from tunesmith.models.sources import cache_home
+from tunesmith.storage.files import free_bytes
 from tunesmith.training import machine
-from tunesmith.training.files import free_bytes
 
 LIBRARIES = (
     "tunesmith",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tunesmith.data.batches import collate
 from tunesmith.data.encoded import Encoded
 from tunesmith.deploy import predict
+from tunesmith.errors import UserError
 from tunesmith.models.sources import Source
 from tunesmith.training import evaluate, machine
 
@@ -39,36 +40,43 @@ class _Features(nn.Module):
         hidden = self.backbone(**inputs).last_hidden_state.float()  # (texts, tokens, hidden)
         if self.each_token:
             return SimpleNamespace(logits=hidden)
-        mask = inputs["attention_mask"].unsqueeze(-1)
-        return SimpleNamespace(logits=(hidden * mask).sum(1) / mask.sum(1))
+        mask = inputs.get("attention_mask")
+        mask = hidden.new_ones(hidden.shape[:2]) if mask is None else mask
+        return SimpleNamespace(logits=(hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True))
 
 
 def scores(tuned: predict.Tuned, base: Source, train: Encoded, encoded: Encoded) -> dict[str, Any]:
-    """The task's scores of a probe on the features of `base`, fitted on at most `MAX_ROWS` of `train`."""
+    """The task's scores of a probe on the features of `base`, fitted on at most `MAX_ROWS` of `train`.
+
+    Raises:
+        UserError: the task predicts no classes and no numbers.
+    """
+    objective = tuned.bound.objective
+    if objective is None:
+        raise UserError(f"--base: a linear probe predicts classes or numbers, and {tuned.task.name} does neither")
     model, _ = predict.base_of(tuned, base)
-    field = "tags" if "tags" in train.fields else "label"  # of each word, or of each text
-    features = _Features(model, field == "tags").to(tuned.machine.device)
+    field, each_token = objective.field, objective.field != "label"  # of each word, or of each example
+    features = _Features(model, each_token).to(tuned.machine.device)
     shuffled = np.random.default_rng(0).permutation(len(train))
     known, labels = _features(features, tuned, train, np.sort(shuffled[:MAX_ROWS]), field)
     asked, _ = _features(features, tuned, encoded, np.arange(len(encoded)), field)
     scale = StandardScaler().fit(known)
-    prior = tuned.task.prior(train) if field == "label" else torch.zeros(tuned.task.head_config()["num_labels"])
-    fit = _fit_one if field == "tags" or len(prior) > 1 else _fit_number
-    fit = _fit_several if field == "label" and train.fields["label"] else fit
+    prior = torch.zeros(len(objective.names)) if each_token else objective.prior(train)
+    fit = {"regression": _fit_number, "multi": _fit_several}.get(objective.kind, _fit_one)
     outputs = fit(prior, scale.transform(known), labels, scale.transform(asked))
-    metrics = tuned.task.metrics()
-    metrics.update(torch.from_numpy(outputs).float(), collate(encoded, np.arange(len(encoded))))
+    metrics = tuned.bound.metrics()
+    metrics.update(collate(encoded, np.arange(len(encoded))), torch.from_numpy(outputs).float())
     return metrics.compute()
 
 
 def _features(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, rows: Array, field: str) -> tuple[Array, Array]:
     """(features, labels) of these rows, or of all their words."""
-    found = machine.find(str(tuned.machine.device))
+    fast = machine.find(str(tuned.machine.device))
     values: dict[int, Array] = {}
-    for indices, output, batch in evaluate.outputs(model, tuned.task, encoded, found, rows):
-        lengths = batch.ragged("tags").lengths.tolist() if field == "tags" else [1] * len(indices)
+    for indices, output, batch in evaluate.outputs(model, tuned.bound, encoded, fast, rows):
+        lengths = batch.ragged(field).lengths.tolist() if field != "label" else [1] * len(indices)
         values |= {index: one.cpu().numpy() for index, one in zip(indices.tolist(), output.split(lengths), strict=True)}
-    labels, offsets = encoded.take(rows)[field]
+    labels, _ = encoded.take(rows)[field]
     return np.concatenate([values[int(row)] for row in rows]), np.asarray(labels).reshape(
         sum(map(len, values.values())), -1
     )

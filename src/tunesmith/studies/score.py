@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from tunesmith.console import Talk
+from tunesmith.data.columns import translates
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import find_splits, is_folder
 from tunesmith.deploy import predict
@@ -15,8 +17,7 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.studies import probe
-from tunesmith.talk import Talk
-from tunesmith.tasks import Task, WritingTask, guess_knows
+from tunesmith.tasks import Task
 from tunesmith.training import evaluate as evaluation
 from tunesmith.training import examples
 
@@ -35,7 +36,7 @@ def evaluate(
     """The scores of a run on one of its splits (by default test, else validation), or on another file, or a folder's
     file of that split (`notes`: what was left out of that).
 
-    `baseline` is what a guess scores there that knows only the training labels (or texts: `baseline_knows`). With
+    `baseline` has the scores of a predictor that has seen only the training targets (`baseline_name`). With
     `base`, `metrics` are those of a linear probe on the features of the untouched base, what the model knew before, or
     the base's own where it can do the task as it is; and `run_metrics` the run's own.
 
@@ -53,16 +54,16 @@ def evaluate(
             chosen, notes = examples.read_other(data, tuned.task, tuned.data.model_copy(update={"limit": None}))
         encoded = _encode(tuned, chosen)
     about = {"run": str(run), "split": str(data or split), "base": base, "examples": len(encoded), "notes": notes}
-    about["metric"] = tuned.task.metric()
+    about["metric"] = tuned.bound.metrics().primary
     try:
         with talk.during("reading the training labels"):
             train = _encode(tuned, _split(tuned, Path(run), "train"))
-            about["baseline"] = evaluation.baseline(tuned.task, train, encoded)
-            about["baseline_knows"] = guess_knows(tuned.task)
+            about["baseline"] = evaluation.baseline(tuned.bound, train, encoded)
+            about["baseline_name"] = tuned.task.baseline_name
     except DataError as error:  # a run is scored where its training data is gone, but no probe is fitted
         if base:
             raise
-        notes.append(f"no guess beside the score, for want of the training labels ({error})")
+        notes.append(f"no baseline: the training targets cannot be read ({error})")
     own = _scores(tuned.model, tuned, encoded, talk, f"scoring {data or split}")
     if base:
         source = sources.resolve(tuned.recipe.model, offline=offline, allow_pickle=allow_pickle)
@@ -75,7 +76,7 @@ def evaluate(
 
 def _in_folder(data: Path, split: str, task: Task) -> Path:
     """The file itself, or that of the split in a folder of several."""
-    found = find_splits(data, pairs="target" in task.columns) if is_folder(data) else {}
+    found = find_splits(data, pairs=translates(task.columns)) if is_folder(data) else {}
     if found and split not in found:
         hint = f"--split {' or '.join(sorted(found))}"
         raise DataError(f"no file for {split} in this folder", where=str(data), hint=hint)
@@ -83,10 +84,10 @@ def _in_folder(data: Path, split: str, task: Task) -> Path:
 
 
 def _scores(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, talk: Talk, what: str) -> dict[str, Any]:
-    writes = tuned.task.rows_written(encoded) if isinstance(tuned.task, WritingTask) else 0
-    with talk.progress(len(encoded) + writes, of=what, unit="example") as show:
+    answers = tuned.bound.metrics().answers_needed(encoded)
+    with talk.progress(len(encoded) + answers, of=what, unit="example") as show:
         return evaluation.scores(
-            model, tuned.task, encoded, tuned.machine, write=True, show=lambda done: show(done, what)
+            model, tuned.bound, encoded, tuned.machine, answers=True, show=lambda done: show(done, what)
         )
 
 
@@ -117,6 +118,4 @@ def _split(tuned: predict.Tuned, run: Path, split: str) -> examples.Split:
 
 def _encode(tuned: predict.Tuned, split: examples.Split) -> Encoded:
     cache = sources.cache_home() / "encoded"
-    return examples.encode_split(
-        split, tuned.task, tuned.data, tuned.processor, models.processor_hash(tuned.processor), cache
-    )
+    return examples.encode_split(split, tuned.bound, models.processor_hash(tuned.processor), cache)

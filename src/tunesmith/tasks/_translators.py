@@ -1,199 +1,273 @@
-"""The two ways in which a model translates: an encoder-decoder reads the source and writes the target, a decoder is
-asked and answers.
+"""The two ways in which a model translates.
+
+An encoder-decoder reads the source and writes the target. A decoder is asked, `Translate from English to German: ...`,
+and answers: a conversation of text-generation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tunesmith.data import languages
 from tunesmith.data.batches import Batch
-from tunesmith.data.encoded import Encoded
+from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
-from tunesmith.data.texts import cut_texts, unknown_notes
-from tunesmith.kernels.chunked_loss import IGNORE_INDEX, shift_tokens_right, token_log_probs, token_loss
-from tunesmith.kernels.fast_path import fast_path
-from tunesmith.models.directions import Direction
-from tunesmith.models.load import UNBOUNDED
-from tunesmith.models.writing import write
-from tunesmith.recipe import Data
-from tunesmith.recipe_values import Generation
-from tunesmith.tasks.text_generation import TextGeneration
+from tunesmith.data.preview import Preview, Token
+from tunesmith.data.text.texts import (
+    as_bytes,
+    count_tokens,
+    cut_texts,
+    preview_tokens,
+    spell,
+    token_costs,
+    unknown_notes,
+)
+from tunesmith.kernels.chunked_loss import token_log_probs, token_loss
+from tunesmith.metrics.language import PerplexityMetrics
+from tunesmith.metrics.texts import TextMetrics
+from tunesmith.recipe.fields import Generation
+from tunesmith.tasks import Answer, Baseline, BoundTask, Inspection, Metrics
+from tunesmith.tasks._generation import token_frequencies
+from tunesmith.tasks.text_generation import BoundTextGeneration, TextGeneration
 
-CUT = "sources are longer than is read and were cut (raise data.max_length)"
-CUT_TARGET = "targets are longer than is written and were cut (raise data.max_length)"
-
-
-class Translator(Protocol):
-    """What of the task differs with the kind of model.
-
-    Its rows have a `source`, with what stands before it, and a `target` where there is one.
-    """
-
-    def encode(self, rows: Sequence[Row], data: Data) -> list[dict[str, Any]]:
-        """As `Task.encode`."""
-
-    def notes(self, encoded: Encoded) -> list[str]:
-        """As `Task.notes`."""
-
-    def token_faults(self, rows: Sequence[Row], data: Data) -> tuple[list[list[int]], list[Fault]] | None:
-        """As `Task.token_faults`."""
-
-    def num_outputs(self, batch: Batch) -> int:
-        """As `Task.num_outputs`."""
-
-    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """As `Task.forward`."""
-
-    def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float) -> Tensor:
-        """As `Task.loss`."""
-
-    def written(self, model: nn.Module, batch: Batch) -> list[str]:
-        """As `WritingTask.written`."""
-
-    def prior(self, encoded: Encoded) -> Tensor:
-        """As `Task.prior`."""
-
-    def guess(self, prior: Tensor, batch: Batch) -> Tensor:
-        """As `Task.guess`."""
+SCORES = ("bleu", "chrf")
+IGNORED = -100
+"""Padding of labels."""
+START_WITH_LAST = frozenset({"mbart", "plbart"})
+CUT = "sources are longer than data.max_length and were cut"
+CUT_TARGET = "targets are longer than data.max_length and were cut"
+SAME = "targets are their sources word for word (`data check` names them)"
+BLEU_TOKENS = {"zh": "zh", "ja": "char", "th": "char", "km": "char", "my": "char"}
+"""Language -> how sacrebleu divides it into words; others at blanks and punctuation (13a)."""
 
 
-@dataclass(frozen=True)
-class EncoderDecoder:
+def translation_metrics(task: Any) -> Metrics:
+    """Loss, perplexity, accuracy of the next token; BLEU and chrF of generated translations."""
+    known = languages.language(task.target_lang or "")
+    texts = TextMetrics(SCORES, tokenize=BLEU_TOKENS.get(known.two if known else "", "13a"))
+    return PerplexityMetrics(texts, max_texts=task.scored_rows)
+
+
+def shift_right(config: Any, labels: Tensor) -> Tensor:
+    """What the decoder reads to predict `labels` (padded by -100), as its family in transformers shifts them.
+
+    mBART and PLBart start with the last token of the labels, which names the language.
+    """  # (targets, tokens)
+    ids = labels.masked_fill(labels == IGNORED, config.pad_token_id)
+    if config.model_type in START_WITH_LAST:
+        start = ids.gather(1, (labels != IGNORED).sum(1, keepdim=True) - 1)
+    else:
+        start = ids.new_full((len(ids), 1), config.decoder_start_token_id)
+    return torch.cat([start, ids[:, :-1]], 1)
+
+
+def pair_of(row: Row) -> tuple[str, str]:
+    """Source and target."""
+    return str(row.values["source"]), str(row.values["target"])
+
+
+def _with_references(fields: list[Fields], rows: Sequence[Row]) -> list[Fields]:
+    """Fields with the target as it is written (UTF-8 bytes), and whether it is the source."""
+    for one, row in zip(fields, rows, strict=True):
+        if "target" in row.values:
+            source, target = (text.strip() for text in pair_of(row))
+            one |= {"same": int(source == target), "reference": as_bytes(target)}
+    return fields
+
+
+def _same_notes(encoded: Encoded) -> list[str]:
+    same = int(encoded.column("same").sum()) if "same" in encoded else 0
+    return [f"{same} of {len(encoded)} {SAME}"] if same else []
+
+
+def _texts(rows: Sequence[Row], side: str, prefix: str = "") -> list[str]:
+    return [f"{prefix}{str(row.values[side]).strip()}" for row in rows if side in row.values]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EncoderDecoderTranslation(BoundTask):
     """Reads the source (`input_ids`), and writes the target (`label`)."""
 
-    processor: Any
-    config: Any
-    told: Direction
-    generation: Generation
+    def encode(self, rows: Sequence[Row]) -> list[Fields]:
+        """Tokens of both sides, whether either was cut, and their length together (`length`).
 
-    def encode(self, rows: Sequence[Row], data: Data) -> list[dict[str, Any]]:
-        """Both sides' tokens, whether either was cut, and how long they are together (`length`)."""
-        assert data.max_length is not None, "the run resolves max_length"
+        Raises:
+            DataError: a text has no tokens.
+        """
+        most = self.data.max_length
+        assert most is not None, "the run resolves max_length"
         places = [row.place for row in rows]
-        coded = cut_texts(_texts(rows, "source"), self.processor, data.max_length, "source", places)
-        fields: list[dict[str, Any]] = [{"input_ids": ids, "cut": int(cut), "length": len(ids)} for ids, cut in coded]
+        sources = _texts(rows, "source", self.task.prefix or "")
+        coded = cut_texts(sources, self.processor, most, "source", places)
+        fields: list[Fields] = [{"input_ids": ids, "cut": int(cut), "length": len(ids)} for ids, cut in coded]
         if targets := _texts(rows, "target"):
             end = self.config.eos_token_id
-            coded = cut_texts(targets, self.processor, data.max_length, "target", places, written=True)
+            coded = cut_texts(targets, self.processor, most, "target", places, written=True)
             for one, (ids, cut) in zip(fields, coded, strict=True):
-                ids = ids if end in ids[-2:] else [*ids[: data.max_length - 1], end]
+                ids = ids if end in ids[-2:] else [*ids[: most - 1], end]
                 one |= {"label": ids, "length": one["length"] + len(ids), "cut_target": int(cut)}
-        return fields
+        return _with_references(fields, rows)
+
+    def costs(self, encoded: Encoded) -> NDArray[np.int64]:
+        """Tokens of both sides."""
+        return token_costs(encoded)
 
     def notes(self, encoded: Encoded) -> list[str]:
-        """Texts cut, and unknown tokens above 5 %."""
+        """Texts cut, unknown tokens above 5 %, and targets that are their sources."""
         said = {"cut": CUT, "cut_target": CUT_TARGET}
-        counts = {name: int(encoded.column(name).sum()) for name in said if name in encoded.fields}
+        counts = {name: int(encoded.column(name).sum()) for name in said if name in encoded}
         notes = [f"{count} of {len(encoded)} {said[name]}" for name, count in counts.items() if count]
-        return notes + unknown_notes(encoded, self.processor)
+        return notes + unknown_notes(encoded, self.processor) + _same_notes(encoded)
 
-    def token_faults(self, rows: Sequence[Row], data: Data) -> tuple[list[list[int]], list[Fault]]:
-        """The sources' tokens, and what of targets is cut off."""
-        assert data.max_length is not None, "the check knows it"
-        what, fix = f"a target is longer than the {data.max_length} tokens that are written", "raise data.max_length"
+    def inspect(self, rows: Sequence[Row]) -> Inspection:
+        """Tokens of the sources, and targets that are cut off."""
+        most = self.data.max_length
+        assert most is not None, "the check knows it"
+        what, fix = f"a target is longer than the {most} tokens that are written", "raise data.max_length"
         targets = _texts(rows, "target")
         written = self.processor(text_target=targets, verbose=False)["input_ids"]
         faults = [
             Fault("target-cut", what, row.place, f"{len(ids)} tokens: {text}", fix)
             for row, text, ids in zip(rows, targets, written, strict=True)
-            if len(ids) > data.max_length
+            if len(ids) > most
         ]
-        return [list(ids) for ids in self.processor(_texts(rows, "source"), verbose=False)["input_ids"]], faults
+        ids = self.processor(_texts(rows, "source", self.task.prefix or ""), verbose=False)["input_ids"]
+        return Inspection(*count_tokens(ids, self.processor), most, "data.max_length", faults)
 
-    def num_outputs(self, batch: Batch) -> int:
-        """One for each token of the targets."""
-        return len(batch.ragged("label").values)
-
-    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Log-probabilities of each token of the targets, and of the one that was likeliest there."""  # (tokens, 2)
-        return token_log_probs(model, *self._asked(model, batch), batch.ragged("label").values)
-
-    def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float) -> Tensor:
-        """This batch's share of the mean over the step's tokens."""
-        labels = batch.ragged("label").values
-        return token_loss(model, *self._asked(model, batch), labels, label_smoothing) / normalizers["tokens"]
-
-    def _asked(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """What the model reads, and the row and place of each token of the targets."""
+    def model_inputs(self, batch: Batch) -> list[dict[str, Any]]:
+        """Padded sources, and targets shifted to the right."""
         rows, labels = batch.ragged("input_ids"), batch.ragged("label")
-        inputs = {
-            "input_ids": rows.padded(self.config.pad_token_id or 0),
-            "attention_mask": rows.mask(),
-            "decoder_input_ids": shift_tokens_right(model, labels.padded(IGNORE_INDEX)),
-            "use_cache": False,
-        }
-        mask = labels.mask()
-        if fast_path(model).unpadded:  # to others it says nothing, for no token looks at a later one
-            inputs["decoder_attention_mask"] = mask
-        row, place = mask.nonzero(as_tuple=True)
+        return [
+            {
+                "input_ids": rows.padded(self.config.pad_token_id or 0),
+                "attention_mask": rows.mask(),
+                "decoder_input_ids": shift_right(self.config, labels.padded(IGNORED)),
+                "decoder_attention_mask": labels.mask(),
+                "use_cache": False,
+            }
+        ]
+
+    def _at_labels(self, batch: Batch) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """The model's arguments, and row and place of each token of the targets."""
+        (inputs,) = self.model_inputs(batch)
+        row, place = inputs["decoder_attention_mask"].nonzero(as_tuple=True)
         return inputs, row, place
 
-    def written(self, model: nn.Module, batch: Batch) -> list[str]:
+    def normalizers(self, batch: Batch) -> dict[str, Tensor]:
+        """The number of tokens of the targets."""
+        return {"tokens": torch.tensor(float(len(batch.ragged("label").values)))}
+
+    def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor]) -> Tensor:
+        """This batch's share of the mean over the step's tokens."""
+        labels = batch.ragged("label").values
+        total = token_loss(model, *self._at_labels(batch), labels, self.label_smoothing)
+        return total / normalizers["tokens"]
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Log-probabilities of each token of the targets, and of the likeliest one in its place."""  # (tokens, 2)
+        return token_log_probs(model, *self._at_labels(batch), batch.ragged("label").values)
+
+    def metrics(self) -> Metrics:
+        """Loss, perplexity, accuracy of the next token; BLEU and chrF."""
+        return translation_metrics(self.task)
+
+    def baseline(self, train: Encoded) -> Baseline:
+        """Log frequency of each token in the training targets, and of the most frequent."""  # (tokens, 2)
+        counts = np.bincount(train.column("label"), minlength=self.config.vocab_size)
+        return token_frequencies(torch.from_numpy(counts) + 1.0, lambda batch: batch.ragged("label").values)
+
+    def predict(self, model: nn.Module, batch: Batch, outputs: Tensor | None = None) -> list[Answer]:
         """The translations, by beam search."""
-        begin = {"forced_bos_token_id": self.told.first, "decoder_start_token_id": self.told.start}
-        ids = write(
-            model,
-            batch.ragged("input_ids"),
-            self.generation,
-            pad=self.config.pad_token_id,
-            stop=(self.config.eos_token_id,),
-            limit=getattr(self.config, "max_position_embeddings", None) or UNBOUNDED,
-            **{name: token for name, token in begin.items() if token is not None},
-        )
-        return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+        assert self.generator is not None, "it is set in bind"
+        return [{"translation": text} for text in self.generator.generate(model, batch)]
 
-    def prior(self, encoded: Encoded) -> Tensor:
-        """Log frequency of each token in the training targets."""  # (vocabulary,)
-        frequency = torch.from_numpy(np.bincount(encoded.column("label"), minlength=self.config.vocab_size)) + 1.0
-        return (frequency / frequency.sum()).log().float()
-
-    def guess(self, prior: Tensor, batch: Batch) -> Tensor:
-        """That log frequency of each token of the targets, and of the most frequent."""  # (tokens, 2)
-        found = prior[batch.ragged("label").values]
-        return torch.stack([found, prior.max().expand_as(found)], 1)
+    def preview(self, fields: Fields) -> Preview:
+        """Tokens of the source, then those of the target, which all carry loss."""
+        source = preview_tokens(fields, self.processor)
+        if "label" not in fields:
+            return source
+        special = set(self.processor.all_special_ids)
+        spelled = zip(spell(fields["label"], self.processor), fields["label"], strict=True)
+        target = [Token(text, code in special, text) for text, code in spelled]
+        return Preview(None, bool(fields["cut"] or fields["cut_target"]), [*source.windows, target])
 
 
-class Decoder:
-    """Is asked, `Translate from English to German: ...`, and answers: a conversation of text-generation."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DecoderTranslation(BoundTask):
+    """Is asked for a translation, and answers: a conversation of text-generation, which does the rest."""
 
-    def __init__(self, processor: Any, config: Any, generation: Generation, chat_template: str | None) -> None:
-        keys = {"form": "chat", "chat_template": chat_template, "general": "none", "generate": generation}
-        self._chat = TextGeneration.model_validate(keys).for_processor(processor, config)
-        self._processor = processor
-        self.num_outputs, self.forward, self.loss = self._chat.num_outputs, self._chat.forward, self._chat.loss
-        self.written, self.prior, self.guess = self._chat.written, self._chat.prior, self._chat.guess
+    chat: BoundTextGeneration
 
-    def encode(self, rows: Sequence[Row], data: Data) -> list[dict[str, Any]]:
+    def encode(self, rows: Sequence[Row]) -> list[Fields]:
         """The fields of a conversation."""
-        return self._chat.encode(_conversations(rows), self._processor, data)
+        return _with_references(self.chat.encode(list(self._conversations(rows))), rows)
+
+    def _conversations(self, rows: Sequence[Row]) -> Iterator[Row]:
+        """Rows as a decoder is asked, with answers where there are targets."""
+        for row in rows:
+            source = f"{self.task.prefix or ''}{str(row.values['source']).strip()}"
+            prompt = {"role": "user", "content": source}
+            if "target" not in row.values:
+                yield Row(row.place, {"asked": [prompt], "choices": []})
+                continue
+            target = str(row.values["target"]).strip()
+            yield Row(row.place, {"messages": [prompt, {"role": "assistant", "content": target}]})
+
+    def costs(self, encoded: Encoded) -> NDArray[np.int64]:
+        """Tokens of each conversation."""
+        return self.chat.costs(encoded)
 
     def notes(self, encoded: Encoded) -> list[str]:
-        """What is lost of conversations."""
-        return self._chat.notes(encoded, self._processor)
+        """What is lost of conversations, and targets that are their sources."""
+        return self.chat.notes(encoded) + _same_notes(encoded)
 
-    def token_faults(self, rows: Sequence[Row], data: Data) -> tuple[list[list[int]], list[Fault]] | None:
+    def inspect(self, rows: Sequence[Row]) -> Inspection:
+        """Sizes and faults of conversations."""
+        return self.chat.inspect(list(self._conversations(rows)))
+
+    def model_inputs(self, batch: Batch) -> list[dict[str, Any]]:
         """Those of conversations."""
-        return self._chat.token_faults(_conversations(rows), self._processor, data)
+        return self.chat.model_inputs(batch)
+
+    def normalizers(self, batch: Batch) -> dict[str, Tensor]:
+        """The number of tokens of the answers."""
+        return self.chat.normalizers(batch)
+
+    def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor]) -> Tensor:
+        """This batch's share of the mean over the step's tokens."""
+        return self.chat.loss(model, batch, normalizers)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Log-probabilities of each token of the answers, and of the likeliest one in its place."""  # (tokens, 2)
+        return self.chat.outputs(model, batch)
+
+    def metrics(self) -> Metrics:
+        """Loss, perplexity, accuracy of the next token; BLEU and chrF."""
+        return translation_metrics(self.task)
+
+    def baseline(self, train: Encoded) -> Baseline:
+        """Log frequency of each token in the training answers, and of the most frequent."""  # (tokens, 2)
+        return self.chat.baseline(train)
+
+    def predict(self, model: nn.Module, batch: Batch, outputs: Tensor | None = None) -> list[Answer]:
+        """The translations, by beam search."""
+        assert self.generator is not None, "it is set in bind"
+        return [{"translation": text} for text in self.generator.generate(model, batch)]
+
+    def preview(self, fields: Fields) -> Preview:
+        """Tokens of the conversation."""
+        return self.chat.preview(fields)
 
 
-def _texts(rows: Sequence[Row], role: str) -> list[str]:
-    return [str(row.values[role]) for row in rows if role in row.values]
-
-
-def _conversations(rows: Sequence[Row]) -> list[Row]:
-    """Rows as a decoder is asked, with answers where there are targets."""
-    return [Row(row.place, _conversation(row.values)) for row in rows]
-
-
-def _conversation(values: dict[str, Any]) -> dict[str, Any]:
-    asked = {"role": "user", "content": values["source"]}
-    if "target" not in values:
-        return {"asked": [asked], "choices": []}
-    return {"messages": [asked, {"role": "assistant", "content": values["target"]}]}
+def conversation_task(settings: Generation, chat_template: str | None) -> TextGeneration:
+    """The task of text-generation that translates by a decoder."""
+    keys = {"form": "chat", "chat_template": chat_template, "general": "none", "generate": settings}
+    return TextGeneration.model_validate(keys)

@@ -11,29 +11,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch, Ragged
-from tunesmith.data.blocks import Segment, blocks
-from tunesmith.data.encoded import Encoded
+from tunesmith.data.columns import Column
+from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.formats import Row
-from tunesmith.data.masks import Tokens, hide
-from tunesmith.data.texts import unknown_notes
+from tunesmith.data.preview import Preview
+from tunesmith.data.text.blocks import Segment, blocks
+from tunesmith.data.text.masking import Tokens, hide
+from tunesmith.data.text.texts import inspect_texts, preview_tokens, spell, token_costs, unknown_notes
 from tunesmith.errors import RecipeError
 from tunesmith.kernels.chunked_loss import logits_at, token_loss
-from tunesmith.metrics.language import TokenScores
+from tunesmith.metrics.language import MaskedTokenMetrics
 from tunesmith.models.snippets import fetch_general, general_files
 from tunesmith.models.sources import cache_home
 from tunesmith.recipe import Data
-from tunesmith.recipe_values import General
-from tunesmith.tasks import Metrics, Task
+from tunesmith.recipe.fields import General
+from tunesmith.tasks import Answer, Baseline, BoundTask, Inspection, Metrics, Task, _samples
 
 MASK = "[MASK]"
 """How a user writes a mask, whatever the model calls its own."""
@@ -41,118 +43,141 @@ MASK = "[MASK]"
 BEST_SHOWN = 5
 
 
-class FillMask(Task):
-    """Guesses hidden words: pretraining of an encoder on raw text of a field, before its task."""
+COLUMNS = (
+    Column(
+        "text",
+        "text",
+        (
+            "document", "content", "body", "passage", "article", "abstract", "sentence", "answer", "review",
+            "文本", "内容",
+        ),
+    ),
+)  # fmt: skip
 
-    mask_share: float = Field(0.15, gt=0, lt=1, description="share of the tokens that are to be guessed")
-    whole_words: bool = Field(True, description="choose whole words, not single tokens")
+
+class FillMask(Task):
+    """Predicts masked words: domain-adaptive pretraining of an encoder on raw text, before its task."""
+
+    mask_share: float = Field(0.15, gt=0, lt=1, description="fraction of the tokens that are masked")
+    whole_words: bool = Field(True, description="mask whole words, not single tokens")
     segmenter: Literal["jieba"] | None = Field(
         None, description="divides Chinese into words (extra `chinese`); null: each character is one"
     )
-    head_warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which a new head learns alone")
+    head_warmup: float = Field(0.1, ge=0, lt=1, description="fraction of steps in which only a new head is trained")
     general: General = "default"
-    _tokens: Tokens | None = PrivateAttr(None)
 
-    model_class: ClassVar[str] = "AutoModelForMaskedLM"
-    columns: ClassVar[dict[str, tuple[str, ...]]] = {
-        "text": (
-            "text", "document", "content", "body", "passage", "article", "abstract", "sentence", "answer", "review",
-            "文本", "内容",
-        ),
-    }  # fmt: skip
-    required: ClassVar[frozenset[str]] = frozenset({"text"})
+    auto_class: ClassVar[str] = "AutoModelForMaskedLM"
+    data_keys: ClassVar[frozenset[str]] = frozenset({"max_length"})
+    baseline_name: ClassVar[str] = "token-frequency baseline"
     base_has_head: ClassVar[bool] = True
 
     @property
-    def rows_are_examples(self) -> bool:
-        """Blocks are."""
-        return False
+    def columns(self) -> Sequence[Column]:
+        """The text."""
+        return COLUMNS
 
-    def target(self, row: Row) -> None:
-        """A text is its own target."""
+    @property
+    def head_warmup_ratio(self) -> float:
+        """`head_warmup`."""
+        return self.head_warmup
 
-    def fit(self, targets: Sequence[Any], data: Data, where: str) -> tuple[Self, Data]:
-        """Nothing is read off the targets; the segmenter must be there, and class weights have no meaning."""
-        if data.class_weights is not None:
-            raise RecipeError("data.class_weights: fill-mask has no classes", hint="leave the key out")
+    def parse_target(self, row: Row) -> None:
+        """None: a text is its own target."""
+
+    def fit(self, targets: Sequence[Any], data: Data) -> tuple[Self, Data]:
+        """Check that the segmenter is installed; nothing is learned from the targets."""
         if self.segmenter is not None:
             _segmenter(self.segmenter)
         return self, data
 
-    def for_processor(self, processor: Any, config: Any = None) -> Self:
-        """With the mask and the spelling of tokens.
+    def sample_row(self, number: int) -> dict[str, object]:
+        """Several reviews as one text."""
+        return {"text": _samples.document(number)}
 
-        Raises:
-            RecipeError: there is no mask, or no words can be told.
-        """
-        if self.whole_words and not processor.is_fast:
-            what = f"task.whole_words: {type(processor).__name__} has no fast form, which alone tells words"
-            raise RecipeError(what, hint="task.whole_words=false")
-        ready = self.model_copy()
-        ready._tokens = Tokens.of(processor)
-        return ready
-
-    @property
-    def tokens(self) -> Tokens:
-        """Of the tokenizer at work."""
-        assert self._tokens is not None, "for_processor comes first"
-        return self._tokens
-
-    def fetch(self, say: Callable[[str], None], *, offline: bool) -> list[str]:
-        """The general text, unless there is one or none is wanted."""
-        return fetch_general(self.general, say, offline=offline)
-
-    def others(self) -> dict[str, str]:
+    def extra_eval_sets(self) -> dict[str, str]:
         """The general text."""
         return general_files(self.general)
 
-    def head_alone(self) -> float:
-        """`head_warmup`."""
-        return self.head_warmup
+    def fetch(self, say: Callable[[str], None], *, offline: bool) -> list[str]:
+        """Fetch the general text, unless it is there or `general` is none."""
+        return fetch_general(self.general, say, offline=offline)
 
-    def pieces(self, rows: Iterable[Row], processor: Any, data: Data) -> Iterator[Row]:
-        """Blocks of `max_length` tokens."""
-        assert data.max_length is not None, "the run resolves max_length"
-        segment = _segmenter(self.segmenter) if self.segmenter else None
-        return blocks(rows, "text", processor, data.max_length, whole_words=self.whole_words, segment=segment)
-
-    def encode(self, rows: Sequence[Row], processor: Any, data: Data) -> list[dict[str, Any]]:
-        """Of a block its tokens and the number of each one's word; of a text to be filled in, where its masks are.
+    def bind(self, processor: Any, config: Any, data: Data, label_smoothing: float = 0.0) -> BoundTask:
+        """With the mask and the spelling of tokens.
 
         Raises:
-            DataError: there is no mask to fill in where the model reads.
+            RecipeError: the tokenizer has no mask, or cannot tell words apart.
         """
-        return [dict(row.values) if "input_ids" in row.values else self._asked(row, processor, data) for row in rows]
+        if self.whole_words and not processor.is_fast:
+            what = f"task.whole_words: {type(processor).__name__} has no fast form, which alone tells words apart"
+            raise RecipeError(what, hint="task.whole_words=false")
+        return BoundFillMask(
+            self,
+            processor,
+            config,
+            data,
+            label_smoothing,
+            tokens=Tokens.of(processor),
+            rows_are_examples=False,
+            deterministic_inputs=False,
+        )
 
-    def tokens_read(self, processor: Any, max_length: int) -> int | None:
-        """All: texts are joined and cut into blocks."""
-        return None
+    def render(self, answer: Answer, row: Row) -> str:
+        """The best tokens of each mask."""
+        return "; ".join(", ".join(f"'{one['token']}' {one['score']:.3f}" for one in mask) for mask in answer["masks"])
 
-    def _asked(self, row: Row, processor: Any, data: Data) -> dict[str, Any]:
-        text = str(row.values["text"]).replace(MASK, processor.mask_token)
-        coded = processor(text, truncation=True, max_length=data.max_length)
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BoundFillMask(BoundTask):
+    """Masked language modeling with a tokenizer."""
+
+    tokens: Tokens
+
+    def chunks(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Blocks of `max_length` tokens."""
+        segment = _segmenter(self.task.segmenter) if self.task.segmenter else None
+        length, whole_words = self.data.max_length, self.task.whole_words
+        assert length is not None, "the run resolves max_length"
+        return blocks(rows, "text", self.processor, length, whole_words=whole_words, segment=segment)
+
+    def encode(self, rows: Sequence[Row]) -> list[Fields]:
+        """Tokens of a block, and the number of each one's word; of a text with masks, where these are.
+
+        Raises:
+            DataError: there is no mask within the tokens that are read.
+        """
+        return [dict(row.values) if "input_ids" in row.values else self._encode_masked(row) for row in rows]
+
+    def _encode_masked(self, row: Row) -> Fields:
+        text = str(row.values["text"]).replace(MASK, self.processor.mask_token)
+        coded = self.processor(text, truncation=True, max_length=self.data.max_length)
         ids = coded["input_ids"]
-        masked = [place for place, token in enumerate(ids) if token == processor.mask_token_id]
+        masked = [place for place, token in enumerate(ids) if token == self.processor.mask_token_id]
         if not masked:
-            beyond = f" within the first {data.max_length} tokens" if processor.mask_token in text else ""
+            beyond = f" within the first {self.data.max_length} tokens" if self.processor.mask_token in text else ""
             raise row.fault("text", f"no {MASK}{beyond}", f"write {MASK} where a word is missing")
         cut = any(one.overflowing for one in coded.encodings or ())
         return {"input_ids": ids, "masked": masked, "cut": int(cut)}
 
-    def notes(self, encoded: Encoded, processor: Any) -> list[str]:
-        """Unknown tokens above 5 %."""
-        return unknown_notes(encoded, processor)
+    def costs(self, encoded: Encoded) -> NDArray[np.int64]:
+        """Tokens of each block."""
+        return token_costs(encoded)
 
-    def draw(self, batch: Batch, indices: NDArray[np.int64], seed: int = 0, epoch: int = 0) -> Batch:
-        """Hides words of blocks; `masked` are their positions and `label` what stood there. Asked texts stay."""
+    def notes(self, encoded: Encoded) -> list[str]:
+        """Unknown tokens above 5 %."""
+        return unknown_notes(encoded, self.processor)
+
+    def transform(self, batch: Batch, indices: NDArray[np.int64], seed: int = 0, epoch: int = 0) -> Batch:
+        """Mask words of blocks: `masked` are their places and `label` the tokens there. Texts with masks stay."""
         if "words" not in batch:
             return batch
         rows, words = batch.ragged("input_ids"), batch.ragged("words").values.numpy()
         ids, ends = rows.values.numpy(), rows.offsets.tolist()
+        share = self.task.mask_share
         seen, places = [ids[:0]], [ids[:0]]
         for index, start, stop in zip(indices.tolist(), ends[:-1], ends[1:], strict=True):
             part = slice(start, stop)
-            one = hide(ids[part], words[part], self.mask_share, self.tokens, seed=seed, epoch=epoch, index=index)
+            one = hide(ids[part], words[part], share, self.tokens, seed=seed, epoch=epoch, index=index)
             seen.append(one[0])
             places.append(one[1])
         offsets = torch.from_numpy(np.cumsum([len(one) for one in places]))
@@ -165,49 +190,65 @@ class FillMask(Task):
         }
         return replace(batch, fields=drawn)
 
-    def num_outputs(self, batch: Batch) -> int:
-        """One for each mask."""
-        return len(batch.ragged("masked").values)
+    def model_inputs(self, batch: Batch) -> list[dict[str, Any]]:
+        """Padded blocks."""
+        rows = batch.ragged("input_ids")
+        return [{"input_ids": rows.padded(self.config.pad_token_id or 0), "attention_mask": rows.mask()}]
+
+    def _at_masks(self, batch: Batch) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """The model's arguments, and row and place of each mask."""
+        (inputs,), masked = self.model_inputs(batch), batch.ragged("masked")
+        row = torch.repeat_interleave(torch.arange(batch.size, device=masked.values.device), masked.lengths)
+        return inputs, row, masked.values
 
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
-        """The number of tokens to be guessed."""
-        return {"tokens": torch.tensor(float(self.num_outputs(batch)))}
+        """The number of masked tokens."""
+        return {"tokens": torch.tensor(float(len(batch.ragged("masked").values)))}
 
-    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits in fp32 at the masks, of all texts in a row."""  # (masks, vocabulary)
-        return logits_at(model, *_asked_of(model, batch))
-
-    def loss(
-        self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float = 0.0
-    ) -> Tensor:
-        """This batch's share of the mean over the step's tokens."""
+    def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor]) -> Tensor:
+        """This batch's share of the mean over the step's masked tokens."""
         labels = batch.ragged("label").values
-        return token_loss(model, *_asked_of(model, batch), labels, label_smoothing) / normalizers["tokens"].clamp_min(1)
+        total = token_loss(model, *self._at_masks(batch), labels, self.label_smoothing)
+        return total / normalizers["tokens"].clamp_min(1)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits in fp32 at the masks of all rows."""  # (masks, vocabulary)
+        return logits_at(model, *self._at_masks(batch))
 
     def metrics(self) -> Metrics:
         """Loss, perplexity, accuracy."""
-        return TokenScores()
+        return MaskedTokenMetrics()
 
-    def metric(self) -> str:
-        """The loss."""
-        return "loss"
-
-    def prior(self, encoded: Encoded) -> Tensor:
-        """Log frequency of each token in the training text."""  # (vocabulary,)
-        words = torch.from_numpy(np.asarray(encoded.column("words")) >= 0)
-        ids = torch.from_numpy(np.asarray(encoded.column("input_ids"), dtype=np.int64))[words]
+    def baseline(self, train: Encoded) -> Baseline:
+        """Log frequency of each token in the training text."""  # (masks, vocabulary)
+        words = torch.from_numpy(np.asarray(train.column("words")) >= 0)
+        ids = torch.from_numpy(np.asarray(train.column("input_ids"), dtype=np.int64))[words]
         counts = torch.bincount(ids, minlength=len(self.tokens.spelling)).float() + 1.0  # of a token never seen too
-        return (counts / counts.sum()).log()
+        prior = (counts / counts.sum()).log()
+        return lambda batch: prior.expand(len(batch.ragged("masked").values), -1)
 
-    def answers(self, outputs: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """For each mask of a text the best tokens with their probabilities."""
-        scores, best = outputs.softmax(-1).topk(min(BEST_SHOWN, outputs.shape[-1]))
-        found = [
+    def predict(self, model: nn.Module, batch: Batch, outputs: Tensor | None = None) -> list[Answer]:
+        """The best tokens of each mask with their probabilities."""
+        logits = self.outputs(model, batch) if outputs is None else outputs
+        scores, best = logits.softmax(-1).topk(min(BEST_SHOWN, logits.shape[-1]))
+        masks = [
             [{"token": self.tokens.spelling[token], "score": score} for token, score in zip(*one, strict=True)]
             for one in zip(best.tolist(), scores.tolist(), strict=True)
         ]
         ends = batch.ragged("masked").offsets.tolist()
-        return [{"masks": found[start:stop]} for start, stop in zip(ends[:-1], ends[1:], strict=True)]
+        return [{"masks": masks[start:stop]} for start, stop in zip(ends[:-1], ends[1:], strict=True)]
+
+    def preview(self, fields: Fields) -> Preview:
+        """Tokens, and what stood at each mask."""
+        labels = spell(fields["label"], self.processor)
+        masked = dict(zip(fields["masked"], labels, strict=True))
+        targets = [masked.get(place) for place in range(len(fields["input_ids"]))]
+        return preview_tokens(fields, self.processor, targets=targets)
+
+    def inspect(self, rows: Sequence[Row]) -> Inspection:
+        """Tokens of each text; none is cut, for texts are joined and cut into blocks."""
+        sizes, unknown = inspect_texts([[str(row.values["text"])] for row in rows], self.processor)
+        return Inspection(sizes, unknown, None, "data.max_length")
 
 
 def _segmenter(name: str) -> Segment:
@@ -227,11 +268,3 @@ def _segmenter(name: str) -> Segment:
     jieba.dt.tmp_dir = str(cache_home())  # it reads its cache by marshal: not from where anybody may write
     cut: Callable[[str], Iterable[str]] = jieba.dt.cut
     return cut
-
-
-def _asked_of(model: Any, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """What the model reads, and text and place of each mask."""
-    rows, masked = batch.ragged("input_ids"), batch.ragged("masked")
-    inputs = {"input_ids": rows.padded(model.config.pad_token_id or 0), "attention_mask": rows.mask()}
-    text = torch.repeat_interleave(torch.arange(batch.size, device=masked.values.device), masked.lengths)
-    return inputs, text, masked.values

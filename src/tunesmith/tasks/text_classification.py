@@ -8,23 +8,54 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch
-from tunesmith.data.encoded import Encoded
+from tunesmith.data.columns import Column
+from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.formats import Row
-from tunesmith.data.labels import Label, LabelKind, class_name, class_weights, fit_labels, label_fields, read_label
-from tunesmith.data.texts import encode_texts, mean_of_windows, model_inputs, text_notes
-from tunesmith.errors import RecipeError, shorten
-from tunesmith.metrics.classification import ClassScores, LabelScores, NumberScores
+from tunesmith.data.labels import Label, LabelKind, class_name, class_weights, fit_labels, read_label
+from tunesmith.data.preview import Preview
+from tunesmith.data.text.texts import (
+    encode_texts,
+    inspect_texts,
+    mean_of_windows,
+    model_inputs,
+    preview_tokens,
+    text_notes,
+    token_costs,
+)
+from tunesmith.errors import shorten
 from tunesmith.recipe import Data
-from tunesmith.tasks import Metrics, Task
+from tunesmith.tasks import Answer, Baseline, BoundTask, Inspection, Metrics, Task, _samples
+from tunesmith.tasks._labels import LabelObjective, head_config, mistake, render
+
+COLUMNS = (
+    Column(
+        "text",
+        "text",
+        (
+            "sentence", "sentence1", "text1", "review", "content", "premise", "question", "document", "body",
+            "comment", "tweet", "message", "title", "input", "clause", "文本", "内容", "评论",
+        ),
+    ),
+    Column("text_pair", "text", ("sentence2", "text2", "hypothesis", "passage"), required=False),
+    Column(
+        "label",
+        "label",
+        (
+            "labels", "class", "category", "target", "sentiment", "score", "rating", "stars", "type", "y",
+            "标签", "类别",
+        ),
+        target=True,
+    ),
+)  # fmt: skip
 
 
 def _spelled_as_labels(classes: Any) -> Any:
@@ -45,19 +76,13 @@ class TextClassification(Task):
         None, ge=2, description="read longer texts in up to this many windows, averaged; null: cut them"
     )
 
-    model_class: ClassVar[str] = "AutoModelForSequenceClassification"
-    columns: ClassVar[dict[str, tuple[str, ...]]] = {
-        "text": (
-            "text", "sentence", "sentence1", "text1", "review", "content", "premise", "question", "document", "body",
-            "comment", "tweet", "message", "title", "input", "clause", "文本", "内容", "评论",
-        ),
-        "text_pair": ("text_pair", "sentence2", "text2", "hypothesis", "passage"),
-        "label": (
-            "label", "labels", "class", "category", "target", "sentiment", "score", "rating", "stars", "type", "y",
-            "标签", "类别",
-        ),
-    }  # fmt: skip
-    required: ClassVar[frozenset[str]] = frozenset({"text", "label"})
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    data_keys: ClassVar[frozenset[str]] = frozenset({"max_length", "class_weights", "augment"})
+
+    @property
+    def columns(self) -> Sequence[Column]:
+        """A text, perhaps a second one, and the label."""
+        return COLUMNS
 
     @model_validator(mode="after")
     def _sane(self) -> Self:
@@ -69,13 +94,13 @@ class TextClassification(Task):
             raise ValueError(f"{what}; give each class once, or leave the key out")
         return self
 
-    def target(self, row: Row) -> Label:
+    def parse_target(self, row: Row) -> Label:
         """A class name, a tuple of them, or a number."""
         return read_label(row, self.labels, self.classes)
 
-    def fit(self, targets: Sequence[Label], data: Data, where: str) -> tuple[Self, Data]:
+    def fit(self, targets: Sequence[Label], data: Data) -> tuple[Self, Data]:
         """Kind, classes and class weights from the training targets."""
-        kind, classes, counts = fit_labels(targets, self.labels, self.classes, where)
+        kind, classes, counts = fit_labels(targets, self.labels, self.classes, str(data.train))
         weights = class_weights(data.class_weights, kind, classes, counts)
         fitted = self.model_copy(update={"labels": kind, "classes": classes})
         return fitted, data.model_copy(update={"class_weights": weights})
@@ -87,99 +112,88 @@ class TextClassification(Task):
         codes: dict[Label, int] = {}
         return [codes.setdefault(target, len(codes)) for target in targets]
 
+    def sample_row(self, number: int) -> dict[str, object]:
+        """A short review, negative or positive."""
+        return {"text": _samples.review(number), "label": ("negative", "positive")[number % 2]}
+
     def head_config(self) -> dict[str, Any]:
         """Head size, class names and transformers' name for the kind of problem."""
-        if self.labels == "regression":
-            return {"num_labels": 1, "problem_type": "regression"}
-        assert self.classes is not None, "fit comes first"
-        kind = "multi_label_classification" if self.labels == "multi" else "single_label_classification"
-        return {
-            "num_labels": len(self.classes),
-            "id2label": dict(enumerate(self.classes)),
-            "label2id": {name: index for index, name in enumerate(self.classes)},
-            "problem_type": kind,
-        }
+        return head_config(self.labels, self.classes)
 
-    def encode(self, rows: Sequence[Row], processor: Any, data: Data) -> list[dict[str, Any]]:
-        """The fields of the texts (`encode_texts`), label and weight."""
-        texts = encode_texts(rows, processor, data, self.windows)
+    def bind(self, processor: Any, config: Any, data: Data, label_smoothing: float = 0.0) -> BoundTask:
+        """With its objective."""
         weights = data.class_weights if isinstance(data.class_weights, dict) else {}
-        labels = [
-            label_fields(self.target(row), self.classes, weights) if "label" in row.values else {} for row in rows
-        ]
+        objective = LabelObjective(self.labels, self.classes, weights, label_smoothing)
+        return BoundTextClassification(self, processor, config, data, label_smoothing, objective=objective)
+
+    def render(self, answer: Answer, row: Row) -> str:
+        """The label and its score."""
+        return render(answer)
+
+    def mistake(self, answer: Answer, target: Label) -> tuple[str, str, float] | None:
+        """A wrong label, or the error of a number."""
+        return mistake(answer, target)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BoundTextClassification(BoundTask):
+    """Text classification with a tokenizer."""
+
+    objective: LabelObjective
+
+    def encode(self, rows: Sequence[Row]) -> list[Fields]:
+        """The fields of the texts (`encode_texts`), label and weight."""
+        texts = encode_texts(rows, self.processor, self.data, self.task.windows)
+        labels = [self.objective.fields(self.task.parse_target(row)) if "label" in row.values else {} for row in rows]
         return [text | label for text, label in zip(texts, labels, strict=True)]
 
-    def tokens_read(self, processor: Any, max_length: int) -> int | None:
-        """As many as its windows hold; each has its own special tokens, of which a text has one set."""
-        specials: int = processor.num_special_tokens_to_add(pair=False)
-        return specials + (self.windows or 1) * (max_length - specials)
+    def costs(self, encoded: Encoded) -> NDArray[np.int64]:
+        """Tokens of all windows."""
+        return token_costs(encoded)
 
-    def notes(self, encoded: Encoded, processor: Any) -> list[str]:
+    def notes(self, encoded: Encoded) -> list[str]:
         """Texts cut, and unknown tokens above 5 %."""
-        return text_notes(encoded, processor, self.windows)
+        return text_notes(encoded, self.processor, self.task.windows)
+
+    def model_inputs(self, batch: Batch) -> list[dict[str, Any]]:
+        """Padded texts, or all of their windows."""
+        return [model_inputs(batch, self.config.pad_token_id or 0)]
 
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
-        """The sum of the examples' weights, else their number."""
-        if "weight" in batch:
-            return {"weight": batch.scalar("weight").sum()}
-        return {"weight": torch.tensor(float(batch.size))}
+        """The sum of the examples' weights."""
+        return self.objective.normalizers(batch)
 
-    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits in fp32, averaged over a document's windows."""  # (examples, classes)
-        config: Any = model.config
-        logits: Tensor = model(**model_inputs(batch, config.pad_token_id or 0)).logits.float()
-        return mean_of_windows(logits, batch)
-
-    def loss(
-        self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float = 0.0
-    ) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor]) -> Tensor:
         """This batch's share of the weighted mean over the step."""
-        logits = self.forward(model, batch)
-        return self._sum_of_losses(logits, batch, label_smoothing) / normalizers["weight"]
+        return self.objective.loss(self.outputs(model, batch), batch, normalizers)
 
-    def _sum_of_losses(self, logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
-        if self.labels == "regression":
-            if label_smoothing:
-                what = "train.label_smoothing: a regression has no classes to spread a target over"
-                raise RecipeError(what, hint="leave the key out")
-            return F.mse_loss(logits.squeeze(-1), batch.scalar("label").float(), reduction="sum")
-        if self.labels == "multi":
-            wanted = batch.ragged("label").values.view_as(logits)
-            wanted = wanted * (1 - label_smoothing) + label_smoothing / 2
-            return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1).sum()
-        losses = F.cross_entropy(logits, batch.scalar("label"), reduction="none", label_smoothing=label_smoothing)
-        return (losses * batch.scalar("weight")).sum()
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits in fp32, averaged over the windows of a text."""  # (examples, classes)
+        (inputs,) = self.model_inputs(batch)
+        return mean_of_windows(model(**inputs).logits.float(), batch)
 
     def metrics(self) -> Metrics:
-        """Scores of the kind of problem this is."""
-        if self.labels == "regression":
-            return NumberScores()
-        assert self.classes is not None, "fit comes first"
-        return LabelScores(self.classes) if self.labels == "multi" else ClassScores(self.classes)
+        """The metrics of this kind of problem."""
+        return self.objective.metrics()
 
-    def metric(self) -> str:
-        """Accuracy; micro F1 for several labels; error for numbers."""
-        return {"multi": "f1_micro", "regression": "rmse"}.get(self.labels, "accuracy")
+    def baseline(self, train: Encoded) -> Baseline:
+        """The prior of the training labels."""
+        return self.objective.baseline(train)
 
-    def prior(self, encoded: Encoded) -> Tensor:
-        """Log frequency of each class, log odds of each label, or the mean."""  # (classes,)
-        labels = torch.from_numpy(np.array(encoded.column("label")))
-        if self.labels == "regression":
-            return labels.mean()[None]
-        assert self.classes is not None, "fit comes first"
-        if self.labels == "multi":
-            return torch.logit(labels.view(-1, len(self.classes)).mean(0), eps=1e-6)
-        return (torch.bincount(labels.long(), minlength=len(self.classes)) / len(labels)).clamp_min(1e-9).log()
-
-    def answers(self, outputs: Tensor, batch: Batch) -> list[dict[str, Any]]:
+    def predict(self, model: nn.Module, batch: Batch, outputs: Tensor | None = None) -> list[Answer]:
         """Label, score and the probability of every class."""
-        if self.labels == "regression":
-            return [{"value": value} for value in outputs.squeeze(-1).tolist()]
-        assert self.classes is not None, "fit comes first"
-        if self.labels == "multi":
-            rows = [dict(zip(self.classes, row, strict=True)) for row in outputs.sigmoid().tolist()]
-            return [{"labels": [name for name in row if row[name] > 0.5], "probabilities": row} for row in rows]
-        rows = [dict(zip(self.classes, row, strict=True)) for row in outputs.softmax(-1).tolist()]
-        return [
-            {"label": (best := max(row, key=row.__getitem__)), "score": row[best], "probabilities": row} for row in rows
-        ]
+        return self.objective.answers(self.outputs(model, batch) if outputs is None else outputs)
+
+    def preview(self, fields: Fields) -> Preview:
+        """The tokens of each window, and the label."""
+        target = self.objective.shown(fields) if "label" in fields else None
+        return preview_tokens(fields, self.processor, target=target)
+
+    def inspect(self, rows: Sequence[Row]) -> Inspection:
+        """Tokens of each text; those beyond the windows are cut."""
+        texts = [[str(row.values[name]) for name in ("text", "text_pair") if name in row.values] for row in rows]
+        sizes, unknown = inspect_texts(texts, self.processor)
+        specials: int = self.processor.num_special_tokens_to_add(pair=False)  # each window has its own, a text one set
+        assert self.data.max_length is not None, "the check knows it"
+        limit = specials + (self.task.windows or 1) * (self.data.max_length - specials)
+        return Inspection(sizes, unknown, limit, "data.max_length or task.windows")

@@ -10,32 +10,57 @@ import contextlib
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tunesmith.data import findings
 from tunesmith.data.batches import Batch
-from tunesmith.data.encoded import Encoded
+from tunesmith.data.columns import Column
+from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.formats import Row
 from tunesmith.data.labels import class_weights
-from tunesmith.data.spans import has_spans, read_tags, unknown_tag, words_of
-from tunesmith.data.tags import Scheme, TagSet, belongs, faults, faults_of_rows, scheme_of, split_tag, tags_of_types
-from tunesmith.data.texts import model_inputs
-from tunesmith.data.words import Sentence, encode_words, inner_marks, words_notes
+from tunesmith.data.preview import Preview
+from tunesmith.data.text.spans import has_spans, read_tags, unknown_tag, words_of
+from tunesmith.data.text.tags import (
+    Scheme,
+    TagSet,
+    belongs,
+    faults,
+    faults_of_rows,
+    scheme_of,
+    split_tag,
+    tags_of_types,
+)
+from tunesmith.data.text.texts import inspect_texts, model_inputs, preview_tokens, token_costs
+from tunesmith.data.text.words import Sentence, encode_words, inner_marks, words_notes
 from tunesmith.errors import DataError, counted, shorten
-from tunesmith.metrics.entities import EntityScores
+from tunesmith.metrics.entities import EntityMetrics
 from tunesmith.recipe import Data
-from tunesmith.tasks import Metrics, Task
+from tunesmith.tasks import Answer, Baseline, BoundTask, Inspection, Metrics, Task, _samples
+from tunesmith.tasks._labels import LabelObjective
 
 _WORD = zlib.crc32
-LOOKED_AT = 10_000
-"""Rows of which the words are looked at."""
+MAX_ROWS_SEEN = 10_000
+"""Rows whose words are looked at to find `inner_marks`."""
+
+COLUMNS = (
+    Column("text", "text", ("sentence", "content", "document", "body", "tweet", "文本", "内容"), required=False),
+    Column("tokens", "words", ("words",), required=False),
+    Column(
+        "label",
+        "tags",
+        ("labels", "tags", "ner_tags", "ner", "spans", "entities", "标签", "实体"),
+        target=True,
+    ),
+)
 
 
 class TokenClassification(Task):
@@ -48,14 +73,15 @@ class TokenClassification(Task):
         None, description="marks that part no word of a raw text that is asked; default: those inside words of train"
     )
 
-    model_class: ClassVar[str] = "AutoModelForTokenClassification"
-    columns: ClassVar[dict[str, tuple[str, ...]]] = {
-        "text": ("text", "sentence", "content", "document", "body", "tweet", "文本", "内容"),
-        "tokens": ("tokens", "words"),
-        "label": ("label", "labels", "tags", "ner_tags", "ner", "spans", "entities", "标签", "实体"),
-    }
-    required: ClassVar[frozenset[str]] = frozenset({"label"})
-    reads_again: ClassVar[bool] = True
+    auto_class: ClassVar[str] = "AutoModelForTokenClassification"
+    data_keys: ClassVar[frozenset[str]] = frozenset({"max_length", "class_weights", "augment"})
+    baseline_name: ClassVar[str] = "most-frequent-tag baseline"
+    targets_need_fit: ClassVar[bool] = True
+
+    @property
+    def columns(self) -> Sequence[Column]:
+        """A text or its words, and a tag for each word (or spans)."""
+        return COLUMNS
 
     @model_validator(mode="after")
     def _sane(self) -> Self:
@@ -65,12 +91,7 @@ class TokenClassification(Task):
             raise ValueError(f"{what}; give each tag once, or leave the key out")
         return self
 
-    @property
-    def _names(self) -> list[str]:
-        assert self.tags is not None, "fit comes first"
-        return self.tags
-
-    def target(self, row: Row) -> tuple[str, ...]:
+    def parse_target(self, row: Row) -> tuple[str, ...]:
         """The tag of each word; once the scheme is known, it must be sound, and of those that are learned."""
         tags = read_tags(row, self.tags)
         if self.scheme != "auto":
@@ -82,18 +103,19 @@ class TokenClassification(Task):
                     raise unknown_tag(tag, index, row, self.tags)
         return tags
 
-    def seen(self, rows: Iterable[Row]) -> Self:
-        """With the marks that stand inside words, of words that are given as such."""
+    def infer_from_rows(self, rows: Iterable[Row]) -> Self:
+        """With the marks inside words, where rows are given as words."""
         if self.inner_marks is not None:
             return self
         sentences = []
-        for row in islice(rows, LOOKED_AT):
-            with contextlib.suppress(DataError):  # one that cannot be read is told by its target
+        for row in islice(rows, MAX_ROWS_SEEN):
+            with contextlib.suppress(DataError):  # `parse_target` says what is wrong
                 sentences += [] if has_spans(row) else [words_of(row).words]
         return self.model_copy(update={"inner_marks": inner_marks(sentences)})
 
-    def fit(self, targets: Sequence[tuple[str, ...]], data: Data, where: str) -> tuple[Self, Data]:
+    def fit(self, targets: Sequence[tuple[str, ...]], data: Data) -> tuple[Self, Data]:
         """Scheme, tags and their weights from the training targets."""
+        where = str(data.train)
         counts = Counter(tag for tags in targets for tag in tags)
         if len(targets) == 1 and len(targets[0]) > 50:
             what = f"all {len(targets[0])} words stand in one sentence"
@@ -113,50 +135,33 @@ class TokenClassification(Task):
 
     def head_config(self) -> dict[str, Any]:
         """Head size and names of the tags."""
+        assert self.tags is not None, "the task is fitted first"
         return {
-            "num_labels": len(self._names),
-            "id2label": dict(enumerate(self._names)),
-            "label2id": {name: index for index, name in enumerate(self._names)},
+            "num_labels": len(self.tags),
+            "id2label": dict(enumerate(self.tags)),
+            "label2id": {name: index for index, name in enumerate(self.tags)},
         }
 
-    def encode(self, rows: Sequence[Row], processor: Any, data: Data) -> list[dict[str, Any]]:
-        """The fields of the words (`encode_words`), a number for each word, and where there are labels its tag."""
-        assert data.max_length is not None, "the run resolves max_length"
-        sentences = [self._words_of(row).words for row in rows]
-        fields = encode_words(sentences, processor, data.max_length, inside=self.sub_words == "all")
-        codes = {name: index for index, name in enumerate(self._names)}
-        weights = data.class_weights if isinstance(data.class_weights, dict) else {}
-        for one, words, row in zip(fields, sentences, rows, strict=True):
-            one["word"] = [_WORD(word.encode()) & 0x7FFFFFFF for word in words]
-            if "label" in row.values:
-                one |= self._labels(self.target(row), one, codes, weights)
-        return fields
+    def sample_row(self, number: int) -> dict[str, object]:
+        """A sentence with one entity."""
+        words, tags = _samples.tagged(number)
+        return {"tokens": words, "label": tags}
 
-    def tokens_read(self, processor: Any, max_length: int) -> int | None:
-        """All: longer sentences are read in windows."""
-        return None
+    def bind(self, processor: Any, config: Any, data: Data, label_smoothing: float = 0.0) -> BoundTask:
+        """With an objective over the tags."""
+        objective = LabelObjective("single", self.tags, field="tags")
+        return BoundTokenClassification(self, processor, config, data, label_smoothing, objective=objective)
 
-    def _labels(
-        self, tags: Sequence[str], fields: dict[str, Any], codes: dict[str, int], weights: dict[str, float]
-    ) -> dict[str, list[Any]]:
-        """A tag for each word, for each other sub-word that learns, and their weights where there are any."""
-        found: dict[str, list[Any]] = {"tags": [codes[tag] for tag in tags]}
-        inside = [_inside(tags[word], codes) for word in fields.get("owner", ())]
-        if self.sub_words == "all":
-            found["rest_tags"] = [codes[tag] for tag in inside]
-        if weights:
-            owners = [tags[word] for word in fields.get("owner", ())]  # a word counts by its own tag, in all its parts
-            found["weight"] = [weights.get(tag, 1.0) for tag in (*tags, *owners)]
-        return found
+    def render(self, answer: Answer, row: Row) -> str:
+        """The entities with their labels and scores."""
+        entities = (f"{one['text']} ({one['label']} {one['score']:.3f})" for one in answer["entities"])
+        return ", ".join(entities) or "no entity"
 
-    def notes(self, encoded: Encoded, processor: Any) -> list[str]:
-        """The scheme; windows, words cut or void, and unknown tokens above 5 %."""
-        types = TagSet(self._names).types
-        shown = f"{', '.join(types[:10])}{' ...' if len(types) > 10 else ''}"
-        return [
-            f"tags are read as {self.scheme}, {counted(len(types), 'type')} ({shown})",
-            *words_notes(encoded, processor),
-        ]
+    def mistake(self, answer: Answer, target: Any) -> tuple[str, str, float] | None:
+        """The words with a wrong tag: their tags, the predicted ones, the highest confidence."""
+        words = [n for n, (tag, other) in enumerate(zip(answer["tags"], target, strict=True)) if tag != other]
+        sides = [", ".join(f"word {n + 1} {tags[n]}" for n in words) for tags in (target, answer["tags"])]
+        return (sides[0], sides[1], max(answer["scores"][n] for n in words)) if words else None
 
     def faults(self, rows: Iterable[Row]) -> Iterator[findings.Fault]:
         """Tags that cannot follow one another in the scheme, of which train is not known that of most sentences; then
@@ -171,84 +176,134 @@ class TokenClassification(Task):
             return
         for place, fault in faults_of_rows(read, scheme):
             yield findings.Fault("tags", f"a tag is unsound in {scheme}", place, fault.what, fault.hint, "error")
-        for row, tags in read if self.tags else ():
+        for row, tags in read:
             for index, tag in enumerate(tags):
-                if tag not in self._names and belongs(tag, scheme):
-                    lacks = unknown_tag(tag, index, row, self._names)
+                if self.tags and tag not in self.tags and belongs(tag, scheme):
+                    lacks = unknown_tag(tag, index, row, self.tags)
                     yield findings.Fault(
                         "unknown-label", "a tag is not in train", lacks.where, tag, lacks.hint, "error"
                     )
 
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BoundTokenClassification(BoundTask):
+    """Token classification with a tokenizer."""
+
+    objective: LabelObjective
+
+    @property
+    def _names(self) -> Sequence[str]:
+        return self.objective.names
+
+    def encode(self, rows: Sequence[Row]) -> list[Fields]:
+        """The fields of the words (`encode_words`), a hash of each word, and its tag where there are labels."""
+        assert self.data.max_length is not None, "the run resolves max_length"
+        sentences = [self._words_of(row).words for row in rows]
+        inside = self.task.sub_words == "all"
+        fields = encode_words(sentences, self.processor, self.data.max_length, inside=inside)
+        codes = {name: index for index, name in enumerate(self._names)}
+        weights = self.data.class_weights if isinstance(self.data.class_weights, dict) else {}
+        for one, words, row in zip(fields, sentences, rows, strict=True):
+            one["word"] = [_WORD(word.encode()) & 0x7FFFFFFF for word in words]
+            if "label" in row.values:
+                one |= self._labels(self.task.parse_target(row), one, codes, weights)
+        return fields
+
+    def _labels(
+        self, tags: Sequence[str], fields: Fields, codes: dict[str, int], weights: dict[str, float]
+    ) -> dict[str, list[Any]]:
+        """A tag for each word, for each other sub-word with loss, and their weights where there are any."""
+        labels: dict[str, list[Any]] = {"tags": [codes[tag] for tag in tags]}
+        if self.task.sub_words == "all":
+            labels["rest_tags"] = [codes[_inside(tags[word], codes)] for word in fields["owner"]]
+        if weights:
+            owners = [tags[word] for word in fields.get("owner", ())]  # a word counts by its own tag, in all its parts
+            labels["weight"] = [weights.get(tag, 1.0) for tag in (*tags, *owners)]
+        return labels
+
+    def costs(self, encoded: Encoded) -> NDArray[np.int64]:
+        """Tokens of all windows."""
+        return token_costs(encoded)
+
+    def notes(self, encoded: Encoded) -> list[str]:
+        """The scheme; windows, words cut or void, and unknown tokens above 5 %."""
+        types = TagSet(self._names).types
+        shown = f"{', '.join(types[:10])}{' ...' if len(types) > 10 else ''}"
+        return [
+            f"tags are read as {self.task.scheme}, {counted(len(types), 'type')} ({shown})",
+            *words_notes(encoded, self.processor),
+        ]
+
+    def model_inputs(self, batch: Batch) -> list[dict[str, Any]]:
+        """Padded windows of all sentences."""
+        return [model_inputs(batch, self.config.pad_token_id or 0)]
+
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
-        """The sum of the weights of all that carries loss, else its number."""
+        """The sum of the weights of all sub-words with loss, else their number."""
         if "weight" in batch:
             return {"weight": batch.ragged("weight").values.sum()}
         count = len(batch.ragged("tags").values)
         return {"weight": torch.tensor(float(count + (len(batch.ragged("rest").values) if "rest" in batch else 0)))}
 
-    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits in fp32 of all words of the batch in a row."""  # (words, tags)
-        return _at(self._logits(model, batch), batch, "first")
-
-    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Of every token of every window."""  # (windows, tokens, tags)
-        config: Any = model.config
-        logits: Tensor = model(**model_inputs(batch, config.pad_token_id or 0)).logits
-        return logits
-
-    def loss(
-        self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor], label_smoothing: float = 0.0
-    ) -> Tensor:
-        """This batch's share of the weighted mean over all sub-words of the step that carry loss."""
+    def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor]) -> Tensor:
+        """This batch's share of the weighted mean over all sub-words of the step with loss."""
         every = self._logits(model, batch)
         logits, tags = _at(every, batch, "first"), batch.ragged("tags").values
         if "rest" in batch:
             logits = torch.cat([logits, _at(every, batch, "rest")])
             tags = torch.cat([tags, batch.ragged("rest_tags").values])
-        losses = F.cross_entropy(logits, tags, reduction="none", label_smoothing=label_smoothing)
+        losses = F.cross_entropy(logits, tags, reduction="none", label_smoothing=self.label_smoothing)
         if "weight" in batch:
             losses = losses * _weights(batch)
         return losses.sum() / normalizers["weight"]
 
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits in fp32 of all words of the batch."""  # (words, tags)
+        return _at(self._logits(model, batch), batch, "first")
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits of every token of every window."""  # (windows, tokens, tags)
+        (inputs,) = self.model_inputs(batch)
+        logits: Tensor = model(**inputs).logits
+        return logits
+
     def metrics(self) -> Metrics:
-        """Scores of entities."""
-        return EntityScores(self._names)
+        """The metrics of entities."""
+        return EntityMetrics(self._names)
 
-    def metric(self) -> str:
-        """F1 of entities."""
-        return "f1"
+    def baseline(self, train: Encoded) -> Baseline:
+        """The tag that each word most often has in training, and of a word that is not there the most frequent tag.
 
-    def prior(self, encoded: Encoded) -> Tensor:
-        """What training says of each of its words: its number, then the log share of each tag, mixed with one word's
-        worth of the shares over all words; in the first row those alone, under a number that no word has.
-        """  # (1 + words, 1 + tags), float64
-        words, tags, count = encoded.column("word"), encoded.column("tags"), len(self._names)
+        Log shares of each tag, mixed with one word's worth of the shares over all words.
+        """
+        words, tags, count = train.column("word"), train.column("tags"), len(self._names)
         known, which = np.unique(words, return_inverse=True)
         table = np.bincount(which * count + tags, minlength=len(known) * count).reshape(len(known), count)
         shares = np.bincount(tags, minlength=count) / len(tags)
-        table = np.concatenate([shares[None], (table + shares) / (table.sum(1, keepdims=True) + 1)])
-        return torch.from_numpy(np.column_stack([[-1, *known], np.log(np.maximum(table, 1e-9))]))
+        table = np.concatenate([(table + shares) / (table.sum(1, keepdims=True) + 1), shares[None]])
+        logs = torch.from_numpy(np.log(np.maximum(table, 1e-9))).float()  # (words + 1, tags)
 
-    def num_outputs(self, batch: Batch) -> int:
-        """One for each word."""
-        return len(batch.ragged("first").values)
+        def outputs(batch: Batch) -> Tensor:
+            words = batch.ragged("word").values.numpy()
+            place = np.minimum(np.searchsorted(known, words), len(known) - 1)
+            return logs[torch.from_numpy(np.where(known[place] == words, place, len(known)))]
 
-    def guess(self, prior: Tensor, batch: Batch) -> Tensor:
-        """The tag that each word most often had in training, and of a word that it has not the commonest."""
-        words = batch.ragged("word").values.to(prior.dtype)
-        place = torch.searchsorted(prior[:, 0].contiguous(), words).clamp_max(len(prior) - 1)
-        return prior[torch.where(prior[place, 0] == words, place, 0), 1:].float()
+        return outputs
 
-    def answers(self, outputs: Tensor, batch: Batch) -> list[dict[str, Any]]:
+    def predict(self, model: nn.Module, batch: Batch, outputs: Tensor | None = None) -> list[Answer]:
         """The tag of each word with its probability, sentence by sentence."""
-        scores, tags = outputs.softmax(-1).max(-1)
+        logits = self.outputs(model, batch) if outputs is None else outputs
+        scores, tags = logits.softmax(-1).max(-1)
         lengths = batch.ragged("first").lengths.tolist()
         return [
-            {"tags": [self._names[tag] for tag in own.tolist()], "scores": [round(score, 6) for score in sure.tolist()]}
-            for own, sure in zip(tags.cpu().split(lengths), scores.cpu().split(lengths), strict=True)
+            {
+                "tags": [self._names[tag] for tag in own.tolist()],
+                "scores": [round(score, 6) for score in confidence.tolist()],
+            }
+            for own, confidence in zip(tags.cpu().split(lengths), scores.cpu().split(lengths), strict=True)
         ]
 
-    def completed(self, answer: dict[str, Any], row: Row) -> dict[str, Any]:
+    def postprocess(self, answer: Answer, row: Row) -> Answer:
         """With the entities as they stand in the text, `text[start:end]`; a score is the mean over the words."""
         sentence = self._words_of(row)
         entities = [
@@ -267,8 +322,24 @@ class TokenClassification(Task):
             **answer,
         }
 
+    def preview(self, fields: Fields) -> Preview:
+        """Tokens, and the tag at each that carries loss."""
+        tags = dict(zip(fields["first"], fields.get("tags", ()), strict="tags" in fields))
+        tags |= dict(zip(fields.get("rest", ()), fields.get("rest_tags", ()), strict=False))
+        targets = [self._names[tags[place]] if place in tags else None for place in range(len(fields["input_ids"]))]
+        return preview_tokens(fields, self.processor, targets=targets)
+
+    def inspect(self, rows: Sequence[Row]) -> Inspection:
+        """Tokens of each sentence; none is cut, for longer ones are read in windows."""
+        words = [row.values.get("tokens") for row in rows]
+        texts = [
+            [" ".join(map(str, own)) if isinstance(own, list) else str(row.values.get("text", ""))]
+            for row, own in zip(rows, words, strict=True)
+        ]
+        return Inspection(*inspect_texts(texts, self.processor), None, "data.max_length")
+
     def _words_of(self, row: Row) -> Sentence:
-        return words_of(row, self.inner_marks or "")
+        return words_of(row, self.task.inner_marks or "")
 
 
 def _inside(tag: str, codes: dict[str, int]) -> str:

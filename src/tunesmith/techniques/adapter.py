@@ -1,12 +1,12 @@
-"""Bottleneck adapters: A(x) = U f(D x + d) + u, small maps down to r and back up, beside frozen weights.
+"""Bottleneck adapters: A(x) = U f(D x + d) + u, a projection down to r and back up, in a frozen model.
 
-    houlsby    y' = y + A(y)    after the attention's and after the MLP's last map, before the residual is added
+    houlsby    y' = y + A(y)    after the output layers of attention and MLP, before the residual is added
                (Houlsby 2019, arXiv 1902.00751)
-    pfeiffer   only once a block. Where a norm N follows the residual sum z (BERT): N(z + A(N(z))); else after the
-               MLP's last map as above (Pfeiffer 2021, arXiv 2005.00247)
+    pfeiffer   once per block. If a norm N follows the residual sum z (BERT): N(z + A(N(z))); else after the output
+               layer of the MLP as above (Pfeiffer 2021, arXiv 2005.00247)
     parallel   MLP'(x) = MLP(x) + s A(x), s = 4 (He 2022, arXiv 2110.04366)
 
-r = hidden size / reduction_factor. U and u start at zero, so that the model answers as before.
+r = hidden size / reduction_factor. U and u are initialized to zero, so the model starts as the base.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from torch import Tensor, nn
 
 from tunesmith.errors import RecipeError
 from tunesmith.models.anatomy import Anatomy
-from tunesmith.techniques import OWN_TYPE, Technique, learn_only, rate_by_width, saved_whole
+from tunesmith.techniques import OWN_TYPE, Technique, modules_to_save, rate_by_width, set_trainable
 
 LEARNING_RATE = 2e-3
-"""The best of three on validation (sst2, one epoch, one seed) with a model 384 wide: docs/techniques/adapter.md."""
+"""Best of three on validation (sst2, one epoch, one seed) at hidden size 384: docs/techniques/adapter.md."""
 
 PARALLEL_SCALE = 4.0
-"""Of He 2022, who found it better than a learned one."""
+"""From He 2022, where it was better than a learned scale."""
 
 
 class Bottleneck(nn.Module):
-    """Down, non-linearity, up; the up map starts at zero."""
+    """Down-projection, activation, up-projection; the latter is initialized to zero."""
 
     def __init__(self, width: int, r: int, activation: Literal["gelu", "relu"], scale: float) -> None:
         super().__init__()
         self.down, self.up = nn.Linear(width, r), nn.Linear(r, width)
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        for start_at_zero in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(start_at_zero)
+        for parameter in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(parameter)
         self.activation, self.scale = activation, scale
-        self.heard: Tensor | None = None
-        """What went into the MLP, from there to its end, where the parallel adapter adds to what comes out."""
+        self.mlp_input: Tensor | None = None
+        """Input of the MLP, kept during its forward pass for the parallel adapter."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., width) -> (..., width), what is added."""
+        """Return the addition to the hidden states."""  # (..., width) -> (..., width)
         inside = x if torch.is_autocast_enabled(x.device.type) else x.to(self.down.weight.dtype)
         hidden = F.relu(self.down(inside)) if self.activation == "relu" else F.gelu(self.down(inside))
         added: Tensor = self.scale * self.up(hidden)
@@ -53,40 +53,44 @@ class Bottleneck(nn.Module):
 
 
 class Adapter(Technique):
-    """Bottleneck adapters A(x) = U f(D x + d) + u beside frozen weights (Houlsby 2019, arXiv 1902.00751).
+    """Bottleneck adapters A(x) = U f(D x + d) + u in a frozen model (Houlsby 2019, arXiv 1902.00751).
 
-    Learns n (2 d r + d + r) parameters for n adapters of width r in a model d wide, and what is new (the head).
-    Use it where LoRA's additions are too weak (a new language, a new kind of text). It costs a little at each answer,
-    for it cannot be merged.
+    Trains n (2 d r + d + r) parameters for n adapters of width r at hidden size d, and the new head.
+    Use it where LoRA is too weak (a new language or domain). It cannot be merged, so inference is slightly slower.
     """
 
-    artefact: ClassVar[Literal["adapter", "model"]] = "adapter"
-    cannot_merge: ClassVar[str] = "a non-linearity stands between its two maps"
+    artifact: ClassVar[Literal["adapter", "model"]] = "adapter"
+    cannot_merge: ClassVar[str] = "an activation function lies between its two layers"
 
-    kind: Literal["houlsby", "pfeiffer", "parallel"] = Field("houlsby", description="where adapters sit")
-    reduction_factor: float = Field(16.0, ge=1, description="hidden size / width of the bottleneck")
+    kind: Literal["houlsby", "pfeiffer", "parallel"] = Field("houlsby", description="position of the adapters")
+    reduction_factor: float = Field(16.0, ge=1, description="hidden size / bottleneck width")
+
+    @classmethod
+    def variants(cls) -> list[dict[str, Any]]:
+        """Return one variant per position."""
+        return [{"kind": kind} for kind in ("houlsby", "pfeiffer", "parallel")]
 
     def apply(self, model: nn.Module, anatomy: Anatomy, processor: Any) -> None:
-        """Hang a bottleneck on every place."""
-        saved_whole(anatomy)
+        """Insert a bottleneck at every position."""
+        modules_to_save(anatomy)
         r = max(1, int(anatomy.hidden_size / self.reduction_factor))
         activation: Literal["gelu", "relu"] = "gelu" if self.kind == "houlsby" else "relu"
         scale = PARALLEL_SCALE if self.kind == "parallel" else 1.0
         inputs = dict(zip(anatomy.roles.get("mlp_down", ()), anatomy.roles.get("mlp_up", ()), strict=False))
-        learning = set(anatomy.learns_always)
-        for path in self._places(anatomy):
-            place: Any = model.get_submodule(path)
-            width = place.weight.shape[-1] if place.weight.ndim == 1 else _outputs(place)
-            place.adapter = Bottleneck(width, r, activation, scale).to(place.weight.device)
-            learning |= {f"{path}.adapter.{name}" for name, _ in place.adapter.named_parameters()}
+        trainable = set(anatomy.always_trainable)
+        for path in self._positions(anatomy):
+            module: Any = model.get_submodule(path)
+            width = module.weight.shape[-1] if module.weight.ndim == 1 else _out_features(module)
+            module.adapter = Bottleneck(width, r, activation, scale).to(module.weight.device)
+            trainable |= {f"{path}.adapter.{name}" for name, _ in module.adapter.named_parameters()}
             if self.kind == "parallel":
-                model.get_submodule(inputs[path]).register_forward_pre_hook(partial(_listen, place.adapter))
-                place.register_forward_hook(_beside)
+                model.get_submodule(inputs[path]).register_forward_pre_hook(partial(_keep_mlp_input, module.adapter))
+                module.register_forward_hook(_add_parallel)
             else:
-                place.register_forward_hook(_around_norm if path in anatomy.roles.get("last_norm", ()) else _after)
-        learn_only(model, learning)
+                module.register_forward_hook(_apply_norm if path in anatomy.roles.get("last_norm", ()) else _add)
+        set_trainable(model, trainable)
 
-    def _places(self, anatomy: Anatomy) -> tuple[str, ...]:
+    def _positions(self, anatomy: Anatomy) -> tuple[str, ...]:
         roles = anatomy.roles
         if self.kind == "pfeiffer" and "last_norm" in roles:
             return roles["last_norm"]
@@ -94,42 +98,41 @@ class Adapter(Technique):
         wanted = ("mlp_down", *second)
         if missing := [role for role in wanted if role not in roles]:
             raise RecipeError(
-                f"where the {missing[0]} of this {anatomy.family} model is, is not known",
+                f"the {missing[0]} of this {anatomy.family} model is unknown",
                 where="technique.kind",
-                hint="use technique=lora, whose targets can be named",
+                hint="use technique=lora with target_modules",
             )
         return tuple(path for role in wanted if role != "mlp_up" for path in roles[role])
 
     def learning_rate(self, anatomy: Anatomy) -> float:
-        """`LEARNING_RATE`, falling with the width."""
+        """Return `LEARNING_RATE`, scaled by the width."""
         return rate_by_width(LEARNING_RATE, anatomy, power=0.5)
 
     def adapter_config(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
-        """Our own layout, for PEFT has no bottlenecks."""
+        """Return a config of our own; PEFT has no bottleneck adapters."""
         return {"peft_type": f"{OWN_TYPE}BOTTLENECK", "kind": self.kind, "reduction_factor": self.reduction_factor}
 
 
-def _outputs(linear: Any) -> int:
-    """How many numbers a linear map gives out."""
+def _out_features(linear: Any) -> int:
     return int(linear.nf if hasattr(linear, "nf") else linear.out_features)
 
 
-def _after(place: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    added: Tensor = place.adapter(output)
+def _add(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    added: Tensor = module.adapter(output)
     return output + added
 
 
-def _around_norm(norm: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """N(z + A(N(z))) from z and N(z); the norm itself is asked, without this hook."""
-    again: Tensor = norm.forward(args[0] + norm.adapter(output))
-    return again
+def _apply_norm(norm: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Return N(z + A(N(z))) from z and N(z)."""
+    normalized: Tensor = norm.forward(args[0] + norm.adapter(output))  # forward() does not run this hook again
+    return normalized
 
 
-def _listen(adapter: Bottleneck, up: nn.Module, args: tuple[Tensor, ...]) -> None:
-    adapter.heard = args[0]
+def _keep_mlp_input(adapter: Bottleneck, up: nn.Module, args: tuple[Tensor, ...]) -> None:
+    adapter.mlp_input = args[0]
 
 
-def _beside(down: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    heard, down.adapter.heard = down.adapter.heard, None
-    added: Tensor = down.adapter(heard)
+def _add_parallel(down: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    mlp_input, down.adapter.mlp_input = down.adapter.mlp_input, None
+    added: Tensor = down.adapter(mlp_input)
     return output + added

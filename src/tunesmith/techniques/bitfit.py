@@ -1,4 +1,4 @@
-"""Only biases learn: y = W x + b with b free and W fixed (Ben Zaken 2022, arXiv 2106.10199)."""
+"""BitFit: y = W x + b, with b trainable and W frozen (Ben Zaken 2022, arXiv 2106.10199)."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from torch import nn
 
 from tunesmith.errors import RecipeError
 from tunesmith.models.anatomy import Anatomy
-from tunesmith.techniques import Technique, learn_only
+from tunesmith.techniques import Technique, set_trainable
 
 LEARNING_RATE = 5e-3
-"""Of biases; chosen on validation of two data sets with a model 384 wide: docs/techniques/bitfit.md."""
+"""Chosen on validation of two data sets at hidden size 384: docs/techniques/bitfit.md."""
 
 HEAD_FACTOR = 4.0
-"""How much faster a new head learns; measured with 24 classes and few examples of each, in the card."""
+"""Ratio of the learning rates of a new head and the biases; measured with 24 classes of few examples each."""
 
 
 class Bitfit(Technique):
-    """Only biases learn, those of the norms as well: y = W x + b with W fixed (Ben Zaken 2022, arXiv 2106.10199).
+    """Bias-only fine-tuning, biases of norms included: y = W x + b with W frozen (Ben Zaken 2022, arXiv 2106.10199).
 
-    Learns about one parameter in a thousand, and what is new (the head).
-    Use it with few examples, and where the model must stay what it was: little can be forgotten by a bias.
+    Trains about 0.1 % of the parameters, and the new head.
+    Use it with few examples, and against forgetting: biases change the model little.
     """
 
     def apply(self, model: nn.Module, anatomy: Anatomy, processor: Any) -> None:
-        """Let every bias of the pretrained body learn."""
-        names = (name for name in anatomy.parameters if name not in anatomy.learns_always)
+        """Make every bias of the pretrained backbone trainable."""
+        names = (name for name in anatomy.parameters if name not in anatomy.always_trainable)
         biases = {name for name in names if name.endswith("bias")}
         if not biases:
             raise RecipeError(
-                f"this {anatomy.family} model has no biases, so there is nothing for it to learn",
+                f"this {anatomy.family} model has no biases to train",
                 where="technique",
-                hint="use technique=ia3 or lora, which add what learns",
+                hint="use technique=ia3 or lora",
             )
-        learn_only(model, biases | anatomy.learns_always)
+        set_trainable(model, biases | anatomy.always_trainable)
 
     def learning_rate(self, anatomy: Anatomy) -> float:
-        """`LEARNING_RATE`; what is added to states knows no width."""
+        """Return `LEARNING_RATE`, independent of the width."""
         return LEARNING_RATE
 
     def head_learning_rate(self, learning_rate: float) -> float:
-        """`HEAD_FACTOR` times as fast."""
+        """Return `HEAD_FACTOR` times the learning rate of the biases."""
         return HEAD_FACTOR * learning_rate

@@ -1,9 +1,9 @@
-"""(IA)3: learned factors on keys, values and what goes into the MLP's last map (Liu 2022, arXiv 2205.05638).
+"""(IA)3: trained factors on keys, values and the input of the MLP's output layer (Liu 2022, arXiv 2205.05638).
 
     k' = l_k * (W_k x + b)      v' = l_v * (W_v x + b)      y = W_down (l_ff * h) + b
 
-with l = 1 at the start, so that the model answers as before. Each factor is one number per output (keys and values) or
-input (the MLP). A fused projection is scaled whole.
+l is initialized to 1, so the model starts as the base. It has one factor per output (keys and values) or per input
+(the MLP). A fused projection is scaled as a whole.
 """
 
 from __future__ import annotations
@@ -21,48 +21,56 @@ from tunesmith.errors import RecipeError
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.techniques import (
     Technique,
-    learn_only,
+    modules_to_save,
     peft_task_type,
     plain_linear,
     read_config,
-    saved_whole,
+    set_trainable,
     suffixes,
 )
 
 LEARNING_RATE = 2e-2
-"""The best of three on validation (sst2, one epoch, one seed) with a model 384 wide: docs/techniques/ia3.md."""
+"""Best of three on validation (sst2, one epoch, one seed) at hidden size 384: docs/techniques/ia3.md."""
 
 
 class Ia3(Technique):
-    """Learned factors on keys, values and what enters the MLP's last map (Liu 2022, arXiv 2205.05638).
+    """Trained factors on keys, values and the input of the MLP's output layer (Liu 2022, arXiv 2205.05638).
 
-    Learns 2 d + d_mlp factors a block, and what is new (the head).
+    Trains 2 d + d_mlp factors per block, and the new head.
     Use it for the smallest adapters that can be merged: many tasks over one base.
     """
 
-    artefact: ClassVar[Literal["adapter", "model"]] = "adapter"
+    artifact: ClassVar[Literal["adapter", "model"]] = "adapter"
 
     target_modules: list[str] = Field(
         ["key", "value"], min_length=1, description="roles or module names whose outputs are scaled"
     )
     feedforward_modules: list[str] = Field(["mlp_down"], description="roles or module names whose inputs are scaled")
 
+    @classmethod
+    def variants(cls) -> list[dict[str, Any]]:
+        """Return the paper's targets, and scaled outputs alone."""
+        return [{}, {"target_modules": ["query", "attention_output"], "feedforward_modules": []}]
+
     def apply(self, model: nn.Module, anatomy: Anatomy, processor: Any) -> None:
-        """Give every target its factors."""
-        saved_whole(anatomy)
-        of_inputs = set(anatomy.targets(self.feedforward_modules)) if self.feedforward_modules else set()
-        learning = set(anatomy.learns_always)
-        for path in (*of_inputs, *(path for path in anatomy.targets(self.target_modules) if path not in of_inputs)):
+        """Add factors to every target."""
+        modules_to_save(anatomy)
+        input_scaled = set(anatomy.targets(self.feedforward_modules)) if self.feedforward_modules else set()
+        trainable = set(anatomy.always_trainable)
+        for path in (
+            *input_scaled,
+            *(path for path in anatomy.targets(self.target_modules) if path not in input_scaled),
+        ):
             linear: Any = model.get_submodule(path)
             outputs, inputs = linear.weight.shape[:: -1 if isinstance(linear, Conv1D) else 1]
-            shape = (1, inputs) if path in of_inputs else (outputs, 1)  # as PEFT lays it out
+            shape = (1, inputs) if path in input_scaled else (outputs, 1)  # PEFT's layout
             linear.ia3_l = nn.Parameter(torch.ones(shape, device=linear.weight.device))
-            if path in of_inputs:
+            if path in input_scaled:
                 linear.register_forward_pre_hook(_scale_input)
             else:
                 linear.register_forward_hook(_scale_output)
-            learning.add(f"{path}.ia3_l")
-        learn_only(model, learning)
+            trainable.add(f"{path}.ia3_l")
+        set_trainable(model, trainable)
 
     def merge(self, model: nn.Module) -> None:
         """Multiply the factors into the weights."""
@@ -76,20 +84,20 @@ class Ia3(Technique):
             model.set_submodule(path, plain.train(linear.training))
 
     def learning_rate(self, anatomy: Anatomy) -> float:
-        """`LEARNING_RATE`; what multiplies states knows no width."""
+        """Return `LEARNING_RATE`, independent of the width."""
         return LEARNING_RATE
 
     def adapter_config(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
-        """A PEFT `IA3Config` that matches exactly the modules scaled here."""
-        whole = saved_whole(anatomy)
+        """Return a PEFT `IA3Config` that matches exactly the scaled modules."""
+        whole = modules_to_save(anatomy)
         scaled = {path: linear for path, linear in _scaled(model)}
-        of_inputs = {path for path, linear in scaled.items() if linear.ia3_l.shape[0] == 1}
+        input_scaled = {path for path, linear in scaled.items() if linear.ia3_l.shape[0] == 1}
         return {
             "peft_type": "IA3",
             "task_type": peft_task_type(model),
             "inference_mode": True,
             "target_modules": suffixes(model, scaled, whole),
-            "feedforward_modules": suffixes(model, of_inputs, whole) if of_inputs else [],
+            "feedforward_modules": suffixes(model, input_scaled, whole) if input_scaled else [],
             "fan_in_fan_out": any(isinstance(linear, Conv1D) for linear in scaled.values()),
             "modules_to_save": whole or None,
             "init_ia3_weights": True,
@@ -97,21 +105,21 @@ class Ia3(Technique):
 
     @classmethod
     def from_adapter(cls, folder: Path) -> Self:
-        """The technique that a PEFT (IA)3 folder was trained with.
+        """Return the technique of a PEFT (IA)3 adapter.
 
         Raises:
             CheckpointError: the folder cannot be read.
-            RecipeError: it holds another kind of adapter.
+            RecipeError: the adapter has another type.
         """
         config = read_config(folder, "IA3")
-        targets, of_inputs = config.get("target_modules"), config.get("feedforward_modules") or []
-        if not isinstance(targets, list) or not targets or not isinstance(of_inputs, list):
+        targets, input_scaled = config.get("target_modules"), config.get("feedforward_modules") or []
+        if not isinstance(targets, list) or not targets or not isinstance(input_scaled, list):
             raise RecipeError(
-                "target_modules and feedforward_modules are read as lists of names",
+                "target_modules and feedforward_modules must be lists of names",
                 where=str(folder / "adapter_config.json"),
-                hint="name the modules there",
+                hint="list the module names there",
             )
-        return cls(target_modules=targets, feedforward_modules=of_inputs)
+        return cls(target_modules=targets, feedforward_modules=input_scaled)
 
 
 def _scaled(model: nn.Module) -> Iterator[tuple[str, Any]]:

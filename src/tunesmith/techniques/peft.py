@@ -1,10 +1,10 @@
-"""Any other method that PEFT has, with PEFT's own code (extra `peft`): OFT, LoHa, LoKr, FourierFT, HRA ...
+"""Other PEFT methods through the PEFT library (extra `peft`): OFT, LoHa, LoKr, FourierFT, HRA ...
 
     technique: {name: peft, type: LOHA, config: {r: 8}}
 
-`config` goes to PEFT as it is, its targets are query and value where it names none. What a method does and which paper
-it is of stands in PEFT's documentation. Prompts and prefixes are techniques of ours, for a model must be wrapped for
-PEFT's; so must it be for methods whose modules share a state (VeRA, VB-LoRA), which PEFT refuses to put in place.
+`config` is passed to PEFT; its default targets are query and value. PEFT's documentation describes the methods. Prompts
+and prefixes have their own techniques, because PEFT's need a wrapper around the model; so do methods whose modules
+share state (VeRA, VB-LoRA), which PEFT cannot inject in place.
 """
 
 from __future__ import annotations
@@ -23,162 +23,175 @@ from tunesmith.models.anatomy import Anatomy
 from tunesmith.techniques import (
     PEFT_PREFIX,
     Technique,
-    learn_only,
+    modules_to_save,
     peft_task_type,
     rate_by_width,
-    saved_whole,
+    set_trainable,
 )
 
 LEARNING_RATE = 2e-3
-"""LoRA's, for want of a measurement of each method: tune it."""
+"""LoRA's learning rate; no method has been measured, so tune it."""
 
-REFUSALS = (ValueError, TypeError, AttributeError, LookupError, AssertionError, NotImplementedError)
-"""What PEFT raises where it cannot."""
+PEFT_ERRORS = (ValueError, TypeError, AttributeError, LookupError, AssertionError, NotImplementedError)
+"""Exceptions that PEFT raises for unsupported configs or models."""
 
-NOT_ALONE = {
-    "POLY": "each text must name the task that it is of",
-    "SHADOW": "it needs a second model beside it",
-    "TRAINABLE_TOKENS": "it teaches rows of the embeddings, not modules",
-    "XLORA": "it mixes adapters that are trained already",
+UNSUPPORTED = {
+    "POLY": "each example needs a task id",
+    "SHADOW": "it needs a second model",
+    "TRAINABLE_TOKENS": "it trains rows of the embeddings, not modules",
+    "XLORA": "it mixes adapters that have already been trained",
 }
-"""What asks for more than a model and its data."""
+"""Methods that need more than a model and its data -> reason."""
 
-REMARKS = (
-    "Unsupported layer type",  # of norms, where PEFT tunes nothing else
-    "Failed to load the CUDA extension",  # of BOFT, which works without it
-    "Setting boft_n_butterfly_factor to 1",  # where it is 1 anyway
+IGNORED_WARNINGS = (
+    "Unsupported layer type",  # LN_TUNING, where only norms are adapted
+    "Failed to load the CUDA extension",  # BOFT, which works without it
+    "Setting boft_n_butterfly_factor to 1",  # already 1
 )
 
 
 class Peft(Technique):
-    """Any other method of PEFT's, by its own code: OFT, LoHa, LoKr, FourierFT, HRA ...
+    """Other PEFT methods through the PEFT library: OFT, LoHa, LoKr, FourierFT, HRA ...
 
-    Learns what the method says, and what is new (the head).
-    Use it to try a method of a paper; tune its rate, for none is measured.
+    Trains the parameters of the method, and the new head.
+    Use it to try a published method; tune the learning rate, for which there is no measured default.
     """
 
-    artefact: ClassVar[Literal["adapter", "model"]] = "adapter"
+    artifact: ClassVar[Literal["adapter", "model"]] = "adapter"
     starts_as_base: ClassVar[bool] = False
-    """Most do; it is theirs to say."""
+    """Depends on the method; most do."""
 
-    type: str = Field("LOHA", min_length=1, description="PEFT's peft_type, e.g. LOHA, OFT, FOURIERFT")
-    config: dict[str, Any] = Field({}, description="fields of PEFT's config of that type")
+    type: str = Field("LOHA", min_length=1, description="PEFT's peft_type, such as LOHA, OFT, FOURIERFT")
+    config: dict[str, Any] = Field({}, description="fields of PEFT's config for that type")
+
+    @classmethod
+    def variants(cls) -> list[dict[str, Any]]:
+        """Return one additive and one multiplicative method."""
+        return [{"type": "LOHA"}, {"type": "OFT", "config": {"oft_block_size": 8}}]
 
     def apply(self, model: nn.Module, anatomy: Anatomy, processor: Any) -> None:
-        """Let PEFT put its modules in."""
+        """Inject PEFT's modules."""
         library = _library()
-        whole = saved_whole(anatomy)
+        whole = modules_to_save(anatomy)
         config = self._config(library, model, anatomy)
         for name in getattr(config, "target_modules", None) or ():
             if any(f".{path}".endswith(f".{name}") for path in whole):
-                raise RecipeError(f"{name} learns whole anyway", where="technique.config.target_modules")
+                raise RecipeError(f"{name} is already trained in full", where="technique.config.target_modules")
         try:
-            with _without_remarks(config):
+            with _ignore_warnings(config):
                 library.inject_adapter_in_model(config, model)
-        except REFUSALS as error:
-            what = f"PEFT's {self.type.upper()} refuses this {anatomy.family} model: {_said(error)}"
-            hint = "change technique.config, or take another type or technique=lora"
+        except PEFT_ERRORS as error:
+            what = f"PEFT's {self.type.upper()} does not support this {anatomy.family} model: {_message(error)}"
+            hint = "change technique.config, or use another type or technique=lora"
             raise RecipeError(what, where="technique.config" if self.config else "technique.type", hint=hint) from error
-        theirs = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        learn_only(model, theirs | anatomy.learns_always)
+        injected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        set_trainable(model, injected | anatomy.always_trainable)
 
     def _config(self, library: Any, model: nn.Module, anatomy: Anatomy) -> Any:
         kind = self.type.upper()
-        made_by = self._made_by(library, kind)
-        types = get_type_hints(made_by)
+        config_class = self._config_class(library, kind)
+        types = get_type_hints(config_class)
         keys = {name: self._value(name, value, types, kind) for name, value in self.config.items()}
         if "target_modules" in types and "target_modules" not in keys:
             norms = list(anatomy.roles.get("norm", ())) if kind == "LN_TUNING" else []
             keys["target_modules"] = norms or list(anatomy.targets(["query", "value"]))
         try:
-            return made_by(**{"task_type": peft_task_type(model)} | keys)
-        except REFUSALS as error:
-            hint = f"change technique.config, which takes PEFT's fields of {kind}"
-            raise RecipeError(f"PEFT refuses it: {_said(error)}", where="technique.config", hint=hint) from error
+            return config_class(**{"task_type": peft_task_type(model)} | keys)
+        except PEFT_ERRORS as error:
+            hint = f"use the fields of PEFT's config for {kind}"
+            raise RecipeError(
+                f"not a valid PEFT config: {_message(error)}", where="technique.config", hint=hint
+            ) from error
 
-    def _made_by(self, library: Any, kind: str) -> Any:
-        """PEFT's class of configs of that kind, if its modules can be put into a model in place."""
-        classes = {str(kind.value): found for kind, found in library.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-        tuners = {str(kind.value): found for kind, found in library.mapping.PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    def _config_class(self, library: Any, kind: str) -> Any:
+        """Return PEFT's config class for a type whose modules can be injected in place."""
+        classes = {str(kind.value): value for kind, value in library.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        tuners = {str(kind.value): value for kind, value in library.mapping.PEFT_TYPE_TO_TUNER_MAPPING.items()}
         tuners = {name: tuner for name, tuner in tuners.items() if hasattr(tuner, "uses_shared_state")}
-        in_place = {name for name, tuner in tuners.items() if not tuner.uses_shared_state} - NOT_ALONE.keys()
+        in_place = {name for name, tuner in tuners.items() if not tuner.uses_shared_state} - UNSUPPORTED.keys()
         if kind in in_place:
             return classes[kind]
         what, hint = f"PEFT has no {self.type}", did_you_mean(kind, in_place)
         if kind in classes:
-            shared = "its modules share a state, which PEFT keeps in a wrapper around the model"
-            why = NOT_ALONE.get(kind) or (shared if kind in tuners else "it works on a model's inputs")
-            what = f"PEFT's {self.type} cannot be put into a model in place: {why}"
+            shared = "its modules share state, which PEFT keeps in a wrapper around the model"
+            reason = UNSUPPORTED.get(kind) or (shared if kind in tuners else "it changes the inputs of the model")
+            what = f"PEFT's {self.type} cannot be injected in place: {reason}"
             hint = (
-                "another type, such as LOHA, or technique=lora" if kind in tuners else "use technique=prompt or prefix"
+                "use another type, such as LOHA, or technique=lora"
+                if kind in tuners
+                else "use technique=prompt or prefix"
             )
         raise RecipeError(what, where="technique.type", hint=hint)
 
     @staticmethod
     def _value(name: str, value: Any, types: dict[str, Any], kind: str) -> Any:
-        """The value of a field as PEFT's own types have it."""
+        """Validate the value of a config field against PEFT's type."""
         where = f"technique.config.{name}"
         if name not in types:
             raise RecipeError(f"PEFT's {kind} has no such field", where=where, hint=did_you_mean(name, types))
         try:
             return TypeAdapter(types[name]).validate_python(value)
         except ValidationError as error:
-            wanted = {one["msg"].removeprefix("Input should be ").partition(",")[0] for one in error.errors()}
-            raise RecipeError(f"must be {' or '.join(sorted(wanted))}, not {shorten(value)}", where=where) from None
+            expected = {item["msg"].removeprefix("Input should be ").partition(",")[0] for item in error.errors()}
+            raise RecipeError(f"must be {' or '.join(sorted(expected))}, not {shorten(value)}", where=where) from None
 
     def merge(self, model: nn.Module) -> None:
-        """Let PEFT fold what it put in, and take its modules out."""
+        """Merge PEFT's modules, and replace them with plain ones."""
         for path, layer in list(_layers(model)):
             try:
                 layer.merge()
             except (NotImplementedError, AttributeError, ValueError) as error:
                 raise RecipeError(
-                    f"PEFT cannot merge {self.type} ({error})", hint="keep base and adapter apart"
+                    f"PEFT cannot merge {self.type} ({error})", hint="use base and adapter separately"
                 ) from error
             model.set_submodule(path, layer.get_base_layer())
 
     def learning_rate(self, anatomy: Anatomy) -> float:
-        """`LEARNING_RATE`, falling with the width."""
+        """Return `LEARNING_RATE`, scaled by the width."""
         return rate_by_width(LEARNING_RATE, anatomy, power=0.5)
 
     def adapter_config(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
-        """PEFT's own."""
+        """Return PEFT's own config."""
         own = model.peft_config["default"].to_dict()  # type: ignore[union-attr, operator, index]
         own = {key: sorted(value) if isinstance(value, set) else value for key, value in own.items()}
         kept = {key: getattr(value, "value", value) for key, value in own.items()}
-        return kept | {"inference_mode": True, "modules_to_save": saved_whole(anatomy) or None}
+        return kept | {"inference_mode": True, "modules_to_save": modules_to_save(anatomy) or None}
 
     def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """What PEFT saves, and what learns beside it."""
-        theirs = _library().get_peft_model_state_dict(model)
+        """Return what PEFT saves, and other trainable parameters."""
+        adapter = _library().get_peft_model_state_dict(model)
         inside = tuple(f"{path}." for path, _ in _layers(model))
-        beside = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(inside)}
-        return {PEFT_PREFIX + name: value.detach() for name, value in (theirs | beside).items()}
+        other = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(inside)}
+        return {PEFT_PREFIX + name: value.detach() for name, value in (adapter | other).items()}
 
     def load_adapter(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-        """Hand PEFT its part, and put the rest in place."""
+        """Load PEFT's tensors through PEFT, and the others directly."""
         state = {name.removeprefix(PEFT_PREFIX): value for name, value in tensors.items()}
         own = dict(model.named_parameters())
-        found = _library().set_peft_model_state_dict(model, {n: v for n, v in state.items() if n not in own})
-        beside = {n: v for n, v in state.items() if n in own}
+        result = _library().set_peft_model_state_dict(model, {n: v for n, v in state.items() if n not in own})
+        other = {n: v for n, v in state.items() if n in own}
         inside = tuple(f"{path}." for path, _ in _layers(model))
         needed = [name for name, p in own.items() if p.requires_grad and not name.startswith(inside)]
-        if found.unexpected_keys or any(name not in beside for name in needed):
-            raise CheckpointError("the adapter does not fit this model", hint="load it over its own base")
-        for name, value in beside.items():
+        if result.unexpected_keys or any(name not in other for name in needed):
+            raise CheckpointError(
+                "the adapter does not fit this model", hint="load it with the base model that it was trained on"
+            )
+        for name, value in other.items():
             own[name].data.copy_(value)
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
 
 
 @contextmanager
-def _without_remarks(config: Any) -> Iterator[None]:
-    """Without PEFT's warnings of what changes nothing."""
+def _ignore_warnings(config: Any) -> Iterator[None]:
+    """Suppress PEFT's warnings that do not apply here."""
     with warnings.catch_warnings():
-        for remark in REMARKS if getattr(config, "boft_n_butterfly_factor", 1) == 1 else REMARKS[:-1]:
-            warnings.filterwarnings("ignore", message=remark)
+        for message in (
+            IGNORED_WARNINGS if getattr(config, "boft_n_butterfly_factor", 1) == 1 else IGNORED_WARNINGS[:-1]
+        ):
+            warnings.filterwarnings("ignore", message=message)
         yield
 
 
@@ -188,10 +201,14 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _library() -> Any:
-    """PEFT, where the extra is installed."""
+    """Import PEFT.
+
+    Raises:
+        RecipeError: the extra `peft` is not installed.
+    """
     try:
         with quantized.quiet_bitsandbytes():
             import peft
     except ImportError as error:
-        raise RecipeError("it needs PEFT", where="technique", hint="pip install 'tunesmith[peft]'") from error
+        raise RecipeError("PEFT is not installed", where="technique", hint="pip install 'tunesmith[peft]'") from error
     return peft

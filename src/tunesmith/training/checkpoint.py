@@ -1,9 +1,9 @@
-"""Checkpoints that can be trusted: complete or absent, verified before use, never a pickle.
+"""Checkpoints: written atomically, verified before use, never a pickle.
 
-A checkpoint is a folder `step-000120` of safetensors files and `state.json`, and `MANIFEST.json` written last with the
-size and sha256 of every file. It is written into `.tmp-...`, fsynced and renamed. Whoever loads walks from the newest
-to the oldest; what does not match its manifest is set aside as `*.corrupt` and said. `best.json` and `last.json` name
-two checkpoints that are never rotated away.
+A checkpoint is a folder `step-000120` with safetensors files and `state.json`, and with `MANIFEST.json`, written last,
+which has the size and sha256 of every file. The folder is written as `.tmp-...`, fsynced and renamed. Loading tries the
+newest checkpoint first; one that does not match its manifest is renamed to `*.corrupt` with a warning. `best.json` and
+`last.json` point to two checkpoints that rotation keeps.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from torch import Tensor
 
 from tunesmith.data.encoded import file_sha256
 from tunesmith.errors import CheckpointError, NumericError, shorten
-from tunesmith.training.files import atomic_write, free_bytes, fsync_file, fsync_folder, out_of_space, sweep
+from tunesmith.storage.files import atomic_write, disk_error, free_bytes, fsync_file, fsync_folder, remove_leftovers
 
 SCHEMA = 1
 MANIFEST = "MANIFEST.json"
 _STEP = re.compile(r"step-(\d{6,})")
-Say = Callable[[str], None]
+Warn = Callable[[str], None]
 
 
 class NewerSchema(CheckpointError):
-    """Sound, but not for us to read: never set aside."""
+    """An intact checkpoint of a newer version: never renamed to `*.corrupt`."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved after a step. `tensors`: file stem -> name -> tensor."""
+    """State of a run after one step. `tensors` maps file stem -> name -> tensor."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -47,8 +47,8 @@ class Checkpoint:
     identity: dict[str, Any]
 
 
-def place(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+def path_of(folder: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
     return folder / f"step-{step:06d}"
 
 
@@ -59,74 +59,74 @@ def save(
     state: Mapping[str, Any],
     identity: Mapping[str, Any],
 ) -> Path:
-    """Write `folder/step-...` and return it; a valid one of that step is left as it is.
+    """Write `folder/step-...` and return its path; keep an intact checkpoint of the same step.
 
     Raises:
-        ResourceError: the disk is full; what was there before is untouched.
-        NumericError: there is a value that is not finite.
+        ResourceError: the disk is full or not writable; earlier checkpoints are untouched.
+        NumericError: a tensor has a NaN or infinite value.
     """
     for name, tensor in ((name, tensor) for named in tensors.values() for name, tensor in named.items()):
         if not tensor.isfinite().all():
-            hint = "a lower learning rate; --resume goes on from the last checkpoint, which is sound"
-            raise NumericError(f"after step {step} {name} is not finite, so it is not saved", hint=hint)
-    target = place(folder, step)
+            hint = "lower the learning rate and --resume from the last checkpoint, which is intact"
+            raise NumericError(f"step {step}: {name} has NaN or infinite values; no checkpoint saved", hint=hint)
+    target = path_of(folder, step)
     if target.exists():
         try:
             _verify(target)
             return target
         except CheckpointError:
-            _set_aside(target, "incomplete")
+            _mark_corrupt(target, "incomplete")
     needed = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
-    writing = folder / f".tmp-{step:06d}-{os.getpid()}"
+    temporary = folder / f".tmp-{step:06d}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if free_bytes(folder) < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        _write(writing, tensors, state, step, identity)
-        os.rename(writing, target)
+        _write(temporary, tensors, state, step, identity)
+        os.rename(temporary, target)
         fsync_folder(folder)
     except (OSError, SafetensorError) as error:
-        raise out_of_space(error, target, needed) from error
+        raise disk_error(error, target, needed) from error
     finally:
-        shutil.rmtree(writing, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
 def _write(
-    writing: Path,
+    folder: Path,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     step: int,
     identity: Mapping[str, Any],
 ) -> None:
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     for stem, named in tensors.items():
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-        save_file(held, writing / f"{stem}.safetensors")
-    (writing / "state.json").write_text(json.dumps(dict(state), allow_nan=False), encoding="utf-8")
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+        save_file(on_cpu, folder / f"{stem}.safetensors")
+    (folder / "state.json").write_text(json.dumps(dict(state), allow_nan=False), encoding="utf-8")
     files = {}
-    for path in sorted(writing.iterdir()):
+    for path in sorted(folder.iterdir()):
         fsync_file(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = {"schema": SCHEMA, "step": step, "identity": dict(identity), "files": files}
     manifest["sha256"] = _digest(manifest)
-    (writing / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    fsync_file(writing / MANIFEST)
-    fsync_folder(writing)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    fsync_file(folder / MANIFEST)
+    fsync_folder(folder)
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
-    """What the manifest says of itself: the sha256 of all its other keys."""
+    """Return the sha256 of a manifest's other keys, which it has under `sha256`."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint after checking every byte of it.
+    """Read a checkpoint after verifying every byte of it.
 
     Raises:
-        CheckpointError: names the file and what is wrong with it.
+        CheckpointError: a file is missing, changed or unreadable.
     """
     manifest = _verify(path)
     tensors, state = {}, {}
@@ -141,17 +141,17 @@ def load(path: Path) -> Checkpoint:
 
 def _verify(path: Path) -> dict[str, Any]:
     if path.is_symlink() or not path.is_dir():
-        raise CheckpointError("not a folder of our own", where=str(path))
+        raise CheckpointError("not a checkpoint folder", where=str(path))
     manifest = _manifest(path / MANIFEST)
     match = _STEP.fullmatch(path.name)
     if match is None or int(match[1]) != manifest["step"]:
-        raise CheckpointError(f"{MANIFEST} is of step {manifest['step']}", where=str(path))
+        raise CheckpointError(f"{MANIFEST} belongs to step {manifest['step']}", where=str(path))
     for name, expected in manifest["files"].items():
         file = path / name
         if file.is_symlink() or not file.is_file():
             raise CheckpointError("missing", where=str(file))
         if (size := file.stat().st_size) != expected["size"]:
-            raise CheckpointError(f"{size:,} bytes, not {expected['size']:,}", where=str(file))
+            raise CheckpointError(f"{size:,} bytes instead of {expected['size']:,}", where=str(file))
         if file_sha256(file) != expected["sha256"]:
             raise CheckpointError("its content has changed (sha256 differs)", where=str(file))
     return manifest
@@ -161,31 +161,31 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         schema, files, step = manifest["schema"], manifest["files"], manifest["step"]
-        sane = isinstance(schema, int) and isinstance(step, int) and isinstance(manifest["identity"], dict)
-        sane = sane and "state.json" in files and all({"size", "sha256"} <= set(entry) for entry in files.values())
-        sane = sane and all(re.fullmatch(r"[\w-]+\.(safetensors|json)", name) for name in files)
+        valid = isinstance(schema, int) and isinstance(step, int) and isinstance(manifest["identity"], dict)
+        valid = valid and "state.json" in files and all({"size", "sha256"} <= set(entry) for entry in files.values())
+        valid = valid and all(re.fullmatch(r"[\w-]+\.(safetensors|json)", name) for name in files)
     except FileNotFoundError:
-        raise CheckpointError("missing: the checkpoint was not finished", where=str(path)) from None
+        raise CheckpointError("missing: the checkpoint is incomplete", where=str(path)) from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"cannot be read ({type(error).__name__})", where=str(path)) from None
     if path.is_symlink():
-        raise CheckpointError("a link, not a file of our own", where=str(path))
+        raise CheckpointError("a symbolic link, not a file", where=str(path))
     if manifest.get("sha256") != _digest(manifest):  # first: one bit makes schema 1 a newer one
         raise CheckpointError("its content has changed (sha256 differs)", where=str(path))
     if schema > SCHEMA:
         raise NewerSchema(f"written by a newer tunesmith (schema {schema})", where=str(path), hint="upgrade tunesmith")
-    if not sane:
-        raise CheckpointError("not a manifest of ours", where=str(path))
+    if not valid:
+        raise CheckpointError("not a checkpoint manifest", where=str(path))
     return dict(manifest)
 
 
-def newest(folder: Path, say: Say) -> Checkpoint | None:
-    """The newest checkpoint that can be trusted; None where none was ever written.
+def newest(folder: Path, warn: Warn) -> Checkpoint | None:
+    """Load the newest intact checkpoint; return None if none was ever written.
 
     Raises:
-        CheckpointError: there were checkpoints and not one is sound, or the newest is one of a newer tunesmith.
+        CheckpointError: every checkpoint is damaged, or the newest was written by a newer version.
     """
-    sweep(folder)
+    remove_leftovers(folder)
     reasons = []
     for path in _steps(folder):
         try:
@@ -194,27 +194,27 @@ def newest(folder: Path, say: Say) -> Checkpoint | None:
             raise
         except CheckpointError as error:
             reasons.append(str(error))
-            aside = _set_aside(path, str(error))
-            say(f"{error}: this checkpoint cannot be trusted (set aside as {aside.name}), taking the one before it")
+            renamed = _mark_corrupt(path, str(error))
+            warn(f"{error}; damaged checkpoint renamed to {renamed.name}, using the one before it")
     if reasons or (folder.is_dir() and any(".corrupt" in path.name for path in folder.iterdir())):
-        hint = f"start afresh with --overwrite, or mend the newest under {folder}"
-        raise CheckpointError("no checkpoint can be trusted" + "".join(f"; {r}" for r in reasons[:2]), hint=hint)
+        hint = f"restart with --overwrite, or restore the newest in {folder}"
+        raise CheckpointError("no intact checkpoint" + "".join(f"; {r}" for r in reasons[:2]), hint=hint)
     return None
 
 
-def best(folder: Path, say: Say) -> Checkpoint | None:
-    """The checkpoint that `best.json` names; where it is damaged, the newest sound one, and that is said."""
-    path = pointed(folder, "best")
+def best(folder: Path, warn: Warn) -> Checkpoint | None:
+    """Load the checkpoint that `best.json` points to; if it is damaged, warn and load the newest intact one."""
+    path = read_pointer(folder, "best")
     if path is not None:
         try:
             return load(path)
         except CheckpointError as error:
-            say(f"{error}: the best checkpoint cannot be trusted, taking the newest that can")
-    return newest(folder, say)
+            warn(f"{error}; the best checkpoint is damaged, using the newest intact one")
+    return newest(folder, warn)
 
 
 def _steps(folder: Path) -> list[Path]:
-    """Newest first, by step number: clocks may jump."""
+    """Return the checkpoint folders, newest first by step number (file times may be wrong)."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _STEP.fullmatch(path.name)), key=_number, reverse=True)
@@ -226,88 +226,99 @@ def _number(path: Path) -> int:
     return int(match[1])
 
 
-def _set_aside(path: Path, reason: str) -> Path:
+def _mark_corrupt(path: Path, reason: str) -> Path:
+    """Rename a damaged checkpoint, and write the reason into it."""
     count = 1
-    while (aside := path.with_name(f"{path.name}.corrupt" + (f"-{count}" if count > 1 else ""))).exists():
+    while (renamed := path.with_name(f"{path.name}.corrupt" + (f"-{count}" if count > 1 else ""))).exists():
         count += 1
-    os.rename(path, aside)
-    if aside.is_dir() and not aside.is_symlink():
-        (aside / "REASON.txt").write_text(reason + "\n", encoding="utf-8")
-    return aside
+    os.rename(path, renamed)
+    if renamed.is_dir() and not renamed.is_symlink():
+        (renamed / "REASON.txt").write_text(reason + "\n", encoding="utf-8")
+    return renamed
 
 
-def point(folder: Path, name: str, target: Path) -> None:
-    """Let `name` (best or last) be that checkpoint, in one atomic replacement."""
+def write_pointer(folder: Path, name: str, target: Path) -> None:
+    """Let `name` (best or last) point to a checkpoint, in one atomic write."""
     atomic_write(folder / f"{name}.json", json.dumps({"step": _number(target), "folder": target.name}) + "\n")
 
 
-def pointed(folder: Path, name: str) -> Path | None:
-    """The checkpoint that a pointer names; None where there is no pointer or it cannot be read."""
+def read_pointer(folder: Path, name: str) -> Path | None:
+    """Return the checkpoint that `name` (best or last) points to; None if it is missing or unreadable."""
     try:
         step = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["step"]
-        return place(folder, int(step))
+        return path_of(folder, int(step))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep`, best and last; nothing goes unless the newest is sound."""
-    found = _steps(folder)
-    if not found:
+    """Delete all checkpoints but the newest `keep`, best and last, provided that the newest is intact.
+
+    Raises:
+        CheckpointError: the newest is damaged; nothing is deleted.
+    """
+    paths = _steps(folder)
+    if not paths:
         return
-    _verify(found[0])
-    held = {*found[:keep], pointed(folder, "best"), pointed(folder, "last")}
-    for path in found:
-        if path not in held:
+    _verify(paths[0])
+    kept = {*paths[:keep], read_pointer(folder, "best"), read_pointer(folder, "last")}
+    for path in paths:
+        if path not in kept:
             trash = folder / f".trash-{path.name}-{os.getpid()}"
             os.rename(path, trash)
             shutil.rmtree(trash, ignore_errors=True)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old, new) of every leaf that differs."""
-    found: dict[str, tuple[Any, Any]] = {}
+    """Return dotted key -> (old, new) of every leaf that differs between two trees."""
+    changed: dict[str, tuple[Any, Any]] = {}
     for key in {**old, **new}:
-        was, now = old.get(key), new.get(key)
-        if isinstance(was, Mapping) and isinstance(now, Mapping):
-            found |= differences(was, now, f"{prefix}{key}.")
-        elif was != now:
-            found[f"{prefix}{key}"] = (was, now)
-    return found
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changed |= differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            changed[f"{prefix}{key}"] = (before, after)
+    return changed
 
 
 def check_same_run(
     old: Mapping[str, Any], new: Mapping[str, Any], overrides: Collection[str], files: Mapping[str, str] | None = None
 ) -> list[str]:
-    """The keys that differ and are overridden; `files` are those that some keys speak of.
+    """Return the keys that differ and are overridden; `files` maps keys of hashes to the files they belong to.
 
     Raises:
-        CheckpointError: names each difference that is not.
+        CheckpointError: a key differs that is not overridden; the message has all of them.
     """
-    found = differences(old, new)
-    accepted = [key for key in found if any(key == over or key.startswith(f"{over}.") for over in overrides)]
-    refused = [key for key in found if key not in accepted]
+    changed = differences(old, new)
+    accepted = [key for key in changed if any(key == over or key.startswith(f"{over}.") for over in overrides)]
+    refused = [key for key in changed if key not in accepted]
     if refused:
-        said = {key: f"{key} was {shorten(was)}, is {shorten(now)}" for key, (was, now) in found.items()}
-        said |= {
-            key: f"{key} was '{str(found[key][0])[:12]}…', is '{str(found[key][1])[:12]}…': {file} has changed"
-            for key, file in (files or {}).items()
-            if key in found
+        messages = {
+            key: f"{key} was {shorten(before)}, is {shorten(after)}" for key, (before, after) in changed.items()
         }
-        listed = "; ".join(said[key] for key in refused)
-        hint = " ".join(f"--override {key}" for key in refused)
-        raise CheckpointError(f"this would not be the same run: {listed}", hint=f"change it back, or go on with {hint}")
+        messages |= {
+            key: f"{key} was '{str(changed[key][0])[:12]}…', is '{str(changed[key][1])[:12]}…': {file} has changed"
+            for key, file in (files or {}).items()
+            if key in changed
+        }
+        listed = "; ".join(messages[key] for key in refused)
+        flags = " ".join(f"--override {key}" for key in refused)
+        raise CheckpointError(f"not the same run: {listed}", hint=f"change it back, or resume with {flags}")
     return accepted
 
 
 def check_fits(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], overridden: Collection[str]) -> None:
-    """Refuse a checkpoint of other parameters than those that learn now.
+    """Check that a checkpoint has the parameters that are trainable now, in the same shapes.
 
     Raises:
-        CheckpointError: names the first, and what was overridden.
+        CheckpointError: it does not; the message has the first such parameter and the overridden keys.
     """
-    shapes, others = ({name: tuple(one.shape) for name, one in part.items()} for part in (own, saved))
-    differ = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
-    if differ:
-        what = f"with {', '.join(overridden) or 'this version'} changed other parameters learn, first {differ[0]}"
-        raise CheckpointError(f"{what}: the checkpoint does not fit", hint="change it back, or start a new run")
+    own_shapes, saved_shapes = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (own, saved))
+    names = own_shapes.keys() | saved_shapes.keys()
+    differing = sorted(name for name in names if own_shapes.get(name) != saved_shapes.get(name))
+    if differing:
+        cause = f"{', '.join(overridden)} changes them" if overridden else "they differ in this version"
+        raise CheckpointError(
+            f"the checkpoint does not fit the trainable parameters, first {differing[0]}: {cause}",
+            hint="change it back, or start a new run",
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,70 +13,75 @@ from torch import Tensor, nn
 from tunesmith.data.batches import Batch, collate, cut
 from tunesmith.data.encoded import Encoded
 from tunesmith.errors import RecipeError, ResourceError
-from tunesmith.tasks import Task, TextMetrics, WritingTask
+from tunesmith.tasks import Answer, Baseline, BoundTask, Metrics
 from tunesmith.training.feature_cache import LIMITS, standing_in
 from tunesmith.training.machine import Machine, is_out_of_memory
 
 CHUNK_EXAMPLES = 512
-ENOUGH = 2**25
-"""Numbers held at once to score a guess, and how many random ones show which scores there are."""
+FIRST_EXAMPLES = 16
+"""Examples of the first batch of a baseline; the next ones follow from its size."""
+
+MAX_NUMBERS = 2**25
+"""Outputs of a baseline held at once, and random outputs that show which scores there are."""
 
 T = TypeVar("T")
-Asked = Iterator[tuple[NDArray[np.int64], T, Batch]]
-"""(indices, what the model gave, batch)."""
+Indices = NDArray[np.int64]
+Batched = Iterator[tuple[Indices, T, Batch]]
+"""(indices, outputs or answers, batch)."""
 
 Show = Callable[[int], None]
-"""Is told, batch by batch, how many examples have been asked."""
+"""Called batch by batch with the number of examples that are done."""
 
 
 def unseen(done: int) -> None:
-    """For who does not watch."""
-
-
-WRITTEN = "generated_text"
-"""What a text is called among answers, as in transformers' pipelines."""
+    """Show nothing."""
 
 
 def outputs(
-    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, rows: NDArray[np.int64] | None = None
-) -> Asked[Tensor]:
-    """What `Task.forward` gives for all examples or `rows`, sorted by length in chunks so that little is padded."""
-    return _asked(partial(task.forward, model), model, task, encoded, machine, rows)
+    model: nn.Module, task: BoundTask, encoded: Encoded, machine: Machine, rows: Indices | None = None
+) -> Batched[Tensor]:
+    """`BoundTask.outputs` for all examples or `rows`, sorted by cost in chunks so that little is padded."""
+
+    def ask(indices: Indices, batch: Batch) -> Tensor:
+        with standing_in(model, encoded, indices):
+            return task.outputs(model, batch)
+
+    return _batched(ask, model, task, encoded, machine, rows)
 
 
-def texts(
-    model: nn.Module, task: WritingTask, encoded: Encoded, machine: Machine, rows: NDArray[np.int64] | None = None
-) -> Asked[list[str]]:
-    """What the model writes for all examples or `rows`, in the same order."""
-    return _asked(partial(task.written, model), model, task, encoded, machine, rows)
+def _predictions(
+    model: nn.Module, task: BoundTask, encoded: Encoded, machine: Machine, rows: Indices | None = None
+) -> Batched[list[Answer]]:
+    """`BoundTask.predict` for all examples or `rows`, in the same order."""
+    return _batched(lambda _, batch: task.predict(model, batch), model, task, encoded, machine, rows)
 
 
-def _asked(
-    ask: Callable[[Batch], T],
+def _batched(
+    ask: Callable[[Indices, Batch], T],
     model: nn.Module,
-    task: Task,
+    task: BoundTask,
     encoded: Encoded,
     machine: Machine,
-    rows: NDArray[np.int64] | None,
-) -> Asked[T]:
+    rows: Indices | None,
+) -> Batched[T]:
     limits = LIMITS.get(machine.device.type, LIMITS["cpu"])
-    lengths, rows = encoded.lengths, np.arange(len(encoded)) if rows is None else rows
+    costs, rows = encoded.costs, np.arange(len(encoded)) if rows is None else rows
     model.eval()
     for start in range(0, len(rows), CHUNK_EXAMPLES):
         chunk = rows[start : start + CHUNK_EXAMPLES]
-        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
-        for first, last in cut(lengths[chunk], limits):
+        chunk = chunk[np.argsort(costs[chunk], kind="stable")]
+        for first, last in cut(costs[chunk], limits):
             yield from _ask(ask, model, task, encoded, machine, chunk[first:last])
 
 
 def _ask(
-    ask: Callable[[Batch], T],
+    ask: Callable[[Indices, Batch], T],
     model: nn.Module,
-    task: Task,
+    task: BoundTask,
     encoded: Encoded,
     machine: Machine,
-    rows: NDArray[np.int64],
-) -> Asked[T]:
+    rows: Indices,
+) -> Batched[T]:
     """One batch, or two halves where it does not fit in memory.
 
     Raises:
@@ -85,8 +89,8 @@ def _ask(
     """
     output, batch = None, _drawn(task, encoded, rows).to(machine.device)
     try:
-        with torch.inference_mode(), machine.autocast(), standing_in(model, encoded, rows):
-            output = ask(batch)
+        with torch.inference_mode(), machine.autocast():
+            output = ask(rows, batch)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -100,109 +104,113 @@ def _ask(
         yield from _ask(ask, model, task, encoded, machine, half)
 
 
-def _counted(asked: Asked[T], show: Show, done: int = 0) -> Asked[T]:
-    for one in asked:
+def _counted(batches: Batched[T], show: Show, done: int = 0) -> Batched[T]:
+    for one in batches:
         yield one
         done += len(one[0])
         show(done)
 
 
-def _drawn(task: Task, encoded: Encoded, rows: NDArray[np.int64]) -> Batch:
-    return task.draw(collate(encoded, rows), rows)
+def _drawn(task: BoundTask, encoded: Encoded, rows: Indices) -> Batch:
+    return task.transform(collate(encoded, rows), rows)
 
 
 def scores(
-    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, *, write: bool = False, show: Show = unseen
+    model: nn.Module,
+    task: BoundTask,
+    encoded: Encoded,
+    machine: Machine,
+    *,
+    answers: bool = False,
+    show: Show = unseen,
 ) -> dict[str, Any]:
-    """The task's scores; with `write` those of texts too, where the task has the model write some."""
-    return scored(model, task, encoded, machine, write=write, show=show)[0]
-
-
-def scored(
-    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, *, write: bool = True, show: Show = unseen
-) -> tuple[dict[str, Any], dict[int, str]]:
-    """The scores, and row -> the text that was written for it; `show` counts what is read, then what is written."""
-    metrics, said = task.metrics(), dict[int, str]()
+    """The task's scores; with `answers` also those that need answers (of generated texts, of boxes)."""
+    metrics = task.metrics()
     for _, output, batch in _counted(outputs(model, task, encoded, machine), show):
-        metrics.update(output, batch)
-    if write and isinstance(task, WritingTask) and (count := task.rows_written(encoded)):
-        assert isinstance(metrics, TextMetrics), "what writes is scored by its texts"
-        writing = texts(model, task, encoded, machine, spread(len(encoded), count))
-        for indices, written, batch in _counted(writing, show, len(encoded)):
-            metrics.update_texts(written, batch)
-            said |= zip(indices.tolist(), written, strict=True)
-    return metrics.compute(), said
+        metrics.update(batch, output)
+    if answers:
+        _score_answers(metrics, model, task, encoded, machine, show)
+    return metrics.compute()
 
 
-def spread(size: int, count: int) -> NDArray[np.int64]:
+def _score_answers(
+    metrics: Metrics, model: nn.Module, task: BoundTask, encoded: Encoded, machine: Machine, show: Show = unseen
+) -> dict[int, Answer]:
+    """Add answers for as many examples as the metrics need, evenly spread; row -> answer."""
+    given: dict[int, Answer] = {}
+    if count := metrics.answers_needed(encoded):
+        rows = spread(len(encoded), count)
+        for indices, own, batch in _counted(_predictions(model, task, encoded, machine, rows), show, len(encoded)):
+            metrics.update(batch, answers=own)
+            given |= zip(indices.tolist(), own, strict=True)
+    return given
+
+
+def spread(size: int, count: int) -> Indices:
     """At most `count` of `size` rows, evenly from the first to the last."""
     return np.unique(np.linspace(0, size - 1, min(size, count)).round().astype(np.int64))
 
 
-def baseline(task: Task, train: Encoded, encoded: Encoded) -> dict[str, Any]:
-    """The scores of a guess that has seen only the training targets."""
-    metrics, prior = task.metrics(), task.prior(train)
-    for batch in _chunks(task, encoded, prior.shape[-1]):
-        metrics.update(task.guess(prior, batch), batch)
+def baseline(task: BoundTask, train: Encoded, encoded: Encoded) -> dict[str, Any]:
+    """The scores of a predictor that has seen only the training targets."""
+    metrics, predictor = task.metrics(), task.baseline(train)
+    for batch, output in _baseline_outputs(task, encoded, predictor):
+        metrics.update(batch, output)
     return metrics.compute()
 
 
-def random_scores(task: Task, train: Encoded, encoded: Encoded) -> dict[str, Any]:
-    """The scores of answers drawn at random: which scores there are, before anything is learned."""
-    metrics, prior = task.metrics(), task.prior(train)
-    drawn, left = torch.Generator().manual_seed(0), ENOUGH
-    for batch in _chunks(task, encoded, prior.shape[-1]):
-        shape = task.guess(prior, batch).shape
-        metrics.update(torch.randn(shape, generator=drawn), batch)
-        left -= shape.numel()
+def random_scores(task: BoundTask, train: Encoded, encoded: Encoded) -> dict[str, Any]:
+    """The scores of random outputs: which scores there are, before any training."""
+    metrics, predictor = task.metrics(), task.baseline(train)
+    drawn, left = torch.Generator().manual_seed(0), MAX_NUMBERS
+    for batch, output in _baseline_outputs(task, encoded, predictor):
+        metrics.update(batch, torch.randn(output.shape, generator=drawn))
+        left -= output.numel()
         if left < 0:
             break
     return metrics.compute()
 
 
-def _chunks(task: Task, encoded: Encoded, width: int) -> Iterator[Batch]:
-    """All examples in their order, as many at once as have `ENOUGH` outputs of this width at most, one at least."""
-    start, size = 0, CHUNK_EXAMPLES
+def _baseline_outputs(task: BoundTask, encoded: Encoded, predictor: Baseline) -> Iterator[tuple[Batch, Tensor]]:
+    """All examples in their order, at most `MAX_NUMBERS` outputs at once, at least one example."""
+    start, size = 0, FIRST_EXAMPLES
     while start < len(encoded):
         batch = _drawn(task, encoded, np.arange(start, min(start + size, len(encoded))))
-        if batch.size > 1 and task.num_outputs(batch) * width > ENOUGH:
+        output = predictor(batch)
+        if batch.size > 1 and output.numel() > MAX_NUMBERS:  # as a view of the prior it takes no memory
             size = batch.size // 2
             continue
-        yield batch
+        yield batch, output
         start += batch.size
+        size = min(CHUNK_EXAMPLES, 2 * size)
 
 
-def answers(
-    model: nn.Module, task: Task, encoded: Encoded, machine: Machine, show: Show = unseen
-) -> list[dict[str, Any]]:
-    """What the model says to each example, in their order."""
-    given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]
-    if isinstance(task, WritingTask):
-        for indices, written, _ in _counted(texts(model, task, encoded, machine), show):
-            _place(given, indices, [{WRITTEN: text} for text in written])
-        return given
-    for indices, output, batch in _counted(outputs(model, task, encoded, machine), show):
-        _place(given, indices, task.answers(output, batch))
+def answers(model: nn.Module, task: BoundTask, encoded: Encoded, machine: Machine, show: Show = unseen) -> list[Answer]:
+    """One answer for each example, in their order."""
+    given: list[Answer] = [{} for _ in range(len(encoded))]
+    for indices, own, _ in _counted(_predictions(model, task, encoded, machine), show):
+        _place(given, indices, own)
     return given
 
 
 def scores_and_answers(
-    model: nn.Module, task: Task, encoded: Encoded, machine: Machine
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Both; no answer for rows for which nothing is written."""
-    given: list[dict[str, Any]] = [{} for _ in range(len(encoded))]
-    if isinstance(task, WritingTask):
-        found, said = scored(model, task, encoded, machine)
-        return found, [{WRITTEN: said[row]} if row in said else {} for row in range(len(encoded))]
+    model: nn.Module, task: BoundTask, encoded: Encoded, machine: Machine
+) -> tuple[dict[str, Any], list[Answer]]:
+    """The task's scores, and its answers; of generated answers only those that are scored, the others empty."""
+    given: list[Answer] = [{} for _ in range(len(encoded))]
     metrics = task.metrics()
     for indices, output, batch in outputs(model, task, encoded, machine):
-        metrics.update(output, batch)
-        _place(given, indices, task.answers(output, batch))
+        metrics.update(batch, output)
+        if task.generator is None and task.rows_are_examples:
+            with torch.inference_mode():
+                _place(given, indices, task.predict(model, batch, output))
+    for row, answer in _score_answers(metrics, model, task, encoded, machine).items():
+        given[row] = answer
     return metrics.compute(), given
 
 
-def _place(given: list[dict[str, Any]], indices: NDArray[np.int64], said: list[dict[str, Any]]) -> None:
-    for index, answer in zip(indices, said, strict=True):
+def _place(given: list[Answer], indices: Indices, answers: list[Answer]) -> None:
+    for index, answer in zip(indices, answers, strict=True):
         given[int(index)] = answer
 
 

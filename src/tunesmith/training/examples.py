@@ -18,16 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data import splits
-from tunesmith.data.augment import Augmenter
-from tunesmith.data.encoded import Encoded, encode, fingerprint
+from tunesmith.data.columns import Column, inputs_of, labeled, of_kind, reads_plain_text, translates
+from tunesmith.data.encoded import Encoded, Fields, encode, encode_in_memory, fingerprint
 from tunesmith.data.formats import Row, Table, find_splits, is_folder, read_table
-from tunesmith.data.formats.columns import ANSWERS, is_number, is_text
+from tunesmith.data.formats.columns import is_number
 from tunesmith.data.formats.folders import data_files, no_train
 from tunesmith.data.formats.plain import texts_in
 from tunesmith.data.labels import IGNORED
+from tunesmith.data.text.augment import Augmenter
 from tunesmith.errors import DataError, RecipeError, counted, shorten
 from tunesmith.recipe import Data
-from tunesmith.tasks import Task
+from tunesmith.tasks import BoundTask, Task
 
 MISSING = frozenset({"na", "n/a", "#n/a", "<na>", "nan", "nil", "none", "null"})
 """Words that programs write where a value is missing."""
@@ -82,19 +83,23 @@ class Examples:
         return {name: split.sha256 for name, split in self.splits.items()}
 
 
+GROUP = "group"
+"""The name under which rows have the value of `data.group`."""
+
+
 def open_split(path: str | Path, task: Task, data: Data, *, grouped: bool = False) -> Split:
-    """One file as rows with the task's roles, `grouped` with the group of each."""
-    roles, required, columns = task.usual_names(), task.required, data.columns
+    """One file as rows with the task's columns, `grouped` with the group of each."""
+    columns, named = list(task.columns), dict(data.columns or {})
     if grouped and data.group is not None:
-        roles, required, columns = roles | {"group": ()}, required | {"group"}, {**(columns or {}), "group": data.group}
+        columns.append(Column(GROUP, "value"))
+        named[GROUP] = data.group
     table = read_table(
         path,
-        roles,
-        required=required,
-        columns=columns,
+        columns,
+        named=named,
         on_bad_row=data.on_bad_row,
         limit=data.limit,
-        plain_text=task.reads_plain_text,
+        plain_text=reads_plain_text(task.columns),
     )
     return Split(table)
 
@@ -108,17 +113,17 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     data = _named_files(data, task)
     assert data.train is not None, "_named_files refuses that"
     found = {"train": open_split(data.train, task, data, grouped=True)}
-    task = task.named(found["train"].table.columns)
+    task = task.with_columns(found["train"].table.columns)
     for name, value in (("validation", data.validation), ("test", data.test)):
         if isinstance(value, str):
             found[name] = open_split(value, task, data)
             splits.refuse_same_file(Path(data.train), Path(value), name)
-    _check_same_roles(found)
-    task = task.seen(found["train"].rows())
+    _check_same_columns(found, task)
+    task = task.infer_from_rows(found["train"].rows())
     every = _usable(found["train"], task, data)
     _check_places(every, task)
-    task, data = task.fit(every.targets, data, str(data.train))
-    every = _usable(found["train"], task, data) if task.reads_again else every
+    task, data = task.fit(every.targets, data)
+    every = _usable(found["train"], task, data) if task.targets_need_fit else every
     parts = {"train": every} | {name: _usable(found[name], task, data) for name in found.keys() - {"train"}}
     tables = [split.table for split in found.values() if split.table.note]
     notes = said_once((str(table.path), (table.note or "").removeprefix(str(table.path))) for table in tables)
@@ -133,13 +138,13 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     rows = {name: len(part.targets) for name, part in parts.items()}
     for name in sorted(parts.keys() - {"train"}):
         if repeated := splits.overlap(parts["train"].digests, parts[name].digests):
-            said = f"{repeated} of {rows[name]} {name} rows stand word for word in train: scores will flatter"
+            said = f"{repeated} of {rows[name]} {name} rows are duplicate rows of train; scores will be optimistic"
             way_out = f"remove them from one of the files, or data.{name}=0.1 draws rows that train lacks"
             if name in drawn:
                 way_out = f"nearly all groups of {data.group} share texts: remove such rows (data check lists them)"
             notes.append(f"{said}; {way_out}")
     found = {name: part.split for name, part in parts.items()}
-    for name, path in task.others().items():
+    for name, path in task.extra_eval_sets().items():
         found[name], remarks = read_other(path, task, data.model_copy(update={"columns": None}))
         rows[name] = sum(1 for _ in found[name].rows())
         notes += remarks
@@ -165,15 +170,18 @@ def read_other(path: str | Path, task: Task, data: Data) -> tuple[Split, list[st
     return part.split, notes + ([_left_out(str(path), part)] if part.skipped else [])
 
 
-def _check_same_roles(found: dict[str, Split]) -> None:
+def _check_same_columns(found: dict[str, Split], task: Task) -> None:
     """Refuse a second text, say, that some splits have and others lack: they would be read in different ways."""
+    words = of_kind(task.columns, "words")
+    texts = {column.name for column in inputs_of(task.columns) if column.kind == "text"}
     for name, split in found.items():
         for other in found.values():
-            beside = {"group"} | ({"text"} if "tokens" in split.table.columns else set())  # which says the same again
+            repeated = texts if words is not None and words.name in split.table.columns else set()
+            beside = {GROUP} | repeated  # beside its words a text is nothing new
             if more := sorted(split.table.columns.keys() - other.table.columns.keys() - beside):
                 what = f"no column for {more[0]}, which {name} has ({shorten(split.table.columns[more[0]])})"
                 hint = f"data.columns.{more[0]}=NAME, or rename it in {name} if it is none"
-                if "tokens" in more:
+                if words is not None and words.name in more:
                     hint = f"tunesmith data convert {other.table.path} NAME.conll makes words with tags of spans"
                 raise DataError(what, where=str(other.table.path), hint=hint)
 
@@ -206,11 +214,11 @@ def _usable(split: Split, task: Task, data: Data) -> _Part:
     targets: list[Any] = []
     digests, groups = array("Q"), array("Q")
     first: DataError | None = None
-    kept, unusable, unlabelled, kind = array("q"), 0, 0, "label" if "label" in task.columns else "row"
-    main, only_numbers = next(iter(task.columns)), True
+    kept, unusable, unlabelled, kind = array("q"), 0, 0, "label" if labeled(task.columns) else "row"
+    main, only_numbers = task.columns[0].name, True
     for index, row in enumerate(split.rows()):
         try:
-            target = task.target(row)
+            target = task.parse_target(row)
         except DataError as error:
             if data.on_bad_row == "stop":
                 raise
@@ -221,8 +229,8 @@ def _usable(split: Split, task: Task, data: Data) -> _Part:
             continue
         targets.append(sys.intern(target) if type(target) is str else target)  # a class is one object, not one a row
         kept.append(index)
-        digests.append(splits.digest(row))
-        if "group" in row.values:
+        digests.append(splits.digest(row, task.columns))
+        if GROUP in row.values:
             groups.append(splits.group_digest(row))
         only_numbers = only_numbers and is_number(str(row.values.get(main)))
     skipped = split.table.skipped + Counter({f"unusable {kind}": unusable, f"label {IGNORED}": unlabelled})
@@ -239,11 +247,13 @@ def _usable(split: Split, task: Task, data: Data) -> _Part:
 def _check_places(train: _Part, task: Task) -> None:
     """Refuse labels that are nearly all different beside few texts: they stand in each other's column."""
     rows, columns = len(train.targets), train.split.table.columns
-    texts, labels, main = len(np.unique(train.digests)), len(set(train.targets)), next(iter(task.columns))
+    texts, labels, main = len(np.unique(train.digests)), len(set(train.targets)), task.columns[0].name
+    label = of_kind(task.columns, "label")
     worded = all(isinstance(target, str) and not is_number(target) for target in train.targets)
-    if "label" in task.columns and worded and labels > rows / 2 and 1 < texts <= rows / 5:
-        what = f"label: {labels:,} different ones of {rows:,}, and {texts:,} different texts: they look exchanged"
-        ways = f"data.columns.{main}={columns['label']} data.columns.label={columns[main]}"
+    if label is not None and worded and labels > rows / 2 and 1 < texts <= rows / 5:
+        what = f"{label.name}: {labels:,} different ones in {rows:,} rows, but {texts:,} different texts"
+        what += ": columns appear to be swapped"
+        ways = f"data.columns.{main}={columns[label.name]} data.columns.{label.name}={columns[main]}"
         raise DataError(what, where=str(train.split.table.path), hint=ways)
 
 
@@ -253,7 +263,7 @@ def _remarks(train: _Part, strata: splits.Indices, task: Task) -> list[str]:
         f"{count} train row{'s are' if count > 1 else ' is'} labelled {shorten(word)}, taken for a class as any other"
         for word, count in sorted(Counter(word for word in train.targets if _means_nothing(word)).items())
     ]
-    role = next(iter(task.columns))
+    role = task.columns[0].name
     if train.only_numbers:
         notes.append(f"{role}: every one is a number; data.columns.{role}=NAME if it is another column")
     repeated, torn = splits.repeats(train.digests, strata)
@@ -288,8 +298,8 @@ def _named_files(data: Data, task: Task) -> Data:
         raise RecipeError("data.train: missing", hint="data.train=reviews.csv, or a folder with train.csv and test.csv")
     if not is_folder(data.train):
         return data
-    files = find_splits(data.train, pairs="target" in task.columns)
-    if "train" not in files and task.reads_plain_text and texts_in(Path(data.train)):
+    files = find_splits(data.train, pairs=translates(task.columns))
+    if "train" not in files and reads_plain_text(task.columns) and texts_in(Path(data.train)):
         return data
     if not files and len(others := data_files(data.train)) == 1:
         files = {"train": others[0]}
@@ -322,48 +332,51 @@ def _reasons(skipped: Counter[str]) -> str:
     return ", ".join(f"{counted(count, 'row')} ({reason})" for reason, count in skipped.most_common())
 
 
-def encode_splits(examples: Examples, processor: Any, processor_hash: str, cache: Path) -> dict[str, Encoded]:
+def encode_splits(examples: Examples, bound: BoundTask, processor_hash: str, cache: Path) -> dict[str, Encoded]:
     """Every split encoded under `cache`, or opened where the same was encoded before."""
-    return {
-        name: encode_split(split, examples.task, examples.data, processor, processor_hash, cache)
-        for name, split in examples.splits.items()
-    }
+    return {name: encode_split(split, bound, processor_hash, cache) for name, split in examples.splits.items()}
 
 
-def encode_split(split: Split, task: Task, data: Data, processor: Any, processor_hash: str, cache: Path) -> Encoded:
+def encode_split(split: Split, bound: BoundTask, processor_hash: str, cache: Path) -> Encoded:
     """One split encoded; the folder's name is a hash of all that the result depends on."""
-    drawn = None if split.indices is None else hashlib.sha256(split.indices.tobytes()).hexdigest()
+    drawn, data = None if split.indices is None else hashlib.sha256(split.indices.tobytes()).hexdigest(), bound.data
     keys: dict[str, Any] = {"max_length": data.max_length, "columns": split.table.columns, "limit": split.table.limit}
     keys |= {"on_bad_row": data.on_bad_row, "class_weights": data.class_weights}
-    key = fingerprint(split.sha256, drawn, task.name, task.model_dump(), keys, processor_hash)
-    pieces = task.pieces(split.rows(), processor, data)
-    return encode(pieces, lambda rows: task.encode(rows, processor, data), cache / key)
+    key = fingerprint(split.sha256, drawn, bound.task.name, bound.task.model_dump(), keys, processor_hash)
+    return encode(bound.chunks(split.rows()), bound.encode, cache / key, bound.costs)
+
+
+def encode_rows(rows: Iterable[Row], bound: BoundTask) -> Encoded:
+    """Rows encoded in memory, to be answered."""
+    return encode_in_memory(rows, bound.encode, bound.costs)
 
 
 def check_changeable(read: Examples) -> None:
-    """Refuse to augment what has no example of one text, or of tagged words.
+    """Refuse to augment rows without a text, or without tagged words.
 
     Raises:
-        RecipeError: it has none.
+        RecipeError: there are none.
     """
-    columns, tagged = read.splits["train"].table.columns, "tokens" in read.task.columns
-    changeable = "tokens" in columns if tagged else any(is_text(role) for role in columns.keys() - ANSWERS)
-    if not changeable or not read.task.rows_are_examples:
-        what = f"data.augment: {read.task.name} has no {'tokens with tags' if tagged else 'example of one text'} here"
-        hint = "tunesmith data convert makes words with tags of spans" if tagged else "leave the key out"
-        raise RecipeError(what, hint=hint)
+    columns, words = read.splits["train"].table.columns, of_kind(read.task.columns, "words")
+    texts = [column.name for column in inputs_of(read.task.columns) if column.kind == "text"]
+    if words is not None and words.name not in columns:
+        what = f"data.augment: {read.task.name} has no words with tags here"
+        raise RecipeError(what, hint="tunesmith data convert makes words with tags of spans")
+    if words is None and not any(name in columns for name in texts):
+        raise RecipeError(f"data.augment: {read.task.name} has no example of one text here", hint="leave the key out")
 
 
 class Augmented:
-    """The training split as it is in an epoch: changed and encoded anew into a folder of its own, one at a time."""
+    """The training split as it is in an epoch: changed and encoded again into a folder of its own, one at a time."""
 
     def __init__(
-        self, read: Examples, processor: Any, seed: int, cache: Path, otherwise: Mapping[str, str] | None = None
+        self, read: Examples, bound: BoundTask, seed: int, cache: Path, otherwise: Mapping[str, str] | None = None
     ) -> None:
         check_changeable(read)
-        self._split, self._task, self._data = read.splits["train"], read.task, read.data
-        self._processor, self._cache = processor, cache
-        self._augmenter = Augmenter.of(read.data.augment or (), seed, otherwise)
+        if not bound.rows_are_examples:
+            raise RecipeError("data.augment: blocks of raw text are not augmented", hint="leave the key out")
+        self._split, self._bound, self._cache = read.splits["train"], bound, cache
+        self._augmenter = Augmenter.of(read.data.augment or (), seed, read.task.columns, otherwise)
         self._now: tuple[int, Encoded] | None = None
 
     def __call__(self, epoch: int) -> Encoded:
@@ -374,7 +387,7 @@ class Augmented:
             folder = Path(tempfile.mkdtemp(prefix=".augmented-", dir=self._cache))
             rows = enumerate(self._split.rows())
             try:
-                encoded = encode(rows, lambda part: self._encoded(part, epoch), folder / "train")
+                encoded = encode(rows, lambda part: self._encoded(part, epoch), folder / "train", self._bound.costs)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
@@ -382,15 +395,15 @@ class Augmented:
             self._now = epoch, encoded
         return self._now[1]
 
-    def _encoded(self, rows: list[tuple[int, Row]], epoch: int) -> list[dict[str, Any]]:
+    def _encoded(self, rows: list[tuple[int, Row]], epoch: int) -> list[Fields]:
         changed = [self._augmenter.row(row, epoch, index) for index, row in rows]
         try:
-            return self._task.encode(changed, self._processor, self._data)
+            return self._bound.encode(changed)
         except DataError:  # of a changed text nothing is left to this tokenizer: that row stays as it was
             return [self._either(new, row) for new, (_, row) in zip(changed, rows, strict=True)]
 
-    def _either(self, changed: Row, row: Row) -> dict[str, Any]:
+    def _either(self, changed: Row, row: Row) -> Fields:
         try:
-            return self._task.encode([changed], self._processor, self._data)[0]
+            return self._bound.encode([changed])[0]
         except DataError:
-            return self._task.encode([row], self._processor, self._data)[0]
+            return self._bound.encode([row])[0]

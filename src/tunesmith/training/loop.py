@@ -1,7 +1,7 @@
 """The one loop: a generator that yields a `Step` after each optimizer step.
 
 Logging, evaluation, saving and early stopping are ordinary code around it. The loop takes objects, not a recipe, so
-that searches, federated rounds and meta-learning call the same one. Three things are exact here: the normalisers of a
+that searches, federated rounds and meta-learning call the same one. Three things are exact here: the normalizers of a
 step are summed over its micro-batches and processes before the first forward pass, so accumulation changes no gradient;
 every micro-step seeds from (seed, step, micro-step, rank), so a resumed run draws what an undisturbed one would;
 running out of memory repeats the same step in smaller pieces.
@@ -24,7 +24,7 @@ from tunesmith.data.batches import Batch, Batches, Limits, collate
 from tunesmith.errors import ResourceError
 from tunesmith.kernels.fast_path import fast_path
 from tunesmith.models.anatomy import Anatomy
-from tunesmith.tasks import Task
+from tunesmith.tasks import BoundTask
 from tunesmith.training import optimizer as optimizers
 from tunesmith.training import parallel
 from tunesmith.training.feature_cache import standing_in
@@ -35,7 +35,10 @@ FP16_SCALE, FP16_GROWTH_STEPS = 2.0**16, 2000
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, over all processes. `number` counts from 1; not `finite`: the weights were left alone."""
+    """One optimizer step, over all processes. `number` counts from 1; not `finite`: the weights were left alone.
+
+    `cost` is in the units of the task (tokens, pixels).
+    """
 
     number: int
     epoch: float
@@ -43,7 +46,7 @@ class Step:
     learning_rate: float
     grad_norm: float
     examples: int
-    tokens: int
+    cost: int
     seconds: float
     finite: bool
 
@@ -54,16 +57,17 @@ class Engine:
 
     model: nn.Module
     anatomy: Anatomy
-    task: Task
+    task: BoundTask
     optimizer: torch.optim.Optimizer
     machine: Machine
     limits: Limits
     seed: int
     max_grad_norm: float | None = 1.0
-    label_smoothing: float = 0.0
     may_checkpoint: bool = True
     """Whether gradient checkpointing may be switched on when a single example does not fit."""
     say: Callable[[str], None] = print
+    draws: int | None = None
+    """The number of different draws of the inputs; None where each epoch has its own."""
     fp16_scale: float = FP16_SCALE
     fp16_good_steps: int = 0
     checkpointing: bool = False
@@ -92,7 +96,7 @@ def steps(
         set_modes(engine)
         rate = optimizers.set_rate(engine.optimizer, factor(number))
         while True:
-            loss, norm, tokens = _gradients(engine, batches, number)  # not clipped: the step does it in passing
+            loss, norm, cost = _gradients(engine, batches, number)  # not clipped: the step does it in passing
             finite = bool(np.isfinite(loss) and np.isfinite(norm))
             done = not finite or optimizers.take_step(engine.optimizer, _share_kept(engine, norm))
             engine.optimizer.zero_grad(set_to_none=True)
@@ -106,14 +110,14 @@ def steps(
             learning_rate=rate,
             grad_norm=norm,
             examples=len(batches.indices(number)),
-            tokens=tokens,
+            cost=cost,
             seconds=time.perf_counter() - began,
             finite=finite,
         )
 
 
 def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, float, int]:
-    """Fill the gradients of one step; loss, gradient norm and tokens. Repeats what did not fit."""
+    """Fill the gradients of one step; loss, gradient norm and cost. Repeats what did not fit."""
     device = engine.machine.device
     while True:
         parts = batches.micro_batches(number, engine.limits)
@@ -127,22 +131,29 @@ def _gradients(engine: Engine, batches: Batches, number: int) -> tuple[float, fl
             if not is_out_of_memory(error):
                 raise
         # processes exchange nothing while one of them may run out of memory; here all of them learn that one did
-        if parallel.largest(int(totals is None), device):
+        if parallel.all_reduce_max(int(totals is None), device):
             engine.optimizer.zero_grad(set_to_none=True)
             _make_room(engine, parts)
             continue
         assert totals is not None, "no process ran out of memory"
-        summed = parallel.sum_all(totals, device)
+        summed = parallel.all_reduce_sum(totals, device)
         loss, norm = float(summed["loss"]), _reduce(engine)
         if engine.machine.autocast_dtype == torch.float16 and not _fp16_fits(engine, loss, norm):
             continue
-        return loss, norm, int(summed["tokens"])
+        return loss, norm, int(summed["cost"])
 
 
 def _drawn(engine: Engine, batches: Batches, indices: NDArray[np.int64], number: int) -> Batch:
     """Some examples of a step (counted from 0), as they are in its epoch."""
     batch = collate(batches.examples(number), indices)
-    return engine.task.draw(batch, indices, engine.seed, number // batches.steps_per_epoch)
+    return engine.task.transform(batch, indices, *_draw(engine, number // batches.steps_per_epoch))
+
+
+def _draw(engine: Engine, epoch: int) -> tuple[int, int]:
+    """Seed and draw of the inputs of an epoch."""
+    if engine.draws == 1:
+        return 0, 0
+    return engine.seed, epoch if engine.draws is None else epoch % engine.draws
 
 
 def _accumulate(
@@ -153,18 +164,19 @@ def _accumulate(
     number: int,
     batches: Batches,
 ) -> dict[str, Tensor]:
-    """Forward and backward over this process's micro-batches of one step; its share of the loss, and its tokens."""
+    """Forward and backward over this process's micro-batches of one step; its share of the loss, and their cost."""
     device = engine.machine.device
     scale = engine.fp16_scale if engine.machine.autocast_dtype == torch.float16 else 1.0
     total = torch.zeros((), device=device)
     for index, (batch, examples) in enumerate(zip(micro, parts, strict=True)):
         _seed(_mix(engine.seed, number, index, batches.rank), device)
-        with engine.machine.autocast(), standing_in(engine.model, batches.examples(number), examples):
-            loss = engine.task.loss(engine.model, batch.to(device), normalizers, engine.label_smoothing)
+        drawn = _draw(engine, number // batches.steps_per_epoch)
+        with engine.machine.autocast(), standing_in(engine.model, batches.examples(number), examples, *drawn):
+            loss = engine.task.loss(engine.model, batch.to(device), normalizers)
         (loss * scale if scale != 1.0 else loss).backward()
         total += loss.detach()
-    tokens = sum(batch.tokens for batch in micro)
-    return {"loss": total, "tokens": torch.tensor(float(tokens), device=device)}
+    cost = sum(int(batches.examples(number).costs[examples].sum()) for examples in parts)
+    return {"loss": total, "cost": torch.tensor(float(cost), device=device)}
 
 
 def _normalizers(engine: Engine, micro: list[Batch], device: torch.device) -> dict[str, Tensor]:
@@ -172,7 +184,7 @@ def _normalizers(engine: Engine, micro: list[Batch], device: torch.device) -> di
     for batch in micro:
         for name, value in engine.task.normalizers(batch).items():
             totals[name] = totals.get(name, torch.zeros((), device=device)) + value.to(device)
-    return parallel.sum_all(totals, device)
+    return parallel.all_reduce_sum(totals, device)
 
 
 def _reduce(engine: Engine) -> float:
@@ -216,7 +228,7 @@ def _make_room(engine: Engine, parts: list[NDArray[np.int64]]) -> None:
     """Halve the micro-batch; the batch, and so the result, stays what it was."""
     if engine.machine.device.type == "cuda":
         torch.cuda.empty_cache()
-    tried = parallel.largest(max((len(part) for part in parts), default=0), engine.machine.device)
+    tried = parallel.all_reduce_max(max((len(part) for part in parts), default=0), engine.machine.device)
     if tried > 1:
         engine.limits = replace(engine.limits, max_examples=tried // 2)
         engine.say(f"out of memory: going on with at most {tried // 2} examples at once, same batch_size")

@@ -66,11 +66,11 @@ class Machine:
     ) -> Limits:
         """How many examples and tokens fit at once; without padding there is nothing to gain from smaller pieces."""
         per_token = ACTIVATION_BYTES * anatomy.hidden_size * max(len(anatomy.blocks), 1)
-        max_tokens = max(int(self.memory_bytes * ACTIVATION_SHARE / per_token), 1)
+        max_cost = max(int(self.memory_bytes * ACTIVATION_SHARE / per_token), 1)
         if isinstance(micro_batch_size, int):
             return Limits(micro_batch_size, sys.maxsize, NEVER_CUT)
         overhead = NEVER_CUT if padding_free else OVERHEAD_TOKENS.get(self.device.type, 2048)
-        return Limits(batch_size, max_tokens, overhead)
+        return Limits(batch_size, max_cost, overhead)
 
     def take(self) -> None:
         """Let this GPU be the one that is meant where none is named: by seeds, by streams, by graphs."""

@@ -125,7 +125,7 @@ def build(model: nn.Module, anatomy: Anatomy, technique: Technique, train: Train
     tables = {id(module.weight) for module in embeddings if uses[id(module.weight)] == 1}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            base = train.head_learning_rate if name in anatomy.learns_always else train.learning_rate
+            base = train.head_learning_rate if name in anatomy.always_trainable else train.learning_rate
             decay = train.weight_decay if parameter.ndim > 1 and id(parameter) not in tables else 0.0
             groups.setdefault((base * technique.lr_scale(name, anatomy), decay), []).append(parameter)
     listed = [

@@ -1,8 +1,8 @@
-"""More than one process: each computes its share of every optimizer step, sums are exchanged, all agree.
+"""Data-parallel training: each process computes a part of every optimizer step, and gradients are summed.
 
-Started by torchrun (or Slurm with its variables): RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. Gradients are
-summed after the last micro-batch rather than by DistributedDataParallel, which averages over processes and waits for a
-backward pass from each of them: here shares may be unequal or empty and the sum is exact.
+Processes are started by torchrun, or by Slurm with the same variables: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT. Gradients are summed after the last micro-batch, not by DistributedDataParallel, which averages over the
+processes and expects a backward pass from each. Here the parts may be unequal or empty, and the sum is exact.
 """
 
 from __future__ import annotations
@@ -18,113 +18,113 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tunesmith import talk
+from tunesmith import console as talk
 from tunesmith.errors import RecipeError, ResourceError
 
 BUCKET_BYTES = 25 * 2**20
 
-PATIENCE = timedelta(days=1)
-"""How long the others wait while the first fetches a model or encodes texts; an exchange of gradients takes seconds."""
+BARRIER_TIMEOUT = timedelta(days=1)
+"""How long processes wait while the main process downloads a model or encodes texts."""
 
-_waiting: Any = None
-"""The group of processes that wait for each other, by a way that needs no GPU."""
+_barrier_group: Any = None
+"""Gloo group of all processes, for barriers without a GPU."""
 
 
 @contextmanager
 def group(device_type: str) -> Iterator[None]:
-    """Join the other processes, where there are any, and leave them at the end.
+    """Join the process group inside the block, if WORLD_SIZE is above 1.
 
     Raises:
-        RecipeError: the environment's variables do not go together.
-        ResourceError: they do not find each other.
+        RecipeError: the environment variables contradict each other.
+        ResourceError: the processes cannot connect.
     """
     world, timeout = _number("WORLD_SIZE", 1), timedelta(seconds=_number("TUNESMITH_TIMEOUT_S", 600))
     _check_ranks(world)
     if world == 1 or dist.is_initialized():
         yield
         return
-    global _waiting
+    global _barrier_group
     try:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
-        _waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _barrier_group = dist.new_group(backend="gloo", timeout=BARRIER_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         hint = "start them with torchrun --nproc-per-node N, or unset WORLD_SIZE"
-        raise ResourceError(f"{world} processes did not find each other ({_reason(error)})", hint=hint) from error
+        raise ResourceError(f"{world} processes cannot connect ({_reason(error)})", hint=hint) from error
     try:
         yield
     finally:
-        _waiting = None
+        _barrier_group = None
         dist.destroy_process_group()
 
 
 def local_rank() -> int:
-    """This process's number on its machine, as the environment says."""
-    return _number("LOCAL_RANK", 0, least=0)
+    """Return the rank on this machine (LOCAL_RANK)."""
+    return _number("LOCAL_RANK", 0, minimum=0)
 
 
 def _check_ranks(world: int) -> None:
-    """Refuse a rank without a world, or beyond it: each such process would take itself for the only one, or wait."""
+    """Refuse a rank without WORLD_SIZE, or beyond it: such a process would train alone, or wait forever."""
     for variable in ("RANK", "LOCAL_RANK"):
         if not os.environ.get(variable, "").strip():
             continue
-        number, hint = _number(variable, 0, least=0), f"start with torchrun --nproc-per-node N, or unset {variable}"
+        number, hint = _number(variable, 0, minimum=0), f"start with torchrun --nproc-per-node N, or unset {variable}"
         if not os.environ.get("WORLD_SIZE", "").strip():
-            raise RecipeError(f"the environment has {variable}={number} without WORLD_SIZE", hint=hint)
+            raise RecipeError(f"environment: {variable}={number} without WORLD_SIZE", hint=hint)
         if number >= world:
-            raise RecipeError(f"the environment's {variable}={number} is not below WORLD_SIZE={world}", hint=hint)
+            raise RecipeError(f"environment: {variable}={number} is not below WORLD_SIZE={world}", hint=hint)
 
 
-def _number(variable: str, default: int, least: int = 1) -> int:
+def _number(variable: str, default: int, minimum: int = 1) -> int:
     text = os.environ.get(variable, "").strip() or str(default)
-    if not text.isdecimal() or int(text) < least:
-        what = f"the environment's {variable}={text} is no whole number from {least} up"
-        raise RecipeError(what, hint="set it, or unset it")
+    if not text.isdecimal() or int(text) < minimum:
+        what = f"environment: {variable}={text} is not an integer of at least {minimum}"
+        raise RecipeError(what, hint="set it to one, or unset it")
     return int(text)
 
 
 @contextmanager
-def _with_all() -> Iterator[None]:
-    """An exchange; whatever fails in it is another process that is gone."""
+def _collective() -> Iterator[None]:
+    """Report a failing collective operation as another process that has ended."""
     try:
         yield
     except RuntimeError as error:
-        hint = "see what the others said; --resume goes on from the last checkpoint"
-        raise ResourceError(f"another process of this run is gone ({_reason(error)})", hint=hint) from error
+        hint = "see its messages; --resume continues from the last checkpoint"
+        raise ResourceError(f"another process of this run has ended ({_reason(error)})", hint=hint) from error
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of what the library says."""
+    """Return the first sentence of a library's message."""
     return str(error).strip().partition("\n")[0].partition(". ")[0]
 
 
 def rank() -> int:
-    """This process's number."""
+    """Return this process's rank; 0 for a single process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def command(*words: object) -> str:
-    """What to type on each machine for `tunesmith WORDS` in as many processes as there are now."""
+    """Return the shell command that runs `tunesmith WORDS` with the same number of processes on each machine."""
     if world_size() == 1:
         return talk.command(*words)
-    each = os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))
-    return shlex.join(["torchrun", f"--nproc-per-node={each}", "-m", "tunesmith", *map(str, words)])
+    per_node = os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))
+    return shlex.join(["torchrun", f"--nproc-per-node={per_node}", "-m", "tunesmith", *map(str, words)])
 
 
 def barrier() -> None:
-    """Wait for the others."""
+    """Wait until all processes are here."""
     if world_size() > 1:
-        with _with_all():
-            dist.barrier(group=_waiting)
+        with _collective():
+            dist.barrier(group=_barrier_group)
 
 
 @contextmanager
-def first_alone() -> Iterator[None]:
-    """The first process goes through the block before the others do."""
+def main_process_first() -> Iterator[None]:
+    """Run the block in rank 0 first, and then in the other processes."""
     if rank() != 0:
         barrier()
     yield
@@ -132,38 +132,38 @@ def first_alone() -> Iterator[None]:
         barrier()
 
 
-def largest(value: int, device: torch.device) -> int:
-    """The largest of the processes' values."""
+def all_reduce_max(value: int, device: torch.device) -> int:
+    """Return the maximum of a value over the processes."""
     if world_size() == 1:
         return value
     shared = torch.tensor(value, device=device)
-    with _with_all():
+    with _collective():
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return int(shared.item())
 
 
-def any_of(values: Sequence[bool], device: torch.device) -> list[bool]:
-    """Of each value whether any process has it."""
+def all_reduce_any(values: Sequence[bool], device: torch.device) -> list[bool]:
+    """Return for each value whether it is true in any process."""
     if world_size() == 1:
         return list(values)
     shared = torch.tensor(values, dtype=torch.int32, device=device)
-    with _with_all():
+    with _collective():
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return [bool(one) for one in shared.tolist()]
+    return [bool(value) for value in shared.tolist()]
 
 
-def sum_all(values: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Each value summed over the processes; scalars only."""
+def all_reduce_sum(values: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return each scalar tensor summed over the processes."""
     if world_size() == 1 or not values:
         return values
     stacked = torch.stack([value.double().to(device) for value in values.values()])
-    with _with_all():
+    with _collective():
         dist.all_reduce(stacked)
     return {name: stacked[index].float() for index, name in enumerate(values)}
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Each gradient summed over the processes, in flat buckets; a process without one contributes zeros."""
+    """Sum each gradient over the processes, in flat buckets; a process without a gradient contributes zeros."""
     if world_size() == 1:
         return
     bucket: list[Tensor] = []
@@ -182,7 +182,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 def _sum_bucket(bucket: list[Tensor]) -> None:
     flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-    with _with_all():
+    with _collective():
         dist.all_reduce(flat)
     for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
         gradient.copy_(summed.view_as(gradient))

@@ -19,9 +19,9 @@ def load_task_model(
     """The model and its map; `folded`: its tables hold the added tokens already, as in what a run leaves whole."""
     return models.load_model(
         source,
-        model_class=task.model_class,
+        model_class=task.auto_class,
         config=task.head_config(),
         seed=seed,
-        pad_token_id=processor.pad_token_id,
+        pad_token_id=getattr(processor, "pad_token_id", None),
         added=range(0) if folded else added_tokens.ids(processor, task.added_tokens),
     )

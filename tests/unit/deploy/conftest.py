@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tunesmith.talk import Talk
+from tunesmith.console import Talk
 from tunesmith.testing import tiny_model, tiny_tokenizer
 
 PRETRAINED = {"bert": "AutoModelForMaskedLM", "gpt2": "AutoModelForCausalLM", "llama": "AutoModelForCausalLM"}

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tunesmith
-from tunesmith.deploy import merging
+from tunesmith.console import Talk
+from tunesmith.deploy import merge as merging
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.recipe import load
-from tunesmith.talk import Talk
 from tunesmith.testing import tiny_model
 
 with warnings.catch_warnings():

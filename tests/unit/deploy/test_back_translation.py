@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tunesmith.data.augment import Augmenter, texts_of
+from tunesmith.console import Talk
 from tunesmith.data.formats import Row
+from tunesmith.data.text.augment import Augmenter, texts_of
 from tunesmith.deploy import back_translation, predict
 from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import RecipeError
-from tunesmith.recipe_values import Augmentation
-from tunesmith.talk import Talk
-from tunesmith.testing import MADE_UP
+from tunesmith.recipe.fields import Augmentation
+from tunesmith.testing import sample_row
 
 QUIET = Talk(level=-1)
 Runs = tuple[Path, Path]
@@ -26,7 +26,7 @@ Runs = tuple[Path, Path]
 def translators(tiny_marian: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Two runs of translation, there and back."""
     folder = tmp_path_factory.mktemp("translators")
-    rows = [MADE_UP["translation"](number) for number in range(60)]
+    rows = [sample_row("translation", number) for number in range(60)]
     lines = ["en\tde", *(f"{row['source']}\t{row['target']}" for row in rows)]
     (folder / "pairs.tsv").write_text("\n".join(lines), encoding="utf-8")
     for source, target in (("en", "de"), ("de", "en")):
@@ -48,7 +48,7 @@ def _step(runs: Runs, probability: float = 0.5) -> Augmentation:
 
 
 def test_texts_go_there_and_back_once(translators: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [str(MADE_UP["translation"](number)["source"]) for number in range(5)]
+    texts = [str(sample_row("translation", number)["source"]) for number in range(5)]
     said: list[str] = []
     found = translated_back(texts, [_step(translators)], tmp_path, device="cpu", say=said.append)
     there, back = (predict.load(run, device="cpu") for run in translators)

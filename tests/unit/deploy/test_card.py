@@ -20,12 +20,12 @@ from huggingface_hub import ModelCard
 from loopback import Login, StubIndex
 
 import tunesmith
+from tunesmith.console import Talk
 from tunesmith.deploy import card
 from tunesmith.metrics import MEANINGS
 from tunesmith.models.load import base_hash
 from tunesmith.models.sources import resolve
 from tunesmith.recipe import load, to_yaml
-from tunesmith.talk import Talk
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of third parties, while they are imported

@@ -11,12 +11,12 @@ import pytest
 from chatting import CHATML, tokenizer
 
 import tunesmith
-from tunesmith import run
+from tunesmith.console import Talk
 from tunesmith.deploy.chat import chat
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import load
-from tunesmith.recipe_values import Generation
-from tunesmith.talk import Talk
+from tunesmith.recipe.fields import Generation
+from tunesmith.run import train as run
 from tunesmith.testing import tiny_model
 
 HOW = Generation.model_validate({"max_new_tokens": 5})

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
+from tunesmith.console import Talk
 from tunesmith.errors import CheckpointError, DataError, RecipeError, UserError
-from tunesmith.talk import Talk
 from tunesmith.testing import tiny_tokenizer
 
 TEXTS = ("the film was great", "bad", "a very very dull plot . not so very fine , it was", "lovely")
@@ -194,7 +194,7 @@ def test_an_adapter_over_another_tokenizer_or_template_is_refused(
 
 
 def test_what_is_no_finished_run_is_refused(recipe_of: Any, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no run in this folder; `tunesmith train` makes one"):
+    with pytest.raises(RecipeError, match="not a run folder"):
         tunesmith.load(tmp_path)
     tunesmith.train(recipe_of(), talk=Talk(level=-1))
     shutil.rmtree(tmp_path / "run" / "model")

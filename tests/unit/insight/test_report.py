@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 import tunesmith
+from tunesmith.console import Talk
 from tunesmith.insight import report
 from tunesmith.metrics import MEANINGS
 from tunesmith.recipe import load, to_yaml
-from tunesmith.talk import Talk
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = {

@@ -8,10 +8,10 @@ import torch
 from accelerating import accelerated
 from torch import Tensor, nn
 
-from tunesmith import testing
 from tunesmith.kernels import chunked_loss
 from tunesmith.kernels.chunked_loss import lm_head_of, logits_at, token_log_probs, token_loss
 from tunesmith.testing import FAMILIES, tiny_model
+from tunesmith.testing import contract as testing
 
 CAUSAL, MASKED, BOTH = "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"
 FURTHER = {

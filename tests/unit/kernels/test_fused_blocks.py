@@ -85,7 +85,7 @@ def test_without_what_stands_before_a_text_it_answers_as_the_base(family: str, t
     adapt(model, technique)
     assert _fused(model)
     assert not torch.allclose(logits_at(model, batch, row, place), expected, atol=1e-3)
-    with registry.get("technique", technique)().absent(model):  # type: ignore[attr-defined]
+    with registry.get("technique", technique)().disabled(model):  # type: ignore[attr-defined]
         torch.testing.assert_close(logits_at(model, batch, row, place), expected, atol=1e-5, rtol=1e-5)
 
 

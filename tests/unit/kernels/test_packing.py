@@ -10,9 +10,10 @@ import torch
 from accelerating import accelerated, unpadded
 from torch import Tensor, nn
 
-from tunesmith import registry, testing
+from tunesmith import registry
 from tunesmith.models.anatomy import anatomy
 from tunesmith.testing import FAMILIES, tiny_model, tiny_tokenizer
+from tunesmith.testing import contract as testing
 
 FURTHER = {
     "qwen3": FAMILIES["qwen2"] | {"head_dim": 8},

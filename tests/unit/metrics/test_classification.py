@@ -1,4 +1,4 @@
-"""Every score against scikit-learn or a computation by hand, on random input and on input that has little to score."""
+"""Metrics against scikit-learn or by hand, on random input and on degenerate input."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tunesmith.metrics import MEANINGS
 from tunesmith.metrics.classification import (
     CALIBRATION_BINS,
     MAX_CLASSES_SHOWN,
-    ClassScores,
-    LabelScores,
-    NumberScores,
+    ClassificationMetrics,
+    MultiLabelMetrics,
+    RegressionMetrics,
     calibration_error,
 )
 
@@ -30,12 +30,12 @@ SEEDS = range(4)
 
 def _one(labels: Sequence[int] | Tensor) -> Batch:
     labels = torch.as_tensor(labels)
-    return Batch({"label": labels}, len(labels), len(labels))
+    return Batch({"label": labels}, len(labels))
 
 
 def _several(labels: Tensor) -> Batch:
     offsets = torch.arange(len(labels) + 1) * labels.shape[1]
-    return Batch({"label": Ragged(labels.flatten().float(), offsets)}, len(labels), labels.numel())
+    return Batch({"label": Ragged(labels.flatten().float(), offsets)}, len(labels))
 
 
 def _classes(count: int) -> list[str]:
@@ -43,20 +43,20 @@ def _classes(count: int) -> list[str]:
 
 
 def _scores(outputs: Tensor, labels: Sequence[int] | Tensor) -> dict[str, Any]:
-    scores = ClassScores(_classes(outputs.shape[1]))
-    scores.update(outputs, _one(labels))
+    scores = ClassificationMetrics(_classes(outputs.shape[1]))
+    scores.update(_one(labels), outputs)
     return scores.compute()
 
 
 def _label_scores(outputs: Tensor, labels: Tensor) -> dict[str, Any]:
-    scores = LabelScores(_classes(outputs.shape[1]))
-    scores.update(outputs, _several(labels))
+    scores = MultiLabelMetrics(_classes(outputs.shape[1]))
+    scores.update(_several(labels), outputs)
     return scores.compute()
 
 
-def _number_scores(guesses: Sequence[float] | Tensor, labels: Sequence[float] | Tensor) -> dict[str, Any]:
-    scores = NumberScores()
-    scores.update(torch.as_tensor(guesses)[:, None].float(), _one(torch.as_tensor(labels).float()))
+def _number_scores(predictions: Sequence[float] | Tensor, labels: Sequence[float] | Tensor) -> dict[str, Any]:
+    scores = RegressionMetrics()
+    scores.update(_one(torch.as_tensor(labels).float()), torch.as_tensor(predictions)[:, None].float())
     return scores.compute()
 
 
@@ -71,22 +71,22 @@ def test_one_class_an_example_as_scikit_learn_scores_it(seed: int, classes: int)
     drawn = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (90,), generator=drawn)
     outputs = torch.randn(90, classes, generator=drawn) + 1.5 * F.one_hot(labels, classes)
-    guesses, probabilities = outputs.argmax(1), outputs.double().softmax(1)
+    predictions, probabilities = outputs.argmax(1), outputs.double().softmax(1)
     scores = _scores(outputs, labels)
     second = probabilities[:, 1] if classes == 2 else probabilities
     assert _numbers(scores) == pytest.approx(
         {
-            "accuracy": reference.accuracy_score(labels, guesses),
-            "f1_macro": reference.f1_score(labels, guesses, average="macro"),
-            "balanced_accuracy": reference.balanced_accuracy_score(labels, guesses),
+            "accuracy": reference.accuracy_score(labels, predictions),
+            "f1_macro": reference.f1_score(labels, predictions, average="macro"),
+            "balanced_accuracy": reference.balanced_accuracy_score(labels, predictions),
             "loss": reference.log_loss(labels, probabilities, labels=range(classes)),
             "auroc": reference.roc_auc_score(labels, second, multi_class="ovr"),
-            "ece": _ece_by_hand(outputs.softmax(1).max(1).values, guesses == labels),
+            "ece": _ece_by_hand(outputs.softmax(1).max(1).values, predictions == labels),
         }
-        | {f"f1 class {n}": one for n, one in enumerate(reference.f1_score(labels, guesses, average=None))},
+        | {f"f1 class {n}": one for n, one in enumerate(reference.f1_score(labels, predictions, average=None))},
         abs=1e-6,
     )
-    assert scores["confusion_matrix"] == reference.confusion_matrix(labels, guesses).tolist()
+    assert scores["confusion_matrix"] == reference.confusion_matrix(labels, predictions).tolist()
 
 
 @pytest.mark.parametrize("labels_count", (1, 2, 5))
@@ -95,13 +95,13 @@ def test_several_labels_an_example_as_scikit_learn_scores_them(seed: int, labels
     drawn = torch.Generator().manual_seed(seed)
     labels = torch.rand(60, labels_count, generator=drawn) < 0.4
     outputs = torch.randn(60, labels_count, generator=drawn) + labels
-    guesses = outputs > 0
-    each = [float(reference.f1_score(labels[:, n], guesses[:, n], zero_division=0.0)) for n in range(labels_count)]
+    predictions = outputs > 0
+    each = [float(reference.f1_score(labels[:, n], predictions[:, n], zero_division=0.0)) for n in range(labels_count)]
     areas = [reference.roc_auc_score(labels[:, n], outputs[:, n]) for n in range(labels_count)]
     assert _numbers(_label_scores(outputs, labels)) == pytest.approx(
         {
-            "accuracy": float((labels == guesses).all(1).float().mean()),
-            "f1_micro": reference.f1_score(labels.flatten(), guesses.flatten()),
+            "accuracy": float((labels == predictions).all(1).float().mean()),
+            "f1_micro": reference.f1_score(labels.flatten(), predictions.flatten()),
             "f1_macro": np.mean(each),
             "loss": float(F.binary_cross_entropy_with_logits(outputs, labels.float())),
             "auroc": np.mean(areas),
@@ -115,18 +115,19 @@ def test_several_labels_an_example_as_scikit_learn_scores_them(seed: int, labels
 def test_numbers_as_scikit_learn_and_numpy_score_them(seed: int) -> None:
     drawn = torch.Generator().manual_seed(seed)
     labels = (4 * torch.rand(50, generator=drawn)).round(decimals=1)  # with ties
-    guesses = (labels + torch.randn(50, generator=drawn)).round(decimals=1)
+    predictions = (labels + torch.randn(50, generator=drawn)).round(decimals=1)
     by_rank = [
-        torch.tensor([((one < side).sum() + (one <= side).sum() + 1) / 2 for side in one]) for one in (labels, guesses)
+        torch.tensor([((one < side).sum() + (one <= side).sum() + 1) / 2 for side in one])
+        for one in (labels, predictions)
     ]
-    squared = reference.mean_squared_error(labels, guesses)
-    assert _number_scores(guesses, labels) == pytest.approx(
+    squared = reference.mean_squared_error(labels, predictions)
+    assert _number_scores(predictions, labels) == pytest.approx(
         {
             "rmse": squared**0.5,
-            "mae": reference.mean_absolute_error(labels, guesses),
+            "mae": reference.mean_absolute_error(labels, predictions),
             "loss": squared,
-            "r2": reference.r2_score(labels, guesses),
-            "pearson": np.corrcoef(labels, guesses)[0, 1],
+            "r2": reference.r2_score(labels, predictions),
+            "pearson": np.corrcoef(labels, predictions)[0, 1],
             "spearman": np.corrcoef(*by_rank)[0, 1],
         },
         abs=1e-5,
@@ -160,10 +161,10 @@ def _drawn(kind: str) -> tuple[Any, Tensor, Batch]:
     drawn = torch.Generator().manual_seed(5)
     outputs = torch.randn(50, 1 if kind == "numbers" else 3, generator=drawn)
     if kind == "one":
-        return lambda: ClassScores(_classes(3)), outputs, _one(torch.randint(3, (50,), generator=drawn))
+        return lambda: ClassificationMetrics(_classes(3)), outputs, _one(torch.randint(3, (50,), generator=drawn))
     if kind == "several":
-        return lambda: LabelScores(_classes(3)), outputs, _several(torch.rand(50, 3, generator=drawn) < 0.5)
-    return NumberScores, outputs, _one(torch.randn(50, generator=drawn))
+        return lambda: MultiLabelMetrics(_classes(3)), outputs, _several(torch.rand(50, 3, generator=drawn) < 0.5)
+    return RegressionMetrics, outputs, _one(torch.randn(50, generator=drawn))
 
 
 @pytest.mark.parametrize("kind", ("one", "several", "numbers"))
@@ -171,10 +172,10 @@ def _drawn(kind: str) -> tuple[Any, Tensor, Batch]:
 def test_chunks_of_any_size_give_the_same_scores(kind: str, chunks: list[int]) -> None:
     build, outputs, batch = _drawn(kind)
     whole, streamed = build(), build()
-    whole.update(outputs, batch)
-    labels = batch.ragged("label").values.view(50, -1) if kind == "several" else batch.scalar("label")
+    whole.update(batch, outputs)
+    labels = batch.ragged("label").values.view(50, -1) if kind == "several" else batch.tensor("label")
     for part, wanted in zip(outputs.split(chunks), labels.split(chunks), strict=True):
-        streamed.update(part, _several(wanted) if kind == "several" else _one(wanted))
+        streamed.update(_several(wanted) if kind == "several" else _one(wanted), part)
     first, second = whole.compute(), streamed.compute()
     assert _numbers(second) == pytest.approx(_numbers(first), rel=1e-6)
     assert first.keys() == second.keys() and first.get("confusion_matrix") == second.get("confusion_matrix")
@@ -183,22 +184,22 @@ def test_chunks_of_any_size_give_the_same_scores(kind: str, chunks: list[int]) -
 def test_more_can_come_after_a_score() -> None:
     build, outputs, batch = _drawn("one")
     scores = build()
-    scores.update(outputs, batch)
+    scores.update(batch, outputs)
     first = scores.compute()
-    scores.update(outputs, batch)
+    scores.update(batch, outputs)
     assert _numbers(scores.compute()) == pytest.approx(_numbers(first), rel=1e-6)
 
 
-def test_a_class_that_the_split_lacks_counts_only_where_it_is_said() -> None:
+def test_a_class_that_the_split_lacks_counts_only_where_it_is_predicted() -> None:
     labels = [0, 0, 1, 1]
-    unsaid = _scores(torch.tensor([[2.0, 0, -9], [2, 0, -9], [0, 2, -9], [2, 0, -9]]), labels)
-    assert unsaid["f1"] == pytest.approx({"class 0": 0.8, "class 1": 2 / 3, "class 2": 0})
-    assert unsaid["f1_macro"] == pytest.approx((0.8 + 2 / 3) / 2), "as scikit-learn: over what occurs"
-    assert unsaid["balanced_accuracy"] == 0.75 and unsaid["auroc"] == pytest.approx(0.75)
-    assert unsaid["confusion_matrix"] == [[2, 0, 0], [1, 1, 0], [0, 0, 0]]
-    said = _scores(torch.tensor([[2.0, 0, -9], [2, 0, -9], [0, 2, -9], [-9, 0, 2]]), labels)
-    assert said["f1_macro"] == pytest.approx((1 + 2 / 3 + 0) / 3), "as scikit-learn: what is said occurs"
-    assert said["balanced_accuracy"] == 0.75, "a class without rows has no recall"
+    unpredicted = _scores(torch.tensor([[2.0, 0, -9], [2, 0, -9], [0, 2, -9], [2, 0, -9]]), labels)
+    assert unpredicted["f1"] == pytest.approx({"class 0": 0.8, "class 1": 2 / 3, "class 2": 0})
+    assert unpredicted["f1_macro"] == pytest.approx((0.8 + 2 / 3) / 2), "as scikit-learn: over the classes present"
+    assert unpredicted["balanced_accuracy"] == 0.75 and unpredicted["auroc"] == pytest.approx(0.75)
+    assert unpredicted["confusion_matrix"] == [[2, 0, 0], [1, 1, 0], [0, 0, 0]]
+    predicted = _scores(torch.tensor([[2.0, 0, -9], [2, 0, -9], [0, 2, -9], [-9, 0, 2]]), labels)
+    assert predicted["f1_macro"] == pytest.approx((1 + 2 / 3 + 0) / 3), "as scikit-learn: a predicted class counts"
+    assert predicted["balanced_accuracy"] == 0.75, "a class without rows has no recall"
 
 
 def test_a_split_of_one_class_has_no_auroc() -> None:
@@ -223,7 +224,7 @@ def test_one_answer_to_everything() -> None:
     assert scores["ece"] == pytest.approx(0.3 - 0.25)
 
 
-def test_a_label_that_is_never_meant_nor_said_scores_nothing() -> None:
+def test_a_label_neither_true_nor_predicted_scores_zero() -> None:
     labels = torch.tensor([[1, 0, 0], [1, 1, 0]])
     scores = _label_scores(torch.tensor([[3.0, -3, -3], [3, 3, -3]]), labels)
     assert scores["f1"] == {"class 0": 1.0, "class 1": 1.0, "class 2": 0.0}
@@ -232,7 +233,7 @@ def test_a_label_that_is_never_meant_nor_said_scores_nothing() -> None:
     )
 
 
-def test_where_nothing_is_meant_and_nothing_said_there_is_no_f1_to_have() -> None:
+def test_f1_is_zero_without_true_or_predicted_labels() -> None:
     scores = _label_scores(torch.full((3, 2), -5.0), torch.zeros(3, 2))
     assert scores["f1_micro"] == scores["f1_macro"] == 0.0 and scores["accuracy"] == 1.0 and "auroc" not in scores
 
@@ -267,8 +268,8 @@ def test_many_classes_are_scored_without_a_table_of_each() -> None:
 def test_what_is_no_number_is_not_scored(kind: str, bad: float) -> None:
     build, outputs, batch = _drawn(kind)
     outputs[3, 0] = bad
-    with pytest.raises(NumericError, match="NaN or infinity") as caught:
-        build().update(outputs, batch)
+    with pytest.raises(NumericError, match="NaN") as caught:
+        build().update(batch, outputs)
     assert caught.value.exit_code == 5
 
 
@@ -278,5 +279,5 @@ def test_every_score_that_is_shown_is_explained() -> None:
     every = [_scores(torch.randn(20, 2, generator=drawn), [0, 1] * 10), several, _number_scores([1, 2, 3], [1, 3, 2])]
     others = {"perplexity", "f1", "precision", "recall"}  # of hidden words, of entities
     others |= {"exact_match", "rouge_l", "chrf", "bleu"}  # of texts
-    found = {name for scores in every for name, value in scores.items() if isinstance(value, float)}
-    assert found | others == MEANINGS.keys()
+    covered = {name for scores in every for name, value in scores.items() if isinstance(value, float)}
+    assert covered | others == MEANINGS.keys()

@@ -1,4 +1,4 @@
-"""Entities and their scores, against seqeval's."""
+"""Entity metrics against seqeval."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fsc
 from seqeval.scheme import BILOU, IOB2, IOBES, Entities
 
 from tunesmith.data.batches import Batch, Ragged
-from tunesmith.data.tags import PREFIXES, Scheme, TagSet, split_tag, tags_of_types
+from tunesmith.data.text.tags import PREFIXES, Scheme, TagSet, split_tag, tags_of_types
 from tunesmith.errors import NumericError
-from tunesmith.metrics.entities import EntityScores
+from tunesmith.metrics.entities import EntityMetrics
 
 TYPES = ("LOC", "PER", "creative-work")
 SETS = {scheme: tags_of_types(TYPES, scheme, bare=False) for scheme in PREFIXES} | {
@@ -26,14 +26,14 @@ SETS = {scheme: tags_of_types(TYPES, scheme, bare=False) for scheme in PREFIXES}
 def _batch(tags: Sequence[Sequence[int]]) -> Batch:
     lengths = [len(one) for one in tags]
     flat = torch.tensor([tag for one in tags for tag in one])
-    return Batch({"tags": Ragged(flat, torch.tensor([0, *np.cumsum(lengths)]))}, len(tags), len(flat))
+    return Batch({"tags": Ragged(flat, torch.tensor([0, *np.cumsum(lengths)]))}, len(tags))
 
 
-def _scored(names: list[str], meant: Sequence[Sequence[int]], said: Sequence[Sequence[int]]) -> dict[str, Any]:
-    scores = EntityScores(names)
-    for start in range(0, len(meant), 100):
-        flat = torch.tensor([tag for one in said[start : start + 100] for tag in one])
-        scores.update(torch.nn.functional.one_hot(flat, len(names)).float(), _batch(meant[start : start + 100]))
+def _scored(names: list[str], true: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]]) -> dict[str, Any]:
+    scores = EntityMetrics(names)
+    for start in range(0, len(true), 100):
+        flat = torch.tensor([tag for one in predicted[start : start + 100] for tag in one])
+        scores.update(_batch(true[start : start + 100]), torch.nn.functional.one_hot(flat, len(names)).float())
     return scores.compute()
 
 
@@ -43,22 +43,22 @@ def _as_seqeval(tag: str) -> str:
 
 
 def _drawn(names: list[str], sentences: int, seed: int, noise: float) -> list[list[list[int]]]:
-    """Random tags, and others that differ in a share of the words."""
+    """Return random tags, and noisy copies of them."""
     draw = np.random.default_rng(seed)
-    meant = [draw.integers(0, len(names), draw.integers(1, 12)) * (draw.random() < 0.9) for _ in range(sentences)]
-    said = [np.where(draw.random(len(one)) < noise, draw.integers(0, len(names), len(one)), one) for one in meant]
-    return [[one.tolist() for one in side] for side in (meant, said)]
+    true = [draw.integers(0, len(names), draw.integers(1, 12)) * (draw.random() < 0.9) for _ in range(sentences)]
+    predicted = [np.where(draw.random(len(one)) < noise, draw.integers(0, len(names), len(one)), one) for one in true]
+    return [[one.tolist() for one in side] for side in (true, predicted)]
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
 @pytest.mark.parametrize("scheme", SETS)
 def test_scores_are_seqevals(scheme: str) -> None:
-    """10,000 random sentences over all schemes, sound and unsound."""
+    """10,000 random sentences over all schemes, valid and invalid."""
     names = SETS[scheme]
     for noise, sentences in ((0.05, 500), (0.4, 500), (1.0, 429)):
-        meant, said = _drawn(names, sentences, int(noise * 100), noise)
-        ours = _scored(names, meant, said)
-        as_tags = [[[_as_seqeval(names[tag]) for tag in one] for one in side] for side in (meant, said)]
+        true, predicted = _drawn(names, sentences, int(noise * 100), noise)
+        ours = _scored(names, true, predicted)
+        as_tags = [[[_as_seqeval(names[tag]) for tag in one] for one in side] for side in (true, predicted)]
         theirs = classification_report(*as_tags, output_dict=True, zero_division=0)
         for score, name in (("f1", "f1-score"), ("precision", "precision"), ("recall", "recall")):
             assert ours[score] == pytest.approx(theirs["micro avg"][name], abs=1e-9)
@@ -106,12 +106,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("meant", "said", "errors"), CASES.values(), ids=CASES)
-def test_errors_of_boundaries_are_told_from_those_of_types(meant: str, said: str, errors: dict[str, int]) -> None:
+@pytest.mark.parametrize(("true", "predicted", "errors"), CASES.values(), ids=CASES)
+def test_errors_of_boundaries_are_told_from_those_of_types(true: str, predicted: str, errors: dict[str, int]) -> None:
     names = SETS["BIO"]
-    codes = [[[names.index(tag) for tag in side.split()]] for side in (meant, said)]
-    found = _scored(names, *codes)["errors"]
-    assert found == dict.fromkeys(found, 0) | errors
+    codes = [[[names.index(tag) for tag in side.split()]] for side in (true, predicted)]
+    computed = _scored(names, *codes)["errors"]
+    assert computed == dict.fromkeys(computed, 0) | errors
 
 
 def test_an_entity_does_not_go_on_in_the_next_sentence() -> None:
@@ -126,14 +126,14 @@ def test_without_entities_there_is_nothing_to_find() -> None:
 
 
 def test_loss_and_accuracy_are_of_words() -> None:
-    scores, logits = EntityScores(SETS["BIO"]), torch.randn(5, len(SETS["BIO"]), generator=torch.manual_seed(0))
-    scores.update(logits, _batch([[0, 1, 2], [3, 0]]))
+    scores, logits = EntityMetrics(SETS["BIO"]), torch.randn(5, len(SETS["BIO"]), generator=torch.manual_seed(0))
+    scores.update(_batch([[0, 1, 2], [3, 0]]), logits)
     wanted = torch.tensor([0, 1, 2, 3, 0])
-    found = scores.compute()
-    assert found["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, wanted)))
-    assert found["accuracy"] == pytest.approx(float((logits.argmax(1) == wanted).float().mean()))
+    computed = scores.compute()
+    assert computed["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, wanted)))
+    assert computed["accuracy"] == pytest.approx(float((logits.argmax(1) == wanted).float().mean()))
     with pytest.raises(NumericError):
-        scores.update(logits * float("nan"), _batch([[0, 1, 2], [3, 0]]))
+        scores.update(_batch([[0, 1, 2], [3, 0]]), logits * float("nan"))
 
 
 def test_support_of_empty_types_is_left_out() -> None:

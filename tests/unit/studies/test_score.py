@@ -12,9 +12,9 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
 import tunesmith
+from tunesmith.console import Talk
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.talk import Talk
-from tunesmith.testing import MADE_UP
+from tunesmith.testing import sample_row
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_the_training_rows_can_be_scored_too(finished: Any) -> None:
 
 
 def test_another_file_is_scored_by_its_labels(finished: Any, tmp_path: Path) -> None:
-    rows = [MADE_UP["text-classification"](number) for number in range(100, 117)]
+    rows = [sample_row("text-classification", number) for number in range(100, 117)]
     rows[3]["label"] = "positive"
     scored = tunesmith.evaluate(finished[0], data=_write(tmp_path / "other.csv", rows))
     said = [answer["label"] for answer in tunesmith.predict(finished[0], [str(row["text"]) for row in rows])]
@@ -81,14 +81,14 @@ def test_a_limit_for_trials_is_none_of_another_file(finished: Any, tmp_path: Pat
     recipe = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(recipe.replace("  limit:\n", "  limit: 5\n"))
     assert (run / "recipe.yaml").read_text() != recipe
-    rows = [MADE_UP["text-classification"](number) for number in range(100, 117)]
+    rows = [sample_row("text-classification", number) for number in range(100, 117)]
     assert tunesmith.evaluate(run, data=_write(tmp_path / "other.csv", rows))["examples"] == 17
 
 
 def test_rows_of_another_file_that_cannot_be_scored_are_left_out_and_said(
     finished: Any, command: Any, tmp_path: Path
 ) -> None:
-    rows = [MADE_UP["text-classification"](number) for number in range(10)]
+    rows = [sample_row("text-classification", number) for number in range(10)]
     rows[2]["label"], rows[5]["text"] = "undecided", ""
     path = str(_write(tmp_path / "other.csv", rows))
     code, out, err = command("evaluate", str(finished[0]), "--data", path, "--json")
@@ -97,7 +97,7 @@ def test_rows_of_another_file_that_cannot_be_scored_are_left_out_and_said(
 
 
 def test_a_class_that_another_file_lacks_has_no_say(finished: Any, tmp_path: Path) -> None:
-    rows = [MADE_UP["text-classification"](number) for number in range(1, 20, 2)]
+    rows = [sample_row("text-classification", number) for number in range(1, 20, 2)]
     metrics = tunesmith.evaluate(finished[0], data=_write(tmp_path / "other.csv", rows))["metrics"]
     assert metrics["accuracy"] == metrics["balanced_accuracy"] and "auroc" not in metrics
 

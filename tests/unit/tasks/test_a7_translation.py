@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.inspect_data.check import check
 from tunesmith.recipe import Data
-from tunesmith.studies.data_check import check
 from tunesmith.tasks.translation import Translation
-from tunesmith.testing import MADE_UP
+from tunesmith.testing import sample_row
 from tunesmith.training import examples
 
 Command = Callable[..., tuple[int, str, str]]
@@ -164,7 +164,7 @@ def test_the_same_source_with_two_targets_is_no_conflict(tmp_path: Path) -> None
 
 
 def test_sound_pairs_have_no_finding_and_targets_beyond_the_limit_one(tiny_marian: Path, tmp_path: Path) -> None:
-    rows = [MADE_UP["translation"](n) for n in range(40)]
+    rows = [sample_row("translation", n) for n in range(40)]
     pairs = [(f"{row['source']} {n}", str(row["target"])) for n, row in enumerate(rows)]
     pairs[4] = (pairs[4][0], "a bad plot " * 9)
     words = ("task=translation", *LANGUAGES, "data.max_length=16", "technique=full")

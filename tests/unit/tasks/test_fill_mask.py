@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 import tunesmith
-from tunesmith import run
+from tunesmith.console import Talk
 from tunesmith.data.batches import Batch, collate
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load as models
 from tunesmith.models import sources
-from tunesmith.talk import Talk
+from tunesmith.run import train as run
 from tunesmith.tasks.fill_mask import FillMask
-from tunesmith.testing import MADE_UP, Case, case, tiny_model, tiny_tokenizer
+from tunesmith.testing import Case, case, sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training import evaluate
 from tunesmith.training.machine import Machine
 
@@ -39,7 +39,7 @@ def trial(tmp_path: Path) -> Case:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     for number in range(40):
-        (folder / f"{number:02}.txt").write_text(str(MADE_UP["fill-mask"](number)["text"]))
+        (folder / f"{number:02}.txt").write_text(str(sample_row("fill-mask", number)["text"]))
     return folder
 
 
@@ -130,14 +130,14 @@ def test_what_has_no_meaning_is_refused(why: str, recipe_of: Any, texts: Path, m
     values, said = REFUSED[why]
     values = values | {"data": {"train": str(texts), **values.get("data", {})}}
     with pytest.raises(RecipeError, match=said):
-        run.train(_recipe(recipe_of, texts, **values), talk=QUIET)
+        tunesmith.train(_recipe(recipe_of, texts, **values), talk=QUIET)
 
 
 def test_a_model_or_tokenizer_that_fills_no_masks_is_refused(recipe_of: Any, texts: Path, tmp_path: Path) -> None:
     tiny_model("gpt2", "AutoModelForCausalLM").save_pretrained(tmp_path / "gpt2")
     tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(RecipeError, match="a gpt2 model has no MaskedLM"):
-        run.train(_recipe(recipe_of, texts, model=str(tmp_path / "gpt2")), talk=QUIET)
+        tunesmith.train(_recipe(recipe_of, texts, model=str(tmp_path / "gpt2")), talk=QUIET)
     tokenizer = tiny_tokenizer()
     tokenizer.mask_token = None
     with pytest.raises(RecipeError, match="has no mask token"):
@@ -149,11 +149,11 @@ def finished(texts: Path, headless: Path, tmp_path_factory: pytest.TempPathFacto
     """A run over a base without a head, with other text to be scored on, and what it printed."""
     work = tmp_path_factory.mktemp("finished")
     general = work / "general.jsonl"
-    rows = [{"sentence": MADE_UP["text-classification"](n)["text"], "n": n} for n in range(30)]
+    rows = [{"sentence": sample_row("text-classification", n)["text"], "n": n} for n in range(30)]
     general.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(work / "home"))
-        result = run.train(
+        result = tunesmith.train(
             task={"name": "fill-mask", "head_warmup": 0.25, "general": str(general)},
             model=str(headless), technique="full", output=str(work / "run"),
             data={"train": str(texts), "validation": 0.2, "test": 0.1, "max_length": 16},
@@ -228,7 +228,7 @@ def test_a_text_without_a_mask_is_no_question(finished: tuple[Path, dict[str, An
 def test_the_untouched_base_is_scored_as_it_came(
     recipe_of: Any, texts: Path, tiny_bert: Path, finished: tuple[Path, dict[str, Any]]
 ) -> None:
-    result = run.train(_recipe(recipe_of, texts, "train.max_steps=6", "train.epochs=null"), talk=QUIET)
+    result = tunesmith.train(_recipe(recipe_of, texts, "train.max_steps=6", "train.epochs=null"), talk=QUIET)
     scored = tunesmith.evaluate(result["run"], split="validation", base=True)
     assert scored["probe"] is False and scored["notes"] == []
     assert scored["metrics"]["loss"] == pytest.approx(result["metrics"]["before"]["validation"]["loss"], abs=1e-5)
@@ -242,9 +242,9 @@ def test_a_run_is_the_base_of_one_with_another_head(
     technique: str, recipe_of: Any, texts: Path, headless: Path, reviews_csv: Path, tmp_path: Path, capsys: Any
 ) -> None:
     first = _recipe(recipe_of, texts, model=str(headless), technique=technique, output=str(tmp_path / "first"))
-    run.train(first, talk=QUIET)
+    tunesmith.train(first, talk=QUIET)
     second = recipe_of(model=str(tmp_path / "first"), output=str(tmp_path / "second"))
-    run.train(second, "train.max_steps=1", "train.epochs=null", talk=Talk())
+    tunesmith.train(second, "train.max_steps=1", "train.epochs=null", talk=Talk())
     said = capsys.readouterr().out
     assert "a new head (classifier); without use here: cls.predictions" in said, said
     about = json.loads((tmp_path / "second" / "run.json").read_text())["model"]
@@ -265,7 +265,7 @@ def test_stopped_and_resumed_is_undisturbed(
 ) -> None:
     words = ("train.max_steps=12", "train.epochs=null", "train.save_every=2", "task.head_warmup=0.3")
     given = {"model": str(headless), "technique": technique}
-    whole = run.train(_recipe(recipe_of, texts, *words, **given, output=str(tmp_path / "whole")), talk=QUIET)
+    whole = tunesmith.train(_recipe(recipe_of, texts, *words, **given, output=str(tmp_path / "whole")), talk=QUIET)
     stop_at, save = iter((3, 5)), run._save
 
     def killed(prepared: Any, engine: Any, progress: Any, folder: Path) -> None:
@@ -279,7 +279,7 @@ def test_stopped_and_resumed_is_undisturbed(
     recipe = _recipe(recipe_of, texts, *words, **given, output=str(tmp_path / "parts"))
     for attempt in range(3):
         try:
-            parts = run.train(recipe, resume=tmp_path / "parts" if attempt else None, talk=QUIET)
+            parts = tunesmith.train(recipe, resume=tmp_path / "parts" if attempt else None, talk=QUIET)
         except KeyboardInterrupt:
             continue
     assert parts["metrics"] == whole["metrics"]
@@ -296,7 +296,7 @@ def test_stopped_and_resumed_is_undisturbed(
 def test_adapters_over_a_new_head_load_in_peft(recipe_of: Any, texts: Path, headless: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     given = {"model": str(headless), "technique": {"name": "lora", "r": 4}, "output": str(tmp_path / "run")}
-    run.train(_recipe(recipe_of, texts, **given), talk=QUIET)
+    tunesmith.train(_recipe(recipe_of, texts, **given), talk=QUIET)
     base = AutoModelForMaskedLM.from_pretrained(headless)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
     ids = tiny_tokenizer()("the film was [MASK] . very [MASK] acting", return_tensors="pt")

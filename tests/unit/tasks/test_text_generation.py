@@ -18,15 +18,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tunesmith
-from tunesmith import run
+from tunesmith.console import Talk
 from tunesmith.data.batches import Batch, Limits, collate
 from tunesmith.data.encoded import encode
 from tunesmith.data.formats import Row
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import snippets
 from tunesmith.recipe import Data, load
-from tunesmith.studies import stages
-from tunesmith.talk import Talk
+from tunesmith.run import train as run
 from tunesmith.tasks import text_generation
 from tunesmith.tasks.text_generation import TextGeneration
 from tunesmith.testing import tiny_model
@@ -406,7 +405,7 @@ def test_stages_first_the_language_of_a_field_then_its_answers(base: Path, chats
         "train": {"max_steps": 3, "batch_size": 8, "precision": "fp32", "device": "cpu"},
         "stages": [{"data": {"train": str(texts)}}, {"data": {"train": str(chats)}}],
     }  # fmt: skip
-    stages.train(given, talk=QUIET)
+    tunesmith.train(given, talk=QUIET)
     forms = [load(tmp_path / "out" / f"{n}-text-generation" / "recipe.yaml").task.form for n in (1, 2)]  # type: ignore[attr-defined]
     assert forms == ["text", "chat"]
     assert tunesmith.load(tmp_path / "out" / "2-text-generation").predict("say 1")

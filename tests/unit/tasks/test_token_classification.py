@@ -15,16 +15,16 @@ from transformers import DataCollatorForTokenClassification, PreTrainedModel
 
 import tunesmith
 from tunesmith import recipe as recipes
+from tunesmith.console import Talk
 from tunesmith.data.batches import Batch, collate
 from tunesmith.data.encoded import Encoded, encode
 from tunesmith.data.formats import Row
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe import Data
-from tunesmith.talk import Talk
 from tunesmith.tasks.token_classification import TokenClassification
 from tunesmith.techniques.prefix import Prefix
 from tunesmith.techniques.prompt import Prompt
-from tunesmith.testing import MADE_UP, case, tiny_model, tiny_tokenizer
+from tunesmith.testing import case, sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training import evaluate
 
 TOKENIZER = tiny_tokenizer()
@@ -251,7 +251,7 @@ def test_answers_are_entities_with_their_place_in_the_text() -> None:
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     """train.conll, and the same sentences as JSON lines."""
-    rows = [MADE_UP["token-classification"](n) for n in range(60)]
+    rows = [sample_row("token-classification", n) for n in range(60)]
     lines = (
         "\n".join(f"{w}\t{t}" for w, t in zip(row["tokens"], row["label"], strict=True))  # type: ignore[call-overload]
         for row in rows
@@ -273,7 +273,7 @@ def test_a_run_from_file_to_answers(files: Path, recipe_of: Any, tmp_path: Path)
     scores = result["metrics"]["test"]
     assert scores["f1"] > 0.9 and set(scores["entities"]) == {"BLAME", "PRAISE"}
     assert result["metrics"]["baseline"]["f1"] <= 1 and scores["errors"]["right"] > 5
-    made = MADE_UP["token-classification"](9)
+    made = sample_row("token-classification", 9)
     text = " ".join(made["tokens"])  # type: ignore[call-overload]
     one, other = tunesmith.load(tmp_path / "run").predict([text, made])
     assert one["entities"] == other["entities"] and one["tags"] == other["tags"] == made["label"]

@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import tunesmith
 from tunesmith import recipe as recipes
-from tunesmith import run
+from tunesmith.console import Talk
 from tunesmith.data.batches import Batch, collate
 from tunesmith.data.encoded import encode
 from tunesmith.data.formats import Row
@@ -23,11 +23,11 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.recipe import Data
+from tunesmith.run import train as run
 from tunesmith.studies import score
-from tunesmith.talk import Talk
 from tunesmith.tasks.translation import Translation
 from tunesmith.techniques.full import Full
-from tunesmith.testing import KEYS, MADE_UP, Case, case, tiny_model, tiny_tokenizer
+from tunesmith.testing import KEYS, Case, case, sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training import evaluate
 from tunesmith.training.machine import Machine
 
@@ -151,7 +151,7 @@ def test_a_text_that_is_nothing_to_the_tokenizer_is_refused_by_its_side() -> Non
 def test_a_decoder_translates_as_it_answers(tmp_path: Path) -> None:
     trial = case("full", "translation", "llama", tmp_path)
     tokenizer, batch = trial.processor, _batch(trial, [0])
-    row = MADE_UP["translation"](0)
+    row = sample_row("translation", 0)
     ids = batch.ragged("input_ids").values
     learned = batch.ragged("learned").values
     said = tokenizer.decode(ids[learned], skip_special_tokens=True)
@@ -167,7 +167,7 @@ def test_a_decoder_translates_as_it_answers(tmp_path: Path) -> None:
 def test_scores_are_sacrebleus_with_its_signature(tmp_path: Path) -> None:
     trial = case("full", "translation", "marian", tmp_path)
     scores, said = evaluate.scored(trial.base, trial.task, trial.encoded, CPU)
-    meant = [str(MADE_UP["translation"](n)["target"]) for n in range(40)]
+    meant = [str(sample_row("translation", n)["target"]) for n in range(40)]
     assert scores["bleu"] == pytest.approx(BLEU().corpus_score([said[n] for n in range(40)], [meant]).score)
     assert scores["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert {"loss", "perplexity", "accuracy", "chrf", "chrf_signature"} <= scores.keys()
@@ -209,7 +209,7 @@ def test_positions_that_are_computed_never_learn(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    rows = [MADE_UP["translation"](number) for number in range(60)]
+    rows = [sample_row("translation", number) for number in range(60)]
     for side, role in (("en", "source"), ("de", "target")):
         (tmp_path / f"train.{side}").write_text("".join(f"{row[role]}\n" for row in rows))
     return tmp_path / "train"

@@ -29,7 +29,7 @@ def bottlenecks(model: nn.Module) -> list[Bottleneck]:
 
 
 def shaken(family: str, **keys: Any) -> PreTrainedModel:
-    """An adapted model whose bottlenecks have learned something."""
+    """Return an adapted model with random bottlenecks."""
     model = tiny_model(family, CLASSIFIER)
     Adapter(**keys).apply(model, anatomy(model), None)
     torch.manual_seed(1)
@@ -41,7 +41,7 @@ def shaken(family: str, **keys: Any) -> PreTrainedModel:
 
 
 def added(adapter: Any, x: Tensor, activation: Any = F.gelu) -> Tensor:
-    """U f(D x + d) + u, from the formula."""
+    """Return U f(D x + d) + u by the formula."""
     up, down = adapter.up, adapter.down
     return activation(x @ down.weight.t() + down.bias) @ up.weight.t() + up.bias
 
@@ -65,12 +65,12 @@ def test_what_is_added_and_the_head_learn(family: str, kind: Any) -> None:
     found = anatomy(model)
     before = set(model.state_dict())
     Adapter(kind=kind).apply(model, found, None)
-    assert learning(model) == (set(model.state_dict()) - before) | found.learns_always
+    assert learning(model) == (set(model.state_dict()) - before) | found.always_trainable
     places = len(bottlenecks(model))
     mlps, attentions = len(found.roles["mlp_down"]), len(found.roles["attention_output"])
     assert places == (mlps + attentions if kind == "houlsby" else mlps)
     r = 32 // 16
-    assert sum(model.get_parameter(n).numel() for n in learning(model) - found.learns_always) == places * (
+    assert sum(model.get_parameter(n).numel() for n in learning(model) - found.always_trainable) == places * (
         2 * 32 * r + 32 + r
     )
     assert all(not module.up.weight.any() and not module.up.bias.any() for module in bottlenecks(model))
@@ -84,7 +84,7 @@ def test_the_factor_divides_the_width(factor: float, r: int) -> None:
 
 
 def states_around_a_block(model: PreTrainedModel, block: nn.Module, inner: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """What goes into a block, what its attention gives to its last map, and what comes out."""
+    """Return the input of a block, the input of its attention's output layer, and its output."""
     kept: dict[str, Tensor] = {}
     handles = [
         block.register_forward_pre_hook(lambda _, args: kept.update({"x": args[0]})),
@@ -113,7 +113,7 @@ def test_houlsby_stands_after_attention_and_after_mlp_before_the_residual() -> N
 
 @torch.no_grad()
 def test_pfeiffer_stands_once_between_two_of_the_same_norm() -> None:
-    """y = N(z + A(N(z))), with z the sum that the block's last norm is of."""
+    """y = N(z + A(N(z))), where z is the input of the block's last norm."""
     model = shaken("bert", kind="pfeiffer")
     layer = model.bert.encoder.layer[1]
     x, mixed, y = states_around_a_block(model, layer, layer.attention.output.dense)
@@ -146,7 +146,7 @@ def test_parallel_hears_what_the_mlp_hears_and_counts_four_times() -> None:
     x = kept["x"]
     plain = linear(mlp.down_proj, F.silu(linear(mlp.gate_proj, x)) * linear(mlp.up_proj, x))
     torch.testing.assert_close(plain + 4 * added(mlp.down_proj.adapter, x, F.relu), kept["y"], atol=1e-5, rtol=1e-5)
-    assert mlp.down_proj.adapter.heard is None, "nothing is kept after a pass"
+    assert mlp.down_proj.adapter.mlp_input is None, "nothing is kept after a forward pass"
 
 
 def test_a_decoder_on_an_encoder_has_one_after_its_cross_attention_too() -> None:
@@ -165,16 +165,13 @@ def test_a_model_whose_parts_are_not_known_is_refused(kind: Any) -> None:
     model.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
     with pytest.raises(RecipeError) as caught:
         Adapter(kind=kind).apply(model, anatomy(model), None)
-    said = "technique.kind: where the mlp_down of this Module model is, is not known; use technique=lora, whose targets"
-    assert str(caught.value).startswith(said)
+    assert caught.value.where == "technique.kind" and "mlp_down" in str(caught.value)
 
 
 def test_it_cannot_be_merged_and_says_why() -> None:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RecipeError, match="technique={name: adapter, continue: true}") as caught:
         Adapter().merge(shaken("bert"))
-    said = "adapter cannot be merged: a non-linearity stands between its two maps; keep base and adapter apart; "
-    said += "technique={name: adapter, continue: true} trains it on"
-    assert str(caught.value) == said
+    assert Adapter.cannot_merge and Adapter.cannot_merge in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -37,7 +37,7 @@ def learning(model: nn.Module) -> set[str]:
 
 
 def shaken(family: str, technique: Ia3) -> PreTrainedModel:
-    """A model whose factors have moved from 1."""
+    """Return a model with random factors."""
     model = tiny_model(family, CLASSIFIER)
     technique.apply(model, anatomy(model), None)
     torch.manual_seed(1)
@@ -61,7 +61,7 @@ def test_it_starts_as_the_base_and_merges_into_it(family: str, kind: str) -> Non
     technique.apply(started, found, None)
     assert torch.equal(answers(started), answers(base)), "factors of 1 change no bit"
     model = shaken(family, technique)
-    assert learning(model) == {n for n, _ in model.named_parameters() if n.endswith("ia3_l")} | found.learns_always
+    assert learning(model) == {n for n, _ in model.named_parameters() if n.endswith("ia3_l")} | found.always_trainable
     moved = answers(model)
     assert (moved - answers(base)).abs().max() > 1e-3
     technique.merge(model)
@@ -137,7 +137,7 @@ def test_a_saved_adapter_says_how_it_is_read(kind: str, tmp_path: Path) -> None:
 def test_an_adapter_whose_targets_are_a_pattern_is_refused(tmp_path: Path) -> None:
     config = {"peft_type": "IA3", "target_modules": r".*\.(key|value)", "feedforward_modules": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(RecipeError, match="are read as lists of names; name the modules there"):
+    with pytest.raises(RecipeError, match="target_modules and feedforward_modules"):
         Ia3.from_adapter(tmp_path)
 
 
@@ -146,16 +146,16 @@ def test_an_adapter_without_its_factors_is_refused() -> None:
     model = shaken("bert", technique)
     tensors = technique.adapter_tensors(model)
     del tensors["base_model.model.bert.encoder.layer.1.attention.self.key.ia3_l"]
-    with pytest.raises(CheckpointError, match="lacks 1 of the 11 parameters"):
+    with pytest.raises(CheckpointError, match="lacks 1 of 11 "):
         technique.load_adapter(model, tensors)
 
 
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"target_modules": ["kee"]}, "'kee' is no linear map of this bert model"),
-        ({"target_modules": ["classifier"]}, "belongs to the head"),
-        ({"feedforward_modules": ["norm"]}, "'norm' is no linear map"),
+        ({"target_modules": ["kee"]}, "'kee'"),
+        ({"target_modules": ["classifier"]}, "'classifier'"),
+        ({"feedforward_modules": ["norm"]}, "'norm'"),
     ],
 )
 def test_a_target_that_means_nothing_is_refused(keys: dict[str, Any], says: str) -> None:

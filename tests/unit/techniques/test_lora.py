@@ -67,11 +67,11 @@ def test_it_starts_as_the_base_learns_beside_it_and_merges_into_it(family: str, 
     technique.apply(model, found, None)
     torch.testing.assert_close(answers(model), base, atol=1e-6, rtol=1e-5)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert learning == {name for name, _ in model.named_parameters() if ".lora_" in name} | found.learns_always
+    assert learning == {name for name, _ in model.named_parameters() if ".lora_" in name} | found.always_trainable
     train(model)
     after = model.state_dict()
     assert set(before) < set(after)
-    assert {name for name in before if not torch.equal(before[name], after[name])} == found.learns_always
+    assert {name for name in before if not torch.equal(before[name], after[name])} == found.always_trainable
     trained = answers(model)
     assert (trained - base).abs().max() > 1e-2
     technique.merge(model)
@@ -145,7 +145,7 @@ def test_a_small_change_of_pissa_is_not_lost_in_bf16() -> None:
 
 
 def test_a_rank_that_a_weight_does_not_have_is_refused_for_pissa() -> None:
-    with pytest.raises(RecipeError, match="takes r from 1 to 16 here"):
+    with pytest.raises(RecipeError, match="1 to 16"):
         prepared("llama", Lora(init="pissa", r=17))
     prepared("llama", Lora(r=17))
 
@@ -334,19 +334,19 @@ def test_lora_plus_speeds_b_alone() -> None:
 
 def test_a_target_tied_to_the_embedding_is_refused() -> None:
     model = tiny_model("gpt2", CAUSAL)
-    with pytest.raises(RecipeError, match="shares its weight"):
+    with pytest.raises(RecipeError, match="lm_head|shares"):
         Lora(target_modules=["lm_head"]).apply(model, anatomy(model), None)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"peft_type": "IA3"}, "not the config of a LORA adapter"),
-        ({"bias": "all"}, "bias 'all' is not implemented"),
+        ({"peft_type": "IA3"}, "peft_type must be LORA"),
+        ({"bias": "all"}, "bias 'all'"),
         ({"rank_pattern": {"query": 4}}, "rank_pattern"),
-        ({"init_lora_weights": "olora"}, "changed the base weight"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
         ({"r": 0}, "r: Input should be greater"),
-        ({"something_new": True}, "something_new 'True' is not implemented"),
+        ({"something_new": True}, "something_new 'True'"),
     ],
 )
 def test_an_adapter_of_a_kind_we_do_not_know_is_refused_by_key(changes: Any, says: str, tmp_path: Path) -> None:
@@ -370,20 +370,20 @@ def test_a_damaged_or_foreign_adapter_is_refused(tmp_path: Path) -> None:
     technique = Lora()
     model = prepared("bert", technique)
     tensors = technique.adapter_tensors(model)
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: "):
         Lora.from_adapter(tmp_path / "nowhere")
     folder = write(tmp_path, technique, model)
     (folder / "adapter_model.safetensors").write_bytes(b"\0" * 20)
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: "):
         Lora.from_adapter(folder)
     headless = {name: tensor for name, tensor in tensors.items() if "classifier" not in name}
-    with pytest.raises(CheckpointError, match=r"lacks 2 of the 14 parameters it must hold, first 'classifier\.weight'"):
+    with pytest.raises(CheckpointError, match=r"2 of 14 .*'classifier\.weight'"):
         technique.load_adapter(model, headless)
-    with pytest.raises(CheckpointError, match="has no place in this model"):
+    with pytest.raises(CheckpointError, match=r"'bert\.nothing' \(1,\)"):
         technique.load_adapter(model, tensors | {"base_model.model.bert.nothing": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="has no place in this model"):
+    with pytest.raises(CheckpointError, match="lora_A"):
         technique.load_adapter(prepared("bert", Lora(r=4)), tensors)
-    with pytest.raises(CheckpointError, match="PiSSA of rank 8 is saved as 16"):
+    with pytest.raises(CheckpointError, match="rank 8 .*16"):
         Lora(init="pissa").load_adapter(prepared("bert", Lora(init="pissa")), tensors)
 
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 import tunesmith
-from tunesmith.deploy import merging
+from tunesmith.console import Talk
+from tunesmith.deploy import merge as merging
 from tunesmith.kernels.ops.quantized import QuantizedLinear, QuantizedWeight
 from tunesmith.models.anatomy import anatomy
-from tunesmith.talk import Talk
 from tunesmith.techniques.lora import Lora, LoraLinear
 from tunesmith.testing import tiny_model, tiny_tokenizer
 

@@ -25,7 +25,7 @@ N = 4
 def prefixed(
     family: str, kind: str = CLASSIFIER, keys: dict[str, Any] | None = None, **config: Any
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """An adapted model and its base."""
+    """Return an adapted model and its base."""
     base, model = (tiny_model(family, kind, **config) for _ in range(2))
     torch.manual_seed(0)
     Prefix(num_virtual_tokens=N, **(keys or {})).apply(model, anatomy(model), TOKENIZER)
@@ -46,13 +46,13 @@ def test_the_registry_knows_it_by_its_file() -> None:
 
 @pytest.mark.parametrize("family", TAKEN)
 def test_keys_and_values_of_every_attention_and_the_head_learn(family: str) -> None:
-    """2 n d_kv numbers an attention; in an encoder-decoder each of the decoder's own has them, in ALBERT the one."""
+    """2 n d_kv parameters per attention layer: of the decoder in an encoder-decoder, shared in ALBERT."""
     model, base = prefixed(family)
     found = anatomy(base)
     places = {"albert": 1, "bart": 2}.get(family, 3)
     width = 16 if family in ("llama", "qwen2", "mistral", "phi", "phi3", "gemma") else 32  # two of four heads have keys
-    learned = learning(model) - found.learns_always
-    assert len(learned) == places and learning(model) == learned | found.learns_always
+    learned = learning(model) - found.always_trainable
+    assert len(learned) == places and learning(model) == learned | found.always_trainable
     assert sum(model.get_parameter(name).numel() for name in learned) == places * 2 * N * width
     assert all(name.endswith(".prefix.states") for name in learned)
     assert all(".decoder." in name and "EncDec" not in name for name in learned) or family not in ("t5", "bart")
@@ -60,7 +60,7 @@ def test_keys_and_values_of_every_attention_and_the_head_learn(family: str) -> N
 
 @torch.no_grad()
 def test_they_start_as_what_the_model_makes_of_tokens() -> None:
-    """Those of the first block are linear in an embedded token: one of the vocabulary at one of the first positions."""
+    """In the first block they are linear in the embedding of some token at one of the first positions."""
     model, base = prefixed("bert")
     start = prefixes(model)[0].states  # (2, heads, n, width)
     ids = torch.arange(len(TOKENIZER))
@@ -76,7 +76,7 @@ def test_reparameterised_they_are_made_of_what_all_modules_share() -> None:
     model, base = prefixed("bert", keys={"reparameterize": 16})
     shared, made = prefixes(model)[0].shared, prefixes(model)[1]()
     assert shared is not None and all(prefix.shared is shared for prefix in prefixes(model))
-    learned = learning(model) - anatomy(base).learns_always
+    learned = learning(model) - anatomy(base).always_trainable
     numbers = sum(model.get_parameter(name).numel() for name in learned)
     assert numbers == N * 32 + (32 * 16 + 16) + 3 * (16 * 64 + 64)
     up = prefixes(model)[1].up
@@ -168,7 +168,7 @@ def test_a_decoder_still_sees_no_later_token() -> None:
 @pytest.mark.parametrize("reparameterize", [False, True])
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_what_is_saved_is_what_was_learned(family: str, reparameterize: bool) -> None:
-    """As keys and values, however many; the network that made them is dropped."""
+    """Any number of keys and values is loaded; the reparameterization network is dropped."""
     keys = {"reparameterize": 16} if reparameterize else {}
     model, base = prefixed(family, keys=keys)
     technique = Prefix(num_virtual_tokens=N, **keys)
@@ -189,11 +189,9 @@ def test_an_adapter_that_does_not_fit_is_refused() -> None:
     model, _ = prefixed("bert")
     technique = Prefix(num_virtual_tokens=N)
     tensors = technique.adapter_tensors(model)
-    with pytest.raises(
-        CheckpointError, match="the prefix is 128 wide, and this model takes 192; load it over the base"
-    ):
+    with pytest.raises(CheckpointError, match="128.*192"):
         technique.load_adapter(model, tensors | {"prompt_embeddings": torch.zeros(N, 128)})
-    with pytest.raises(CheckpointError, match="lacks its prompt_embeddings"):
+    with pytest.raises(CheckpointError, match="prompt_embeddings"):
         technique.load_adapter(model, {name: value for name, value in tensors.items() if name != "prompt_embeddings"})
 
 
@@ -202,15 +200,12 @@ def test_an_attention_of_its_own_is_refused(family: str, caplog: pytest.LogCaptu
     model = tiny_model(family, CLASSIFIER)
     with pytest.raises(RecipeError) as caught:
         Prefix().apply(model, anatomy(model), TOKENIZER)
-    said = f"technique: this {family} model's attention cannot be given keys and values from outside; "
-    assert str(caught.value) == said + "use technique=prompt, which needs nothing of the attention"
+    assert caught.value.where == "technique" and "technique=prompt" in str(caught.value)
     assert not caplog.records, "transformers has nothing to add"
 
 
 def test_it_cannot_be_merged_and_says_why() -> None:
-    with pytest.raises(
-        RecipeError, match="prefix cannot be merged: it is in the input of the attention, not in a weight"
-    ):
+    with pytest.raises(RecipeError, match=Prefix.cannot_merge):
         Prefix().merge(prefixed("bert")[0])
 
 

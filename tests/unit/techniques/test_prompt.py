@@ -25,7 +25,7 @@ N = 4
 
 
 def prompted(family: str, kind: str = CLASSIFIER, **config: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """An adapted model and its base."""
+    """Return an adapted model and its base."""
     base, model = (tiny_model(family, kind, **config) for _ in range(2))
     torch.manual_seed(0)
     Prompt(num_virtual_tokens=N).apply(model, anatomy(model), TOKENIZER)
@@ -49,8 +49,8 @@ def test_the_registry_knows_it_by_its_file() -> None:
 def test_n_vectors_and_the_head_learn(family: str) -> None:
     model, base = prompted(family)
     found = anatomy(base)
-    (prompt,) = learning(model) - found.learns_always
-    assert learning(model) == {prompt} | found.learns_always
+    (prompt,) = learning(model) - found.always_trainable
+    assert learning(model) == {prompt} | found.always_trainable
     width = base.get_input_embeddings().weight.shape[1]
     assert model.get_parameter(prompt).shape == (N, width) and width == (16 if family in ("albert", "electra") else 32)
     assert set(dict(model.named_parameters())) - set(dict(base.named_parameters())) == {prompt}
@@ -103,7 +103,7 @@ def body_of(model: Any) -> Any:
 
 @torch.no_grad()
 def test_an_encoder_is_given_first_token_vectors_text() -> None:
-    """What comes out is the base's for x_1 p x_1 ... x_T, without what came of p and of the second x_1."""
+    """The output is the base's for x_1 p x_1 ... x_T, without the outputs of p and of the second x_1."""
     model, base = prompted("bert", TOKEN_CLASSIFIER, num_labels=3)
     embedded = base.get_input_embeddings()(TOKENS)
     between = vectors(model).expand(2, -1, -1)
@@ -153,7 +153,7 @@ def test_one_output_for_each_token_of_a_text(family: str) -> None:
 
 @torch.no_grad()
 def test_the_pooler_reads_the_real_first_token() -> None:
-    """Its state differs from the base's only by what attention brings to it."""
+    """The state of the first token differs from the base's only through attention."""
     model, base = prompted("bert")
     entered: dict[str, Tensor] = {}
     for name, one in (("ours", model), ("base", base)):
@@ -210,7 +210,7 @@ def test_it_takes_positions_from_the_text() -> None:
 
 @pytest.mark.parametrize(("family", "more"), [("bert", 1), ("gpt2", 0), ("t5", 0)])
 def test_what_is_saved_is_what_was_learned(family: str, more: int) -> None:
-    """However many vectors were saved; an encoder's first row is its first token."""
+    """Any number of vectors is loaded; an encoder's first row is its first token."""
     model, base = prompted(family)
     with torch.no_grad():
         vectors(model).normal_()
@@ -231,17 +231,17 @@ def test_an_adapter_that_does_not_fit_is_refused() -> None:
     model, _ = prompted("bert")
     technique = Prompt(num_virtual_tokens=N)
     tensors = technique.adapter_tensors(model)
-    with pytest.raises(CheckpointError, match="the prompt is 16 wide, and this model's embeddings 32; load it over"):
+    with pytest.raises(CheckpointError, match="16.*32"):
         technique.load_adapter(model, tensors | {"prompt_embeddings": torch.zeros(5, 16)})
     without_head = {"prompt_embeddings": tensors["prompt_embeddings"]}
-    with pytest.raises(CheckpointError, match="lacks 2 of the 3 parameters"):
+    with pytest.raises(CheckpointError, match="2 of 3 "):
         technique.load_adapter(model, without_head)
-    with pytest.raises(CheckpointError, match="lacks its prompt_embeddings; it was saved by another technique"):
+    with pytest.raises(CheckpointError, match="prompt_embeddings"):
         technique.load_adapter(model, {name: value for name, value in tensors.items() if name != "prompt_embeddings"})
 
 
 def test_it_cannot_be_merged_and_says_why() -> None:
-    with pytest.raises(RecipeError, match="prompt cannot be merged: it is in the input, not in a weight; keep base"):
+    with pytest.raises(RecipeError, match=Prompt.cannot_merge):
         Prompt().merge(prompted("bert")[0])
 
 
@@ -249,13 +249,13 @@ def test_a_text_that_leaves_no_token_is_refused() -> None:
     model = tiny_model("bert", CLASSIFIER)
     with pytest.raises(RecipeError) as caught:
         Prompt(init_text=" ").apply(model, anatomy(model), TOKENIZER)
-    assert str(caught.value) == "technique.init_text: nothing is left of it as tokens; write some words"
+    assert caught.value.where == "technique.init_text"
 
 
 def test_an_encoder_whose_texts_begin_with_no_token_of_its_own_is_refused() -> None:
     model, plain = tiny_model("bert", CLASSIFIER), tiny_tokenizer()
     plain.cls_token = None
-    with pytest.raises(RecipeError, match="begins texts with no token of its own"):
+    with pytest.raises(RecipeError, match="technique=prefix"):
         Prompt().apply(model, anatomy(model), plain)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import tunesmith
+from tunesmith.console import Talk
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import load
-from tunesmith.recipe_forms import schema
-from tunesmith.talk import Talk
+from tunesmith.recipe.starter import schema
 
 CHANGES = "data.augment=[{name: word-dropout, probability: 0.3}, {name: typos}]"
 

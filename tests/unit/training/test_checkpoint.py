@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there; what is damaged is found, said and passed over."""
+"""A checkpoint is complete or absent; a damaged one is detected, reported and skipped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from tunesmith.errors import CheckpointError, ResourceError
-from tunesmith.training import checkpoint, files
+from tunesmith.storage import files
+from tunesmith.training import checkpoint
 
 FILES = ("learned.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json")
 
@@ -30,7 +31,7 @@ def _save(folder: Path, step: int) -> Path:
 
 def _three(folder: Path) -> list[str]:
     for step in (1, 2, 3):
-        checkpoint.point(folder, "last", _save(folder, step))
+        checkpoint.write_pointer(folder, "last", _save(folder, step))
     return []
 
 
@@ -57,7 +58,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 }  # fmt: skip
 
 
-def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+def test_a_checkpoint_round_trips(tmp_path: Path) -> None:
     _three(tmp_path)
     found = checkpoint.newest(tmp_path, pytest.fail)
     assert found is not None and found.step == 3
@@ -73,26 +74,26 @@ def test_nothing_saved_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_found_said_and_fallen_back_from(file: str, damage: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(file: str, damage: str, tmp_path: Path) -> None:
     _three(tmp_path)
     DAMAGE[damage](tmp_path / "step-000003" / file)
-    said: list[str] = []
-    found = checkpoint.newest(tmp_path, said.append)
+    warnings: list[str] = []
+    found = checkpoint.newest(tmp_path, warnings.append)
     assert (
         found is not None
         and found.step == 2
         and torch.equal(found.tensors["learned"]["weight"], torch.full((4, 3), 2.0))
     )
-    assert len(said) == 1 and file in said[0] and "set aside as step-000003.corrupt" in said[0]
+    assert len(warnings) == 1 and file in warnings[0] and "step-000003.corrupt" in warnings[0]
     assert (tmp_path / "step-000003.corrupt" / "REASON.txt").read_text().strip()
-    assert checkpoint.newest(tmp_path, pytest.fail) is not None, "the second time there is nothing left to say"
+    assert checkpoint.newest(tmp_path, pytest.fail) is not None, "the second time there is no warning"
 
 
-def test_with_none_left_it_is_refused_with_the_reasons(tmp_path: Path) -> None:
+def test_without_an_intact_checkpoint_loading_is_refused(tmp_path: Path) -> None:
     _three(tmp_path)
     for step in (1, 2, 3):
         _flip(tmp_path / f"step-00000{step}" / "learned.safetensors", 0.9)
-    with pytest.raises(CheckpointError, match=r"no checkpoint can be trusted.*sha256 differs") as refused:
+    with pytest.raises(CheckpointError, match="sha256") as refused:
         checkpoint.newest(tmp_path, lambda _: None)
     assert refused.value.exit_code == 6 and "--overwrite" in str(refused.value)
     with pytest.raises(CheckpointError):
@@ -104,7 +105,7 @@ def test_a_newer_schema_is_refused_and_left_where_it_is(tmp_path: Path) -> None:
     path = tmp_path / "step-000003" / "MANIFEST.json"
     manifest = json.loads(path.read_text()) | {"schema": 99}
     path.write_text(json.dumps(manifest | {"sha256": checkpoint._digest(manifest)}))
-    with pytest.raises(CheckpointError, match=r"newer tunesmith \(schema 99\); upgrade") as refused:
+    with pytest.raises(CheckpointError, match="schema 99") as refused:
         checkpoint.newest(tmp_path, pytest.fail)
     assert refused.value.exit_code == 6 and path.exists()
 
@@ -118,13 +119,13 @@ def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
             changed[place] ^= 1 << bit
             path.write_bytes(changed)
             if content[place : place + 1].isspace() and changed[place : place + 1].isspace():
-                continue  # one blank for another between two values says the same
+                continue  # white space between two values has no meaning
             try:
                 checkpoint.load(path.parent)
             except CheckpointError as error:
                 assert not isinstance(error, checkpoint.NewerSchema), (place, bit)
             else:
-                pytest.fail(f"bit {bit} of byte {place} was flipped, and nobody saw it")
+                pytest.fail(f"flipped bit {bit} of byte {place} was not detected")
 
 
 @pytest.mark.parametrize(
@@ -151,15 +152,15 @@ def test_a_linked_or_renamed_checkpoint_is_not_trusted(tmp_path: Path) -> None:
     _three(tmp_path)
     (tmp_path / "step-000009").symlink_to(tmp_path / "step-000002")
     shutil.copytree(tmp_path / "step-000001", tmp_path / "step-000008")
-    said: list[str] = []
-    found = checkpoint.newest(tmp_path, said.append)
-    assert found is not None and found.step == 3 and len(said) == 2
+    warnings: list[str] = []
+    found = checkpoint.newest(tmp_path, warnings.append)
+    assert found is not None and found.step == 3 and len(warnings) == 2
 
 
 @pytest.mark.parametrize("content", (b"", b"{", b'{"step": 2}\r\n', b'{"step": "x"}', b"\xff"))
 def test_best_survives_a_damaged_pointer(content: bytes, tmp_path: Path) -> None:
     _three(tmp_path)
-    checkpoint.point(tmp_path, "best", tmp_path / "step-000002")
+    checkpoint.write_pointer(tmp_path, "best", tmp_path / "step-000002")
     (tmp_path / "best.json").write_bytes(content)
     found = checkpoint.best(tmp_path, lambda _: None)
     assert found is not None and found.step == (2 if b"2" in content else 3)
@@ -168,9 +169,9 @@ def test_best_survives_a_damaged_pointer(content: bytes, tmp_path: Path) -> None
 def test_best_and_last_are_never_rotated_away(tmp_path: Path) -> None:
     for step in range(1, 8):
         saved = _save(tmp_path, step)
-        checkpoint.point(tmp_path, "last", saved)
+        checkpoint.write_pointer(tmp_path, "last", saved)
         if step == 2:
-            checkpoint.point(tmp_path, "best", saved)
+            checkpoint.write_pointer(tmp_path, "best", saved)
         checkpoint.rotate(tmp_path, 1)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000002", "step-000007"]
 
@@ -184,11 +185,11 @@ def test_nothing_is_rotated_while_the_newest_is_damaged(tmp_path: Path) -> None:
 
 
 class Crash(BaseException):
-    """What a killed process is to the code: nothing after it runs, but `finally`, which the sweep must not need."""
+    """A killed process: only `finally` blocks run after it, and recovery must not need them."""
 
 
 def _crash_at(monkeypatch: pytest.MonkeyPatch, nth: int, *, after: bool) -> list[int]:
-    """Let the nth operation that touches the disk be the last, before or after it was done."""
+    """Crash at the nth disk operation, before or after it is done."""
     count = [0]
 
     def wrapped(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -206,13 +207,13 @@ def _crash_at(monkeypatch: pytest.MonkeyPatch, nth: int, *, after: bool) -> list
     for owner, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (checkpoint, "save_file"), (Path, "write_text"),
                         (Path, "mkdir"), (files.json, "dumps")):  # fmt: skip
         monkeypatch.setattr(owner, name, wrapped(getattr(owner, name)))
-    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process cleans nothing up
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process removes nothing
     return count
 
 
 def _save_point_rotate(folder: Path, step: int) -> None:
-    checkpoint.point(folder, "last", _save(folder, step))
-    checkpoint.point(folder, "best", folder / f"step-{step:06d}")
+    checkpoint.write_pointer(folder, "last", _save(folder, step))
+    checkpoint.write_pointer(folder, "best", folder / f"step-{step:06d}")
     checkpoint.rotate(folder, 1)
 
 
@@ -240,11 +241,11 @@ def test_a_crash_at_any_operation_leaves_a_sound_checkpoint(after: bool, tmp_pat
         assert {path.name for path in folder.iterdir()} == {"step-000004", "best.json", "last.json"} | {
             path.name for path in folder.iterdir() if path.name == "step-000003"
         }
-    assert nth > 15, "every operation was tried"
+    assert nth > 15, "every operation is covered"
 
 
 @pytest.mark.parametrize("code", (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES))
-def test_a_full_disk_is_said_and_harms_nothing(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_harms_nothing(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _three(tmp_path)
 
     def full(*args: Any, **kwargs: Any) -> None:
@@ -252,22 +253,22 @@ def test_a_full_disk_is_said_and_harms_nothing(code: int, tmp_path: Path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
-        with pytest.raises(ResourceError, match=r"step-000004: cannot write \d+ bytes") as refused:
+        with pytest.raises(ResourceError, match=r"step-000004: .*\d+ bytes") as refused:
             _save(tmp_path, 4)
-    assert refused.value.exit_code == 4 and "free" in str(refused.value)
+    assert refused.value.exit_code == 4 and os.strerror(code).lower() in str(refused.value)
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
     found = checkpoint.newest(tmp_path, pytest.fail)
     assert found is not None and found.step == 3
     _save(tmp_path, 4)
 
 
-def test_too_little_room_is_seen_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_detected_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "free_bytes", lambda _: 10)
     with pytest.raises(ResourceError, match="cannot write"):
         _save(tmp_path, 1)
 
 
-def test_what_would_be_another_run_is_refused_by_name() -> None:
+def test_every_changed_key_is_reported() -> None:
     old = {"train": {"seed": 0, "learning_rate": 1e-3}, "data_sha256": {"train": "aa"}}
     new = {"train": {"seed": 1, "learning_rate": 1e-2}, "data_sha256": {"train": "aa"}}
     with pytest.raises(CheckpointError, match=r"train.seed was '0', is '1'; train.learning_rate was '0.001'"):

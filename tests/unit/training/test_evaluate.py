@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ from tunesmith.data.batches import Batch, Limits, collate
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import Row
 from tunesmith.errors import ResourceError
-from tunesmith.metrics.classification import ClassScores
+from tunesmith.metrics.classification import ClassificationMetrics
 from tunesmith.tasks import WritingTask
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.testing import MADE_UP, Case, case
+from tunesmith.testing import Case, case, sample_row
 from tunesmith.training import evaluate
 from tunesmith.training.machine import Machine
 
 CPU = Machine(torch.device("cpu"), None)
-REVIEW = MADE_UP["text-classification"]
+REVIEW = partial(sample_row, "text-classification")
 LABELS: dict[str, Any] = {
     "single": lambda n: ("bad", "fair", "good")[n % 3 if n % 2 else 0],
     "multi": lambda n: [name for every, name in ((2, "price"), (5, "service")) if n % every == 0],
@@ -163,7 +164,7 @@ class Repeats(WritingTask, TextClassification):
         return _Lengths(self.classes or [])
 
 
-class _Lengths(ClassScores):
+class _Lengths(ClassificationMetrics):
     long, rows = 0, 0
 
     def update_texts(self, texts: list[str], batch: Batch) -> None:

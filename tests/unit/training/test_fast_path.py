@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from accelerating import accelerated
 
-from tunesmith import run
+import tunesmith
+from tunesmith.console import Talk
 from tunesmith.kernels import layout
 from tunesmith.kernels.ops import attention, elementwise
-from tunesmith.talk import Talk
 from tunesmith.techniques.lora import LoraLinear
-from tunesmith.testing import MADE_UP, tiny_model, tiny_tokenizer
+from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 
 TRIALS: list[tuple[str, str, Any]] = [
     ("bert", "text-classification", "full"),
@@ -34,7 +34,7 @@ BASES = {"translation": "AutoModelForSeq2SeqLM", "text-generation": "AutoModelFo
 
 
 def _losses(recipe: dict[str, Any], output: Path) -> list[float]:
-    run.train(recipe, output=str(output), talk=Talk(level=-1))
+    tunesmith.train(recipe, output=str(output), talk=Talk(level=-1))
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "grad_norm" in line]
 
@@ -52,7 +52,7 @@ def test_first_fifty_losses(
     without |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "seq_classif_dropout": 0.0}
     tiny_model(family, BASES.get(task, "AutoModel"), **without).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    rows = "".join(json.dumps(MADE_UP[task](number)) + "\n" for number in range(64))
+    rows = "".join(json.dumps(sample_row(task, number)) + "\n" for number in range(64))
     (tmp_path / "train.jsonl").write_text(rows)
     recipe: dict[str, Any] = {
         "task": task,
@@ -93,7 +93,7 @@ def test_the_way_of_a_gpu_played_here_gives_the_same_losses(tmp_path: Path, monk
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     tiny_model("llama", "AutoModelForCausalLM", **sizes).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    rows = "".join(json.dumps(MADE_UP["text-classification"](number)) + "\n" for number in range(32))
+    rows = "".join(json.dumps(sample_row("text-classification", number)) + "\n" for number in range(32))
     (tmp_path / "train.jsonl").write_text(rows)
     recipe = {
         "task": "text-classification",

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from transformers import BertForSequenceClassification
 from tunesmith.data.batches import Batch, Batches, collate
 from tunesmith.errors import ResourceError
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.testing import MADE_UP, Case, case
+from tunesmith.testing import Case, case, sample_row
 from tunesmith.training import loop
 from tunesmith.training.machine import Machine
 
 FAMILIES = ("bert", "roberta", "modernbert", "gpt2", "llama")
-REVIEW = MADE_UP["text-classification"]
+REVIEW = partial(sample_row, "text-classification")
 
 
 def _labels(number: int) -> list[str]:

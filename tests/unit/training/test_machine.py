@@ -117,7 +117,7 @@ def test_each_process_has_its_own_gpu(device: str, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ResourceError, match="there is no cuda:2"):
         machine.find(device)
     monkeypatch.setenv("LOCAL_RANK", "x")
-    with pytest.raises(RecipeError, match="the environment's LOCAL_RANK=x is no whole number from 0 up"):
+    with pytest.raises(RecipeError, match="LOCAL_RANK=x"):
         machine.find(device)
 
 

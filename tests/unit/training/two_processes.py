@@ -19,7 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import transformers.models.bert.modeling_bert  # noqa: F401 - before the fork, not in each child
 
-from tunesmith import run
+import tunesmith
 from tunesmith.tasks.text_classification import TextClassification
 from tunesmith.techniques import adapter, bitfit, freeze, full, ia3, lora, prefix, prompt  # noqa: F401
 
@@ -53,7 +53,7 @@ def _start(rank: int, port: int, job: dict[str, Any]) -> int:
         if rank == 1 and "out_of_memory" in job:
             _run_out_of_memory(job["out_of_memory"])
         with contextlib.redirect_stdout(sys.stderr):
-            run.train(job["recipe"], resume=job.get("resume"))
+            tunesmith.train(job["recipe"], resume=job.get("resume"))
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -17,9 +17,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from tunesmith.data.columns import JSON_LISTS, LISTS, Column, Columns, translates
+from tunesmith.data.columns import of_kind as column_of_kind
 from tunesmith.data.encoded import file_sha256
 from tunesmith.data.formats import conll, delimited, json_array, json_lines, parallel, parquet, plain
-from tunesmith.data.formats.columns import find_columns, has_header, is_text, refuse_twice
+from tunesmith.data.formats.columns import find_columns, has_header, refuse_twice
 from tunesmith.data.formats.folders import find_splits, holds_text, is_folder
 from tunesmith.data.formats.json_values import list_in
 from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
@@ -38,10 +40,6 @@ __all__ = [
     "read_raw",
     "read_table",
 ]
-
-TAGGED = frozenset({"tokens", "label"})
-TOLD = frozenset({"messages", "prompt", "answer", "history", "instances", "choices"})
-"""Roles that hold lists: of words and their tags, of messages and what they are made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +74,14 @@ class Table:
 
     path: Path
     format: Format
+    schema: dict[str, Column]
+    """The columns that the task reads, by name."""
     columns: dict[str, str | int]
-    required: frozenset[str]
+    """Their names -> those in the file."""
     on_bad_row: Literal["stop", "skip"]
     note: str | None
     raw_rows: Rows = field(repr=False)
     limit: int | None = None
-    judged_by_task: frozenset[str] = frozenset()
-    """Roles whose values may be lists that only the task can judge: of tags, of spans, of messages."""
     skipped: Counter[str] = field(default_factory=Counter)
     state: tuple[int, int] = field(init=False, repr=False)
 
@@ -153,17 +151,18 @@ class Table:
             value = raw.values.get(column)
             if isinstance(value, Decimal):
                 value = float(value)
-            if isinstance(value, str) and role.startswith("label"):
+            kind = self.schema[role].kind
+            if isinstance(value, str) and kind in ("label", "tags"):
                 value = value.strip()
-            if role in self.judged_by_task and role not in ("prompt", "answer"):  # a text may begin with a bracket
+            if kind in JSON_LISTS:
                 value = list_in(value)
             if _is_nothing(value) or (isinstance(value, str) and not value.strip()):
-                if role in self.required:
+                if self.schema[role].required:
                     what = f"{_shown(column)}: {'empty' if column in raw.values else 'not there'}"
                     return BadRow(raw.line, what, "fill it in or remove the row", f"empty {role}", raw.file)
                 continue
-            judged_by_task = role in self.judged_by_task and isinstance(value, list)
-            if not judged_by_task and (fault := _fault(role, value)) is not None:
+            judged_by_task = kind in LISTS and isinstance(value, list)
+            if not judged_by_task and (fault := _fault(self.schema[role], value)) is not None:
                 what, hint, reason = fault
                 return BadRow(raw.line, f"{_shown(column)}: {what}", hint, reason, raw.file)
             values[role] = value
@@ -208,9 +207,12 @@ def _is_nothing(value: object) -> bool:
     return value is None or (isinstance(value, float) and value != value)  # Parquet has NaN where a value is missing
 
 
-def _fault(role: str, value: object) -> tuple[str, str, str] | None:
+def _fault(column: Column, value: object) -> tuple[str, str, str] | None:
     """What is wrong with a value, the way out, and a short reason."""
-    if is_text(role) and not isinstance(value, str):
+    role = column.name
+    if column.kind == "image" and isinstance(value, bytes):
+        return None
+    if column.kind == "text" and not isinstance(value, str):
         if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
             what = f"a conversation of {counted(len(value), 'turn')} is not a text: {shorten(value[:3])}"
             return what, "write what is to be told apart as one text", f"{role} is not a text"
@@ -229,43 +231,48 @@ def _fault(role: str, value: object) -> tuple[str, str, str] | None:
 
 def read_table(
     path: str | Path,
-    roles: dict[str, tuple[str, ...]],
+    columns: Columns,
     *,
-    required: frozenset[str],
-    columns: dict[str, str | int] | None = None,
+    named: Mapping[str, str | int] | None = None,
     on_bad_row: Literal["stop", "skip"] = "stop",
     limit: int | None = None,
     plain_text: bool = False,
 ) -> Table:
-    """Open a file as rows of `roles` (role -> the names its column usually has); with `plain_text` one that is no
-    table, or a folder of such, as texts of the first role.
+    """Open a file as rows of `columns`; `named` are the user's own names for some of them (`data.columns`).
+
+    With `plain_text` a file that is no table, or a folder of such files, gives texts of the first column.
 
     Raises:
         DataError: not a file we can read, or a required column is not in it.
     """
     path = Path(path)
-    if "target" in roles and not path.exists() and (sides := parallel.sides_of(path)):
+    schema, chosen = {column.name: column for column in columns}, dict(named or {})
+
+    def table(kind: Format, found: dict[str, str | int], note: str | None, rows: Rows) -> Table:
+        return Table(path, kind, schema, found, on_bad_row, note, rows, limit)
+
+    if translates(columns) and not path.exists() and (sides := parallel.sides_of(path)):
         opened = parallel.open_rows(sides)
-        chosen, note, _ = find_columns(path, opened, roles, required, columns or {})
-        opened = parallel.open_rows({side: file for side, file in sides.items() if side in chosen.values()})
-        return Table(path, "parallel", chosen, required, on_bad_row, note, opened.rows, limit)
-    kind: Format = "text" if plain_text and is_folder(path) else format_of(path, tagged="tokens" in roles)
-    if plain_text and not columns and kind in ("csv", "tsv") and plain.is_plain(path, roles):
+        found, note, _ = find_columns(path, opened, columns, chosen)
+        opened = parallel.open_rows({side: file for side, file in sides.items() if side in found.values()})
+        return table("parallel", found, note, opened.rows)
+    tagged = column_of_kind(columns, "words") is not None
+    kind: Format = "text" if plain_text and is_folder(path) else format_of(path, tagged=tagged)
+    if plain_text and not chosen and kind in ("csv", "tsv") and plain.is_plain(path, columns):
         kind = "text"
-    opened = plain.open_rows(path, next(iter(roles))) if kind == "text" else _OPENERS[kind](path)
-    opened = parallel.unpacked(opened) if "source" in roles else opened
+    opened = plain.open_rows(path, columns[0].name) if kind == "text" else _OPENERS[kind](path)
+    opened = parallel.unpacked(opened) if translates(columns) else opened
     if not opened.names:
         raise _nothing_in(path, opened)
     if kind == "conll":
-        chosen, note = conll.find_columns(path, opened, roles, columns or {})
-        return Table(path, kind, chosen, required, on_bad_row, note, opened.rows, limit, TAGGED)
-    chosen, note, headed = find_columns(path, opened, roles, required, columns or {})
+        found, note = conll.find_columns(path, opened, columns, chosen)
+        return table(kind, found, note, opened.rows)
+    found, note, headed = find_columns(path, opened, columns, chosen)
     raw_rows = opened.rows if headed else opened.by_number
     assert raw_rows is not None, "only where the first line may be data is there no header"
     if kind != "text" and not any(True for _ in islice(raw_rows(), 1)):
         raise DataError("there is a header but no row below it", where=str(path), hint="add rows")
-    lists = TAGGED if "tokens" in roles else TOLD if "messages" in roles else frozenset()
-    return Table(path, kind, chosen, required, on_bad_row, note, raw_rows, limit, lists)
+    return table(kind, found, note, raw_rows)
 
 
 def read_raw(path: str | Path, header: bool | None = None) -> tuple[Sequence[str | int], Rows]:

@@ -7,7 +7,9 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from tunesmith.data import columns as schema
 from tunesmith.data import languages
+from tunesmith.data.columns import Column
 from tunesmith.data.formats.raw import Opened
 from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
 
@@ -23,12 +25,10 @@ USUAL: Roles = {name: (name,) for name in _NAMES}
 """What columns are often called, whatever they are for."""
 CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue")
 SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
-ANSWERS = frozenset({"label", "target"})
-"""Roles of what a model is to say; all others are what it is given."""
 
 
 def find_columns(
-    path: Path, opened: Opened, roles: Roles, required: frozenset[str], chosen: Columns
+    path: Path, opened: Opened, columns: schema.Columns, chosen: Columns
 ) -> tuple[Columns, str | None, bool]:
     """Role -> column, what the user should be told, and whether the first line is a header.
 
@@ -36,6 +36,7 @@ def find_columns(
         DataError: a required role has no column, or several that look alike.
     """
     where, names = f"{path}:{opened.line}", opened.names
+    roles, required = {column.name: column.names for column in columns}, schema.required_of(columns)
     for role in chosen:
         if role not in roles:
             raise RecipeError(f"data.columns.{role}: no such role", hint=did_you_mean(role, roles))
@@ -50,13 +51,13 @@ def find_columns(
         )
         raise DataError(what, where=where, hint=hint)
     if len(numbers) == len(chosen) and opened.sample and not _looks_like_header(opened, roles):
-        return _without_header(where, opened, roles, required, numbers)
+        return _without_header(where, opened, columns, numbers)
     refuse_twice(names, where)
     found: Columns = {role: _named(column, names, where) for role, column in chosen.items()}
     found |= _by_usual_name(where, names, {role: roles[role] for role in roles if role not in found}, found)
     found |= _other_language(names, {role: roles[role] for role in required - found.keys()}, found)
     if not found or not required <= found.keys():
-        raise _missing(where, opened, roles, required - found.keys(), taken=found)
+        raise _missing(where, opened, columns, required - found.keys(), taken=found)
     note = f"{where}: taken for the names of the columns, not for a row: {_listed(names)}"
     return found, note if numbers and opened.sample and not plain_names(names, roles) else None, True
 
@@ -73,18 +74,19 @@ def refuse_twice(names: list[str], where: str) -> None:
 
 
 def _without_header(
-    where: str, opened: Opened, roles: Roles, required: frozenset[str], numbers: dict[str, int]
+    where: str, opened: Opened, columns: schema.Columns, numbers: dict[str, int]
 ) -> tuple[Columns, str | None, bool]:
+    roles, required = {column.name: column.names for column in columns}, schema.required_of(columns)
     if numbers and required <= numbers.keys():
         return dict(numbers), None, False
     below = next((row for row in opened.sample[1:20] if required and required <= plain_names(row, roles).keys()), None)
     if below is not None:
         what = f"the names of the columns stand below something else: {shorten(', '.join(below))}"
         raise DataError(what, where=where, hint="remove the lines above them")
-    guessed = _in_order(opened.sample) if "target" in required else _by_content(opened.sample)
+    guessed = _in_order(opened.sample, columns) if schema.translates(columns) else _by_content(opened.sample, columns)
     found = (guessed or {}) | numbers
     if not required <= found.keys() or len(set(found.values())) < len(found):
-        raise _missing(where, opened, roles, required - numbers.keys(), taken=None)
+        raise _missing(where, opened, columns, required - numbers.keys(), taken=None)
     told = " and ".join(f"data.columns.{role}={number}" for role, number in found.items())
     return dict(found), f"{where.rpartition(':')[0]}: no header, so read with {told}; say so if it is otherwise", False
 
@@ -99,21 +101,25 @@ def _and(some: Collection[str], roles: Roles) -> str:
     return " and ".join(role for role in roles if role in some) or " or ".join(roles)
 
 
-def _missing(where: str, opened: Opened, roles: Roles, missing: Collection[str], *, taken: Columns | None) -> DataError:
+def _missing(
+    where: str, opened: Opened, columns: schema.Columns, missing: Collection[str], *, taken: Columns | None
+) -> DataError:
     """What to say when a role has no column: where it may be. `taken` is None where there is no header."""
+    roles = {column.name: column.names for column in columns}
     named, shown = taken is not None, _listed(opened.names)
     free = [name for name in opened.names if name not in (taken or {}).values()]
     near = {role: _near(role, roles, free) for role in roles if role in missing or not missing}
     near = near if missing else {role: name for role, name in near.items() if name} or {"ROLE": None}
     what = f"no column for {_and(missing, roles)} among: {shown}"
     way_out = " ".join(f"data.columns.{role}={'NAME' if named else 'NUMBER'}" for role in near)
-    if "target" in missing and not _asked(missing, roles) and len(spoken := _languages(free)) > 1:
+    texts = {column.name for column in columns if column.target and column.kind == "text"}
+    if texts & set(missing) and not _asked(missing, roles) and len(spoken := _languages(free)) > 1:
         what = f"which of these is translated into which is not said: {_listed(spoken)}"
         way_out = f"task.source_lang={spoken[0]} task.target_lang={spoken[1]}, or the other way round"
     elif any(name.strip().lower() in CHATS for name in opened.names):
         what = f"these are conversations ({shown}), without a column for {_and(missing, roles)}"
         way_out = f"write {_and(missing, roles)} into one row"
-    elif opened.sample and len(opened.names) == 1 and "tokens" in roles:
+    elif opened.sample and len(opened.names) == 1 and schema.of_kind(columns, "words"):
         way_out = "give a word and its tag a line, a blank line behind each sentence, or JSON lines of tokens and tags"
     elif opened.sample and len(opened.names) == 1:
         way_out = "columns are told apart by comma, tab, semicolon or |; is the delimiter another one?"
@@ -160,11 +166,6 @@ def _by_usual_name(where: str, names: list[str], roles: Roles, taken: Columns) -
             raise DataError(what, where=where, hint=f"data.columns.{role}=NAME says which")
         found[role] = alike[0]
     return found
-
-
-def is_text(role: str) -> bool:
-    """Whether a role holds a text that a model is given, or is to write."""
-    return role.startswith("text") or role in ("source", "target")
 
 
 def _languages(names: list[str]) -> list[str]:
@@ -239,14 +240,20 @@ def _tags(sample: list[list[str]]) -> str | None:
     return None
 
 
-def _in_order(sample: list[list[str]]) -> dict[str, int] | None:
+def _in_order(sample: list[list[str]], columns: schema.Columns) -> dict[str, int] | None:
     """Source and target are the first two columns that hold something else than numbers."""
     rows = [row for row in sample if len(row) == len(sample[0])]
     texts = [column for column in range(len(sample[0])) if not all(is_number(row[column]) for row in rows)]
-    return dict(zip(("source", "target"), texts[:2], strict=True)) if len(texts) > 1 else None
+    names = (_first(schema.inputs_of(columns), "text"), _first(schema.targets_of(columns), "text"))
+    return dict(zip(names, texts[:2], strict=True)) if len(texts) > 1 else None
 
 
-def _by_content(sample: list[list[str]]) -> dict[str, int] | None:
+def _first(columns: schema.Columns, kind: schema.Kind) -> str:
+    found: Column | None = schema.of_kind(columns, kind)
+    return found.name if found is not None else kind
+
+
+def _by_content(sample: list[list[str]], columns: schema.Columns) -> dict[str, int] | None:
     """Text is the column of the longest values, label the one with the fewest different short ones."""
     width = len(sample[0])
     rows = [row for row in sample if len(row) == width]
@@ -258,4 +265,4 @@ def _by_content(sample: list[list[str]]) -> dict[str, int] | None:
     label = min(others, key=lambda column: len({row[column] for row in rows}))
     if lengths[text] < 2 * lengths[label] or len({row[label] for row in rows}) > max(2, len(rows) * 0.5):
         return None
-    return {"text": text, "label": label}
+    return {_first(schema.inputs_of(columns), "text"): text, _first(schema.targets_of(columns), "label"): label}

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+from tunesmith.data import columns as schema
 from tunesmith.data.formats.raw import BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
 from tunesmith.errors import DataError, RecipeError, counted, did_you_mean, shorten
 
@@ -67,44 +68,41 @@ def open_rows(path: Path) -> Opened:
     return Opened([str(number) for number in range(width)], lambda: _rows(path, tabs, width))
 
 
-def find_columns(
-    path: Path, opened: Opened, roles: dict[str, tuple[str, ...]], chosen: Columns
-) -> tuple[Columns, str | None]:
+def find_columns(path: Path, opened: Opened, columns: schema.Columns, chosen: Columns) -> tuple[Columns, str | None]:
     """The columns of words and tags (`_places`), unless `data.columns` says otherwise; and what to say of them.
 
     Raises:
         RecipeError: a role that is none, or a column that is not there.
     """
-    width = len(opened.names)
+    width, known = len(opened.names), schema.names_of(columns)
     for role, column in chosen.items():
-        if role not in roles:
-            raise RecipeError(f"data.columns.{role}: no such role", hint=did_you_mean(role, roles))
+        if role not in known:
+            raise RecipeError(f"data.columns.{role}: no such role", hint=did_you_mean(role, known))
         if not isinstance(column, int) or not 0 <= column < width:
             what = f"data.columns.{role}: no column {shorten(column)}"
             raise DataError(what, where=str(path), hint=f"columns have no names here: 0 to {width - 1}")
     usual = _places(opened)
-    found: Columns = {role: column for role, column in usual.items() if role in roles}
+    names = {column.kind: column.name for column in columns if column.kind in usual}
+    found: Columns = {names[kind]: column for kind, column in usual.items() if kind in names}
     found |= chosen
-    said = " and ".join(
-        f"{what} from column {found[role]}" for role, what in (("tokens", "words"), ("label", "tags")) if role in found
-    )
-    plain = width == 2 and usual["tokens"] == 0
+    said = " and ".join(f"{kind} from column {found[name]}" for kind, name in names.items())
+    plain = width == 2 and usual["words"] == 0
     notes = [f"{width} columns: {said}, counted from 0"] if not plain and not chosen else []
-    if "tokens" in found and _have_marks(opened, found["tokens"]):
+    if (words := found.get(names.get("words", ""))) is not None and _have_marks(opened, words):
         what = "a digit stands behind each character and is read as part of the word, but in texts to be asked is none"
         notes.append(rf"{what}: sed -E 's/^(.)[0-9]/\1/' takes it away")
     return found, f"{path}: {'; '.join(notes)}" if notes else None
 
 
-def _places(opened: Opened) -> dict[str, int]:
+def _places(opened: Opened) -> dict[schema.Kind, int]:
     """Words in the first column and tags in the last, but for tags before their words, and for numbers before them."""
     last = len(opened.names) - 1
     some = [raw.values for raw in islice(opened.rows(), 20) if isinstance(raw, RawRow)]
     first = [value for values in some for value in values[0]]
     if last == 1 and _are_tags(first, len(first)) and not any(_are_tags(values[1], len(values[1])) for values in some):
-        return {"tokens": 1, "label": 0}
+        return {"words": 1, "tags": 0}
     numbered = last > 1 and len(first) > 1 and all(_counts(values[0]) for values in some)
-    return {"tokens": 1 if numbered else 0, "label": last}
+    return {"words": 1 if numbered else 0, "tags": last}
 
 
 def _counts(values: Sequence[str]) -> bool:
@@ -121,7 +119,7 @@ def _have_marks(opened: Opened, column: str | int) -> bool:
 
 def named(opened: Opened) -> tuple[list[str | int], Rows]:
     """The columns under names: `tokens` and `tags` where these are."""
-    told = {column: {"tokens": "tokens", "label": "tags"}[role] for role, column in _places(opened).items()}
+    told = {column: {"words": "tokens", "tags": "tags"}[kind] for kind, column in _places(opened).items()}
     names: list[str | int] = [told.get(number, f"column_{number}") for number in range(len(opened.names))]
 
     def rows() -> Iterator[RawRow | BadRow]:

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Collection
 from pathlib import Path
 
+from tunesmith.data.columns import Column
 from tunesmith.data.formats import parallel, plain
 from tunesmith.data.formats.columns import USUAL
 from tunesmith.data.formats.delimited import SAMPLE_CHARS, looks_like_table
@@ -47,7 +48,9 @@ def holds_text(path: Path) -> bool:
     if path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
         return False
     try:
-        return format_of(path, tagged=True) in ("csv", "tsv") and plain.is_plain(path, USUAL)
+        return format_of(path, tagged=True) in ("csv", "tsv") and plain.is_plain(
+            path, [Column(name, "value") for name in USUAL]
+        )
     except DataError:
         return False
 

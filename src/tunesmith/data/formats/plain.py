@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from tunesmith.data.formats.columns import Roles, plain_names
+from tunesmith.data.columns import Columns
+from tunesmith.data.formats.columns import plain_names
 from tunesmith.data.formats.delimited import DELIMITERS, SAMPLE_CHARS, looks_like_table
 from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, lines, open_text, unreadable
 from tunesmith.errors import DataError
@@ -21,8 +22,9 @@ LONGEST_NAME = 100
 """Characters of a column's name, at most: a sentence with `, target, ` in it is no header."""
 
 
-def is_plain(path: Path, roles: Roles) -> bool:
+def is_plain(path: Path, columns: Columns) -> bool:
     """Whether what could be a table is text."""
+    roles = {column.name: column.names for column in columns}
     with open_text(path) as file:
         sample = file.read(SAMPLE_CHARS)
     first = sample.lstrip().partition("\n")[0]

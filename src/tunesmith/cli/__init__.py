@@ -1,0 +1,5 @@
+"""The command line: `tunesmith VERB ...`."""
+
+from tunesmith.cli.app import main
+
+__all__ = ["main"]

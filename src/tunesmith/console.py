@@ -1,0 +1,169 @@
+"""What a run says while it works: plain lines, and a progress bar where a person is watching.
+
+With `--json` all talk goes to stderr, so that stdout holds one JSON object. A notebook gets the same plain lines and,
+below them, one that is written over as the steps go by. A file gets a line now and then.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import shlex
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["Talk", "command", "scores_line"]
+
+REWRITE_S = 0.2
+"""How often a notebook's last line is written anew."""
+
+SILENCE_S = 30.0
+"""How long a run says nothing of its steps where there is no bar."""
+
+PATIENCE_S = 5.0
+"""How long what comes between the steps may take before it is said what that is."""
+
+
+@dataclass
+class Talk:
+    """How much is said, and where. Processes other than the first of a group say nothing."""
+
+    level: int = 0
+    """-1 quiet, 0 normal, 1 verbose."""
+    to_stderr: bool = False
+    console: Console = field(init=False)
+    _warned: set[str] = field(default_factory=set, init=False, repr=False)
+    _line: str = field(default="", init=False, repr=False)
+    _written_s: float = field(default=0.0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        silent = os.environ.get("RANK", "0") not in ("", "0")
+        as_is = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True, "force_jupyter": False}
+        self.console = Console(stderr=self.to_stderr, quiet=silent, **as_is)  # type: ignore[arg-type]
+
+    def say(self, text: str) -> None:
+        """News."""
+        if self.level >= 0:
+            self._print(text)
+
+    def detail(self, text: str) -> None:
+        """News for who asked for more (`-v`)."""
+        if self.level > 0:
+            self._print(text)
+
+    def warn(self, text: str) -> None:
+        """What should not pass unseen, even when quiet; the same once, whatever number of runs it holds for."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self._print(f"warning: {text}", style="yellow")
+
+    @contextmanager
+    def during(self, text: str) -> Iterator[None]:
+        """Say what is going on, if it is not over soon, and that it still is."""
+        over = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(text, over), daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watch.join()
+
+    def _watch(self, text: str, over: threading.Event) -> None:
+        began = time.monotonic()
+        if over.wait(PATIENCE_S):
+            return
+        self.say(text)
+        while not over.wait(SILENCE_S):
+            self.say(f"{text}: {_duration(time.monotonic() - began)} so far")
+
+    def _print(self, text: str, **style: Any) -> None:
+        self._rewrite("")
+        self.console.print(text, **style)
+
+    @contextmanager
+    def progress(
+        self, total: int, done: int = 0, *, of: str = "training", unit: str = "step"
+    ) -> Iterator[Callable[[int, str], None]]:
+        """A bar on a terminal, a line now and then in a file. Call with (units done, text)."""
+        drawn = self.level >= 0 and not self.console.quiet and not os.environ.get("CI")
+        if drawn and self.console.is_terminal and self.console.file.isatty():  # FORCE_COLOR makes a file no terminal
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(f"{unit}s"),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                task = bar.add_task(of, total=total, completed=done)
+                yield lambda completed, text: bar.update(task, completed=completed, description=text)
+        elif drawn and hasattr(builtins, "get_ipython"):  # a notebook
+            try:
+                yield lambda completed, text: self._step(f"{unit} {completed} of {total}  {text}")
+            finally:
+                self._rewrite("")
+        else:
+            yield self._now_and_then(total, done, unit)
+
+    def _now_and_then(self, total: int, done: int, unit: str) -> Callable[[int, str], None]:
+        began = said = time.monotonic()
+
+        def show(completed: int, text: str) -> None:
+            nonlocal said
+            now = time.monotonic()
+            if now - said >= SILENCE_S:
+                left = (now - began) / max(completed - done, 1) * (total - completed)
+                self.say(f"{unit} {completed} of {total}  {text}  {_duration(left)} left")
+                said = now
+
+        return show
+
+    def _step(self, text: str) -> None:
+        if time.monotonic() - self._written_s > REWRITE_S:
+            self._rewrite(text)
+
+    def _rewrite(self, text: str) -> None:
+        """Put `text` in the place of the last line, where that is one to be written over."""
+        if text or self._line:
+            blank = " " * len(self._line)
+            self.console.file.write(f"\r{blank}\r{text}")
+            self.console.file.flush()
+            self._line, self._written_s = text, time.monotonic()
+
+
+def scores_line(scores: dict[str, Any], first: str, before: Mapping[str, Any] | None = None) -> str:
+    """The plain numbers of a score on one line, the one that counts first, each with what it was `before`."""
+    names = sorted((name for name, value in scores.items() if isinstance(value, float)), key=lambda name: name != first)
+    was = {name: f" ({value:.4f} before)" for name, value in (before or {}).items() if isinstance(value, float)}
+    return "  ".join(f"{name} {scores[name]:.4f}{was.get(name, '')}" for name in names)
+
+
+def _duration(seconds: float) -> str:
+    """As one would say it: `40 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def command(*words: object) -> str:
+    """What to type for `tunesmith WORDS`: by its name where PATH finds this very program, else by where it lies."""
+    python = Path(sys.executable)
+    script, found = python.with_name("tunesmith"), shutil.which("tunesmith")
+    program: list[object] = [script] if script.exists() else [python, "-m", "tunesmith"]
+    if found and (not script.exists() or script.samefile(found)):
+        program = ["tunesmith"]
+    elif python.is_relative_to(Path.cwd()):
+        program[0] = Path(str(program[0])).relative_to(Path.cwd())
+    return shlex.join(str(word) for word in (*program, *words))

@@ -1,0 +1,1 @@
+"""Texts: words, tags, conversations, and what a model reads of them."""

@@ -1,0 +1,188 @@
+"""Several runs over one base, merged into one model: weighted sums of what each has learned.
+
+With d_i = W_i - W, what run i has added to the base, and weights a_i:
+
+    linear   W + sum_i a_i d_i                                    (task arithmetic, Ilharco 2023, arXiv 2212.04089)
+    dare     d_i keeps each entry with probability p, divided by p, then as linear      (Yu 2024, arXiv 2311.03099)
+    ties     d_i keeps its largest share p of entries; per entry the sign of sum_i a_i d_i is elected, and the mean of
+             the a_i d_i of that sign, over their weights, is added                     (Yadav 2023, arXiv 2306.01708)
+
+Sums are in fp32 and leave a plain transformers folder; a head, which no base has, is averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith import recipe as recipes
+from tunesmith.deploy import artifact as artefact
+from tunesmith.deploy import card, predict
+from tunesmith.errors import RecipeError, UserError, counted
+from tunesmith.models import added_tokens, sources
+from tunesmith.models import load as models
+from tunesmith.storage import files
+from tunesmith.storage.run_folder import claim, clear
+from tunesmith.storage.run_lock import RunLock
+from tunesmith.techniques import Technique
+from tunesmith.training.task_model import load_task_model
+
+Method = Literal["linear", "ties", "dare"]
+DENSITY = {"linear": 1.0, "ties": 0.2, "dare": 0.5}
+"""What share of entries is kept: TIES' own 20 %; of DARE half, which its paper finds harmless for what LoRA adds."""
+
+
+@torch.no_grad()
+def merge(
+    runs: Sequence[str | Path],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    method: Method = "linear",
+    density: float | None = None,
+    seed: int = 0,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a run folder whose `model/` is the merged one; it can be evaluated, asked, and trained on like any other.
+    Of a run alone, what it has learned is merged into its base.
+
+    `weights` default to equal shares that add up to 1; `density` is p of the formula.
+
+    Raises:
+        UserError: runs that differ in base, task or classes; as many weights as runs are needed.
+        RecipeError: a run is not finished, or by a technique that cannot be merged.
+    """
+    shares = list(weights) if weights is not None else [1 / len(runs)] * len(runs)
+    if len(shares) != len(runs):
+        raise UserError(f"--weights: {len(shares)} for {counted(len(runs), 'run')}", hint="give one for each run")
+    if not all(map(math.isfinite, shares)) or sum(shares) == 0:
+        hint = "give finite ones whose sum is not 0: heads are averaged by them"
+        raise UserError(f"--weights: {', '.join(f'{share:g}' for share in shares)}", hint=hint)
+    kept = DENSITY[method] if density is None else density
+    if not 0 < kept <= 1 or (method == "linear" and kept != 1):
+        raise UserError(f"--density: {kept:g}", hint="above 0 and at most 1, for ties and dare")
+    if Path(output).resolve() in [Path(run).resolve() for run in runs]:
+        raise UserError("--output: it is one of the runs to be merged", where=str(output), hint="name another folder")
+    if not overwrite and Path(output).exists() and any(Path(output).iterdir()):
+        hint = "--overwrite replaces a run, --output DIR puts the new one elsewhere"
+        raise UserError("--output: the folder is not empty", where=str(output), hint=hint)
+    folders = [Path(run) for run in runs]
+    parts = [_merged(folder, offline, allow_pickle, exact=True) for folder in folders]
+    first, source = parts[0]
+    _check_alike(folders, parts)
+    base, anatomy = _base(first, source)
+    start = {name: parameter.float() for name, parameter in base.named_parameters()}
+    changed: dict[str, list[Tensor]] = {}
+    for tuned, _ in parts:
+        state = dict(tuned.model.named_parameters())
+        for name, before in start.items():
+            changed.setdefault(name, []).append(state[name].float() - before)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in base.named_parameters():
+        if name in anatomy.always_trainable:
+            total = sum(shares)
+            added = sum(a / total * d for a, d in zip(shares, changed[name], strict=True))
+        else:
+            added = combine(changed[name], shares, method, kept, generator)
+        parameter.copy_(start[name] + added)
+    how = {"runs": [str(folder) for folder in folders], "weights": shares, "method": method, "density": kept}
+    about = json.loads((folders[0] / "run.json").read_text(encoding="utf-8"))
+    about = {key: about[key] for key in ("model", "data")} | {"merged": how | {"seed": seed}}
+    _write(Path(output), base, first, about, overwrite)
+    return {"run": str(output), **how}
+
+
+def combine(
+    changes: Sequence[Tensor], shares: Sequence[float], method: Method, density: float, generator: torch.Generator
+) -> Tensor:
+    """What is added to one parameter of the base."""
+    if method == "dare":
+        drawn = [torch.rand(change.shape, generator=generator) < density for change in changes]
+        changes = [change * keep / density for change, keep in zip(changes, drawn, strict=True)]
+    if method != "ties":
+        return sum((a * change for a, change in zip(shares, changes, strict=True)), torch.zeros_like(changes[0]))
+    trimmed = torch.stack([a * _largest(change, density) for a, change in zip(shares, changes, strict=True)])
+    elected = trimmed.sum(0).sign()
+    agree = (trimmed.sign() == elected) & (trimmed != 0)
+    share = torch.tensor(shares).view(-1, *[1] * changes[0].ndim).abs()
+    return (trimmed * agree).sum(0) / (share * agree).sum(0).clamp_min(1e-12)
+
+
+def _largest(change: Tensor, density: float) -> Tensor:
+    """The largest share of its entries, the others zero."""
+    count = max(1, round(density * change.numel()))
+    kept = change.flatten().abs().topk(count).indices
+    found = torch.zeros(change.numel(), dtype=change.dtype)
+    found[kept] = change.flatten()[kept]
+    return found.view_as(change)
+
+
+def fold(run: Path, *, offline: bool = False, allow_pickle: bool = False) -> None:
+    """Write `model/` of a run that has an adapter, so that others can start from it.
+
+    Raises:
+        RecipeError: its technique cannot be merged.
+    """
+    tuned, source = _merged(run, offline, allow_pickle)
+    unused = models.unused_parts(source, tuned.model, tuned.anatomy.unused)
+    artefact.save(run / "model", tuned.model, tuned.processor, unused)
+
+
+def _merged(
+    folder: Path, offline: bool, allow_pickle: bool = False, *, exact: bool = False
+) -> tuple[predict.Tuned, sources.Source]:
+    """A run's model with everything folded in, on the CPU, and where its base is from; `exact`: in fp32, however it is
+    stored.
+    """
+    tuned = predict.load(folder, device="cpu", offline=offline, allow_pickle=allow_pickle, to_merge=True)
+    technique = tuned.recipe.technique
+    assert isinstance(technique, Technique)
+    source = sources.resolve(tuned.recipe.model, offline=offline, allow_pickle=allow_pickle)
+    if exact:
+        tuned.model.float()
+    if (folder / "adapter").exists():
+        try:
+            technique.merge(tuned.model)
+        except RecipeError as error:
+            raise RecipeError(str(error), where=str(folder)) from error
+    added_tokens.fold(tuned.model)
+    return tuned, source
+
+
+def _check_alike(folders: Sequence[Path], parts: Sequence[tuple[predict.Tuned, sources.Source]]) -> None:
+    (first, base), *others = parts
+    for folder, (tuned, source) in zip(folders[1:], others, strict=True):
+        if models.base_hash(source) != models.base_hash(base):
+            raise UserError(f"{source.spec} is another base than {base.spec}", where=str(folder))
+        if _made_for(tuned) != _made_for(first):
+            hint = "merge runs of the same task with the same classes and tokens"
+            raise UserError(f"its task, classes or tokens are not those of {folders[0]}", where=str(folder), hint=hint)
+
+
+def _made_for(tuned: predict.Tuned) -> tuple[str, dict[str, Any], list[str]]:
+    return tuned.task.name, tuned.task.head_config(), list(tuned.task.added_tokens)
+
+
+def _base(first: predict.Tuned, source: sources.Source) -> tuple[nn.Module, Any]:
+    model, anatomy = load_task_model(first.task, source, first.processor, first.recipe.train.seed)
+    added_tokens.fold(model)
+    return model, anatomy
+
+
+def _write(output: Path, model: nn.Module, first: predict.Tuned, about: dict[str, Any], overwrite: bool) -> None:
+    with RunLock(output):
+        claim(output, resume=False, overwrite=overwrite)
+        clear(output)
+        artefact.save(output / "model", model, first.processor)
+        files.atomic_write(output / "recipe.yaml", recipes.to_yaml(first.recipe.dump() | {"output": str(output)}))
+        done = {"outcome": "done", "run": str(output), "task": first.task.name, "technique": "merge", "metrics": {}}
+        files.atomic_write(output / "run.json", json.dumps(done | about, indent=1, ensure_ascii=False) + "\n")
+        card.write(output)

@@ -1,0 +1,1 @@
+"""Looks at data before a run does."""

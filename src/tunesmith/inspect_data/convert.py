@@ -1,0 +1,165 @@
+"""One format into another: `tunesmith data convert reviews.csv reviews.jsonl`.
+
+Sentences with their entities are written in two ways: as words with a tag each (what CoNLL holds), or as a text with
+spans of its characters. Either is made from the other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunesmith import registry
+from tunesmith.data.formats import read_raw, read_table
+from tunesmith.data.formats.json_values import list_in
+from tunesmith.data.formats.raw import BadRow, RawRow, Rows
+from tunesmith.data.formats.write import WRITERS, format_by_name, write_table
+from tunesmith.data.text.spans import read_tags, words_of
+from tunesmith.data.text.tags import TagSet
+from tunesmith.errors import DataError, RecipeError, did_you_mean
+from tunesmith.storage.files import disk_error
+from tunesmith.tasks import Task
+
+Values = dict[str, Any]
+
+
+def convert(
+    source: str | Path,
+    output: Path,
+    *,
+    to: str | None = None,
+    header: bool | None = None,
+    skip: bool = False,
+    spans: bool = False,
+) -> dict[str, Any]:
+    """Rows written, columns, what was skipped and which columns were `left_out`. `header`: whether the first line names
+    the columns (default: seen). `spans`: entities as spans of a text instead of a tag for each word.
+
+    Columns without a name are called `column_0` and so on. A row that cannot be read stops it, unless `skip`.
+
+    Raises:
+        RecipeError: no such format, or there is a file already.
+        DataError: the source or a row of it cannot be read, or the format cannot hold it.
+    """
+    kind = to or format_by_name(output)
+    if kind not in WRITERS:
+        raise RecipeError(f"--to: no format {kind}", hint=did_you_mean(kind, WRITERS))
+    if spans and kind == "conll":
+        raise RecipeError("--spans: CoNLL holds a tag for each word", hint="write jsonl, or leave it out")
+    if output.exists():
+        raise RecipeError("there is a file already, and it is not overwritten", where=str(output), hint="name another")
+    if not output.absolute().parent.is_dir():
+        raise RecipeError("there is no such folder", where=str(output.parent), hint="make it first")
+    read = _entities(Path(source), spans) if spans or kind == "conll" else _as_it_stands(Path(source), header)
+    skipped, count = Counter[str](), 0
+
+    def rows() -> Iterator[tuple[str, Values]]:
+        nonlocal count
+        skipped.clear()
+        count = 0
+        for raw in read.rows():
+            place, bad = f"{Path(source, raw.file)}:{raw.line}", raw
+            if isinstance(raw, RawRow):
+                try:
+                    values = read.values(raw)
+                except DataError as error:
+                    bad = BadRow(raw.line, error.what, error.hint, "unusable tags", raw.file)
+                else:
+                    count += 1
+                    yield place, values
+                    continue
+            assert isinstance(bad, BadRow), "a good one is written"
+            if not skip:
+                raise DataError(bad.what, where=place, hint=f"{bad.hint or 'mend it'}, or --skip-bad-rows")
+            skipped[bad.reason] += 1
+
+    writing = output.with_name(f".tmp-{os.getpid()}-{output.name}")
+    try:
+        write_table(writing, kind, read.names, rows)
+        output.open("x").close()  # unlike a rename it fails where there is a file by now
+        writing.replace(output)
+    except FileExistsError:
+        raise RecipeError("there is a file by now, and it is not overwritten", where=str(output)) from None
+    except DataError as error:
+        raise DataError(error.what, where=error.where or str(source), hint=error.hint) from None
+    except OSError as error:
+        raise disk_error(error, output) from error
+    finally:
+        writing.unlink(missing_ok=True)
+    about = {"input": str(source), "output": str(output), "format": kind, "rows": count}
+    return about | {"columns": list(read.names), "left_out": read.left_out, "skipped": dict(skipped)}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Names of what is written, a reader of rows, and what is written of one."""
+
+    names: Sequence[str]
+    rows: Rows
+    values: Callable[[RawRow], Values]
+    left_out: list[str] = field(default_factory=list)
+
+
+def _as_it_stands(path: Path, header: bool | None) -> _Source:
+    columns, rows = read_raw(path, header)
+    names = {column: _name(column) for column in columns}
+    lists = _of_lists(rows)
+
+    def values(raw: RawRow) -> Values:
+        found = {**raw.values, **{column: list_in(raw.values.get(column)) for column in lists}}
+        return {names[column]: value for column, value in found.items()}
+
+    return _Source(list(names.values()), rows, values)
+
+
+def _entities(path: Path, spans: bool) -> _Source:
+    """Sentences with their entities, however these are written; other columns as far as they go with that: beside tags
+    those that have a value for each word, beside a text those that have one for all of it.
+    """
+    task = registry.get("task", "token-classification")
+    assert isinstance(task, type) and issubclass(task, Task)
+    try:
+        table = read_table(path, task().columns)
+    except DataError as error:
+        hint = "words with their tags are wanted (tokens, tags), or a text with spans"
+        raise DataError(error.what, where=error.where, hint=hint) from None
+    first = next((raw for raw in table.raw_rows() if isinstance(raw, RawRow)), RawRow(1, {}))
+    others = [column for column in first.values if column not in table.columns.values()]
+    kept = [column for column in others if isinstance(list_in(first.values[column]), list) != spans]
+    own = ("text", "spans") if spans else ("tokens", "tags")
+
+    def values(raw: RawRow) -> Values:
+        row = table.judge(raw)
+        if isinstance(row, BadRow):
+            raise DataError(row.what, hint=row.hint)
+        sentence, tags = words_of(row), read_tags(row, None)
+        found: Values = {_name(column): list_in(raw.values.get(column)) for column in kept}
+        if not spans:
+            return {own[0]: sentence.words, **found, own[1]: list(tags)}
+        marked = [
+            {"start": sentence.offsets[begin][0], "end": sentence.offsets[end - 1][1], "label": label}
+            for begin, end, label in TagSet(sorted(set(tags))).spans(tags)
+        ]
+        return {own[0]: sentence.text, own[1]: marked, **found}
+
+    names = [_name(column) for column in kept]
+    ordered = [*own, *names] if spans else [own[0], *names, own[1]]
+    return _Source(ordered, table.raw_rows, values, [_name(column) for column in others if column not in kept])
+
+
+def _name(column: str | int) -> str:
+    return f"column_{column}" if isinstance(column, int) else column
+
+
+def _of_lists(rows: Rows) -> list[Any]:
+    """The columns whose cells are lists or objects written as JSON, as they stand in a table of texts."""
+    found: dict[Any, bool] = {}
+    for raw in rows():
+        for column, value in raw.values.items() if isinstance(raw, RawRow) else ():
+            if value and found.get(column, True):
+                found[column] = isinstance(value, str) and not isinstance(list_in(value), str)
+    return [column for column, is_list in found.items() if is_list]

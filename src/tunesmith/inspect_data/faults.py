@@ -1,0 +1,117 @@
+"""Faults that a look at data finds: in the cells of its columns, its classes, its texts and their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.columns import Columns
+from tunesmith.data.findings import Fault, Level
+from tunesmith.data.formats import Row
+from tunesmith.data.formats.raw import BadRow, RawRow
+from tunesmith.data.text.private import private
+from tunesmith.errors import shorten
+from tunesmith.inspect_data.files import Column, File, shown
+from tunesmith.tasks import Inspection
+
+IMBALANCE = 10
+"""A class this many times as frequent as another is worth a word."""
+FEW = 5
+"""Rows of a class that are too few to learn it and to score it."""
+MAX_UNKNOWN = 0.05
+"""Share of unknown tokens from which on a model does not fit a language."""
+
+
+class Fields:
+    """What the columns of a file hold: empty cells, and columns that say the same in every row."""
+
+    def __init__(self, file: File) -> None:
+        self.file, self.rows = file, 0
+        self.first: dict[Column, Any] = {}
+        self.varies: set[Column] = set()
+        self.empty: dict[Column, list[int]] = {name: [] for name in file.names}
+
+    def take(self, raw: RawRow | BadRow) -> None:
+        """One row more."""
+        if isinstance(raw, BadRow):
+            return
+        self.rows += 1
+        for name, lines in self.empty.items():
+            value = raw.values.get(name)
+            if value is None or value != value or (isinstance(value, str) and not value.strip()):
+                lines.append(raw.line)
+            if name not in self.varies and self.first.setdefault(name, value) != value:
+                self.varies.add(name)
+
+    def faults(self) -> Iterator[Fault]:
+        """Empty and constant fields; where one that the task needs is empty, the row is a bad one already."""
+        path, roles = self.file.path, set(self.file.columns.values())
+        for name, lines in self.empty.items() if self.rows > 1 else ():
+            title = f"column {name}" if isinstance(name, int) else shorten(name, 40)[1:-1]
+            if len(lines) == self.rows:
+                yield Fault("empty-field", f"{title} is empty in every row", str(path), "", "remove the column")
+            elif name not in self.varies:
+                what = f"{title} says the same in every row"
+                fix = "is it the right column?" if name in roles else "remove the column: nothing is learned from it"
+                yield Fault("constant-field", what, str(path), self.first.get(name), fix)
+            elif name not in roles:
+                what, fix = f"{title} is empty in some rows of {self.file.name}", "fill it in, if it is to be used"
+                yield from (Fault("empty-field", what, f"{path}:{line}", "", fix) for line in lines)
+
+
+def private_faults(row: Row, columns: Columns) -> Iterator[Fault]:
+    """What identifies a person, one fault for each find, masked."""
+    fix = "put another in its place: a model can give back what it was trained on"
+    for kind, value in private(shown(row, columns)):
+        yield Fault("private", f"{kind} in a text", row.place, value, fix)
+
+
+def class_faults(files: Sequence[File]) -> Iterator[Fault]:
+    """Classes of train that are rare beside others, or have too few rows."""
+    train = files[0]
+    ordered = train.classes.most_common()
+    (most, high), (least, low) = ordered[0], ordered[-1]
+    if high >= IMBALANCE * low:
+        what = f"the largest class has {high / low:.0f} times the rows of the smallest"
+        value, fix = f"{most}: {high}, {least}: {low}", "data.class_weights=balanced, and look at f1_macro"
+        yield Fault("imbalance", what, str(train.path), value, fix)
+    for name, count in ordered:
+        if count < FEW:
+            what, fix = f"a class has fewer than {FEW} rows in train", "add rows, or join it with another class"
+            yield Fault("rare-class", what, str(train.path), f"{name}: {count}", fix)
+
+
+def unknown_labels(file: File, known: set[str], rows: Iterator[tuple[str, Any]], level: Level) -> Iterator[Fault]:
+    """Labels that train does not have; `rows` are (place, target)."""
+    fix = "mend it, remove the row, or add such rows to train"
+    for place, target in rows:
+        unknown = {target} - known if isinstance(target, str) else set(target) - known
+        if unknown:
+            what = f"a label of {file.name} is not in train"
+            yield Fault("unknown-label", what, place, ", ".join(sorted(unknown)), fix, level)
+
+
+def size_faults(file: File, rows: Sequence[Row], measured: Inspection, unit: str) -> Iterator[Fault]:
+    """Rows larger than is read, and too many unknown tokens; the file's lengths are then in this unit."""
+    sizes, limit = np.array(measured.sizes), measured.limit
+    share = sum(measured.unknown) / max(int(sizes.sum()), 1)
+    file.lengths = {"unit": unit, **spread(sizes), "limit": limit, "rows": len(rows), "unknown": round(share, 6)}
+    fix = f"raise {measured.limit_key}, or shorten it: the rest is cut off"
+    for row, size in zip(rows, measured.sizes, strict=True):
+        if limit is not None and size > limit:
+            what = f"a row of {file.name} is longer than the {limit} {unit} that are read"
+            yield Fault("too-long", what, row.place, f"{size:,} {unit}: {shown(row, file.schema)}", fix)
+    if share > MAX_UNKNOWN:
+        worst = rows[int(np.argmax(np.array(measured.unknown) / np.maximum(sizes, 1)))]
+        what = f"{share:.0%} of the {unit} of {file.name} are unknown to this model"
+        value = shown(worst, file.schema)
+        yield Fault("unknown-tokens", what, worst.place, value, "another model may fit the language")
+
+
+def spread(lengths: NDArray[np.int64]) -> dict[str, Any]:
+    """Median, 95th percentile and maximum."""
+    median, high = np.percentile(lengths, (50, 95)).tolist()
+    return {"median": round(median, 1), "p95": round(high, 1), "longest": int(lengths.max())}

@@ -1,0 +1,292 @@
+"""What `data check` and `data show` are pointed at: a file, a folder or a recipe, as files with readers of rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tunesmith import recipe as recipes
+from tunesmith import registry
+from tunesmith.data import columns as schema
+from tunesmith.data.columns import inputs_of, reads_plain_text, translates
+from tunesmith.data.formats import Row, files_of, find_splits, holds_text, is_folder, read_raw
+from tunesmith.data.formats.folders import data_files, files_in, no_train
+from tunesmith.data.formats.parallel import sides_of
+from tunesmith.data.formats.plain import texts_in
+from tunesmith.data.formats.raw import BadRow, RawRow, Rows
+from tunesmith.data.formats.recognise import format_of
+from tunesmith.data.text.conversations import said
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.models import sources
+from tunesmith.recipe import Data, Recipe, Stages
+from tunesmith.run.record import STAGES
+from tunesmith.tasks import Task
+from tunesmith.training import examples
+
+SAMPLE = 1000
+Column = str | int
+
+
+@dataclass
+class File:
+    """One file, read as a split; a row is a good one if it has what the task needs."""
+
+    name: str
+    path: Path
+    names: Sequence[Column]
+    raw_rows: Rows
+    judge: Callable[[RawRow | BadRow], Row | BadRow]
+    columns: dict[str, Column]
+    schema: schema.Columns
+    """The columns of the task, or those that rows without a task have."""
+    limit: int | None
+    note: str | None = None
+    named: Path | None = None
+    """As a recipe names it, where `path` shows more: both files of a pair."""
+    rows: int = 0
+    bad_rows: int = 0
+    classes: Counter[str] = field(default_factory=Counter)
+    lengths: dict[str, Any] = field(default_factory=dict)
+    drawn: dict[str, int] = field(default_factory=dict)
+    """Rows of the splits that the recipe draws from this file."""
+
+    def good_rows(self) -> Iterator[Row]:
+        """The rows that a run would read."""
+        judged = (self.judge(raw) for raw in self.raw_rows())
+        return islice((row for row in judged if isinstance(row, Row)), self.limit)
+
+    def dump(self) -> dict[str, Any]:
+        """What is in it, as plain values."""
+        about = {"file": str(self.path), "rows": self.rows, "bad_rows": self.bad_rows, "columns": self.columns}
+        about |= {"classes": dict(self.classes.most_common()), "lengths": self.lengths}
+        return about | ({"drawn": self.drawn} if self.drawn else {})
+
+
+class Asked(NamedTuple):
+    """What is to be looked at: the recipe that is meant, whether its task is a guess, and the model, if one is named;
+    `note` says what else there is.
+    """
+
+    recipe: Recipe
+    guess: bool
+    model: str | None
+    note: str = ""
+
+
+def asked(target: str | None, overrides: Sequence[str], model: str | None, stage: int | None = None) -> Asked:
+    """What is meant by data, a recipe or a run, and words of the command line; of stages the last, or `stage` from 1.
+
+    Raises:
+        RecipeError: a recipe that cannot be meant, or no such stage.
+    """
+    kept = (Path(target or "") / name for name in (STAGES, "recipe.yaml"))
+    target = next((str(path) for path in kept if target and path.exists()), target)
+    if target is None or target.lower().endswith((".yaml", ".yml")):
+        if (stages := recipes.load_stages(target, overrides)) is not None:
+            found = _of_stages(stages, stage)
+            return found if model is None else found._replace(model=model)
+        _refuse_stage(stage)
+        recipe = recipes.load(target, overrides)
+        return Asked(recipe, False, model or recipe.model)
+    _refuse_stage(stage)
+    given = {"task": "text-classification", "model": "none", "data": {"train": target, "validation": None}}
+    recipe = recipes.load(None, overrides, given)
+    guess = not any(word.startswith(("task=", "task.")) for word in overrides)
+    return Asked(recipe, guess, model or (recipe.model if recipe.model != "none" else None))
+
+
+def _refuse_stage(stage: int | None) -> None:
+    if stage is not None:
+        raise RecipeError("--stage: there are no stages here", hint="leave it out")
+
+
+def _of_stages(stages: Stages, stage: int | None) -> Asked:
+    """One of them; its model is the run before it if that is there already, else what that begins with."""
+    count = len(stages.recipes)
+    number = stage or count
+    if number > count:
+        raise RecipeError(f"--stage: there is no stage {number}", hint=f"1 to {count}")
+    chosen = base = number - 1
+    while base and stages.recipes[base].model == stages.recipes[base - 1].output and not _is_there(stages, base):
+        base -= 1
+    recipe = stages.recipes[chosen]
+    note = f"stage {number} of {count}, {recipe.task.name}, is looked at; --stage N names another"
+    return Asked(recipe, False, stages.recipes[base].model, note if count > 1 else "")
+
+
+def _is_there(stages: Stages, number: int) -> bool:
+    return (Path(stages.recipes[number].model) / "run.json").exists()
+
+
+def source_of(spec: str, *, offline: bool, allow_pickle: bool) -> sources.Source:
+    """Where tokenizer and shape of a model are: of a run that left an adapter in its `base/`."""
+    base = Path(spec).expanduser() / "base"
+    if (base / "config.json").exists():
+        return sources.Source(spec, "run", base)
+    return sources.resolve(spec, offline=offline, allow_pickle=allow_pickle)
+
+
+def find_files(data: Data, task: Task, *, guess: bool = False) -> tuple[Data, dict[str, Path], bool]:
+    """The data keys with the files filled in; name -> file, train first; and whether these are splits of one whole.
+    With a `guess` at the task, files of two languages are one too.
+
+    Raises:
+        DataError: there is no such file or folder, or nothing in it that can be read.
+    """
+    if data.train is None:
+        raise RecipeError("data.train: missing", hint="name a file, a folder or a recipe")
+    named, pairs = {"train": Path(data.train)}, guess or translates(task.columns)
+    plain = reads_plain_text(task.columns)
+    of_texts = is_folder(data.train) and (holds_text(Path(data.train)) if guess else plain)
+    if is_folder(data.train) and not (named := find_splits(data.train, pairs=pairs)):
+        files = data_files(data.train)
+        if of_texts and texts_in(Path(data.train)):
+            files = [Path(data.train)]
+        if not files:
+            raise no_train(data.train)
+        if len(files) > 1:
+            return data, {path.name: path for path in files}, False
+        named = {"train": files[0]}
+        data = data.model_copy(update={"train": str(files[0])})
+    for name, value in (("validation", data.validation), ("test", data.test)):
+        if isinstance(value, str):
+            named[name] = Path(value)
+    return data, {name: named[name] for name in ("train", "validation", "test") if name in named}, True
+
+
+def left_out(folder: Path, named: Mapping[str, Path]) -> list[str]:
+    """The files of a folder that are not among those that are read."""
+    read = {file for path in named.values() for file in files_of(path)}
+    return [path.name for path in files_in(folder) if path not in read]
+
+
+def fits(task: Task, path: Path, data: Data) -> DataError | None:
+    """Why a file has not what a task needs."""
+    try:
+        examples.open_split(path, task, data)
+    except DataError as error:
+        return error
+    return None
+
+
+def guessed_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataError | None]:
+    """A task that the file has all for: the given one, translation of files of two languages, fill-mask of raw text,
+    text-generation of conversations, token-classification; else why not the given one.
+
+    Words with tags, one a line, are a table of texts and classes too: what looks so is taken for sentences first.
+    """
+    if data.columns:
+        return task, None
+    if not path.exists() and len(sides := list(sides_of(path))) == 2:
+        keys = dict(zip(("source_lang", "target_lang"), sides, strict=True))
+        return registry.get("task", "translation")(**keys), None  # type: ignore[return-value]
+    if holds_text(path):
+        return registry.get("task", "fill-mask")(), None  # type: ignore[return-value]
+    tagged = registry.get("task", "token-classification")()
+    assert isinstance(tagged, Task)
+    misfit = fits(task, path, data)
+    if misfit is not None and _holds_conversations(path, data):
+        return registry.get("task", "text-generation")(), None  # type: ignore[return-value]
+    first_tagged = misfit is not None or format_of(path, tagged=True) == "conll"
+    if first_tagged and fits(tagged, path, data) is None:
+        return tagged, None
+    return (task, None) if misfit is None else (None, misfit)
+
+
+def _holds_conversations(path: Path, data: Data) -> bool:
+    """Whether a file has columns for messages, or for questions and answers."""
+    chats = registry.get("task", "text-generation")()
+    assert isinstance(chats, Task)
+    try:
+        found = examples.open_split(path, chats, data).table.columns.keys()
+    except DataError:
+        return False
+    return "messages" in found or {"prompt", "answer"} <= found or {"prompt", "instances"} <= found
+
+
+def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
+    """A file as rows of a task; without one, as rows of which nobody has said what they are for.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if task is None:
+        return _open_whole(name, path, data)
+    table = examples.open_split(path, task, data).table
+    names: Sequence[Column] = list(table.columns.values())
+    if table.format not in ("text", "conll", "parallel"):
+        names, _ = read_raw(path, header=all(isinstance(column, str) for column in names))
+    return File(
+        name,
+        table.shown,
+        names,
+        table.raw_rows,
+        table.judge,
+        dict(table.columns),
+        task.columns,
+        data.limit,
+        table.note,
+        path,
+    )
+
+
+WHOLE = (schema.Column("text", "text", required=False), schema.Column("rest", "value", required=False))
+"""The columns of rows without a task."""
+
+
+def _open_whole(name: str, path: Path, data: Data) -> File:
+    names, rows = read_raw(path)
+    words = _columns_of_words(rows)
+    return File(name, path, names, rows, lambda raw: _whole(path, raw, words), {}, WHOLE, data.limit)
+
+
+def _columns_of_words(rows: Rows) -> frozenset[Column]:
+    """Columns that hold texts: of some length, and most of them different."""
+    sample = [raw.values for raw in islice(rows(), SAMPLE) if isinstance(raw, RawRow)]
+    found = set()
+    for name in {name for values in sample for name in values}:
+        texts = [_words(values[name]) for values in sample if values.get(name)]
+        long_enough = sum(map(len, texts)) >= 4 * len(texts)
+        if long_enough and len(set(texts)) >= 0.2 * len(texts) and not all(text.isdigit() for text in texts):
+            found.add(name)
+    return frozenset(found)
+
+
+def _words(value: object) -> str:
+    return str(value) if isinstance(value, str | list | dict) else ""
+
+
+def _whole(path: Path, raw: RawRow | BadRow, words: frozenset[Column]) -> Row | BadRow:
+    """A row of which nobody has said what it is for: its words are the text, all else is `rest`."""
+    if isinstance(raw, BadRow):
+        return raw
+    text = "\n".join(found for name, value in raw.values.items() if name in words and (found := _words(value)))
+    rest = " | ".join(str(value) for name, value in raw.values.items() if name not in words and value is not None)
+    if not text.strip() and not rest.strip(" |"):
+        return BadRow(raw.line, "holds nothing", "remove the row", "a row without a value")
+    return Row(f"{path}:{raw.line}", {role: value for role, value in (("text", text), ("rest", rest)) if value})
+
+
+def texts(row: Row, columns: schema.Columns) -> list[str]:
+    """The inputs of a row as texts, as a model reads them."""
+    words = schema.of_kind(columns, "words")
+    if words is not None and isinstance(given := row.values.get(words.name), list):
+        return [" ".join(map(str, given))]
+    if schema.of_kind(columns, "messages") is not None and (everything := said(row)) is not None:
+        return [everything]
+    named = (column.name for column in inputs_of(columns) if column.kind == "text")
+    return [str(row.values[name]) for name in named if name in row.values]
+
+
+def text(row: Row, columns: schema.Columns) -> str:
+    """The same as one text."""
+    return "\n".join(texts(row, columns))
+
+
+def shown(row: Row, columns: schema.Columns) -> str:
+    """The same, or whatever else is in the row, for a person to see."""
+    return text(row, columns) or " | ".join(str(value) for value in row.values.values())

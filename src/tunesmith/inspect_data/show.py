@@ -1,0 +1,140 @@
+"""What a model sees of a row, token by token, and what of it carries loss: `tunesmith data show PATH|RECIPE`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment
+
+from tunesmith.data.batches import Ragged, collate
+from tunesmith.data.encoded import Fields, encode_in_memory
+from tunesmith.data.formats import Row
+from tunesmith.data.preview import Preview
+from tunesmith.data.text.augment import Augmenter, texts_of
+from tunesmith.deploy.back_translation import translated_back
+from tunesmith.errors import CONTROL, RecipeError, counted
+from tunesmith.inspect_data.files import asked, find_files, guessed_task, source_of
+from tunesmith.models import load as models
+from tunesmith.models import sources
+from tunesmith.run.prepare import max_length
+from tunesmith.tasks import BoundTask, Task
+from tunesmith.techniques import Technique
+from tunesmith.training import examples
+
+EPOCHS = 3
+
+_PAGE = Path(__file__).with_name("show.html.jinja")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One row as it is encoded."""
+
+    place: str
+    preview: Preview
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"place": self.place, **self.preview.dump()}
+
+
+def show(
+    target: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    split: str = "train",
+    rows: int = 5,
+    row: int | None = None,
+    augmented: bool = False,
+    stage: int | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+) -> list[Shown]:
+    """The first `rows` of a split, or the one numbered `row` (from 1), as they are encoded for a run.
+
+    With `augmented` each row is followed by what `data.augment` makes of it in the first EPOCHS epochs.
+
+    Raises:
+        RecipeError: no model is named, or there is no such split or row.
+        DataError: the data cannot be read.
+    """
+    recipe, guess, spec, _ = asked(target, overrides, model, stage)
+    if spec is None:
+        raise RecipeError("a model is needed: its tokenizer says what it sees", hint="--model NAME, or name a recipe")
+    assert isinstance(recipe.task, Task) and isinstance(recipe.technique, Technique)
+    data, named, _ = find_files(recipe.data, recipe.task, guess=guess)
+    wanted = guessed_task(recipe.task, next(iter(named.values())), data)[0] if guess else None
+    read = examples.read(wanted or recipe.task, data, recipe.train.seed)
+    if split not in read.splits:
+        raise RecipeError(
+            f"there is no {split} split", where="--split", hint=f"there is {', '.join(sorted(read.splits))}"
+        )
+    source = source_of(spec, offline=offline, allow_pickle=allow_pickle)
+    task = read.task
+    processor = models.load_processor(source, task.auto_class, task.added_tokens, kind=task.processor)
+    shape = models.load_shape(source, task.auto_class, processor)
+    longest = max_length(read.data.max_length, shape, processor, recipe.technique, task)
+    data = read.data.model_copy(update={"max_length": longest})
+    bound = task.bind(processor, shape.config, data, recipe.train.label_smoothing)
+    first = 0 if row is None else row - 1
+    chunks = bound.chunks(read.splits[split].rows())
+    numbered = list(islice(enumerate(chunks), first, first + (rows if row is None else 1)))
+    if row is not None and not numbered:
+        raise RecipeError(
+            f"--row: {split} has no row {row}", hint=f"it is made of {counted(read.rows[split], 'row')} of data"
+        )
+    seed = recipe.train.seed
+    if not augmented:
+        return encoded(numbered, bound, seed if split == "train" else 0)
+    if not data.augment or split != "train":
+        what = "only train is changed" if data.augment else "data.augment is not given"
+        raise RecipeError(f"--augmented: {what}", hint="data.augment='[{name: word-dropout, probability: 0.1}]'")
+    examples.check_changeable(read)
+    texts = texts_of((one for _, one in numbered), task.columns)
+    kept = sources.cache_home() / "translated-back"
+    otherwise = translated_back(texts, data.augment, kept, offline=offline, say=lambda _: None)
+    augmenter = Augmenter.of(data.augment, seed, task.columns, otherwise)
+    changed = []
+    for index, one in numbered:
+        changed.append((index, one))
+        for epoch in range(EPOCHS):
+            values = augmenter.row(one, epoch, index).values
+            changed.append((index, Row(f"{one.place} in epoch {epoch + 1}", values)))
+    return encoded(changed, bound, seed)
+
+
+def encoded(rows: Sequence[tuple[int, Row]], bound: BoundTask, seed: int) -> list[Shown]:
+    """Rows and their numbers as they are after encoding, with what is drawn in the first epoch."""
+    fields = bound.encode([row for _, row in rows])
+    return [
+        Shown(row.place, bound.preview(_transformed(index, one, bound, seed)))
+        for (index, row), one in zip(rows, fields, strict=True)
+    ]
+
+
+def _transformed(index: int, fields: Fields, bound: BoundTask, seed: int) -> Fields:
+    """The fields of one example after `BoundTask.transform`."""
+    if bound.deterministic_inputs:
+        return fields
+    batch = collate(encode_in_memory([fields], lambda rows: rows), np.zeros(1, dtype=np.int64))
+    batch = bound.transform(batch, np.array([index]), seed)
+    return {
+        name: value.values.tolist() if isinstance(value, Ragged) else value[0].tolist()
+        for name, value in batch.fields.items()
+    }
+
+
+def page(rows: Sequence[Shown], title: str) -> str:
+    """The same as one static page of HTML, without scripts."""
+
+    def printable(value: object) -> object:
+        return CONTROL.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
+
+    template = Environment(autoescape=True, finalize=printable).from_string(_PAGE.read_text(encoding="utf-8"))
+    return template.render(rows=rows, title=title)

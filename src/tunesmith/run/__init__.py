@@ -1,0 +1,1 @@
+"""One run: its story, what it needs first, what it writes down."""

@@ -1,0 +1,340 @@
+"""What a run needs before its first step, in three parts that `plan`, `compare` and `hpo` call by themselves too:
+
+read_data    rows, targets and splits; the task fitted to the training targets
+load_base    source -> model and processor -> anatomy
+assemble     task.bind, technique.apply, fast paths, encoded splits, and a recipe with every value filled in
+
+What can be refused is refused here, and what needs no model before anything is fetched.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith.console import Talk
+from tunesmith.data.batches import Batches
+from tunesmith.data.encoded import Encoded, fingerprint
+from tunesmith.data.text import augment
+from tunesmith.deploy import continue_adapter as continuing
+from tunesmith.deploy import merge as merging
+from tunesmith.deploy.back_translation import fingerprints as translators
+from tunesmith.deploy.back_translation import translated_back
+from tunesmith.errors import RecipeError, counted
+from tunesmith.kernels.accelerate import accelerate, switched_off
+from tunesmith.kernels.fast_path import FastPath
+from tunesmith.models import added_tokens, sources
+from tunesmith.models import load as models
+from tunesmith.models.anatomy import Anatomy
+from tunesmith.models.load import UNBOUNDED
+from tunesmith.recipe import Recipe
+from tunesmith.tasks import BoundTask, Task
+from tunesmith.techniques import Technique, set_trainable
+from tunesmith.training import evaluate, examples, feature_cache, parallel
+from tunesmith.training.examples import Augmented
+from tunesmith.training.machine import Machine, store_frozen
+from tunesmith.training.task_model import load_task_model
+
+MAX_LENGTH = 512
+EPOCHS = 3.0
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model before any technique, with its processor and its parts."""
+
+    source: sources.Source
+    processor: Any
+    model: nn.Module
+    anatomy: Anatomy
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs before its first step; `recipe` holds every value that will be used."""
+
+    recipe: Recipe
+    bound: BoundTask
+    technique: Technique
+    examples: examples.Examples
+    encoded: dict[str, Encoded]
+    base: Base
+    machine: Machine
+    learned: tuple[str, ...]
+    """Names of what the run keeps: what learns, and the buffers that the technique added."""
+    fast_path: FastPath
+    augmented: Augmented | None
+    """The training examples as they are in an epoch, where the recipe changes them."""
+    continued: Path | None = None
+    """The run whose adapter is gone on with."""
+
+    @property
+    def task(self) -> Task:
+        """The recipe's task, with every key filled in."""
+        task: Task = self.bound.task
+        return task
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained."""
+        return self.base.model
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Its parts."""
+        return self.base.anatomy
+
+    @property
+    def head_warmup_steps(self) -> int:
+        """The number of steps in which only a new head is trained."""
+        return math.ceil(self.task.head_warmup_ratio * self.total_steps) if self.anatomy.new else 0
+
+    def thaw(self, step: int) -> None:
+        """After `step` steps, let learn what is to learn now: at first a new head alone, then as the technique says."""
+        if self.head_warmup_steps:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in self.learned)
+        self.technique.update_trainable(self.model, self.anatomy, step / self.total_steps)
+        if step < self.head_warmup_steps:
+            set_trainable(self.model, self.anatomy.new)
+
+    @property
+    def batches(self) -> Batches:
+        """This process's share of the training data."""
+        train = self.recipe.train
+        share = (parallel.rank(), parallel.world_size(), self.augmented)
+        return Batches(self.encoded["train"], train.batch_size, train.seed, *share)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        train = self.recipe.train
+        return train.max_steps or math.ceil((train.epochs or EPOCHS) * self.batches.steps_per_epoch)
+
+    @property
+    def draws(self) -> int | None:
+        """The number of different draws of the inputs; None where each epoch has its own."""
+        return feature_cache.draws_of(self.bound, feature_cache.level_of(self.anatomy, self.learned))
+
+    def keep_features(self, talk: Talk) -> float:
+        """Cache the features of the frozen blocks, where examples are read again; returns the seconds it took."""
+        began, features = time.perf_counter(), feature_cache.features_of(self.model)
+        epochs, draws = self.total_steps / self.batches.steps_per_epoch, self.draws
+        if features is None or draws is None or epochs <= draws or self.augmented:
+            return 0.0
+        home = sources.cache_home() / "features"
+        base = models.base_hash(self.base.source), models.processor_hash(self.base.processor), self.machine.precision
+        of_model = (*base, self.task.name, self.technique.model_dump(), sorted(features.blocks))
+        seed = 0 if self.bound.deterministic_inputs else self.recipe.train.seed
+        sets = [("train", seed, draw) for draw in range(draws)] + [("validation", 0, 0)]
+        for name, seed, draw in sets:
+            if (encoded := self.encoded.get(name)) is None:
+                continue
+            folder = home / fingerprint(encoded.key, of_model, seed, draw)
+            with talk.during(f"caching frozen features for {name}"), parallel.main_process_first():
+                args = self.model, self.bound, encoded, self.machine, folder, talk.say, seed, draw
+                kept = feature_cache.keep_features(*args)
+            if parallel.all_reduce_max(int(not kept), self.machine.device):  # one without space stops all
+                break
+        feature_cache.prune(home)
+        return time.perf_counter() - began
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it continues."""
+        tree = self.recipe.dump()
+        del tree["output"]
+        hashes: dict[str, Any] = {
+            "data_sha256": self.examples.fingerprints(),
+            "base_sha256": models.base_hash(self.base.source),
+            "processor_sha256": models.processor_hash(self.base.processor),
+        }
+        if self.recipe.data.augment:
+            hashes["synonyms_sha256"] = augment.fingerprints(self.recipe.data.augment)
+            hashes |= {"translators_sha256": found} if (found := translators(self.recipe.data.augment)) else {}
+        return tree | hashes | {"world_size": parallel.world_size()}
+
+
+def prepare(recipe: Recipe, machine: Machine, *, offline: bool, allow_pickle: bool, talk: Talk) -> Prepared:
+    """Data, then model, then technique: what can be refused is refused before anything is fetched."""
+    recipe, run = continuing.earlier(recipe) if recipe.continues else (recipe, None)
+    read = read_data(recipe, offline=offline, talk=talk)
+    base = load_base(recipe, read.task, run, offline=offline, allow_pickle=allow_pickle, talk=talk)
+    return assemble(recipe, read, base, machine, run, offline=offline, talk=talk)
+
+
+def read_data(recipe: Recipe, *, offline: bool, talk: Talk) -> examples.Examples:
+    """Read rows and targets, fit the task to the training targets, and draw the splits."""
+    task = recipe.task
+    assert isinstance(task, Task)
+    missing = task.fetch(talk.say, offline=offline)
+    with talk.during(f"reading {recipe.data.train}"):
+        read = examples.read(task, recipe.data, recipe.train.seed)
+    read = replace(read, notes=[*missing, *read.notes])
+    for note in read.notes:
+        talk.warn(note)
+    if recipe.train.early_stopping_patience and "validation" not in read.splits:
+        what = "train.early_stopping_patience: there is no validation split to watch"
+        raise RecipeError(what, hint="data.validation=0.1, or leave the key out")
+    return read
+
+
+def load_base(recipe: Recipe, task: Task, run: Path | None, *, offline: bool, allow_pickle: bool, talk: Talk) -> Base:
+    """Load model and processor of the recipe's `model`; `run`: the run whose adapter is trained on."""
+    if run is None:
+        _fold_adapter(recipe.model, offline, allow_pickle, talk)
+    else:
+        talk.say(f"goes on with the adapter of {run}")
+    with parallel.main_process_first():  # it fetches and converts, the others find what it left
+        source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
+    snapshot = source if run is None else continuing.dressed(source, run)
+    processor = models.load_processor(snapshot, task.auto_class, task.added_tokens, kind=task.processor)
+    model, anatomy = load_task_model(task, source, processor, recipe.train.seed)
+    if task.processor == "tokenizer":
+        models.check_vocabulary(model, processor, recipe.model)
+    return Base(source, processor, model, anatomy)
+
+
+def assemble(
+    recipe: Recipe,
+    read: examples.Examples,
+    base: Base,
+    machine: Machine,
+    run: Path | None = None,
+    *,
+    offline: bool,
+    talk: Talk,
+) -> Prepared:
+    """Bind the task, apply the technique to the base's model (in place), accelerate it, and encode the splits."""
+    technique, model, anatomy, processor = recipe.technique, base.model, base.anatomy, base.processor
+    assert isinstance(technique, Technique)
+    before = {name for name, _ in model.named_buffers()}
+    torch.manual_seed(recipe.train.seed)
+    longest = max_length(read.data.max_length, model, processor, technique, read.task)
+    data = read.data.model_copy(update={"max_length": longest})
+    bound = read.task.bind(processor, model.config, data, recipe.train.label_smoothing)
+    read = replace(read, task=bound.task, data=data)
+    technique.apply(model, anatomy, processor)
+    if run is not None:
+        continuing.put_back(model, read.task, technique, base.source, run)
+    learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    kept = model.state_dict().keys()
+    learned += tuple(name for name, _ in model.named_buffers() if name not in before and name in kept)
+    store_frozen(model, machine.autocast_dtype)
+    model.to(machine.device)
+    fast_path = _accelerate(model, anatomy, recipe, machine, longest or UNBOUNDED)
+    feature_cache.use_features(model, anatomy, feature_cache.level_of(anatomy, learned))
+    encoded = _encode(read, bound, talk)
+    changed = _augmented(read, bound, recipe, offline, talk) if data.augment else None
+    _check_metric(recipe.train.metric, bound, encoded)
+    resolved = _resolve(recipe, read, bound, technique, anatomy, machine)
+    return Prepared(resolved, bound, technique, read, encoded, base, machine, learned, fast_path, changed, run)
+
+
+def _check_metric(metric: str | None, bound: BoundTask, encoded: dict[str, Encoded]) -> None:
+    """Refuse a metric that no score will have."""
+    if metric is None or "validation" not in encoded:
+        return
+    metrics = bound.metrics()
+    if metric not in metrics.of_answers:
+        evaluate.pick(evaluate.random_scores(bound, encoded["train"], encoded["validation"]), metric)
+    elif not metrics.answers_needed(encoded["validation"]):
+        raise RecipeError(f"train.metric: {metric} is of texts, and none are generated", hint="task.generate={}")
+
+
+def _fold_adapter(model: str, offline: bool, allow_pickle: bool, talk: Talk) -> None:
+    """A run that left an adapter gets a `model/`, once, before another starts from it."""
+    run = Path(model).expanduser()
+    if (run / "adapter" / "adapter_config.json").exists() and not (run / "model").exists():
+        with parallel.main_process_first():
+            if not (run / "model").exists():
+                merging.fold(run, offline=offline, allow_pickle=allow_pickle)
+                talk.say(f"merged the adapter of {run} into {run / 'model'}")
+
+
+def _accelerate(model: nn.Module, anatomy: Anatomy, recipe: Recipe, machine: Machine, longest: int) -> FastPath:
+    if recipe.train.fast_path == "off":
+        return switched_off("train.fast_path: off")
+    return accelerate(
+        model,
+        anatomy,
+        device=machine.device,
+        autocast_dtype=machine.autocast_dtype,
+        max_tokens=longest,
+        world_size=parallel.world_size(),
+    )
+
+
+def _encode(read: examples.Examples, bound: BoundTask, talk: Talk) -> dict[str, Encoded]:
+    cache = sources.cache_home() / "encoded"
+    processor_hash = models.processor_hash(bound.processor)
+    rows = counted(sum(read.rows.values()), "row")
+    with talk.during(f"encoding {rows}"), parallel.main_process_first():  # it encodes, the others open what it wrote
+        encoded = examples.encode_splits(read, bound, processor_hash, cache)
+    notes = ((name, f": {note}") for name, split in encoded.items() for note in bound.notes(split))
+    for note in examples.said_once(notes):
+        talk.warn(note)
+    return encoded
+
+
+def _augmented(read: examples.Examples, bound: BoundTask, recipe: Recipe, offline: bool, talk: Talk) -> Augmented:
+    cache, steps = sources.cache_home(), read.data.augment or []
+    with parallel.main_process_first():  # it translates, the others read what it wrote
+        texts, device = augment.texts_of(read.splits["train"].rows(), read.task.columns), recipe.train.device
+        kept = cache / "translated-back"
+        otherwise = translated_back(texts, steps, kept, device=device, offline=offline, say=talk.say)
+    return Augmented(read, bound, recipe.train.seed, cache / "encoded", otherwise)
+
+
+def max_length(asked: int | None, model: nn.Module, processor: Any, technique: Technique, task: Task) -> int | None:
+    """The number of tokens of a text that are read: the recipe's, else what the model takes, at most MAX_LENGTH.
+
+    None of a task that reads no texts.
+
+    Raises:
+        RecipeError: more than the model takes is asked for, or virtual tokens leave no room.
+    """
+    if "max_length" not in task.data_keys:
+        return None
+    reads = models.length_limit(model, processor)
+    limit = reads - technique.virtual_tokens
+    if limit <= processor.num_special_tokens_to_add():
+        what = f"{technique.virtual_tokens} virtual positions leave no room for a text in a model that reads {reads}"
+        raise RecipeError(what, where="technique.num_virtual_tokens", hint="give fewer")
+    if asked is not None and asked > limit:
+        raise RecipeError(
+            f"data.max_length: {asked} tokens, but this model reads at most {limit}", hint=f"at most {limit}"
+        )
+    return asked or min(limit, MAX_LENGTH)
+
+
+def _resolve(
+    recipe: Recipe,
+    read: examples.Examples,
+    bound: BoundTask,
+    technique: Technique,
+    anatomy: Anatomy,
+    machine: Machine,
+) -> Recipe:
+    """The recipe with every default that depends on data, model and machine filled in."""
+    train = recipe.train
+    metric = train.metric or bound.metrics().primary
+    rate = train.learning_rate or technique.learning_rate(anatomy)
+    of_head = technique.head_learning_rate(rate)
+    of_head = max(of_head, added_tokens.LEARNING_RATE) if anatomy.added else of_head
+    update = {
+        "epochs": train.epochs or (None if train.max_steps else EPOCHS),
+        "learning_rate": rate,
+        "head_learning_rate": train.head_learning_rate
+        or (max(of_head, added_tokens.LEARNING_RATE) if anatomy.added else of_head),
+        "metric": metric,
+        "precision": machine.precision,
+        "device": machine.device.type,
+    }
+    train = train.model_copy(update=update)
+    return recipe.model_copy(update={"task": read.task, "data": read.data, "train": train})

@@ -1,0 +1,1 @@
+"""Files that are whole or absent, run folders and their locks."""

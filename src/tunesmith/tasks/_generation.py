@@ -1,0 +1,148 @@
+"""Generation: the composed part of tasks whose answers are texts, as chat and translation are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.data.batches import Batch, Ragged
+from tunesmith.data.formats import Row
+from tunesmith.data.text.conversations import conversation
+from tunesmith.models.load import UNBOUNDED, length_limit
+from tunesmith.models.writing import Spoken, likeliest, write
+from tunesmith.recipe.fields import Generation
+from tunesmith.tasks import Answer, Baseline
+
+__all__ = ["PromptGenerator", "SourceGenerator", "last_token", "render", "token_frequencies"]
+
+
+def last_token(processor: Any) -> int | None:
+    """The token that ends a text."""
+    last: int | None = processor.eos_token_id
+    return processor.sep_token_id if last is None else last  # type: ignore[no-any-return]
+
+
+def render(answer: Answer) -> str:
+    """The text."""
+    return str(answer.get("generated_text", answer.get("translation")))
+
+
+def token_frequencies(counts: Tensor, labels: Callable[[Batch], Tensor]) -> Baseline:
+    """A baseline that gives each label its log frequency, beside that of the most frequent token."""  # (tokens, 2)
+    prior = (counts / counts.sum()).log().float()
+
+    def outputs(batch: Batch) -> Tensor:
+        own = prior[labels(batch)]
+        return torch.stack([own, prior.max().expand_as(own)], 1)
+
+    return outputs
+
+
+def last_turn(row: Row) -> tuple[str, str]:
+    """The last question and the last answer of a conversation."""
+    messages = conversation(row)
+    return messages[-2]["content"], messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class PromptGenerator:
+    """Generates after a prompt (a decoder), or chooses the likeliest of the answers that a row offers."""
+
+    processor: Any
+    settings: Generation
+    stop: frozenset[int]
+    """Tokens that end an answer, or a text."""
+    strip: bool
+    """Whether white space around a text is removed."""
+    pair: Callable[[Row], tuple[str, str]] = last_turn
+
+    def generate(self, model: nn.Module, batch: Batch) -> list[str]:
+        """The text after each prompt; an empty one where the prompt is not all there.
+
+        Of a prompt that leaves no room in the model its end is read.
+        """
+        return self._generate(model, batch)
+
+    def stream(self, model: nn.Module, batch: Batch, say: Callable[[str], None]) -> str:
+        """Word by word, except by beam search and among given answers."""
+        if self._options(batch)[0] or self.settings.num_beams > 1:
+            (text,) = self._generate(model, batch)
+            say(text)
+            return text
+        return self._generate(model, batch, streamer=Spoken(self.processor, say))[0]
+
+    def reference_pair(self, row: Row) -> tuple[str, str]:
+        """The prompt of a row, and the reference for its answer."""
+        return self.pair(row)
+
+    def _generate(self, model: nn.Module, batch: Batch, **more: Any) -> list[str]:
+        limit = length_limit(model, self.processor)
+        longest = max(1, limit - min(self.settings.max_new_tokens, limit // 4))
+        rows = batch.ragged("input_ids")
+        ids, starts = rows.values, rows.offsets[:-1].tolist()
+        prompts = [
+            ids[max(start, start + length - longest) : start + length]
+            for start, length in zip(starts, batch.tensor("prompt").tolist(), strict=True)
+        ]
+        texts = [""] * len(prompts)
+        offers, pad = self._options(batch), self.processor.pad_token_id
+        for number, (prompt, options) in enumerate(zip(prompts, offers, strict=True)):
+            if options and len(prompt):
+                chosen = options[likeliest(model, prompt, options, pad)]
+                texts[number] = self.processor.decode(chosen, skip_special_tokens=True).strip()
+        free = [number for number, prompt in enumerate(prompts) if len(prompt) and not offers[number]]
+        if free:
+            lengths = torch.tensor([0, *(len(prompts[number]) for number in free)], device=ids.device)
+            given = Ragged(torch.cat([prompts[number] for number in free]), lengths.cumsum(0))
+            written = write(model, given, self.settings, pad=pad, stop=self.stop, limit=limit, **more)
+            for number, text in zip(free, self.processor.batch_decode(written, skip_special_tokens=True), strict=True):
+                texts[number] = text.strip() if self.strip else text
+        return texts
+
+    def _options(self, batch: Batch) -> list[list[Tensor]]:
+        """The answers that each example offers, as tokens."""
+        if "options" not in batch:
+            return [[] for _ in range(batch.size)]
+        lengths = batch.ragged("option_lengths")
+        every = iter(batch.ragged("options").values.split(lengths.values.tolist()))
+        return [list(islice(every, count)) for count in lengths.lengths.tolist()]
+
+
+@dataclass(frozen=True)
+class SourceGenerator:
+    """Generates one text from another (an encoder-decoder), by beam search."""
+
+    processor: Any
+    config: Any
+    settings: Generation
+    begin: dict[str, int]
+    """`generate` arguments of transformers that name the language to write."""
+    pair: Callable[[Row], tuple[str, str]]
+
+    def generate(self, model: nn.Module, batch: Batch) -> list[str]:
+        """The text for each source."""
+        ids = write(
+            model,
+            batch.ragged("input_ids"),
+            self.settings,
+            pad=self.config.pad_token_id,
+            stop=(self.config.eos_token_id,),
+            limit=getattr(self.config, "max_position_embeddings", None) or UNBOUNDED,
+            **self.begin,
+        )
+        return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+
+    def stream(self, model: nn.Module, batch: Batch, say: Callable[[str], None]) -> str:
+        """The whole text at once: beam search knows it only at its end."""
+        (text,) = self.generate(model, batch)
+        say(text)
+        return text
+
+    def reference_pair(self, row: Row) -> tuple[str, str]:
+        """Source and target."""
+        return self.pair(row)

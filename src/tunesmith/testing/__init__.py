@@ -1,0 +1,25 @@
+"""Public tests for third parties: tiny random models, made-up rows, and the contract of a technique or a task."""
+
+from tunesmith.testing.contract import (
+    FAMILIES,
+    IMAGE_FAMILIES,
+    Case,
+    case,
+    check,
+    sample_row,
+    tiny_image_processor,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+__all__ = [
+    "FAMILIES",
+    "IMAGE_FAMILIES",
+    "Case",
+    "case",
+    "check",
+    "sample_row",
+    "tiny_image_processor",
+    "tiny_model",
+    "tiny_tokenizer",
+]
