@@ -80,6 +80,7 @@ KEYS: dict[str, Change] = {
     "train.on_nan": (DIVERGES, "train.on_nan=skip", "error"),
     "train.max_skips": ((*DIVERGES, "train.on_nan=skip"), "train.max_skips=1", "error"),
     "train.device": ((), "train.device=cuda:99", "error"),
+    "train.fast_path": ((), "train.fast_path=off", "fast_path"),
     "task.text-classification.labels": ((), "task.labels=multi", "losses"),
     "task.text-classification.classes": ((), "task.classes=[positive, negative]", "classes"),
     "task.text-classification.windows": (("data.max_length=6",), "task.windows=3", "losses"),
@@ -246,6 +247,7 @@ def _trained(folder: Path, *words: str) -> dict[str, Any]:
         "saved": sorted(path.name for path in folder.glob("checkpoints/step-*")),
         "weights": hashlib.sha256(weights).hexdigest(),
         "checkpointing": engine.checkpointing,
+        "fast_path": prepared.fast_path.dump(),
         "asked": _asked(prepared),
     }
 

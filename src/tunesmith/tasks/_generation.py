@@ -14,8 +14,8 @@ from transformers import GenerationConfig, TextStreamer
 from tunesmith.data.batches import Batch, Ragged
 from tunesmith.data.formats import Row
 from tunesmith.data.text.conversations import conversation
-from tunesmith.kernels.logits import logits_at
-from tunesmith.kernels.padding_free import with_padding
+from tunesmith.kernels.chunked_loss import logits_at
+from tunesmith.kernels.fast_path import fast_path
 from tunesmith.models.load import UNBOUNDED, length_limit
 from tunesmith.models.quiet import quiet
 from tunesmith.recipe.fields import Generation
@@ -193,7 +193,7 @@ def generate_tokens(
         **(sampling if how.temperature > 0 else {"do_sample": False}),
     )
     devices = [ids.device] if ids.device.type == "cuda" else []
-    with quiet(), with_padding(model), torch.random.fork_rng(devices=devices):
+    with quiet(), fast_path(model).with_padding(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(SEED)
         written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
     return [_cut_at_stop(row, stop) for row in written[:, begin:].tolist()]

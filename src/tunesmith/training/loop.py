@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch, Batches, Limits, collate
 from tunesmith.errors import ResourceError
+from tunesmith.kernels.fast_path import fast_path
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.tasks import BoundTask
 from tunesmith.training import optimizer as optimizers
@@ -190,8 +191,9 @@ def _reduce(engine: Engine) -> float:
     """Sum the gradients over the processes; their norm."""
     learning = engine.learning()
     parallel.sum_gradients(learning)
+    looked_up = fast_path(engine.model).looked_up
     gradients = [
-        parameter.rows.gradient(parameter) if hasattr(parameter, "rows") else parameter.grad
+        looked_up[parameter].gradient(parameter) if parameter in looked_up else parameter.grad
         for parameter in learning
         if parameter.grad is not None
     ]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerating import unpadded
 from chatting import CHATML, CHATS, tokenizer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,9 +23,7 @@ from tunesmith.data.batches import Batch, Limits, collate
 from tunesmith.data.encoded import encode, encode_in_memory
 from tunesmith.data.formats import Row
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.models import snippets
-from tunesmith.models.anatomy import anatomy
 from tunesmith.recipe import Data, load
 from tunesmith.tasks import BoundTask, text_generation
 from tunesmith.tasks.text_generation import TextGeneration
@@ -138,7 +137,7 @@ def test_packed_padded_and_single_give_the_same_loss_tokens_and_gradients(
     bound, encoded = _encoded(rows(), TextGeneration(), tmp_path / "encoded", 24 if rows is _text_rows else 512)
     batch, padded = _batch(encoded), _model(family)
     packed, single = copy.deepcopy(padded), copy.deepcopy(padded)
-    assert use_padding_free_blocks(packed, [packed.get_submodule(path) for path in anatomy(packed).blocks])
+    unpadded(packed)
     normalizers = bound.normalizers(batch)
     found = []
     for model in (padded, packed):
