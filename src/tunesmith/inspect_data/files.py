@@ -18,7 +18,7 @@ from tunesmith.data.formats.folders import data_files, files_in, no_train
 from tunesmith.data.formats.parallel import sides_of
 from tunesmith.data.formats.plain import texts_in
 from tunesmith.data.formats.raw import BadRow, RawRow, Rows
-from tunesmith.data.formats.recognise import format_of
+from tunesmith.data.formats.recognize import format_of
 from tunesmith.data.text.conversations import said
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import sources

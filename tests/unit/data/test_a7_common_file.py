@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tunesmith.data.formats import read_table
-from tunesmith.data.formats.recognise import FOREIGN
+from tunesmith.data.formats.recognize import FOREIGN
 from tunesmith.errors import DataError
 from tunesmith.tasks.text_classification import TextClassification
 from tunesmith.training.examples import Examples

@@ -25,7 +25,7 @@ from tunesmith.data.formats.columns import find_columns, has_header, refuse_twic
 from tunesmith.data.formats.folders import find_splits, holds_text, is_folder
 from tunesmith.data.formats.json_values import list_in
 from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
-from tunesmith.data.formats.recognise import Format, format_of, unreachable
+from tunesmith.data.formats.recognize import Format, format_of, unreachable
 from tunesmith.errors import DataError, counted, shorten
 
 __all__ = [

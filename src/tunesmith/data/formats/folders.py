@@ -12,7 +12,7 @@ from tunesmith.data.formats import parallel, plain
 from tunesmith.data.formats.columns import USUAL
 from tunesmith.data.formats.delimited import SAMPLE_CHARS, looks_like_table
 from tunesmith.data.formats.raw import open_text
-from tunesmith.data.formats.recognise import format_of, unreachable
+from tunesmith.data.formats.recognize import format_of, unreachable
 from tunesmith.errors import DataError
 
 SPLIT_NAMES = {
