@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data import splits
-from tunesmith.data.columns import Column, inputs_of, labeled, of_kind, reads_plain_text, translates
+from tunesmith.data.columns import Column, inputs_of, of_kind, predicts_labels, predicts_text, reads_plain_text
 from tunesmith.data.encoded import Encoded, Fields, encode, encode_in_memory, fingerprint
 from tunesmith.data.formats import Row, Table, find_splits, is_folder, read_table
 from tunesmith.data.formats.columns import is_number
-from tunesmith.data.formats.folders import data_files, no_train
+from tunesmith.data.formats.folders import data_files, no_train_error
 from tunesmith.data.formats.plain import texts_in
 from tunesmith.data.labels import IGNORED
 from tunesmith.data.text.augment import Augmenter
@@ -130,14 +130,14 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     notes += [_left_out(name, part) for name, part in parts.items() if part.skipped]
     strata = np.asarray(task.strata(every.targets) or np.zeros(len(every.targets)), dtype=np.int64)
     notes += _remarks(every, strata, task)
-    together = every.digests if every.groups is None else splits.joined(every.groups, every.digests)
+    together = every.digests if every.groups is None else splits.join_groups(every.groups, every.digests)
     drawn = _drawn(strata, together, data, seed)
     if drawn:
         parts |= {name: every.at(positions) for name, positions in drawn.items()}
         notes += _alone(every, strata, together, "text" if every.groups is None else "group")
     rows = {name: len(part.targets) for name, part in parts.items()}
     for name in sorted(parts.keys() - {"train"}):
-        if repeated := splits.overlap(parts["train"].digests, parts[name].digests):
+        if repeated := splits.count_overlap(parts["train"].digests, parts[name].digests):
             said = f"{repeated} of {rows[name]} {name} rows are duplicate rows of train; scores will be optimistic"
             way_out = f"remove them from one of the files, or data.{name}=0.1 draws rows that train lacks"
             if name in drawn:
@@ -214,7 +214,7 @@ def _usable(split: Split, task: Task, data: Data) -> _Part:
     targets: list[Any] = []
     digests, groups = array("Q"), array("Q")
     first: DataError | None = None
-    kept, unusable, unlabelled, kind = array("q"), 0, 0, "label" if labeled(task.columns) else "row"
+    kept, unusable, unlabelled, kind = array("q"), 0, 0, "label" if predicts_labels(task.columns) else "row"
     main, only_numbers = task.columns[0].name, True
     for index, row in enumerate(split.rows()):
         try:
@@ -266,7 +266,7 @@ def _remarks(train: _Part, strata: splits.Indices, task: Task) -> list[str]:
     role = task.columns[0].name
     if train.only_numbers:
         notes.append(f"{role}: every one is a number; data.columns.{role}=NAME if it is another column")
-    repeated, torn = splits.repeats(train.digests, strata)
+    repeated, torn = splits.count_duplicates(train.digests, strata)
     if repeated == len(train.digests) - 1 > 0:
         what = f"{role}: every one of the {len(train.digests)} rows says the same; there is nothing to tell apart"
         raise DataError(
@@ -298,13 +298,13 @@ def _named_files(data: Data, task: Task) -> Data:
         raise RecipeError("data.train: missing", hint="data.train=reviews.csv, or a folder with train.csv and test.csv")
     if not is_folder(data.train):
         return data
-    files = find_splits(data.train, pairs=translates(task.columns))
+    files = find_splits(data.train, pairs=predicts_text(task.columns))
     if "train" not in files and reads_plain_text(task.columns) and texts_in(Path(data.train)):
         return data
     if not files and len(others := data_files(data.train)) == 1:
         files = {"train": others[0]}
     if "train" not in files:
-        raise no_train(data.train)
+        raise no_train_error(data.train)
     named = {
         name: str(path) for name, path in files.items() if not isinstance(getattr(data, name), str) or name == "train"
     }

@@ -10,7 +10,7 @@ import pytest
 
 from tunesmith.data import splits
 from tunesmith.data.formats import Table, find_splits, read_raw, read_table
-from tunesmith.data.formats.parallel import language_of, sides_of, title
+from tunesmith.data.formats.parallel import display_path, language_of, sides_of
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.tasks.translation import Translation
 
@@ -152,7 +152,7 @@ def test_what_is_no_pair(tmp_path: Path) -> None:
         _read(tmp_path / "train")
     assert language_of(Path("test.de.gz")) == "de" and language_of(Path("test.csv")) is None
     _write(tmp_path, "dev")
-    assert title(tmp_path / "dev", ["en", "de"]).name == "dev.{en,de}"
+    assert display_path(tmp_path / "dev", ["en", "de"]).name == "dev.{en,de}"
 
 
 def test_a_change_of_either_file_is_another_hash_and_is_noticed(tmp_path: Path) -> None:

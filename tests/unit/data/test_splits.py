@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.formats import Row
-from tunesmith.data.splits import digest, joined, overlap, refuse_same_file, repeats, stratified_split
+from tunesmith.data.splits import (
+    count_duplicates,
+    count_overlap,
+    digest,
+    join_groups,
+    refuse_same_file,
+    stratified_split,
+)
 from tunesmith.errors import DataError
 from tunesmith.recipe import Data
 from tunesmith.tasks.text_classification import TextClassification
@@ -163,10 +170,10 @@ def test_half_a_character_has_a_digest_too() -> None:
 
 def test_overlaps_and_repeats_are_counted() -> None:
     train, other = (np.array(values, dtype=np.uint64) for values in ([5, 2**64 - 1, 7, 5], [5, 5, 8, 2**64 - 1]))
-    assert overlap(train, other) == 3 and overlap(train, other[2:3]) == 0
-    assert repeats(train, np.array([0, 1, 0, 1])) == (1, 1)
-    assert repeats(train, np.array([0, 1, 0, 0])) == (1, 0)
-    assert repeats(np.array([5, 5, 5, 6, 6], dtype=np.uint64), np.array([0, 1, 2, 0, 0])) == (3, 1)
+    assert count_overlap(train, other) == 3 and count_overlap(train, other[2:3]) == 0
+    assert count_duplicates(train, np.array([0, 1, 0, 1])) == (1, 1)
+    assert count_duplicates(train, np.array([0, 1, 0, 0])) == (1, 0)
+    assert count_duplicates(np.array([5, 5, 5, 6, 6], dtype=np.uint64), np.array([0, 1, 2, 0, 0])) == (3, 1)
 
 
 def test_the_training_file_is_no_other_split(tmp_path: Path) -> None:
@@ -222,9 +229,9 @@ def test_groups_that_share_a_text_stay_together_as_long_as_they_are_not_most(sha
 def test_a_chain_of_groups_is_one() -> None:
     groups = np.array([1, 2, 2, 3, 3, 4, 9, 9, 8, 8, 7, 7], dtype=np.uint64)
     texts = np.array([1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9], dtype=np.uint64)
-    found = joined(groups, texts)
+    found = join_groups(groups, texts)
     assert len(set(found[:6].tolist())) == 1 and len(set(found.tolist())) == 4
-    assert (joined(groups[:8], texts[:8]) == groups[:8]).all(), "it is more than half of the rows"
+    assert (join_groups(groups[:8], texts[:8]) == groups[:8]).all(), "it is more than half of the rows"
 
 
 def test_a_group_is_of_train_alone_and_no_text(tmp_path: Path) -> None:
