@@ -30,7 +30,7 @@ from tunesmith.storage.run_folder import check_run
 from tunesmith.tasks import BoundTask, Task
 from tunesmith.techniques import Technique
 from tunesmith.training import evaluate, machine
-from tunesmith.training.examples import encode_rows
+from tunesmith.training.dataset import encode_rows
 from tunesmith.training.machine import Machine
 from tunesmith.training.task_model import load_task_model
 

@@ -15,7 +15,7 @@ import pytest
 
 from tunesmith.data.formats import raw, read_table
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.training.examples import Examples
+from tunesmith.training.dataset import Examples
 
 Refuse = Callable[..., str]
 Read = Callable[..., Examples]
