@@ -38,7 +38,7 @@ from tunesmith.training import checkpoint, dataset, evaluate
 torch.set_num_threads(1)  # a fork after threads were started may hang
 
 MOMENTS: dict[str, tuple[Any, str]] = {
-    "reading": (dataset, \"read"),
+    "reading": (dataset, "read"),
     "loading": (models, "load_model"),
     "forward": (TextClassification, "loss"),
     "optimizer": (torch.optim.AdamW, "step"),

@@ -25,6 +25,7 @@ from tunesmith.run.prepare import max_length
 from tunesmith.tasks import BoundTask, Task
 from tunesmith.techniques import Technique
 from tunesmith.training import dataset
+from tunesmith.training.augmented import check_augmentable
 
 EPOCHS = 3
 
@@ -95,7 +96,7 @@ def show(
     if not data.augment or split != "train":
         what = "only train is changed" if data.augment else "data.augment is not given"
         raise RecipeError(f"--augmented: {what}", hint="data.augment='[{name: word-dropout, probability: 0.1}]'")
-    dataset.check_changeable(read)
+    check_augmentable(read)
     texts = texts_of((one for _, one in numbered), task.columns)
     kept = sources.cache_home() / "translated-back"
     otherwise = translated_back(texts, data.augment, kept, offline=offline, say=lambda _: None)

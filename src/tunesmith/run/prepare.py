@@ -42,8 +42,9 @@ from tunesmith.recipe import Recipe
 from tunesmith.tasks import BoundTask, Task
 from tunesmith.techniques import Technique, set_trainable
 from tunesmith.training import dataset, evaluate, feature_cache, parallel
-from tunesmith.training.dataset import Augmented
+from tunesmith.training.augmented import Augmented
 from tunesmith.training.machine import Machine, store_frozen
+from tunesmith.training.notes import merge_notes
 from tunesmith.training.task_model import load_task_model
 
 ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
@@ -296,7 +297,7 @@ def _encode(read: dataset.Examples, bound: BoundTask, talk: Talk) -> dict[str, E
     with talk.during(f"encoding {rows}"), parallel.main_process_first():  # it encodes, the others open what it wrote
         encoded = dataset.encode_splits(read, bound, processor_hash, cache)
     notes = ((name, f": {note}") for name, split in encoded.items() for note in bound.notes(split))
-    for note in dataset.said_once(notes):
+    for note in merge_notes(notes):
         talk.warn(note)
     return encoded
 

@@ -213,9 +213,9 @@ def test_groups_that_share_a_text_stay_together_as_long_as_they_are_not_most(sha
     assert found.rows == {"train": 280, "validation": 40, "test": 80}
     sides = [name for name, split in found.splits.items() for row in split.rows() if row.values["text"] == "normal"]
     assert (len(set(sides)) == 1) == (shared == 20)
-    said = [note for note in found.notes if "stand word for word in train" in note]
+    said = [note for note in found.notes if "are duplicate rows of train" in note]
     assert len(said) == (0 if shared == 20 else 2)
-    assert all("nearly all groups of patient share texts: remove such rows" in note for note in said)
+    assert all("nearly all groups of patient share texts: remove duplicates" in note for note in said)
 
 
 def test_a_chain_of_groups_is_one() -> None:

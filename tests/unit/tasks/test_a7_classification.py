@@ -72,7 +72,7 @@ def test_a7_70_a_class_of_one_row_stays_in_train_and_that_is_said(written: Any) 
     read = _read(written([*_reviews(40), ("the plot was very poor", "odd")]), validation=0.2)
     labels = [row.values["label"] for row in read.splits["train"].rows()]
     assert labels.count("odd") == 1 and read.rows == {"train": 33, "validation": 8}
-    assert read.notes == ["1 class has a single text, which stays in train where no score sees it: 'odd'"]
+    assert read.notes == ["1 class has a single text, which stays in train and is never scored: 'odd'"]
 
 
 def test_a7_71_ten_thousand_classes_are_identifiers(refuse: Refuse) -> None:
@@ -82,7 +82,7 @@ def test_a7_71_ten_thousand_classes_are_identifiers(refuse: Refuse) -> None:
 
 def test_a7_71_texts_and_labels_in_each_others_column_are_told(refuse: Refuse, written: Any) -> None:
     said = refuse((label, f"{text} {n}") for n, (text, label) in enumerate(_reviews(30)))
-    told = "label: 30 different ones of 30, and 2 different texts: they look exchanged"
+    told = "label: 30 different labels in 30 rows, but 2 different texts: columns appear to be swapped"
     assert said == f"train.jsonl: {told}; data.columns.text=label data.columns.label=text"
     numbers = written((text, n / 7) for n, (text, _) in enumerate(_reviews(30)[:4] * 8))
     assert _read(numbers).task.labels == "regression"  # type: ignore[attr-defined]
@@ -146,13 +146,13 @@ def test_a7_75_a_list_written_as_text_is_read_where_several_labels_are_asked_for
 
 def test_a7_76_one_text_for_all_rows_is_refused(refuse: Refuse) -> None:
     said = refuse([(GOOD, label) for _, label in _reviews(20)])
-    what = "text: every one of the 20 rows says the same; there is nothing to tell apart"
+    what = "text: all 20 rows are the same; there is nothing to learn"
     assert said == f"train.jsonl: {what}; data.columns.text=NAME if it is another column"
 
 
 def test_a7_77_rows_given_twice_are_counted_and_stay_on_one_side(written: Any) -> None:
     read = _read(written(_reviews(20) * 2), validation=0.5)
-    assert read.notes == ["20 of 40 train rows repeat an earlier text word for word"]
+    assert read.notes == ["20 of 40 train rows repeat the text of an earlier row"]
     assert read.rows == {"train": 20, "validation": 20}
     train, validation = ({row.values["text"] for row in read.splits[name].rows()} for name in ("train", "validation"))
     assert len(train) == len(validation) == 10 and not train & validation
@@ -161,7 +161,7 @@ def test_a7_77_rows_given_twice_are_counted_and_stay_on_one_side(written: Any) -
 def test_a7_78_texts_with_two_labels_are_counted(written: Any) -> None:
     rows = [*_reviews(20), (GOOD + " .", "pos"), (GOOD.upper() + "  .", "neg"), (BAD + " .", "neg")]
     assert _read(written(rows)).notes == [
-        "3 of 23 train rows repeat an earlier text word for word; 1 of the texts stand there with different labels"
+        "3 of 23 train rows repeat the text of an earlier row; 1 of these texts have different labels"
     ]
 
 
@@ -188,7 +188,7 @@ def test_a7_79_accents_coded_in_two_ways_are_one_class_and_one_text(written: Any
     rows = [("tr\u00e8s bon", "\u00e9l\u00e8ve"), ("tre\u0300s bon", "e\u0301le\u0300ve"), (BAD, "pos")]
     read = _read(written(rows))
     assert read.task.classes == ["pos", "\u00e9l\u00e8ve"]  # type: ignore[attr-defined]
-    assert read.notes == ["1 of 3 train rows repeat an earlier text word for word"]
+    assert read.notes == ["1 of 3 train rows repeat the text of an earlier row"]
 
 
 def test_a7_79_a_label_with_invisible_characters_is_the_same_label(written: Any) -> None:
@@ -240,7 +240,7 @@ def test_a7_99_a_target_that_is_no_finite_number_is_refused(label: object, refus
 
 def test_a7_99_words_for_numbers_are_not_to_be_skipped_all(refuse: Refuse) -> None:
     said = refuse(_reviews(20), "task.labels=regression", "data.on_bad_row=skip")
-    why = "no row can be used, left out: 20 rows (unusable label), the first for label: 'pos' is not a finite number"
+    why = "no row can be used; skipped 20 rows (unusable label); first fault: label: 'pos' is not a finite number"
     assert said == f"train.jsonl: {why}; task.labels=single if these are classes, else mend it"
 
 
@@ -273,8 +273,8 @@ def test_a7_99_and_100_such_rows_can_be_skipped(written: Any, tmp_path: Path) ->
 def test_a7_140_rows_that_also_stand_in_train_are_counted(written: Any) -> None:
     twins = [(f"  {GOOD.upper()} .", "pos"), ("the film was fine", "pos"), (f"{BAD} .", "neg")]
     read = _read(written(_reviews(20)), test=written(twins, "test"))
-    said = "2 of 3 test rows stand word for word in train: scores will flatter; remove them from one of the files, or "
-    assert read.notes == [f"{said}data.test=0.1 draws rows that train lacks"]
+    said = "2 of 3 test rows are duplicate rows of train; scores will be optimistic; remove them from one of the files, or "
+    assert read.notes == [f"{said}set data.test=0.1 to draw rows that train lacks"]
 
 
 @pytest.mark.parametrize("split", ("validation", "test"))
@@ -295,7 +295,7 @@ def test_a7_140_an_empty_validation_file_is_refused(content: str, refuse: Refuse
 def test_a7_140_a_validation_file_of_which_nothing_is_left_is_refused(refuse: Refuse, written: Any) -> None:
     valid = written([(GOOD, "other")], "valid")
     said = refuse(_reviews(20), f"data.validation={valid}", "data.on_bad_row=skip")
-    assert said.startswith("valid.jsonl: no row can be used, left out: 1 row (unusable label), the first for label: 'o")
+    assert said.startswith("valid.jsonl: no row can be used; skipped 1 row (unusable label); first fault: label: 'o")
 
 
 @pytest.mark.parametrize("split", ("validation", "test"))

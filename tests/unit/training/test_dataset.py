@@ -149,16 +149,16 @@ def test_rows_of_other_splits_that_stand_in_train_are_counted(written: Any) -> N
     rows = _reviews(40)
     test = written([(text.upper() + " ", label) for text, label in rows[:3]] + _reviews(5, 100), "test.csv")
     valid = written([rows[7], rows[8], *_reviews(2, 200)], "valid.csv")
-    way_out = "remove them from one of the files, or data.{}=0.1 draws rows that train lacks"
+    way_out = "remove them from one of the files, or set data.{}=0.1 to draw rows that train lacks"
     assert _read(written(rows), validation=valid, test=test).notes == [
-        f"3 of 8 test rows stand word for word in train: scores will flatter; {way_out.format('test')}",
-        f"2 of 4 validation rows stand word for word in train: scores will flatter; {way_out.format('validation')}",
+        f"3 of 8 test rows are duplicate rows of train; scores will be optimistic; {way_out.format('test')}",
+        f"2 of 4 validation rows are duplicate rows of train; scores will be optimistic; {way_out.format('validation')}",
     ]
 
 
 def test_repeated_rows_stay_on_one_side_of_what_is_drawn(written: Any) -> None:
     read = _read(written(_reviews(40) * 2), validation=0.25, test=0.25)
-    assert read.notes == ["40 of 80 train rows repeat an earlier text word for word"]
+    assert read.notes == ["40 of 80 train rows repeat the text of an earlier row"]
     assert read.rows == {"train": 40, "validation": 20, "test": 20}
     train, validation, test = (set(part) for part in (_texts(read)[name] for name in ("train", "validation", "test")))
     assert len(train) + len(validation) + len(test) == len(train | validation | test) == 40
@@ -168,13 +168,13 @@ def test_repeated_rows_stay_on_one_side_of_what_is_drawn(written: Any) -> None:
 def test_a_class_of_one_text_given_often_stays_in_train(written: Any) -> None:
     read = _read(written([*_reviews(40), *[("so so", "odd")] * 5]), validation=0.2)
     assert "so so" not in _texts(read)["validation"] and read.rows["validation"] == 9
-    assert read.notes[1:] == ["1 class has a single text, which stays in train where no score sees it: 'odd'"]
+    assert read.notes[1:] == ["1 class has a single text, which stays in train and is never scored: 'odd'"]
 
 
 def test_a_pair_repeats_only_if_both_texts_do(tmp_path: Path) -> None:
     lines = [f"so warm,film {n},{'pos' if n % 2 else 'neg'}" for n in range(20)]
     (tmp_path / "a.csv").write_text("\n".join(["text,text_pair,label", *lines, "So warm,film 3,pos", ""]))
-    assert _read(str(tmp_path / "a.csv")).notes == ["1 of 21 train rows repeat an earlier text word for word"]
+    assert _read(str(tmp_path / "a.csv")).notes == ["1 of 21 train rows repeat the text of an earlier row"]
 
 
 def test_notes_name_what_was_skipped_in_each_split(written: Any) -> None:
