@@ -132,7 +132,7 @@ class Prepared:
         """The number of different draws of the inputs; None where each epoch has its own."""
         return feature_cache.draws_of(self.bound, feature_cache.level_of(self.anatomy, self.learned))
 
-    def keep_features(self, talk: Talk) -> float:
+    def cache_features(self, talk: Talk) -> float:
         """Cache the features of the frozen blocks, where examples are read again; returns the seconds it took."""
         began, features = time.perf_counter(), feature_cache.features_of(self.model)
         epochs, draws = self.total_steps / self.batches.steps_per_epoch, self.draws
@@ -149,7 +149,7 @@ class Prepared:
             folder = home / fingerprint(encoded.key, of_model, seed, draw)
             with talk.during(f"caching frozen features for {name}"), parallel.main_process_first():
                 args = self.model, self.bound, encoded, self.machine, folder, talk.say, seed, draw
-                kept = feature_cache.keep_features(*args)
+                kept = feature_cache.cache_features(*args)
             if parallel.all_reduce_max(int(not kept), self.machine.device):  # one without space stops all
                 break
         feature_cache.prune(home)
