@@ -45,7 +45,8 @@ from tunesmith.models import load as models
 from tunesmith.run.prepare import max_length
 from tunesmith.tasks import Inspection, Task
 from tunesmith.techniques import Technique
-from tunesmith.training import examples
+from tunesmith.training import dataset
+from tunesmith.training.notes import merge_notes
 
 CHUNK_ROWS = 1024
 LEAK = 0.01
@@ -143,7 +144,7 @@ class _Check:
         if misfit is not None and self.files:
             self.notes.append(f"taken as rows without a task: {misfit.what}; {misfit.hint}; or task=NAME says which")
         noted = [(str(file.path), file.note) for file in self.files if file.note]
-        self.notes += examples.said_once((path, note.removeprefix(path)) for path, note in noted)
+        self.notes += merge_notes((path, note.removeprefix(path)) for path, note in noted)
         if is_folder(folder := str(recipe.data.train)) and (left := left_out(Path(folder), named)):
             self.notes.append(f"not looked at in {folder}: {', '.join(left)}")
         self.row_level: Level = "warning" if self.data.on_bad_row == "skip" else "error"
@@ -309,10 +310,10 @@ class _Check:
             for file in self.files:
                 file.classes.clear()
 
-    def _tried(self, task: Task, keys: dict[str, Any]) -> examples.Examples | None:
+    def _tried(self, task: Task, keys: dict[str, Any]) -> dataset.Examples | None:
         """What a run would read; None where it would refuse."""
         try:
-            return examples.read(task, self.data.model_copy(update=keys), self.recipe.train.seed)
+            return dataset.read(task, self.data.model_copy(update=keys), self.recipe.train.seed)
         except DataError as error:
             place = error.where or str(keys["train"])
             self.findings.add([Fault("refused", "a run stops here", place, error.what, error.hint, "error")])

@@ -25,7 +25,7 @@ from tunesmith.models import sources
 from tunesmith.recipe import Data, Recipe, Stages
 from tunesmith.run.record import STAGES
 from tunesmith.tasks import Task
-from tunesmith.training import examples
+from tunesmith.training import dataset
 
 SAMPLE = 1000
 Column = str | int
@@ -167,7 +167,7 @@ def left_out(folder: Path, named: Mapping[str, Path]) -> list[str]:
 def fits(task: Task, path: Path, data: Data) -> DataError | None:
     """Why a file has not what a task needs."""
     try:
-        examples.open_split(path, task, data)
+        dataset.open_split(path, task, data)
     except DataError as error:
         return error
     return None
@@ -202,7 +202,7 @@ def _holds_conversations(path: Path, data: Data) -> bool:
     chats = registry.get("task", "text-generation")()
     assert isinstance(chats, Task)
     try:
-        found = examples.open_split(path, chats, data).table.columns.keys()
+        found = dataset.open_split(path, chats, data).table.columns.keys()
     except DataError:
         return False
     return "messages" in found or {"prompt", "answer"} <= found or {"prompt", "instances"} <= found
@@ -216,7 +216,7 @@ def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
     """
     if task is None:
         return _open_whole(name, path, data)
-    table = examples.open_split(path, task, data).table
+    table = dataset.open_split(path, task, data).table
     names: Sequence[Column] = list(table.columns.values())
     if table.format not in ("text", "conll", "parallel"):
         names, _ = read_raw(path, header=all(isinstance(column, str) for column in names))

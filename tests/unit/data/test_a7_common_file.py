@@ -24,7 +24,7 @@ from tunesmith.data.formats import read_table
 from tunesmith.data.formats.recognize import UNSUPPORTED_FORMATS
 from tunesmith.errors import DataError
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.training.examples import Examples
+from tunesmith.training.dataset import Examples
 
 Refuse = Callable[..., str]
 Read = Callable[..., Examples]
@@ -293,13 +293,13 @@ import re, sys
 from pathlib import Path
 from tunesmith.recipe import Data
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.training import examples
+from tunesmith.training import dataset
 
 def peak_mb():
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 
 before = peak_mb()
-read = examples.read(TextClassification(), Data(train=sys.argv[1], validation=0.1), seed=0)
+read = dataset.read(TextClassification(), Data(train=sys.argv[1], validation=0.1), seed=0)
 assert sum(1 for _ in read.splits["validation"].rows()) == read.rows["validation"]
 print(sum(read.rows.values()), before, peak_mb())
 """

@@ -22,7 +22,7 @@ from tunesmith.data.splits import (
 from tunesmith.errors import DataError
 from tunesmith.recipe import Data
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.training import examples
+from tunesmith.training import dataset
 
 COLUMNS = TextClassification().columns
 COUNTS = st.lists(st.integers(1, 60), min_size=1, max_size=8)
@@ -195,12 +195,12 @@ def test_rows_of_a_group_are_never_parted(seed: int, tmp_path: Path) -> None:
     path = tmp_path / "clauses.csv"
     path.write_text("\n".join(["n,text,label,contract", *GROUPED]))
     data = Data(train=str(path), validation=0.2, test=0.1, group="contract")
-    found = examples.read(TextClassification(), data, seed)
+    found = dataset.read(TextClassification(), data, seed)
     groups = {name: {row.values["group"] for row in split.rows()} for name, split in found.splits.items()}
     assert sum(map(len, groups.values())) == len(set().union(*groups.values())) == 23, "each is on one side"
     assert found.rows["validation"] == pytest.approx(92, abs=20) and found.rows["test"] == pytest.approx(46, abs=20)
     assert {row.values["label"] for row in found.splits["train"].rows()} == set("abcd")
-    without = examples.read(TextClassification(), data.model_copy(update={"group": None}), seed)
+    without = dataset.read(TextClassification(), data.model_copy(update={"group": None}), seed)
     parted = {name: {row.place for row in split.rows()} for name, split in without.splits.items()}
     assert parted["test"] != {row.place for row in found.splits["test"].rows()}
 
@@ -217,7 +217,7 @@ def _patients(shared: int) -> str:
 def test_groups_that_share_a_text_stay_together_as_long_as_they_are_not_most(shared: int, tmp_path: Path) -> None:
     path = tmp_path / "notes.csv"
     path.write_text(_patients(shared))
-    found = examples.read(TextClassification(), Data(train=str(path), validation=0.1, test=0.2, group="patient"), 0)
+    found = dataset.read(TextClassification(), Data(train=str(path), validation=0.1, test=0.2, group="patient"), 0)
     assert found.rows == {"train": 280, "validation": 40, "test": 80}
     sides = [name for name, split in found.splits.items() for row in split.rows() if row.values["text"] == "normal"]
     assert (len(set(sides)) == 1) == (shared == 20)
@@ -238,11 +238,11 @@ def test_a_group_is_of_train_alone_and_no_text(tmp_path: Path) -> None:
     path, other = tmp_path / "clauses.csv", tmp_path / "other.csv"
     path.write_text("\n".join(["n,text,label,contract", *GROUPED, "1,same,a,contract 1", "2,same,a,contract 2"]))
     other.write_text("text,label\nsomething else,a\nand more,b\n")
-    found = examples.read(TextClassification(), Data(train=str(path), validation=str(other), group="contract"), 0)
+    found = dataset.read(TextClassification(), Data(train=str(path), validation=str(other), group="contract"), 0)
     assert found.rows == {"train": 462, "validation": 2}
     assert any("1 of 462 train rows repeat an earlier text" in note for note in found.notes)
     with pytest.raises(DataError, match="no column 'contrakt'; did you mean 'contract'"):
-        examples.read(TextClassification(), Data(train=str(path), group="contrakt"), 0)
+        dataset.read(TextClassification(), Data(train=str(path), group="contrakt"), 0)
     path.write_text("text,label,contract\none,a,x\ntwo,b,\n")
     with pytest.raises(DataError, match="clauses.csv:3: contract: empty"):
-        examples.read(TextClassification(), Data(train=str(path), group="contract"), 0)
+        dataset.read(TextClassification(), Data(train=str(path), group="contract"), 0)

@@ -16,8 +16,8 @@ from tunesmith.recipe import Data
 from tunesmith.tasks import BoundTask
 from tunesmith.tasks.text_classification import TextClassification
 from tunesmith.testing import tiny_model, tiny_tokenizer
-from tunesmith.training import examples
-from tunesmith.training.examples import Examples
+from tunesmith.training import dataset
+from tunesmith.training.dataset import Examples
 
 Rows = Iterable[tuple[object, object]]
 Refuse = Callable[..., str]
@@ -58,7 +58,7 @@ def refuse(command: Any, tiny_bert: Path, written: Any, tmp_path: Path) -> Refus
 
 def _read(path: str, *, labels: str = "auto", **data: Any) -> Examples:
     task = TextClassification(labels=labels)  # type: ignore[arg-type]
-    return examples.read(task, Data(**{"train": path, "validation": None, "max_length": 64} | data), seed=0)
+    return dataset.read(task, Data(**{"train": path, "validation": None, "max_length": 64} | data), seed=0)
 
 
 def _place(said: str, place: str, *parts: str) -> bool:
@@ -71,7 +71,7 @@ def _bind(read: Examples) -> BoundTask:
 
 
 def _encode(read: Examples, folder: Path) -> dict[str, Encoded]:
-    return examples.encode_splits(read, _bind(read), "tiny", folder)
+    return dataset.encode_splits(read, _bind(read), "tiny", folder)
 
 
 def test_a7_69_one_class_only(refuse: Refuse) -> None:
