@@ -13,22 +13,20 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "tunesmith"
 FLOORS = [
     {"errors"},
-    {"registry", "run_folder"},
-    {"recipe", "talk"},
+    {"registry", "console"},
+    {"recipe", "storage"},
     {"data"},
-    {"metrics", "kernels"},
     {"models"},
-    {"techniques", "tasks"},
+    {"kernels", "metrics"},
+    {"tasks", "techniques"},
     {"training"},
-    {"deploy"},
-    {"insight"},
-    {"testing"},
-    {"prepare"},
-    {"record"},
+    {"deploy", "insight"},
     {"run"},
-    {"studies"},
+    {"inspect_data", "studies"},
     {"api"},
-    {"cli", "__init__"},
+    {"testing"},
+    {"cli"},
+    {"__init__"},
     {"__main__"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -130,3 +128,17 @@ def test_ratchets() -> None:
         assert getattr(tunesmith, name) is not None
     longest = max(FILES, key=lambda path: path.read_text(encoding="utf-8").count("\n"))
     assert longest.read_text(encoding="utf-8").count("\n") <= 483, longest
+
+
+MAX_METHODS = 16
+LARGER = {"Chats": 19, "_Check": 20}
+"""Classes that are still larger; their number of methods may fall, never rise."""
+
+
+def test_no_class_has_more_than_16_methods() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and node.name != "Task":
+                methods = sum(isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef) for part in node.body)
+                allowed = LARGER.get(node.name, MAX_METHODS)
+                assert methods <= allowed, f"{path}:{node.lineno} {node.name} has {methods} methods"

@@ -95,7 +95,7 @@ def show(
     if not data.augment or split != "train":
         what = "only train is changed" if data.augment else "data.augment is not given"
         raise RecipeError(f"--augmented: {what}", hint="data.augment='[{name: word-dropout, probability: 0.1}]'")
-    examples.check_changeable(read)
+    examples.check_changeable(read, bound)
     texts = texts_of((one for _, one in numbered), task.columns)
     kept = sources.cache_home() / "translated-back"
     otherwise = translated_back(texts, data.augment, kept, offline=offline, say=lambda _: None)

@@ -336,7 +336,7 @@ class BoundTextGeneration(BoundTask):
     def metrics(self) -> Metrics:
         """Loss, perplexity, accuracy; and scores of generated texts."""
         if self.task.generate is None:
-            return PerplexityMetrics()
+            return PerplexityMetrics(of_answers=SCORES)
         return PerplexityMetrics(TextMetrics(SCORES), max_texts=self.task.generate.rows)
 
     def baseline(self, train: Encoded) -> Baseline:

@@ -1,6 +1,7 @@
 """Public tests for third parties: tiny random models, made-up rows, and the contract of a technique or a task."""
 
 from tunesmith.testing.contract import (
+    CLASSIFYING,
     FAMILIES,
     IMAGE_FAMILIES,
     Case,
@@ -13,6 +14,7 @@ from tunesmith.testing.contract import (
 )
 
 __all__ = [
+    "CLASSIFYING",
     "FAMILIES",
     "IMAGE_FAMILIES",
     "Case",

@@ -40,7 +40,17 @@ from tunesmith.techniques import Technique
 from tunesmith.training import loop, optimizer
 from tunesmith.training.machine import NEVER_CUT, Machine
 
-__all__ = ["FAMILIES", "Case", "case", "check", "sample_row", "tiny_image_processor", "tiny_model", "tiny_tokenizer"]
+__all__ = [
+    "FAMILIES",
+    "IMAGE_FAMILIES",
+    "Case",
+    "case",
+    "check",
+    "sample_row",
+    "tiny_image_processor",
+    "tiny_model",
+    "tiny_tokenizer",
+]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -128,9 +138,7 @@ def tiny_model(family: str, model_class: str, *, seed: int = 0, **config: Any) -
 
 def tiny_image_processor() -> Any:
     """An image processor for pictures of 16 x 16 pixels, with the PIL back end."""
-    from transformers import ViTImageProcessorPil
-
-    return ViTImageProcessorPil(size={"height": 16, "width": 16})
+    return transformers.ViTImageProcessorPil(size={"height": 16, "width": 16})
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

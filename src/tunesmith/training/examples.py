@@ -351,8 +351,8 @@ def encode_rows(rows: Iterable[Row], bound: BoundTask) -> Encoded:
     return encode_in_memory(rows, bound.encode, bound.costs)
 
 
-def check_changeable(read: Examples) -> None:
-    """Refuse to augment rows without a text, or without tagged words.
+def check_changeable(read: Examples, bound: BoundTask) -> None:
+    """Refuse to augment rows without a text, or without tagged words, and rows that are joined to blocks.
 
     Raises:
         RecipeError: there are none.
@@ -364,6 +364,8 @@ def check_changeable(read: Examples) -> None:
         raise RecipeError(what, hint="tunesmith data convert makes words with tags of spans")
     if words is None and not any(name in columns for name in texts):
         raise RecipeError(f"data.augment: {read.task.name} has no example of one text here", hint="leave the key out")
+    if not bound.rows_are_examples:
+        raise RecipeError("data.augment: blocks of raw text are not augmented", hint="leave the key out")
 
 
 class Augmented:
@@ -372,9 +374,7 @@ class Augmented:
     def __init__(
         self, read: Examples, bound: BoundTask, seed: int, cache: Path, otherwise: Mapping[str, str] | None = None
     ) -> None:
-        check_changeable(read)
-        if not bound.rows_are_examples:
-            raise RecipeError("data.augment: blocks of raw text are not augmented", hint="leave the key out")
+        check_changeable(read, bound)
         self._split, self._bound, self._cache = read.splits["train"], bound, cache
         self._augmenter = Augmenter.of(read.data.augment or (), seed, read.task.columns, otherwise)
         self._now: tuple[int, Encoded] | None = None

@@ -1,4 +1,4 @@
-"""Writing behind prompts: many at once as one alone, ends and limits, beams, and what is drawn."""
+"""Batched generation equals single prompts; stop tokens, limits, beams and sampling."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from accelerating import unpadded
 
 from tunesmith.data.batches import Ragged
-from tunesmith.models.writing import write
 from tunesmith.recipe.fields import Generation
+from tunesmith.tasks._generation import generate_tokens
 from tunesmith.testing import tiny_model
 
 PROMPTS = [[5, 9, 7, 8], [6, 8], [11], [4, 4, 5]]
@@ -22,7 +22,9 @@ def _ragged(rows: list[list[int]]) -> Ragged:
 
 
 def _written(model: Any, rows: list[list[int]], stop: tuple[int, ...] = (), limit: int = 64, **how: Any) -> Any:
-    return write(model, _ragged(rows), Generation(**{"max_new_tokens": 8, **how}), pad=0, stop=stop, limit=limit)
+    return generate_tokens(
+        model, _ragged(rows), Generation(**{"max_new_tokens": 8, **how}), pad=0, stop=stop, limit=limit
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma", "t5"])
