@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from tunesmith.kernels.ops.attention import has_relative_bias
 from tunesmith.kernels.ops.dropout import dropout_forward
 from tunesmith.kernels.ops.grad_buffers import NO_BUFFERS, GradBuffers, LookedUpRows, SparseEmbedding
 from tunesmith.kernels.prefix import supports_attention_functions
+from tunesmith.models.anatomy import Anatomy
 
 __all__ = ["PATHS", "accelerate", "switched_off"]
 
@@ -62,17 +63,6 @@ ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_
 NEEDS_UNPADDED = PathStatus(False, reason="blocks compute with padding", applies=False)
 
 
-class ModelBlocks(Protocol):
-    """The part of an `Anatomy` that is read here."""
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """Module paths in forward order."""
-
-    def roles_in(self, block: str) -> dict[str, tuple[str, ...]]:
-        """Return role -> module paths inside a block."""
-
-
 def switched_off(reason: str) -> FastPath:
     """Return a `FastPath` of a model that runs its own code."""
     return FastPath({name: PathStatus(False, reason=reason) for name in PATHS})
@@ -80,7 +70,7 @@ def switched_off(reason: str) -> FastPath:
 
 def accelerate(
     model: Any,
-    anatomy: ModelBlocks,
+    anatomy: Anatomy,
     *,
     device: torch.device,
     autocast_dtype: torch.dtype | None,
@@ -177,7 +167,7 @@ def _why_padded(model: Any, device: torch.device, autocast_dtype: torch.dtype | 
 
 def _accelerate_blocks(
     model: Any,
-    anatomy: ModelBlocks,
+    anatomy: Anatomy,
     blocks: Sequence[nn.Module],
     path: FastPath,
     device: torch.device,
@@ -225,7 +215,7 @@ def _try_once(edits: Edits, probe: Probe, change: Callable[[Edits], None]) -> st
 
 
 def _fuse(
-    model: Any, anatomy: ModelBlocks, blocks: Sequence[nn.Module], path: FastPath, probe: Probe
+    model: Any, anatomy: Anatomy, blocks: Sequence[nn.Module], path: FastPath, probe: Probe
 ) -> tuple[PathStatus, dict[nn.Module, BlockPattern]]:
     """Fuse the blocks that match a pattern; blocks with LayerNorm do not show which one, so both are tried."""
     reason = ""
