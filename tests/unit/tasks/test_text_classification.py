@@ -24,7 +24,7 @@ from tunesmith.recipe import Data
 from tunesmith.tasks import BoundTask
 from tunesmith.tasks.text_classification import TextClassification
 from tunesmith.testing import tiny_model, tiny_tokenizer
-from tunesmith.training import evaluate
+from tunesmith.training import dataset, evaluate
 
 TEXTS = ("the film was great", "bad", "a very very dull plot . not so", "lovely acting and a fine story !")
 WORDS = "great lovely warm fine superb bad dull poor cold awful film plot story acting".split()
