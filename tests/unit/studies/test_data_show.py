@@ -43,7 +43,7 @@ def test_tokens_and_target_of_each_row(show: Show, reviews_csv: Path) -> None:
 
 def test_what_is_cut_and_what_is_read_in_windows(show: Show) -> None:
     out = show("--row", "1", "data.max_length=5")[1]
-    assert "(5 tokens, the rest is cut off)" in out
+    assert "(5 tokens, truncated)" in out
     rows = json.loads(show("--row", "1", "data.max_length=5", "task.windows=3", "--json")[1])["rows"]
     assert len(rows[0]["windows"]) > 1 and all(len(window) <= 5 for window in rows[0]["windows"])
     assert [window[0]["text"] for window in rows[0]["windows"]] == ["[CLS]"] * len(rows[0]["windows"])
