@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data import splits
-from tunesmith.data.columns import labeled, of_kind
+from tunesmith.data.columns import of_kind, predicts_labels
 from tunesmith.data.findings import Fault, Findings, Level
 from tunesmith.data.formats import Row, is_folder
 from tunesmith.data.formats.raw import BadRow, RawRow
@@ -45,7 +45,8 @@ from tunesmith.models import load as models
 from tunesmith.run.prepare import max_length
 from tunesmith.tasks import Inspection, Task
 from tunesmith.techniques import Technique
-from tunesmith.training import examples
+from tunesmith.training import dataset
+from tunesmith.training.notes import merge_notes
 
 CHUNK_ROWS = 1024
 LEAK = 0.01
@@ -143,7 +144,7 @@ class _Check:
         if misfit is not None and self.files:
             self.notes.append(f"taken as rows without a task: {misfit.what}; {misfit.hint}; or task=NAME says which")
         noted = [(str(file.path), file.note) for file in self.files if file.note]
-        self.notes += examples.said_once((path, note.removeprefix(path)) for path, note in noted)
+        self.notes += merge_notes((path, note.removeprefix(path)) for path, note in noted)
         if is_folder(folder := str(recipe.data.train)) and (left := left_out(Path(folder), named)):
             self.notes.append(f"not looked at in {folder}: {', '.join(left)}")
         self.row_level: Level = "warning" if self.data.on_bad_row == "skip" else "error"
@@ -170,7 +171,7 @@ class _Check:
         fields, chunk, lengths = Fields(file), list[tuple[int, str]](), array("q")
         for raw in file.raw_rows():
             fields.take(raw)
-            row = file.judge(raw)
+            row = file.parse_row(raw)
             if isinstance(row, BadRow):
                 file.bad_rows += 1
                 place, fix = f"{file.path / row.file}:{row.line}", row.hint or "mend it"
@@ -254,7 +255,7 @@ class _Check:
     @property
     def _labeled(self) -> bool:
         """Whether there are classes, numbers or tags; a text may have several translations."""
-        return self.task is not None and labeled(self.task.columns)
+        return self.task is not None and predicts_labels(self.task.columns)
 
     @property
     def _tagged(self) -> bool:
@@ -309,10 +310,10 @@ class _Check:
             for file in self.files:
                 file.classes.clear()
 
-    def _tried(self, task: Task, keys: dict[str, Any]) -> examples.Examples | None:
+    def _tried(self, task: Task, keys: dict[str, Any]) -> dataset.Examples | None:
         """What a run would read; None where it would refuse."""
         try:
-            return examples.read(task, self.data.model_copy(update=keys), self.recipe.train.seed)
+            return dataset.read(task, self.data.model_copy(update=keys), self.recipe.train.seed)
         except DataError as error:
             place = error.where or str(keys["train"])
             self.findings.add([Fault("refused", "a run stops here", place, error.what, error.hint, "error")])

@@ -12,20 +12,20 @@ from typing import Any, NamedTuple
 from tunesmith import recipe as recipes
 from tunesmith import registry
 from tunesmith.data import columns as schema
-from tunesmith.data.columns import inputs_of, reads_plain_text, translates
+from tunesmith.data.columns import inputs_of, predicts_text, reads_plain_text
 from tunesmith.data.formats import Row, files_of, find_splits, holds_text, is_folder, read_raw
-from tunesmith.data.formats.folders import data_files, files_in, no_train
+from tunesmith.data.formats.folders import data_files, files_in, no_train_error
 from tunesmith.data.formats.parallel import sides_of
 from tunesmith.data.formats.plain import texts_in
 from tunesmith.data.formats.raw import BadRow, RawRow, Rows
-from tunesmith.data.formats.recognise import format_of
+from tunesmith.data.formats.recognize import format_of
 from tunesmith.data.text.conversations import said
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import sources
 from tunesmith.recipe import Data, Recipe, Stages
 from tunesmith.run.record import STAGES
 from tunesmith.tasks import Task
-from tunesmith.training import examples
+from tunesmith.training import dataset
 
 SAMPLE = 1000
 Column = str | int
@@ -39,7 +39,7 @@ class File:
     path: Path
     names: Sequence[Column]
     raw_rows: Rows
-    judge: Callable[[RawRow | BadRow], Row | BadRow]
+    parse_row: Callable[[RawRow | BadRow], Row | BadRow]
     columns: dict[str, Column]
     schema: schema.Columns
     """The columns of the task, or those that rows without a task have."""
@@ -56,7 +56,7 @@ class File:
 
     def good_rows(self) -> Iterator[Row]:
         """The rows that a run would read."""
-        judged = (self.judge(raw) for raw in self.raw_rows())
+        judged = (self.parse_row(raw) for raw in self.raw_rows())
         return islice((row for row in judged if isinstance(row, Row)), self.limit)
 
     def dump(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def find_files(data: Data, task: Task, *, guess: bool = False) -> tuple[Data, di
     """
     if data.train is None:
         raise RecipeError("data.train: missing", hint="name a file, a folder or a recipe")
-    named, pairs = {"train": Path(data.train)}, guess or translates(task.columns)
+    named, pairs = {"train": Path(data.train)}, guess or predicts_text(task.columns)
     plain = reads_plain_text(task.columns)
     of_texts = is_folder(data.train) and (holds_text(Path(data.train)) if guess else plain)
     if is_folder(data.train) and not (named := find_splits(data.train, pairs=pairs)):
@@ -147,7 +147,7 @@ def find_files(data: Data, task: Task, *, guess: bool = False) -> tuple[Data, di
         if of_texts and texts_in(Path(data.train)):
             files = [Path(data.train)]
         if not files:
-            raise no_train(data.train)
+            raise no_train_error(data.train)
         if len(files) > 1:
             return data, {path.name: path for path in files}, False
         named = {"train": files[0]}
@@ -167,7 +167,7 @@ def left_out(folder: Path, named: Mapping[str, Path]) -> list[str]:
 def fits(task: Task, path: Path, data: Data) -> DataError | None:
     """Why a file has not what a task needs."""
     try:
-        examples.open_split(path, task, data)
+        dataset.open_split(path, task, data)
     except DataError as error:
         return error
     return None
@@ -202,7 +202,7 @@ def _holds_conversations(path: Path, data: Data) -> bool:
     chats = registry.get("task", "text-generation")()
     assert isinstance(chats, Task)
     try:
-        found = examples.open_split(path, chats, data).table.columns.keys()
+        found = dataset.open_split(path, chats, data).table.columns.keys()
     except DataError:
         return False
     return "messages" in found or {"prompt", "answer"} <= found or {"prompt", "instances"} <= found
@@ -216,7 +216,7 @@ def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
     """
     if task is None:
         return _open_whole(name, path, data)
-    table = examples.open_split(path, task, data).table
+    table = dataset.open_split(path, task, data).table
     names: Sequence[Column] = list(table.columns.values())
     if table.format not in ("text", "conll", "parallel"):
         names, _ = read_raw(path, header=all(isinstance(column, str) for column in names))
@@ -225,7 +225,7 @@ def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
         table.shown,
         names,
         table.raw_rows,
-        table.judge,
+        table.parse_row,
         dict(table.columns),
         task.columns,
         data.limit,

@@ -24,7 +24,8 @@ from tunesmith.models import sources
 from tunesmith.run.prepare import max_length
 from tunesmith.tasks import BoundTask, Task
 from tunesmith.techniques import Technique
-from tunesmith.training import examples
+from tunesmith.training import dataset
+from tunesmith.training.augmented import check_augmentable
 
 EPOCHS = 3
 
@@ -70,7 +71,7 @@ def show(
     assert isinstance(recipe.task, Task) and isinstance(recipe.technique, Technique)
     data, named, _ = find_files(recipe.data, recipe.task, guess=guess)
     wanted = guessed_task(recipe.task, next(iter(named.values())), data)[0] if guess else None
-    read = examples.read(wanted or recipe.task, data, recipe.train.seed)
+    read = dataset.read(wanted or recipe.task, data, recipe.train.seed)
     if split not in read.splits:
         raise RecipeError(
             f"there is no {split} split", where="--split", hint=f"there is {', '.join(sorted(read.splits))}"
@@ -95,7 +96,7 @@ def show(
     if not data.augment or split != "train":
         what = "only train is changed" if data.augment else "data.augment is not given"
         raise RecipeError(f"--augmented: {what}", hint="data.augment='[{name: word-dropout, probability: 0.1}]'")
-    examples.check_changeable(read, bound)
+    check_augmentable(read, bound)
     texts = texts_of((one for _, one in numbered), task.columns)
     kept = sources.cache_home() / "translated-back"
     otherwise = translated_back(texts, data.augment, kept, offline=offline, say=lambda _: None)

@@ -36,9 +36,10 @@ from tunesmith.models.load import UNBOUNDED
 from tunesmith.recipe import Recipe
 from tunesmith.tasks import BoundTask, Task
 from tunesmith.techniques import Technique, set_trainable
-from tunesmith.training import evaluate, examples, feature_cache, parallel
-from tunesmith.training.examples import Augmented
+from tunesmith.training import dataset, evaluate, feature_cache, parallel
+from tunesmith.training.augmented import Augmented
 from tunesmith.training.machine import Machine, store_frozen
+from tunesmith.training.notes import merge_notes
 from tunesmith.training.task_model import load_task_model
 
 MAX_LENGTH = 512
@@ -62,7 +63,7 @@ class Prepared:
     recipe: Recipe
     bound: BoundTask
     technique: Technique
-    examples: examples.Examples
+    examples: dataset.Examples
     encoded: dict[str, Encoded]
     base: Base
     machine: Machine
@@ -122,7 +123,7 @@ class Prepared:
         """The number of different draws of the inputs; None where each epoch has its own."""
         return feature_cache.draws_of(self.bound, feature_cache.level_of(self.anatomy, self.learned))
 
-    def keep_features(self, talk: Talk) -> float:
+    def cache_features(self, talk: Talk) -> float:
         """Cache the features of the frozen blocks, where examples are read again; returns the seconds it took."""
         began, features = time.perf_counter(), feature_cache.features_of(self.model)
         epochs, draws = self.total_steps / self.batches.steps_per_epoch, self.draws
@@ -139,7 +140,7 @@ class Prepared:
             folder = home / fingerprint(encoded.key, of_model, seed, draw)
             with talk.during(f"caching frozen features for {name}"), parallel.main_process_first():
                 args = self.model, self.bound, encoded, self.machine, folder, talk.say, seed, draw
-                kept = feature_cache.keep_features(*args)
+                kept = feature_cache.cache_features(*args)
             if parallel.all_reduce_max(int(not kept), self.machine.device):  # one without space stops all
                 break
         feature_cache.prune(home)
@@ -168,13 +169,13 @@ def prepare(recipe: Recipe, machine: Machine, *, offline: bool, allow_pickle: bo
     return assemble(recipe, read, base, machine, run, offline=offline, talk=talk)
 
 
-def read_data(recipe: Recipe, *, offline: bool, talk: Talk) -> examples.Examples:
+def read_data(recipe: Recipe, *, offline: bool, talk: Talk) -> dataset.Examples:
     """Read rows and targets, fit the task to the training targets, and draw the splits."""
     task = recipe.task
     assert isinstance(task, Task)
     missing = task.fetch(talk.say, offline=offline)
     with talk.during(f"reading {recipe.data.train}"):
-        read = examples.read(task, recipe.data, recipe.train.seed)
+        read = dataset.read(task, recipe.data, recipe.train.seed)
     read = replace(read, notes=[*missing, *read.notes])
     for note in read.notes:
         talk.warn(note)
@@ -202,7 +203,7 @@ def load_base(recipe: Recipe, task: Task, run: Path | None, *, offline: bool, al
 
 def assemble(
     recipe: Recipe,
-    read: examples.Examples,
+    read: dataset.Examples,
     base: Base,
     machine: Machine,
     run: Path | None = None,
@@ -270,19 +271,19 @@ def _accelerate(model: nn.Module, anatomy: Anatomy, recipe: Recipe, machine: Mac
     )
 
 
-def _encode(read: examples.Examples, bound: BoundTask, talk: Talk) -> dict[str, Encoded]:
+def _encode(read: dataset.Examples, bound: BoundTask, talk: Talk) -> dict[str, Encoded]:
     cache = sources.cache_home() / "encoded"
     processor_hash = models.processor_hash(bound.processor)
     rows = counted(sum(read.rows.values()), "row")
     with talk.during(f"encoding {rows}"), parallel.main_process_first():  # it encodes, the others open what it wrote
-        encoded = examples.encode_splits(read, bound, processor_hash, cache)
+        encoded = dataset.encode_splits(read, bound, processor_hash, cache)
     notes = ((name, f": {note}") for name, split in encoded.items() for note in bound.notes(split))
-    for note in examples.said_once(notes):
+    for note in merge_notes(notes):
         talk.warn(note)
     return encoded
 
 
-def _augmented(read: examples.Examples, bound: BoundTask, recipe: Recipe, offline: bool, talk: Talk) -> Augmented:
+def _augmented(read: dataset.Examples, bound: BoundTask, recipe: Recipe, offline: bool, talk: Talk) -> Augmented:
     cache, steps = sources.cache_home(), read.data.augment or []
     with parallel.main_process_first():  # it translates, the others read what it wrote
         texts, device = augment.texts_of(read.splits["train"].rows(), read.task.columns), recipe.train.device
@@ -315,7 +316,7 @@ def max_length(asked: int | None, model: nn.Module, processor: Any, technique: T
 
 def _resolve(
     recipe: Recipe,
-    read: examples.Examples,
+    read: dataset.Examples,
     bound: BoundTask,
     technique: Technique,
     anatomy: Anatomy,

@@ -61,7 +61,7 @@ def train(
     talk = talk or Talk()
     folder = Path(resume or recipe.output)
     found = machine.find(recipe.train.device, recipe.train.precision)
-    found.take()
+    found.select()
     if found.is_slow:
         talk.warn(f"train.precision: this CPU emulates {found.precision}, many times slower than fp32; use auto")
     with parallel.group(found.device.type), RunLock(folder, enabled=parallel.rank() == 0):
@@ -134,7 +134,7 @@ def _run(run: Run, resumed: bool, override: Collection[str], signals: Signals) -
         files.atomic_write(run.folder / "recipe.yaml", recipes.to_yaml(written))
         record.write_run(run.folder, run.prepared, run.progress, {"outcome": "running"})
     _introduce(run)
-    run.progress.seconds += run.prepared.keep_features(run.talk)
+    run.progress.seconds += run.prepared.cache_features(run.talk)
     _fit(run, signals)
     return _finish(run)
 

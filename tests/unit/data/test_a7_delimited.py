@@ -15,7 +15,7 @@ import pytest
 
 from tunesmith.data.formats import raw, read_table
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.training.examples import Examples
+from tunesmith.training.dataset import Examples
 
 Refuse = Callable[..., str]
 Read = Callable[..., Examples]
@@ -260,7 +260,7 @@ WORDS = ("NA", "nan", "None", "null", "#N/A")
 def test_a7_30_a_word_for_a_missing_label_is_a_class_and_that_is_said(word: str, read: Read) -> None:
     found = read(_file([*ROWS, ("so far away", word), ("so very far", word)]))
     assert word in found.task.classes  # type: ignore[attr-defined]
-    assert found.notes == [f"2 train rows are labelled '{word}', taken for a class as any other"]
+    assert found.notes == [f"2 train rows are labeled '{word}', which is treated as a class"]
 
 
 def test_a7_30_the_same_words_as_texts_are_texts(read: Read) -> None:
@@ -280,7 +280,7 @@ def test_a7_31_a_text_column_of_numbers_is_taken_and_that_is_said(read: Read) ->
     rows = [(f"{n * 7}.5", "pos" if n % 2 else "neg") for n in range(20)]
     found = read(_file(rows))
     assert _rows(found) == rows
-    assert found.notes == ["text: every one is a number; data.columns.text=NAME if it is another column"]
+    assert found.notes == ["text: every value is a number; set data.columns.text=NAME if it is another column"]
     assert read(_file([*rows, ROWS[0]])).notes == []
 
 
@@ -343,7 +343,7 @@ def test_a7_35_a_second_text_in_one_split_only_is_refused(lacking: str, refuse: 
     said = refuse(train, f"data.validation={write(valid, 'valid.csv')}")
     assert said == (
         f"{lacking}.csv: no column for text_pair, which {has} has ('sentence2'); "
-        f"data.columns.text_pair=NAME, or rename it in {has} if it is none"
+        f"set data.columns.text_pair=NAME, or rename the column in {has} if it is not a text_pair"
     )
 
 
@@ -376,7 +376,7 @@ def test_columns_are_named_by_number_with_and_without_a_header(read: Read, tmp_p
     swapped = [(label, text) for text, label in ROWS]
     for header in ("", "label,text", "a,b"):
         (tmp_path / "a.csv").write_text(_file(swapped * 3, header))
-        columns: dict[str, str | int] = {"text": 1, "label": 0}
-        table = read_table(tmp_path / "a.csv", task.columns, required=task.required, columns=columns)
+        named: dict[str, str | int] = {"text": 1, "label": 0}
+        table = read_table(tmp_path / "a.csv", task.columns, named=named)
         assert [(row.values["text"], row.values["label"]) for row in table] == ROWS * 3
         assert (table.note is None) == (header != "a,b")  # it may have been a row

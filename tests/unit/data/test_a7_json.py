@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tunesmith.data.formats import json_array
-from tunesmith.training.examples import Examples
+from tunesmith.training.dataset import Examples
 
 Refuse = Callable[..., str]
 Read = Callable[..., Examples]

@@ -12,7 +12,7 @@ from typing import Any
 import planted
 import pytest
 
-from tunesmith.data.findings import KEPT, Fault, Findings
+from tunesmith.data.findings import MAX_FAULTS, Fault, Findings
 from tunesmith.inspect_data import check as data_check
 from tunesmith.tasks.text_classification import TextClassification
 
@@ -334,9 +334,9 @@ def test_what_cannot_be_looked_at(words: tuple[str, ...], code: int, said: str, 
 
 def test_of_endless_faults_the_first_are_kept_and_all_counted() -> None:
     findings = Findings()
-    findings.add(Fault("k", "w", f"f.csv:{number}", "v", "x") for number in range(KEPT + 5))
+    findings.add(Fault("k", "w", f"f.csv:{number}", "v", "x") for number in range(MAX_FAULTS + 5))
     (told,) = findings.dump()
-    assert told["count"] == KEPT + 5 and len(told["faults"]) == KEPT
+    assert told["count"] == MAX_FAULTS + 5 and len(told["faults"]) == MAX_FAULTS
 
 
 def test_the_python_call_is_the_command(tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def test_a_smaller_micro_batch_is_kept_in_the_checkpoint(
     monkeypatch.setattr(BoundTextClassification, "loss", loss)
     tunesmith.train(recipe_of())
     run = tmp_path / "run"
-    assert "going on with at most 2 examples at once, same batch_size" in capsys.readouterr().out
+    assert "continuing with micro_batch_size 2, same batch_size" in capsys.readouterr().out
     assert json.loads((run / "checkpoints" / "step-000006" / "state.json").read_text())["max_examples"] == 2
     assert _lines(run, "loss") == pytest.approx(_lines(tmp_path / "clean", "loss"), abs=1e-5)
 

@@ -14,7 +14,7 @@ from tunesmith.errors import DataError
 from tunesmith.recipe import Data
 from tunesmith.tasks.token_classification import TokenClassification
 from tunesmith.testing import tiny_tokenizer
-from tunesmith.training import examples
+from tunesmith.training import dataset
 
 Command = Callable[..., tuple[int, str, str]]
 SOUND = "\n\n".join(
@@ -86,7 +86,7 @@ def test_bad_inputs(content: str, said: str, skipped: int, command: Command, tmp
     assert code == 3 and said in err and err.count("\n") <= 2 and not (tmp_path / "run").exists(), err
     if skipped:
         data = Data(train=str(path), validation=0.2, on_bad_row="skip")
-        found = examples.read(TokenClassification(), data, seed=0)
+        found = dataset.read(TokenClassification(), data, seed=0)
         assert any(note.startswith(f"train: skipped {skipped} row") for note in found.notes), found.notes
 
 
@@ -102,7 +102,7 @@ def test_87_documents_and_83_schemes_are_read(tmp_path: Path) -> None:
         body = "\n\n".join(f"a{n} O\nx {first}\ny {second}" for n in range(10))
         path = tmp_path / f"{scheme}.conll"
         path.write_text(f"-DOCSTART- O\n\n{body}\n")
-        found = examples.read(TokenClassification(), Data(train=str(path), validation=0.2), seed=0)
+        found = dataset.read(TokenClassification(), Data(train=str(path), validation=0.2), seed=0)
         assert (found.task.scheme, sum(found.rows.values())) == (scheme, 10)  # type: ignore[attr-defined]
 
 

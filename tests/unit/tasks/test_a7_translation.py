@@ -12,7 +12,7 @@ from tunesmith.inspect_data.check import check
 from tunesmith.recipe import Data
 from tunesmith.tasks.translation import Translation
 from tunesmith.testing import sample_row
-from tunesmith.training import examples
+from tunesmith.training import dataset
 
 Command = Callable[..., tuple[int, str, str]]
 PAIRS = [(f"the dog number {n} runs", f"der Hund Nummer {n} rennt") for n in range(30)]
@@ -63,7 +63,7 @@ def test_a7_97_an_empty_target_is_refused_by_its_line(empty: str, command: Comma
 def test_a7_97_or_is_skipped_and_counted(tmp_path: Path) -> None:
     name = _parallel(tmp_path, _with(7, ("the dog", "")))
     task = Translation(source_lang="en", target_lang="de")
-    read = examples.read(task, Data(train=str(tmp_path / name), validation=None, on_bad_row="skip"), seed=0)
+    read = dataset.read(task, Data(train=str(tmp_path / name), validation=None, on_bad_row="skip"), seed=0)
     assert read.rows == {"train": 29} and read.notes == ["train: skipped 1 row (empty target)"]
 
 

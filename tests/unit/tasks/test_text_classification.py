@@ -24,7 +24,7 @@ from tunesmith.recipe import Data
 from tunesmith.tasks import BoundTask
 from tunesmith.tasks.text_classification import TextClassification
 from tunesmith.testing import tiny_model, tiny_tokenizer
-from tunesmith.training import evaluate, examples
+from tunesmith.training import dataset, evaluate
 
 TEXTS = ("the film was great", "bad", "a very very dull plot . not so", "lovely acting and a fine story !")
 WORDS = "great lovely warm fine superb bad dull poor cold awful film plot story acting".split()
@@ -132,8 +132,8 @@ def test_the_first_rows_of_a_sorted_file_are_refused_with_the_reason(tmp_path: P
         writer.writerows([f"text {number}", number // 50] for number in range(100))
     data = Data(train=str(path), validation=0.1, limit=40)
     with pytest.raises(DataError, match=r"sorted\.csv: label: .* 40 rows .*'0'"):
-        examples.read(TextClassification(), data, seed=0)
-    assert examples.read(TextClassification(), data.model_copy(update={"limit": None}), seed=0).rows["train"] == 90
+        dataset.read(TextClassification(), data, seed=0)
+    assert dataset.read(TextClassification(), data.model_copy(update={"limit": None}), seed=0).rows["train"] == 90
 
 
 def test_a_validation_label_that_train_lacks_is_refused_by_its_line(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_validation_label_that_train_lacks_is_refused_by_its_line(tmp_path: Pa
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     data = Data(train=str(tmp_path / "train.jsonl"), validation=str(tmp_path / "valid.jsonl"))
     with pytest.raises(DataError, match=r"valid\.jsonl:3: label: 'c' "):
-        examples.read(TextClassification(), data, seed=0)
+        dataset.read(TextClassification(), data, seed=0)
 
 
 LOSSES = {

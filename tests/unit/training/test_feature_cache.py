@@ -53,17 +53,17 @@ def _run(tmp_path: Path, name: str, family: str, task: Any, technique: Any, **mo
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
-    """What `keep_features` answered, in a cache of its own."""
+    """What `cache_features` answered, in a cache of its own."""
     monkeypatch.setattr(sources, "cache_home", lambda: tmp_path / "cache")
     monkeypatch.setattr(prepare.sources, "cache_home", lambda: tmp_path / "cache")
     answers: list[bool] = []
-    keep = feature_cache.keep_features
+    keep = feature_cache.cache_features
 
     def kept(*args: Any) -> bool:
         answers.append(keep(*args))
         return answers[-1]
 
-    monkeypatch.setattr(feature_cache, "keep_features", kept)
+    monkeypatch.setattr(feature_cache, "cache_features", kept)
     return answers
 
 

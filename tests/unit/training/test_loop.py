@@ -244,7 +244,7 @@ def test_out_of_memory_repeats_the_same_step_in_smaller_pieces(
     assert [step.loss for step in steps] == pytest.approx([step.loss for step in expected], abs=1e-6)
     assert [step.examples for step in steps] == [8, 8, 8, 8] and engine.limits.max_examples == most
     assert len(said) == int(math.log2(8 / most))
-    assert said[-1] == f"out of memory: going on with at most {most} examples at once, same batch_size"
+    assert said[-1] == f"out of memory: continuing with micro_batch_size {most}, same batch_size"
 
 
 @pytest.mark.parametrize("kind", GONE)
@@ -271,7 +271,7 @@ def test_where_one_example_does_not_fit_it_ends_with_advice(
     with pytest.raises(ResourceError, match=r"one example at a time does not fit.*max_length.*lora") as refused:
         list(loop.steps(engine, Batches(trial.encoded, 8, 0), lambda _: 1.0, total=1))
     assert refused.value.exit_code == 4 and _same(engine.model, trial.model), "no weight has moved"
-    assert said[-1] == "out of memory: going on with gradient checkpointing"
+    assert said[-1] == "out of memory: continuing with gradient checkpointing"
 
 
 def test_gradient_checkpointing_changes_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +381,7 @@ def test_batchnorm_keeps_its_statistics(tmp_path: Path) -> None:
     mean, var = norm.running_mean.clone().fill_(0.3), norm.running_var.clone().fill_(2.0)
     norm.load_state_dict(norm.state_dict() | {"running_mean": mean, "running_var": var})
     before = norm.weight.detach().clone()
-    engine = replace(trial.engine(model), modes_are_for=())
+    engine = replace(trial.engine(model), modes_set_for=())
     list(loop.steps(engine, Batches(trial.encoded, 8, 0), lambda _: 1.0, total=3))
     assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, var)
     assert norm.num_batches_tracked == 0 and not torch.equal(norm.weight, before), "but its weight learns"

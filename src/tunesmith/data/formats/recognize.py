@@ -13,7 +13,7 @@ from tunesmith.data.formats.raw import open_text
 from tunesmith.errors import DataError, shorten
 
 Format = Literal["csv", "tsv", "jsonl", "json", "parquet", "text", "conll", "parallel"]
-FOREIGN = {
+UNSUPPORTED_FORMATS = {
     b"PK\x03\x04": ("a zip, Excel or Word file", "unpack it, or save its table as CSV (UTF-8)"),
     b"\xd0\xcf\x11\xe0": ("an old Excel file", "save it as CSV (UTF-8)"),
     b"%PDF": ("a PDF", "extract its text first"),
@@ -40,7 +40,7 @@ def format_of(path: Path, *, tagged: bool = False) -> Format:
     head = _head(path)
     if head.startswith(b"PAR1"):
         return "parquet"
-    for magic, (what, hint) in FOREIGN.items():
+    for magic, (what, hint) in UNSUPPORTED_FORMATS.items():
         if head.startswith(magic) or (magic.startswith(b"<") and head.lstrip().lower().startswith(magic.lower())):
             raise DataError(f"this is {what}, whatever its name says", where=str(path), hint=hint)
     with open_text(path) as file:
@@ -74,10 +74,10 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(16)
     except (OSError, ValueError) as error:
-        raise unreachable(path, error) from None
+        raise unreachable_error(path, error) from None
 
 
-def _called_nearly(path: Path) -> str | None:
+def _similar_name(path: Path) -> str | None:
     """The name beside it that is nearest; endings, which many files share, make none near."""
     names = sorted(other.name for other in path.parent.iterdir())
     stems = [name.partition(".")[0] for name in names]
@@ -89,12 +89,12 @@ def _called_nearly(path: Path) -> str | None:
     )
 
 
-def unreachable(path: Path, error: OSError | ValueError) -> DataError:
+def unreachable_error(path: Path, error: OSError | ValueError) -> DataError:
     """Why a path leads to nothing that can be read."""
     where = shorten(str(path), 200)[1:-1]
     if isinstance(error, FileNotFoundError):
         try:
-            near = _called_nearly(path)
+            near = _similar_name(path)
         except OSError:
             near = None
         hint = "check the path" if path.is_absolute() else f"check the path, which counts from {Path.cwd()}"

@@ -19,8 +19,8 @@ from tunesmith.recipe import Data
 from tunesmith.tasks import BoundTask
 from tunesmith.tasks.text_classification import TextClassification
 from tunesmith.testing import tiny_tokenizer
-from tunesmith.training import examples
-from tunesmith.training.examples import Examples
+from tunesmith.training import dataset
+from tunesmith.training.dataset import Examples
 
 Rows = list[tuple[str, str]]
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -48,7 +48,7 @@ def written(tmp_path: Path) -> Callable[..., str]:
 
 def _read(path: str, *, seed: int = 0, task: dict[str, Any] | None = None, **data: Any) -> Examples:
     given = {"train": path, "validation": None, "max_length": 16} | data
-    return examples.read(TextClassification(**task or {}), Data(**given), seed)
+    return dataset.read(TextClassification(**task or {}), Data(**given), seed)
 
 
 def _texts(read: Examples) -> dict[str, list[str]]:
@@ -145,7 +145,7 @@ def test_a_folder_gives_its_splits_and_the_recipe_goes_before(written: Any, tmp_
 
 def test_no_training_data_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"data.train: missing; data.train=reviews.csv, or a folder"):
-        examples.read(TextClassification(), Data(), 0)
+        dataset.read(TextClassification(), Data(), 0)
 
 
 def test_rows_of_other_splits_that_stand_in_train_are_counted(written: Any) -> None:
@@ -201,7 +201,7 @@ def _bound(read: Examples, processor: Any = None) -> BoundTask:
 def _folders(read: Examples, cache: Path, processor: Any = None) -> dict[str, str]:
     """Where each split is encoded."""
     bound = _bound(read, processor)
-    encoded = examples.encode_splits(read, bound, processor_hash(bound.processor), cache)
+    encoded = dataset.encode_splits(read, bound, processor_hash(bound.processor), cache)
     assert {name: len(part) for name, part in encoded.items()} == read.rows
     return {name: part.key for name, part in encoded.items()}
 
@@ -221,7 +221,7 @@ def test_the_same_data_is_encoded_once(written: Any, tmp_path: Path) -> None:
 
 def test_encoded_rows_are_those_of_the_split(written: Any, tmp_path: Path) -> None:
     read = _read(written(_reviews(40)), validation=0.25)
-    encoded = examples.encode_splits(read, _bound(read), "tiny", tmp_path / "cache")
+    encoded = dataset.encode_splits(read, _bound(read), "tiny", tmp_path / "cache")
     for name, split in read.splits.items():
         labels = [read.task.classes.index(str(row.values["label"])) for row in split.rows()]  # type: ignore[attr-defined]
         assert encoded[name].column("label").tolist() == labels
@@ -290,7 +290,7 @@ def test_a_file_that_changes_after_it_was_read_is_not_encoded(written: Any, tmp_
     read = _read(path, validation=0.25)
     _change_a_label(path)
     with pytest.raises(DataError, match=r"train.csv: the file has changed since it was first read; leave it alone"):
-        examples.encode_splits(read, _bound(read), "tiny", tmp_path / "cache")
+        dataset.encode_splits(read, _bound(read), "tiny", tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*"))
 
 
@@ -330,7 +330,7 @@ def test_a_row_is_encoded_the_same_whatever_its_neighbours(tmp_path: Path) -> No
     lines = [f"so warm,{'film' * (n % 3 == 0)},{'pos' if n % 2 else 'neg'}" for n in range(12)]
     (tmp_path / "a.csv").write_text("\n".join(["text,text_pair,label", *lines, ""]))
     read = _read(str(tmp_path / "a.csv"))
-    encoded = examples.encode_splits(read, _bound(read), "tiny", tmp_path / "cache")["train"]
+    encoded = dataset.encode_splits(read, _bound(read), "tiny", tmp_path / "cache")["train"]
     alone = [_bound(read).encode([row])[0] for row in read.splits["train"].rows()]
     assert [encoded.take([n])["input_ids"][0].tolist() for n in range(12)] == [one["input_ids"] for one in alone]
     assert len({tuple(one["input_ids"]) for one in alone}) == 2
