@@ -218,29 +218,16 @@ class BoundTextGeneration(BoundTask):
         if "input_ids" in rows[0].values:
             return [_block(row) for row in rows]
         if "text" in rows[0].values and self.task.form == "text":
-            return [self._continued(row) for row in rows]
+            return [_continued(row, self.processor) for row in rows]
         chats = self._chats()
         if "asked" in rows[0].values:
-            return [self._prompt(row) for row in rows]
+            return [_prompt(row, chats) for row in rows]
         read = [(row.place, conversation(row, system=self.task.system)) for row in rows]
         fields = chats.answered(read, self.data.max_length, skip=self.data.on_bad_row == "skip")
         return [
             one | {"reference": as_bytes(messages[-1]["content"])} | chats.offered(messages[:-1], choices_of(row))
             for one, row, (_, messages) in zip(fields, rows, read, strict=True)
         ]
-
-    def _prompt(self, row: Row) -> Fields:
-        messages: Any = row.values["asked"]
-        choices: Any = row.values["choices"]
-        return self._chats().asked(messages) | self._chats().offered(messages, choices)
-
-    def _continued(self, row: Row) -> Fields:
-        """A text to continue."""
-        text = str(row.values["text"])
-        ids = self.processor(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        first = first_token(self.processor)
-        ids = [*([] if first is None else [first]), *ids]
-        return {"input_ids": ids, "prompt": len(ids)}
 
     def costs(self, encoded: Encoded) -> NDArray[np.int64]:
         """Tokens of each conversation or block."""
@@ -357,6 +344,20 @@ class BoundTextGeneration(BoundTask):
         spelled = spell(fields["input_ids"], self.processor)
         targets = [text if place in learned else None for place, text in enumerate(spelled)]
         return preview_tokens(fields, self.processor, targets=targets)
+
+
+def _prompt(row: Row, chats: Chats) -> Fields:
+    messages: Any = row.values["asked"]
+    choices: Any = row.values["choices"]
+    return chats.asked(messages) | chats.offered(messages, choices)
+
+
+def _continued(row: Row, processor: Any) -> Fields:
+    """A text to continue."""
+    ids = processor(str(row.values["text"]), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    first = first_token(processor)
+    ids = [*([] if first is None else [first]), *ids]
+    return {"input_ids": ids, "prompt": len(ids)}
 
 
 def _block(row: Row) -> dict[str, Any]:
