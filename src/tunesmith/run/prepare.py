@@ -25,7 +25,7 @@ from tunesmith.data.text import augment
 from tunesmith.deploy import continue_adapter as continuing
 from tunesmith.deploy import merge as merging
 from tunesmith.deploy.back_translation import fingerprints as translators
-from tunesmith.deploy.back_translation import translated_back
+from tunesmith.deploy.back_translation import back_translate
 from tunesmith.errors import RecipeError, counted
 from tunesmith.kernels.blocks import use_blocks
 from tunesmith.kernels.dropout import use_fast_dropout
@@ -263,7 +263,7 @@ def _fold_adapter(model: str, offline: bool, allow_pickle: bool, talk: Talk) -> 
     if (run / "adapter" / "adapter_config.json").exists() and not (run / "model").exists():
         with parallel.main_process_first():
             if not (run / "model").exists():
-                merging.fold(run, offline=offline, allow_pickle=allow_pickle)
+                merging.merge_adapter(run, offline=offline, allow_pickle=allow_pickle)
                 talk.say(f"merged the adapter of {run} into {run / 'model'}")
 
 
@@ -307,7 +307,7 @@ def _augmented(read: dataset.Examples, bound: BoundTask, recipe: Recipe, offline
     with parallel.main_process_first():  # it translates, the others read what it wrote
         texts, device = augment.texts_of(read.splits["train"].rows(), read.task.columns), recipe.train.device
         kept = cache / "translated-back"
-        otherwise = translated_back(texts, steps, kept, device=device, offline=offline, say=talk.say)
+        otherwise = back_translate(texts, steps, kept, device=device, offline=offline, say=talk.say)
     return Augmented(read, bound, recipe.train.seed, cache / "encoded", otherwise)
 
 

@@ -364,7 +364,7 @@ def _save(run: Run) -> None:
     if parallel.rank() == 0:
         where = folder / "checkpoints"
         tensors = {
-            "learned": artefact.learned(prepared.model, prepared.learned),
+            "learned": artefact.trained_tensors(prepared.model, prepared.learned),
             "optimizer": optimizer.state_tensors(engine.optimizer, prepared.model),
         }
         saved = checkpoint.save(where, progress.step, tensors, asdict(progress), prepared.identity())
@@ -388,7 +388,7 @@ def _restore(run: Run, override: Collection[str]) -> Progress:
     read = {f"data_sha256.{name}": str(split.table.path) for name, split in prepared.examples.splits.items()}
     known = read | {"base_sha256": prepared.base.source.spec}
     overridden = checkpoint.check_same_run(saved.identity, prepared.identity(), override, known)
-    checkpoint.check_fits(artefact.learned(prepared.model, prepared.learned), saved.tensors["learned"], overridden)
+    checkpoint.check_fits(artefact.trained_tensors(prepared.model, prepared.learned), saved.tensors["learned"], overridden)
     run.progress = progress = Progress(**saved.state)
     if any(key == "train.metric" or key.startswith("data") for key in overridden):  # scores are of something else now
         progress.best = progress.best_loss = progress.best_step = None
@@ -412,7 +412,7 @@ def _restore(run: Run, override: Collection[str]) -> Progress:
 
 def _put(run: Run, tensors: dict[str, dict[str, Tensor]]) -> None:
     prepared, engine = run.prepared, run.engine
-    artefact.put(prepared.model, tensors["learned"])
+    artefact.load_trained(prepared.model, tensors["learned"])
     optimizer.load_state_tensors(engine.optimizer, prepared.model, tensors["optimizer"])
 
 
@@ -422,7 +422,7 @@ def _finish(run: Run) -> dict[str, Any]:
     engine.optimizer.state.clear()  # what is reloaded takes its place in memory
     best = checkpoint.best(folder / "checkpoints", talk.warn) if progress.best_step is not None else None
     if best is not None:
-        artefact.put(prepared.model, best.tensors["learned"])
+        artefact.load_trained(prepared.model, best.tensors["learned"])
         if best.step < progress.step:
             talk.say(f"kept: step {best.step} of {progress.step}, the best on validation")
     if parallel.rank() == 0:
@@ -462,7 +462,7 @@ def _write_artefact(run: Run) -> None:
             folder, prepared.model, prepared.anatomy, prepared.technique, prepared.base.source, prepared.base.processor
         )
         return
-    state = artefact.learned(prepared.model, prepared.learned)
+    state = artefact.trained_tensors(prepared.model, prepared.learned)
     artefact.write_model(folder, prepared.recipe, prepared.base.source, prepared.base.processor, state)
 
 

@@ -45,7 +45,7 @@ class _Features(nn.Module):
         return SimpleNamespace(logits=(hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True))
 
 
-def scores(tuned: predict.Tuned, base: Source, train: Encoded, encoded: Encoded) -> dict[str, Any]:
+def scores(tuned: predict.FineTunedModel, base: Source, train: Encoded, encoded: Encoded) -> dict[str, Any]:
     """The task's scores of a probe on the features of `base`, fitted on at most `MAX_ROWS` of `train`.
 
     Raises:
@@ -69,7 +69,7 @@ def scores(tuned: predict.Tuned, base: Source, train: Encoded, encoded: Encoded)
     return metrics.compute()
 
 
-def _features(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, rows: Array, field: str) -> tuple[Array, Array]:
+def _features(model: nn.Module, tuned: predict.FineTunedModel, encoded: Encoded, rows: Array, field: str) -> tuple[Array, Array]:
     """(features, labels) of these rows, or of all their words."""
     fast = machine.find(str(tuned.machine.device))
     values: dict[int, Array] = {}

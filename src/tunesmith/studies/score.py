@@ -83,7 +83,7 @@ def _in_folder(data: Path, split: str, task: Task) -> Path:
     return found.get(split, data)
 
 
-def _scores(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, talk: Talk, what: str) -> dict[str, Any]:
+def _scores(model: nn.Module, tuned: predict.FineTunedModel, encoded: Encoded, talk: Talk, what: str) -> dict[str, Any]:
     answers = tuned.bound.metrics().answers_needed(encoded)
     with talk.progress(len(encoded) + answers, of=what, unit="example") as show:
         return evaluation.scores(
@@ -92,7 +92,7 @@ def _scores(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, talk: Talk
 
 
 def _as_it_came(
-    tuned: predict.Tuned, source: sources.Source, encoded: Encoded, notes: list[str], talk: Talk
+    tuned: predict.FineTunedModel, source: sources.Source, encoded: Encoded, notes: list[str], talk: Talk
 ) -> dict[str, Any]:
     """The scores of the base at a task that it can do, if its head is in the checkpoint."""
     model, anatomy = predict.base_of(tuned, source)
@@ -101,7 +101,7 @@ def _as_it_came(
     return _scores(model, tuned, encoded, talk, "scoring the untouched base")
 
 
-def _split(tuned: predict.Tuned, run: Path, split: str) -> dataset.Split:
+def _split(tuned: predict.FineTunedModel, run: Path, split: str) -> dataset.Split:
     read = dataset.read(tuned.task, tuned.data, tuned.recipe.train.seed)
     if split not in read.splits:
         known = ", ".join(sorted(read.splits))
@@ -116,6 +116,6 @@ def _split(tuned: predict.Tuned, run: Path, split: str) -> dataset.Split:
     return read.splits[split]
 
 
-def _encode(tuned: predict.Tuned, split: dataset.Split) -> Encoded:
+def _encode(tuned: predict.FineTunedModel, split: dataset.Split) -> Encoded:
     cache = sources.cache_home() / "encoded"
     return dataset.encode_split(split, tuned.bound, models.processor_hash(tuned.processor), cache)

@@ -271,7 +271,7 @@ def set_modes(engine: Engine) -> None:
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """Seed the default generators; `torch.manual_seed` is slower, because it records a stack trace for absent devices."""
+    """Seed the default generators; `torch.manual_seed` is slower: it records a stack trace for absent devices."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

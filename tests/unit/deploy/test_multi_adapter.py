@@ -14,7 +14,7 @@ import torch
 import tunesmith
 from tunesmith.console import Talk
 from tunesmith.deploy import merge as merging
-from tunesmith.deploy.multi_adapter import Several
+from tunesmith.deploy.multi_adapter import MultiAdapterModel
 from tunesmith.errors import CheckpointError, RecipeError, UserError
 
 TEXTS = ["the film was great", "bad", "a very very dull plot", "lovely"]
@@ -48,7 +48,7 @@ def _probabilities(answers: list[dict[str, Any]]) -> torch.Tensor:
 
 def test_each_answers_as_it_does_alone(runs: Path, tiny_bert: Path) -> None:
     several = tunesmith.load(tiny_bert, adapters=[runs / name for name in TECHNIQUES])
-    assert isinstance(several, Several)
+    assert isinstance(several, MultiAdapterModel)
     for name in TECHNIQUES:
         alone = tunesmith.load(runs / name).predict(TEXTS)
         assert torch.allclose(_probabilities(several.predict(TEXTS, name)), _probabilities(alone), atol=1e-6)
@@ -114,7 +114,7 @@ def test_a_weighted_sum_is_one(runs: Path, tiny_bert: Path, tmp_path: Path) -> N
         parts = []
         for name in ("lora", "lora2"):
             if not (runs / name / "model").exists():
-                merging.fold(runs / name)
+                merging.merge_adapter(runs / name)
             shutil.copytree(runs / name, tmp_path / name, dirs_exist_ok=True)
             shutil.rmtree(tmp_path / name / "adapter")
             parts.append(_weights(tmp_path / name))
