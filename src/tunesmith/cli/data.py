@@ -20,7 +20,7 @@ from tunesmith.cli.options import (
     split_words,
     verb,
 )
-from tunesmith.data.findings import SAID
+from tunesmith.data.findings import ERROR_KINDS
 from tunesmith.errors import CONTROL, counted
 
 app = typer.Typer(help="Check, show and convert data before training. Example: tunesmith data check reviews.csv")
@@ -83,9 +83,9 @@ def _split_target(words: list[str], stage: int | None) -> tuple[str | None, list
 
         refuse_early(read(target, pairs))
     elif stage is None:
-        from tunesmith.data.formats import check_there
+        from tunesmith.data.formats import check_exists
 
-        check_there(Path(target))
+        check_exists(Path(target))
     return target, pairs
 
 
@@ -102,7 +102,7 @@ def _page(report: dict[str, Any], examples: int, quiet: bool) -> Iterator[tuple[
         if number or not quiet:
             yield "", ""
         yield f"{finding['level']}: {finding['kind']}, {finding['count']:,}: {finding['what']}", style
-        shown, quote = finding["faults"][:examples], "" if finding["kind"] in SAID else "'"
+        shown, quote = finding["faults"][:examples], "" if finding["kind"] in ERROR_KINDS else "'"
         several = len({fault["fix"] for fault in shown}) > 1
         for fault in shown:
             place = fault["file"] if fault["line"] is None else f"{fault['file']}:{fault['line']}"

@@ -114,13 +114,13 @@ def refuse_early(source: RecipeSource, *, overwrite: bool | None = None) -> None
         UserError: any of these, with the place of its key.
     """
     from tunesmith import recipe as recipes
-    from tunesmith.data.formats import check_there
+    from tunesmith.data.formats import check_exists
     from tunesmith.storage.run_folder import claim
 
     with located(source):
         data, output = source.paths()
         for path in data:
-            check_there(path)
+            check_exists(path)
         if overwrite is not None and output is not None and output.is_dir():
             claim(output, resume=False, overwrite=overwrite)
         if recipes.load_stages(source) is None:

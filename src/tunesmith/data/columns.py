@@ -25,10 +25,10 @@ Kind = Literal[
     "number",
     "features",  # every other column
 ]
-LISTS: frozenset[Kind] = frozenset({"words", "tags", "spans", "boxes", "messages", "turn", "list"})
+LIST_KINDS: frozenset[Kind] = frozenset({"words", "tags", "spans", "boxes", "messages", "turn", "list"})
 """Kinds whose values may be lists that only the task can judge."""
 
-JSON_LISTS = LISTS - {"turn"}
+JSON_LIST_KINDS = LIST_KINDS - {"turn"}
 """Kinds of which a cell of text may hold a list as JSON; a message may begin with a bracket."""
 
 
@@ -81,12 +81,12 @@ def reads_plain_text(columns: Columns) -> bool:
     return columns[0].kind == "text" and required_of(columns) <= {columns[0].name}
 
 
-def translates(columns: Columns) -> bool:
+def predicts_text(columns: Columns) -> bool:
     """Return whether a text is the target, so that two parallel files may hold the data."""
     return any(column.kind == "text" and column.target for column in columns)
 
 
-def labeled(columns: Columns) -> bool:
+def predicts_labels(columns: Columns) -> bool:
     """Return whether there are classes, numbers or tags to predict, as opposed to texts."""
     return any(column.kind in ("label", "tags") and column.target for column in columns)
 

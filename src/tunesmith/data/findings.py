@@ -13,9 +13,9 @@ LONGEST = 160
 """Characters of what is shown of a value; of a text 80."""
 Level = Literal["error", "warning"]
 """An error stops a run or falsifies its scores."""
-SAID = frozenset({"bad-row", "bad-label", "refused", "unreadable"})
+ERROR_KINDS = frozenset({"bad-row", "bad-label", "refused", "unreadable"})
 """Kinds whose value is what an error says, with quotation marks of its own."""
-KEPT = 10_000
+MAX_FAULTS = 10_000
 """Of one finding so many faults are kept; the rest is counted."""
 
 
@@ -38,7 +38,7 @@ class Fault:
         """File, line (None where the fault is not of one row), value cut to a line, fix."""
         file, _, line = self.place.rpartition(":")
         at = {"file": file, "line": int(line)} if line.isdigit() else {"file": self.place, "line": None}
-        value = str(self.value) if self.kind in SAID else shorten(self.value)[1:-1]
+        value = str(self.value) if self.kind in ERROR_KINDS else shorten(self.value)[1:-1]
         told = at | {"value": CONTROL.sub("?", value[:LONGEST]), "fix": self.fix}
         return told | ({"see": self.see} if self.see else {})
 
@@ -56,7 +56,7 @@ class Findings:
             key = (fault.level, fault.kind, fault.what)
             self.counts[key] += 1
             kept = self.faults.setdefault(key, [])
-            if len(kept) < KEPT:
+            if len(kept) < MAX_FAULTS:
                 kept.append(fault)
 
     def dump(self) -> list[dict[str, Any]]:

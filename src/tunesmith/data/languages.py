@@ -61,7 +61,7 @@ _SCRIPTS = {
 CODE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z]{2,4})?")
 """What a code may look like that the table does not know."""
 
-LETTERS_SEEN = 64
+SCRIPT_SAMPLE_LETTERS = 64
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def language(code: str) -> Language | None:
     return _BY_CODE.get(plain) or _BY_CODE.get(plain.partition("_")[0])
 
 
-def checked(code: str) -> str:
+def validate_code(code: str) -> str:
     """The code, where it is known or looks like one that some model may know.
 
     Raises:
@@ -135,7 +135,9 @@ def script_of_language(code: str) -> str | None:
 
 def script_of(text: str) -> str:
     """Unicode's word for the script that most of the first letters of a text are in; empty where there is no letter."""
-    letters = [character for character in text[: 4 * LETTERS_SEEN] if character.isalpha()][:LETTERS_SEEN]
+    letters = [character for character in text[: 4 * SCRIPT_SAMPLE_LETTERS] if character.isalpha()][
+        :SCRIPT_SAMPLE_LETTERS
+    ]
     scripts = Counter(map(_script, letters))
     return max(scripts, key=scripts.__getitem__, default="")
 

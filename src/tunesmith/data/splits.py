@@ -108,7 +108,7 @@ def _digest(text: str, form: Literal["NFC", "NFKC"] = "NFC") -> int:
     return int.from_bytes(hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
-def joined(groups: Digests, digests: Digests) -> Digests:
+def join_groups(groups: Digests, digests: Digests) -> Digests:
     """What stays on one side: each group with those that share a text with it; the groups alone, where more than half
     of all rows would hang together so and little could be drawn.
     """
@@ -126,12 +126,12 @@ def joined(groups: Digests, digests: Digests) -> Digests:
     return found if np.unique(found, return_counts=True)[1].max() <= len(found) / 2 else groups
 
 
-def overlap(train: Digests, other: Digests) -> int:
+def count_overlap(train: Digests, other: Digests) -> int:
     """How many rows of `other` say what a row of `train` says."""
     return int(np.isin(other, train).sum())
 
 
-def repeats(digests: Digests, strata: Indices) -> tuple[int, int]:
+def count_duplicates(digests: Digests, strata: Indices) -> tuple[int, int]:
     """How many rows say what an earlier one says, and how many texts stand there in several classes."""
     distinct = np.unique(digests)
     in_classes = np.unique(np.stack([digests, strata.astype(np.uint64)]), axis=1)[0]

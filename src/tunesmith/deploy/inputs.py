@@ -39,7 +39,7 @@ def read_inputs(file: Path, task: Task, columns: Mapping[str, str | int] | None)
         table = read_table(file, wanted, named=chosen)
         named = any(isinstance(column, str) for column in table.columns.values())
         if not plain or chosen or named or table.format == "conll":
-            return list(table.every_row())
+            return list(table.rows_or_errors())
     except DataError:
         if not plain:
             raise

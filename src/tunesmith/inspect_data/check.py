@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data import splits
-from tunesmith.data.columns import labeled, of_kind
+from tunesmith.data.columns import of_kind, predicts_labels
 from tunesmith.data.findings import Fault, Findings, Level
 from tunesmith.data.formats import Row, is_folder
 from tunesmith.data.formats.raw import BadRow, RawRow
@@ -171,7 +171,7 @@ class _Check:
         fields, chunk, lengths = Fields(file), list[tuple[int, str]](), array("q")
         for raw in file.raw_rows():
             fields.take(raw)
-            row = file.judge(raw)
+            row = file.parse_row(raw)
             if isinstance(row, BadRow):
                 file.bad_rows += 1
                 place, fix = f"{file.path / row.file}:{row.line}", row.hint or "mend it"
@@ -255,7 +255,7 @@ class _Check:
     @property
     def _labeled(self) -> bool:
         """Whether there are classes, numbers or tags; a text may have several translations."""
-        return self.task is not None and labeled(self.task.columns)
+        return self.task is not None and predicts_labels(self.task.columns)
 
     @property
     def _tagged(self) -> bool:

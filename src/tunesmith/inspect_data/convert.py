@@ -15,7 +15,7 @@ from typing import Any
 
 from tunesmith import registry
 from tunesmith.data.formats import read_raw, read_table
-from tunesmith.data.formats.json_values import list_in
+from tunesmith.data.formats.json_values import parse_json
 from tunesmith.data.formats.raw import BadRow, RawRow, Rows
 from tunesmith.data.formats.write import WRITERS, format_by_name, write_table
 from tunesmith.data.text.spans import read_tags, words_of
@@ -110,7 +110,7 @@ def _as_it_stands(path: Path, header: bool | None) -> _Source:
     lists = _of_lists(rows)
 
     def values(raw: RawRow) -> Values:
-        found = {**raw.values, **{column: list_in(raw.values.get(column)) for column in lists}}
+        found = {**raw.values, **{column: parse_json(raw.values.get(column)) for column in lists}}
         return {names[column]: value for column, value in found.items()}
 
     return _Source(list(names.values()), rows, values)
@@ -129,15 +129,15 @@ def _entities(path: Path, spans: bool) -> _Source:
         raise DataError(error.what, where=error.where, hint=hint) from None
     first = next((raw for raw in table.raw_rows() if isinstance(raw, RawRow)), RawRow(1, {}))
     others = [column for column in first.values if column not in table.columns.values()]
-    kept = [column for column in others if isinstance(list_in(first.values[column]), list) != spans]
+    kept = [column for column in others if isinstance(parse_json(first.values[column]), list) != spans]
     own = ("text", "spans") if spans else ("tokens", "tags")
 
     def values(raw: RawRow) -> Values:
-        row = table.judge(raw)
+        row = table.parse_row(raw)
         if isinstance(row, BadRow):
             raise DataError(row.what, hint=row.hint)
         sentence, tags = words_of(row), read_tags(row, None)
-        found: Values = {_name(column): list_in(raw.values.get(column)) for column in kept}
+        found: Values = {_name(column): parse_json(raw.values.get(column)) for column in kept}
         if not spans:
             return {own[0]: sentence.words, **found, own[1]: list(tags)}
         marked = [
@@ -161,5 +161,5 @@ def _of_lists(rows: Rows) -> list[Any]:
     for raw in rows():
         for column, value in raw.values.items() if isinstance(raw, RawRow) else ():
             if value and found.get(column, True):
-                found[column] = isinstance(value, str) and not isinstance(list_in(value), str)
+                found[column] = isinstance(value, str) and not isinstance(parse_json(value), str)
     return [column for column, is_list in found.items() if is_list]

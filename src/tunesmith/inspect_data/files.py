@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 from tunesmith import recipe as recipes
 from tunesmith import registry
 from tunesmith.data import columns as schema
-from tunesmith.data.columns import inputs_of, reads_plain_text, translates
+from tunesmith.data.columns import inputs_of, predicts_text, reads_plain_text
 from tunesmith.data.formats import Row, files_of, find_splits, holds_text, is_folder, read_raw
-from tunesmith.data.formats.folders import data_files, files_in, no_train
+from tunesmith.data.formats.folders import data_files, files_in, no_train_error
 from tunesmith.data.formats.parallel import sides_of
 from tunesmith.data.formats.plain import texts_in
 from tunesmith.data.formats.raw import BadRow, RawRow, Rows
-from tunesmith.data.formats.recognise import format_of
+from tunesmith.data.formats.recognize import format_of
 from tunesmith.data.text.conversations import said
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import sources
@@ -39,7 +39,7 @@ class File:
     path: Path
     names: Sequence[Column]
     raw_rows: Rows
-    judge: Callable[[RawRow | BadRow], Row | BadRow]
+    parse_row: Callable[[RawRow | BadRow], Row | BadRow]
     columns: dict[str, Column]
     schema: schema.Columns
     """The columns of the task, or those that rows without a task have."""
@@ -56,7 +56,7 @@ class File:
 
     def good_rows(self) -> Iterator[Row]:
         """The rows that a run would read."""
-        judged = (self.judge(raw) for raw in self.raw_rows())
+        judged = (self.parse_row(raw) for raw in self.raw_rows())
         return islice((row for row in judged if isinstance(row, Row)), self.limit)
 
     def dump(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def find_files(data: Data, task: Task, *, guess: bool = False) -> tuple[Data, di
     """
     if data.train is None:
         raise RecipeError("data.train: missing", hint="name a file, a folder or a recipe")
-    named, pairs = {"train": Path(data.train)}, guess or translates(task.columns)
+    named, pairs = {"train": Path(data.train)}, guess or predicts_text(task.columns)
     plain = reads_plain_text(task.columns)
     of_texts = is_folder(data.train) and (holds_text(Path(data.train)) if guess else plain)
     if is_folder(data.train) and not (named := find_splits(data.train, pairs=pairs)):
@@ -147,7 +147,7 @@ def find_files(data: Data, task: Task, *, guess: bool = False) -> tuple[Data, di
         if of_texts and texts_in(Path(data.train)):
             files = [Path(data.train)]
         if not files:
-            raise no_train(data.train)
+            raise no_train_error(data.train)
         if len(files) > 1:
             return data, {path.name: path for path in files}, False
         named = {"train": files[0]}
@@ -225,7 +225,7 @@ def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
         table.shown,
         names,
         table.raw_rows,
-        table.judge,
+        table.parse_row,
         dict(table.columns),
         task.columns,
         data.limit,

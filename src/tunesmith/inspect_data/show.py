@@ -96,7 +96,7 @@ def show(
     if not data.augment or split != "train":
         what = "only train is changed" if data.augment else "data.augment is not given"
         raise RecipeError(f"--augmented: {what}", hint="data.augment='[{name: word-dropout, probability: 0.1}]'")
-    check_augmentable(read)
+    check_augmentable(read, bound)
     texts = texts_of((one for _, one in numbered), task.columns)
     kept = sources.cache_home() / "translated-back"
     otherwise = back_translate(texts, data.augment, kept, offline=offline, say=lambda _: None)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from tunesmith.console import Talk
-from tunesmith.data.columns import translates
+from tunesmith.data.columns import predicts_text
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import find_splits, is_folder
 from tunesmith.deploy import predict
@@ -76,7 +76,7 @@ def evaluate(
 
 def _in_folder(data: Path, split: str, task: Task) -> Path:
     """The file itself, or that of the split in a folder of several."""
-    found = find_splits(data, pairs=translates(task.columns)) if is_folder(data) else {}
+    found = find_splits(data, pairs=predicts_text(task.columns)) if is_folder(data) else {}
     if found and split not in found:
         hint = f"--split {' or '.join(sorted(found))}"
         raise DataError(f"no file for {split} in this folder", where=str(data), hint=hint)

@@ -22,7 +22,7 @@ from typing import Any
 
 from tunesmith import recipe as recipes
 from tunesmith.console import Talk
-from tunesmith.data.columns import labeled, translates
+from tunesmith.data.columns import predicts_labels, predicts_text
 from tunesmith.errors import RecipeError, UserError
 from tunesmith.recipe import Recipe, Stages
 from tunesmith.run import record
@@ -128,7 +128,7 @@ def _check_gain(stages: Stages) -> None:
         raise RecipeError("gain: the last stage has no validation or test rows", hint=hint)
     drawn = isinstance(last.validation, float) or isinstance(last.test, float)
     for number, recipe in enumerate(stages.recipes[:-1], start=1):
-        learned = labeled(recipe.task.columns) or translates(recipe.task.columns)
+        learned = predicts_labels(recipe.task.columns) or predicts_text(recipe.task.columns)
         if drawn and recipe.data.train == last.train and learned:
             what = f"gain: stage {number} trains on the targets of {last.train}, from which held-out rows are drawn"
             hint = "give the last stage's data.validation and data.test as files, or gain=null"

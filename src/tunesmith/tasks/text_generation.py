@@ -40,8 +40,8 @@ from tunesmith.data.text.texts import (
     unknown_notes,
 )
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.kernels.padding_free import computes_without_padding
-from tunesmith.kernels.vocabulary import token_loss, token_shares
+from tunesmith.kernels.chunked_loss import token_log_probs, token_loss
+from tunesmith.kernels.fast_path import fast_path
 from tunesmith.metrics.language import PerplexityMetrics
 from tunesmith.metrics.texts import TextMetrics
 from tunesmith.models.snippets import fetch_general, general_files
@@ -300,13 +300,13 @@ class BoundTextGeneration(BoundTask):
         """Log-probabilities of each token with loss, and of the likeliest one in its place."""  # (tokens, 2)
         labels = _labels(batch)
         outputs = torch.empty(len(labels), 2, device=labels.device)
-        for which, inputs in self._groups(batch, padded=not computes_without_padding(model)):
-            outputs[which] = token_shares(model, *inputs, labels[which])
+        for which, inputs in self._groups(batch, padded=not fast_path(model).unpadded):
+            outputs[which] = token_log_probs(model, *inputs, labels[which])
         return outputs
 
     def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor]) -> Tensor:
         """This batch's share of the mean over the step's tokens with loss."""
-        labels, groups = _labels(batch), self._groups(batch, padded=not computes_without_padding(model))
+        labels, groups = _labels(batch), self._groups(batch, padded=not fast_path(model).unpadded)
         losses = [token_loss(model, *inputs, labels[which], self.label_smoothing) for which, inputs in groups]
         return torch.stack(losses).sum() / normalizers["tokens"].clamp_min(1)  # all answers may be cut away
 
@@ -336,7 +336,7 @@ class BoundTextGeneration(BoundTask):
     def metrics(self) -> Metrics:
         """Loss, perplexity, accuracy; and scores of generated texts."""
         if self.task.generate is None:
-            return PerplexityMetrics()
+            return PerplexityMetrics(of_answers=SCORES)
         return PerplexityMetrics(TextMetrics(SCORES), max_texts=self.task.generate.rows)
 
     def baseline(self, train: Encoded) -> Baseline:

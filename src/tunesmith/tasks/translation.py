@@ -47,10 +47,10 @@ TARGET = (
 class Translation(Task):
     """Translates texts from one language into another."""
 
-    source_lang: Annotated[str, AfterValidator(languages.checked)] | None = Field(
+    source_lang: Annotated[str, AfterValidator(languages.validate_code)] | None = Field(
         None, description="language that is read, e.g. en; null: from the names of the columns"
     )
-    target_lang: Annotated[str, AfterValidator(languages.checked)] | None = Field(
+    target_lang: Annotated[str, AfterValidator(languages.validate_code)] | None = Field(
         None, description="language that is written, likewise"
     )
     prefix: str | None = Field(None, description="put before each source; null: what the model was made with")

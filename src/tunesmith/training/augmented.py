@@ -17,7 +17,7 @@ from tunesmith.tasks import BoundTask
 from tunesmith.training.dataset import Examples
 
 
-def check_augmentable(examples: Examples) -> None:
+def check_augmentable(examples: Examples, bound: BoundTask) -> None:
     """Refuse augmentation of rows that have no text, or no tagged words.
 
     Raises:
@@ -32,6 +32,8 @@ def check_augmentable(examples: Examples) -> None:
     if words is None and not any(name in columns for name in texts):
         what = f"data.augment: {task.name} augments single texts, and this data has none"
         raise RecipeError(what, hint="leave the key out")
+    if not bound.rows_are_examples:
+        raise RecipeError("data.augment: blocks of raw text are not augmented", hint="leave the key out")
 
 
 class Augmented:
@@ -45,9 +47,7 @@ class Augmented:
         cache: Path,
         back_translations: Mapping[str, str] | None = None,
     ) -> None:
-        check_augmentable(examples)
-        if not bound.rows_are_examples:
-            raise RecipeError("data.augment: blocks of raw text are not augmented", hint="leave the key out")
+        check_augmentable(examples, bound)
         self._split, self._bound, self._cache = examples.splits["train"], bound, cache
         steps = examples.data.augment or ()
         self._augmenter = Augmenter.of(steps, seed, examples.task.columns, back_translations)

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data import splits
-from tunesmith.data.columns import Column, inputs_of, labeled, of_kind, reads_plain_text, translates
+from tunesmith.data.columns import Column, inputs_of, of_kind, predicts_labels, predicts_text, reads_plain_text
 from tunesmith.data.encoded import Encoded, encode, encode_in_memory, fingerprint
 from tunesmith.data.formats import Row, Table, find_splits, is_folder, read_table
 from tunesmith.data.formats.columns import is_number
-from tunesmith.data.formats.folders import data_files, no_train
+from tunesmith.data.formats.folders import data_files, no_train_error
 from tunesmith.data.formats.plain import texts_in
 from tunesmith.data.labels import IGNORED
 from tunesmith.errors import DataError, RecipeError, shorten
@@ -124,7 +124,7 @@ def read(task: Task, data: Data, seed: int) -> Examples:
     notes += [f"{name}: skipped {remarks.skipped_rows(part.skipped)}" for name, part in parts.items() if part.skipped]
     strata = np.asarray(task.strata(train.targets) or np.zeros(len(train.targets)), dtype=np.int64)
     notes += _inspect_train(train, strata, task)
-    units = train.digests if train.groups is None else splits.joined(train.groups, train.digests)
+    units = train.digests if train.groups is None else splits.join_groups(train.groups, train.digests)
     drawn = _draw_splits(strata, units, data, seed)
     if drawn:
         parts |= {name: train.at(positions) for name, positions in drawn.items()}
@@ -132,7 +132,7 @@ def read(task: Task, data: Data, seed: int) -> Examples:
         notes += remarks.classes_only_in_train(train.targets, strata, units, unit)
     rows = {name: len(part.targets) for name, part in parts.items()}
     for name in sorted(parts.keys() - {"train"}):
-        if duplicates := splits.overlap(parts["train"].digests, parts[name].digests):
+        if duplicates := splits.count_overlap(parts["train"].digests, parts[name].digests):
             group = data.group if name in drawn else None
             notes.append(remarks.duplicates_of_train(name, duplicates, rows[name], group))
     by_name = {name: part.split for name, part in parts.items()}
@@ -198,7 +198,7 @@ def _read_usable(split: Split, task: Task, data: Data) -> _Part:
     targets: list[Any] = []
     digests, groups = array("Q"), array("Q")
     first: DataError | None = None
-    kept, unusable, unlabeled, kind = array("q"), 0, 0, "label" if labeled(task.columns) else "row"
+    kept, unusable, unlabeled, kind = array("q"), 0, 0, "label" if predicts_labels(task.columns) else "row"
     main, only_numbers = task.columns[0].name, True
     for index, row in enumerate(split.rows()):
         try:
@@ -252,7 +252,7 @@ def _inspect_train(train: _Part, strata: splits.Indices, task: Task) -> list[str
     main = task.columns[0].name
     if train.only_numbers:
         notes.append(f"{main}: every value is a number; set data.columns.{main}=NAME if it is another column")
-    repeated, conflicting = splits.repeats(train.digests, strata)
+    repeated, conflicting = splits.count_duplicates(train.digests, strata)
     if repeated == len(train.digests) - 1 > 0:
         what = f"{main}: all {len(train.digests)} rows are the same; there is nothing to learn"
         hint = f"set data.columns.{main}=NAME if it is another column"
@@ -266,13 +266,13 @@ def _find_files(data: Data, task: Task) -> Data:
         raise RecipeError("data.train: missing", hint="data.train=reviews.csv, or a folder with train.csv and test.csv")
     if not is_folder(data.train):
         return data
-    files = find_splits(data.train, pairs=translates(task.columns))
+    files = find_splits(data.train, pairs=predicts_text(task.columns))
     if "train" not in files and reads_plain_text(task.columns) and texts_in(Path(data.train)):
         return data
     if not files and len(others := data_files(data.train)) == 1:
         files = {"train": others[0]}
     if "train" not in files:
-        raise no_train(data.train)
+        raise no_train_error(data.train)
     named = {
         name: str(path) for name, path in files.items() if not isinstance(getattr(data, name), str) or name == "train"
     }

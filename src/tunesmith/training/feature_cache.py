@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from tunesmith.data.batches import Batch, Limits, collate
 from tunesmith.data.batches import cut as cut_by_cost
 from tunesmith.data.encoded import Encoded, VariableLength, encode
+from tunesmith.kernels.fast_path import fast_path
+from tunesmith.kernels.last_block import LastBlock, select_queries
 from tunesmith.kernels.layout import Layout
-from tunesmith.kernels.padding_free import layout_in
-from tunesmith.kernels.tail import Tail, asking
+from tunesmith.kernels.unpadded import layout_in
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.tasks import BoundTask
 from tunesmith.training.machine import Machine
@@ -81,7 +82,7 @@ class Cut:
     mask: str
     """The model's mask argument for the tokens of this stack."""
 
-    last_block: Tail | None = None
+    last_block: LastBlock | None = None
     """The tokens that the head reads, where this is the last block of the model."""
 
     recorded: Tensor | None = None
@@ -140,7 +141,7 @@ def use_features(model: Any, anatomy: Anatomy, level: int) -> None:
         stacks.setdefault(block.rpartition(".")[0], []).append(block)
     cuts = [Cut(blocks[-1], mask) for blocks, mask in zip(stacks.values(), MASKS, strict=False)]
     if level == len(anatomy.blocks):
-        cuts[-1].last_block = getattr(model, "block_tail", None)
+        cuts[-1].last_block = fast_path(model).last_block
     features = Features(cuts, set(anatomy.blocks[:level]))
     if len(stacks) == 1 and not getattr(model.config, "is_encoder_decoder", False):
         for path in anatomy.embeddings:  # those of an encoder-decoder are shared with its trained part
@@ -244,10 +245,10 @@ def _placed(cut: Cut, layout: Layout | None, mask: Tensor | None, hidden: Tensor
     return states.new_zeros(layout.total, states.shape[1]).index_copy_(0, places, states)[None]
 
 
-def _read(last_block: Tail | None, layout: Layout) -> Tensor | None:
+def _read(last_block: LastBlock | None, layout: Layout) -> Tensor | None:
     """Return the flat positions of the last block's output that the head reads; None for all."""
-    wanted = None if last_block is None else last_block.wanted(layout)
-    return None if wanted is None else asking(layout, wanted)[0]
+    wanted = None if last_block is None else last_block.needed(layout)
+    return None if wanted is None else select_queries(layout, wanted)[0]
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch, Batches, Limits, collate
 from tunesmith.errors import ResourceError
+from tunesmith.kernels.fast_path import fast_path
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.tasks import BoundTask
 from tunesmith.training import optimizer as optimizers
@@ -194,8 +195,9 @@ def _reduce(engine: Engine) -> float:
     """Sum the gradients over the processes and return their norm."""
     trainable = engine.trainable()
     parallel.sum_gradients(trainable)
+    looked_up = fast_path(engine.model).looked_up
     gradients = [
-        parameter.rows.gradient(parameter) if hasattr(parameter, "rows") else parameter.grad
+        looked_up[parameter].gradient(parameter) if parameter in looked_up else parameter.grad
         for parameter in trainable
         if parameter.grad is not None
     ]
@@ -271,7 +273,7 @@ def set_modes(engine: Engine) -> None:
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """Seed the default generators; `torch.manual_seed` is slower: it records a stack trace for absent devices."""
+    """Seed the default generators. `torch.manual_seed` is slower: it records a stack trace for absent devices."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

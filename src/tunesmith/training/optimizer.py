@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels.embedding import Rows, zeros_like
+from tunesmith.kernels.fast_path import fast_path
+from tunesmith.kernels.ops.grad_buffers import LookedUpRows, zeros_like
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Train
 from tunesmith.techniques import Technique
@@ -28,11 +30,14 @@ ROWS = "rows"
 
 
 class RowwiseAdamW(torch.optim.AdamW):
-    """Fused AdamW that passes over those rows of a looked-up table alone that any step has looked up.
+    """Fused AdamW that updates only those rows of an embedding table that any step has looked up.
 
-    The others have no gradient and no momentum, and tables do not decay, so that nothing would change: of 30,000 words
-    the texts of a task hold a few thousand.
+    The others have no gradient and no momentum, and tables have no weight decay, so that they would not change: of
+    30,000 words the texts of a task contain a few thousand.
     """
+
+    looked_up: Mapping[Tensor, LookedUpRows] = MappingProxyType({})
+    """Embedding table -> its rows with a gradient."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -52,7 +57,7 @@ class RowwiseAdamW(torch.optim.AdamW):
 
     def _rows(self, table: Any, group: dict[str, Any]) -> Tensor | None:
         """Return the rows to update, in the order of their stored momenta; None for the whole table."""
-        known: Rows | None = getattr(table, "rows", None)
+        known = self.looked_up.get(table)
         state = self.state[table]
         if table.grad is None or known is None or group["weight_decay"] or state.get(ROWS, known) is None:
             return None
@@ -129,17 +134,20 @@ def build(model: nn.Module, anatomy: Anatomy, technique: Technique, train: Train
     ]
     if train.optimizer == "sgd":
         return _allocated(torch.optim.SGD(listed, lr=train.learning_rate, momentum=MOMENTUM), ("momentum_buffer",))
-    return _allocated(RowwiseAdamW(listed, lr=train.learning_rate, fused=True), ("step", "exp_avg", "exp_avg_sq"))
+    adamw = RowwiseAdamW(listed, lr=train.learning_rate, fused=True)
+    adamw.looked_up = fast_path(model).looked_up
+    return _allocated(adamw, ("step", "exp_avg", "exp_avg_sq"), adamw.looked_up)
 
 
-def _allocated(optimizer: torch.optim.Optimizer, kinds: tuple[str, ...]) -> torch.optim.Optimizer:
+def _allocated(
+    optimizer: torch.optim.Optimizer, kinds: tuple[str, ...], looked_up: Collection[Tensor] = ()
+) -> torch.optim.Optimizer:
     """Allocate the state of the first step now, so that a lack of memory shows before any weight has changed."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             zero = torch.zeros((), device=parameter.device)
-            like = (
-                zeros_like if hasattr(parameter, "rows") else torch.zeros_like
-            )  # rows that no text has stay unwritten
+            # memory pages of rows that no text contains stay unwritten
+            like = zeros_like if parameter in looked_up else torch.zeros_like
             state = {kind: zero if kind == "step" else like(parameter) for kind in kinds}
             optimizer.state[parameter] = state
     return optimizer

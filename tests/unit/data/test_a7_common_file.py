@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tunesmith.data.formats import read_table
-from tunesmith.data.formats.recognise import FOREIGN
+from tunesmith.data.formats.recognize import UNSUPPORTED_FORMATS
 from tunesmith.errors import DataError
 from tunesmith.tasks.text_classification import TextClassification
 from tunesmith.training.dataset import Examples
@@ -251,13 +251,13 @@ def test_a7_14_an_excel_file_named_csv_is_refused(refuse: Refuse) -> None:
     with zipfile.ZipFile(packed, "w") as file:
         file.writestr("xl/workbook.xml", CSV)
     said = refuse(packed.getvalue())
-    what, hint = FOREIGN[b"PK\x03\x04"]
+    what, hint = UNSUPPORTED_FORMATS[b"PK\x03\x04"]
     assert said == f"train.csv: this is {what}, whatever its name says; {hint}" and "Excel" in what
 
 
-@pytest.mark.parametrize("magic", FOREIGN, ids=lambda magic: FOREIGN[magic][0])
+@pytest.mark.parametrize("magic", UNSUPPORTED_FORMATS, ids=lambda magic: UNSUPPORTED_FORMATS[magic][0])
 def test_a7_14_other_kinds_of_file_are_refused(magic: bytes, refuse: Refuse) -> None:
-    what, hint = FOREIGN[magic]
+    what, hint = UNSUPPORTED_FORMATS[magic]
     assert refuse(magic + b"\n" + CSV.encode()) == f"train.csv: this is {what}, whatever its name says; {hint}"
 
 
@@ -282,8 +282,7 @@ def test_a7_15_rows_are_read_one_after_the_other(tmp_path: Path) -> None:
     """The first rows are there before the end of the file is seen: it is cut off."""
     whole = gzip.compress("".join([CSV, *(f"{os.urandom(20).hex()},pos\n" for _ in range(20_000))]).encode())
     (tmp_path / "cut.csv.gz").write_bytes(whole[:-50])
-    task = TextClassification()
-    rows = iter(read_table(tmp_path / "cut.csv.gz", task.columns, required=task.required))
+    rows = iter(read_table(tmp_path / "cut.csv.gz", TextClassification().columns))
     assert [next(rows).values["label"] for _ in range(10_000)][:4] == [label for _, label in ROWS]
     with pytest.raises(DataError, match="the gzip file is damaged"):
         list(rows)

@@ -376,7 +376,7 @@ def test_columns_are_named_by_number_with_and_without_a_header(read: Read, tmp_p
     swapped = [(label, text) for text, label in ROWS]
     for header in ("", "label,text", "a,b"):
         (tmp_path / "a.csv").write_text(_file(swapped * 3, header))
-        columns: dict[str, str | int] = {"text": 1, "label": 0}
-        table = read_table(tmp_path / "a.csv", task.columns, required=task.required, columns=columns)
+        named: dict[str, str | int] = {"text": 1, "label": 0}
+        table = read_table(tmp_path / "a.csv", task.columns, named=named)
         assert [(row.values["text"], row.values["label"]) for row in table] == ROWS * 3
         assert (table.note is None) == (header != "a,b")  # it may have been a row

@@ -17,7 +17,7 @@ SENTENCES = [(["He", "lives"], ["O", "O"]), (["in", "New", "York"], ["O", "B-LOC
 
 def _read(path: Path, text: str | bytes, **given: Any) -> Table:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_table(path, TokenClassification.columns, required=TokenClassification.required, **given)
+    return read_table(path, TokenClassification().columns, **given)
 
 
 def _sentences(table: Table) -> list[tuple[Any, Any]]:
@@ -90,12 +90,12 @@ def test_a_row_stands_where_its_first_word_does(tmp_path: Path) -> None:
 
 def test_columns_can_be_chosen_by_number(tmp_path: Path) -> None:
     text = "He\tO\tPRP\nlives\tO\tVB\n\nin\tO\tO\nYork\tB-LOC\tO\n"
-    table = _read(tmp_path / "a.conll", text, columns={"label": 1})
+    table = _read(tmp_path / "a.conll", text, named={"label": 1})
     assert [label for _, label in _sentences(table)] == [["O", "O"], ["O", "B-LOC"]] and table.note is None
     with pytest.raises(DataError, match="data.columns.label: no column '3'; columns have no names here: 0 to 2"):
-        _read(tmp_path / "a.conll", text, columns={"label": 3})
+        _read(tmp_path / "a.conll", text, named={"label": 3})
     with pytest.raises(RecipeError, match="data.columns.lable: no such role; did you mean 'label'"):
-        _read(tmp_path / "a.conll", text, columns={"lable": 1})
+        _read(tmp_path / "a.conll", text, named={"lable": 1})
 
 
 def test_more_columns_are_said(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.data.formats.folders import data_files, find_splits, holds_text, no_train
+from tunesmith.data.formats.folders import data_files, find_splits, holds_text, no_train_error
 from tunesmith.errors import DataError
 from tunesmith.recipe import Data
 from tunesmith.tasks.fill_mask import FillMask
@@ -110,7 +110,7 @@ def test_a_folder_without_train_is_told_what_it_holds(files: tuple[str, ...], sa
     with pytest.raises(DataError) as caught:
         dataset.read(TextClassification(), Data(train=str(folder)), 0)
     assert str(caught.value).startswith(f"{folder}: {said.format(folder)}")
-    assert str(no_train(folder)) == str(caught.value)
+    assert str(no_train_error(folder)) == str(caught.value)
 
 
 def test_texts_are_told_from_tables(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tunesmith.data import splits
 from tunesmith.data.formats import Table, find_splits, read_raw, read_table
-from tunesmith.data.formats.parallel import language_of, sides_of, title
+from tunesmith.data.formats.parallel import display_path, language_of, sides_of
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.tasks.translation import Translation
 
@@ -20,7 +20,7 @@ SHARED = Path(__file__).parents[4] / "shared" / "data"
 
 def _read(path: Path, source: str | None = "en", target: str | None = "de", **options: object) -> Table:
     task = Translation(source_lang=source, target_lang=target)
-    return read_table(path, task.usual_names(), required=task.required, **options)  # type: ignore[arg-type]
+    return read_table(path, task.columns, **options)  # type: ignore[arg-type]
 
 
 def _values(table: Table) -> list[tuple[object, object]]:
@@ -61,7 +61,7 @@ def test_of_many_languages_two_are_read(tmp_path: Path) -> None:
 def test_one_language_is_enough_where_two_are_there(tmp_path: Path) -> None:
     path = _write(tmp_path)
     assert _read(path, None, "en").columns == {"target": "en", "source": "de"}
-    assert Translation(target_lang="en").named(_read(path, None, "en").columns).source_lang == "de"
+    assert Translation(target_lang="en").with_columns(_read(path, None, "en").columns).source_lang == "de"
     with pytest.raises(DataError, match=r"not said: de, en; task\.source_lang=de task\.target_lang=en, or the other"):
         _read(path, None, None)
 
@@ -98,7 +98,7 @@ def test_a_short_sentence_above_longer_ones_is_no_name_of_a_column(tmp_path: Pat
         *((f"This is sentence number {n} of many", f"这是许多句子中的第{n}句话，它很长") for n in range(9)),
     ]
     (tmp_path / "a.tsv").write_text("\n".join("\t".join(row) for row in rows))
-    assert _values(_read(tmp_path / "a.tsv", "en", "zh", columns={"source": 0, "target": 1})) == rows
+    assert _values(_read(tmp_path / "a.tsv", "en", "zh", named={"source": 0, "target": 1})) == rows
 
 
 def test_chinese_names_of_columns(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_what_is_no_pair(tmp_path: Path) -> None:
         _read(tmp_path / "train")
     assert language_of(Path("test.de.gz")) == "de" and language_of(Path("test.csv")) is None
     _write(tmp_path, "dev")
-    assert title(tmp_path / "dev", ["en", "de"]).name == "dev.{en,de}"
+    assert display_path(tmp_path / "dev", ["en", "de"]).name == "dev.{en,de}"
 
 
 def test_a_change_of_either_file_is_another_hash_and_is_noticed(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_the_training_files_are_no_test_files(tmp_path: Path) -> None:
 
 def test_a_role_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"data\.columns\.sorce: no such role; did you mean 'source'"):
-        _read(_write(tmp_path), columns={"sorce": "en"})
+        _read(_write(tmp_path), named={"sorce": "en"})
 
 
 def test_raw_rows_for_conversion(tmp_path: Path) -> None:

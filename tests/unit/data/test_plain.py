@@ -16,12 +16,12 @@ from tunesmith.tasks.fill_mask import FillMask
 from tunesmith.tasks.text_classification import TextClassification
 from tunesmith.training import dataset
 
-ROLES = FillMask.columns
+COLUMNS = FillMask().columns
 PROSE = "It was, all in all, a fine day.\nNobody came; nothing | was said.\n"
 
 
 def _table(path: Path, **how: Any) -> Table:
-    return read_table(path, ROLES, required=frozenset({"text"}), plain_text=True, **how)
+    return read_table(path, COLUMNS, plain_text=True, **how)
 
 
 def _texts(path: Path) -> list[object]:

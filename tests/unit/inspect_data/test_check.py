@@ -12,7 +12,7 @@ from typing import Any
 import planted
 import pytest
 
-from tunesmith.data.findings import KEPT, Fault, Findings
+from tunesmith.data.findings import MAX_FAULTS, Fault, Findings
 from tunesmith.inspect_data import check as data_check
 from tunesmith.tasks.text_classification import TextClassification
 
@@ -291,8 +291,8 @@ def test_the_page_for_a_person(command: Any, tmp_path: Path) -> None:
     assert code == 0 and err == ""
     assert "train: 7 rows of" in out and "2 classes (1 4, 0 3)" in out
     assert f"  {path}:3  'the same film again'  see {path}:2\n" in out and "  and 3 more" in out
-    assert "way out: decide on one of them" in out and out.endswith(": 0 errors, 3 warnings\n")
-    assert "taken as data for text-classification; task=NAME says otherwise" in out
+    assert "fix: decide on one of them" in out and out.endswith(": 0 errors, 3 warnings\n")
+    assert "assuming data for text-classification; set task=NAME" in out
     quiet = command("data", "check", str(path), "-q")[1]
     assert quiet.startswith("warning: ") and "train:" not in quiet and "found in" not in quiet
 
@@ -301,7 +301,7 @@ def test_unlike_faults_have_each_its_way_out(command: Any, tmp_path: Path) -> No
     path = _write(tmp_path / "train.csv", ["text,label", "fine film,1", "dull film", "a, b, c, 0", "warm film,0"])
     code, out, _ = command("data", "check", str(path))
     assert code == 3 and f"  {path}:3  1 field, but the header has 2" in out
-    assert out.count("    way out: ") == 2 and "    way out: quote a field that holds the delimiter" in out
+    assert out.count("    fix: ") == 2 and "    fix: quote a field that holds the delimiter" in out
 
 
 def test_a_conflict_of_tags_names_the_word(checked: Checked, tmp_path: Path) -> None:
@@ -334,9 +334,9 @@ def test_what_cannot_be_looked_at(words: tuple[str, ...], code: int, said: str, 
 
 def test_of_endless_faults_the_first_are_kept_and_all_counted() -> None:
     findings = Findings()
-    findings.add(Fault("k", "w", f"f.csv:{number}", "v", "x") for number in range(KEPT + 5))
+    findings.add(Fault("k", "w", f"f.csv:{number}", "v", "x") for number in range(MAX_FAULTS + 5))
     (told,) = findings.dump()
-    assert told["count"] == KEPT + 5 and len(told["faults"]) == KEPT
+    assert told["count"] == MAX_FAULTS + 5 and len(told["faults"]) == MAX_FAULTS
 
 
 def test_the_python_call_is_the_command(tmp_path: Path) -> None:

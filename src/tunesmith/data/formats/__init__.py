@@ -17,21 +17,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from tunesmith.data.columns import JSON_LISTS, LISTS, Column, Columns, translates
+from tunesmith.data.columns import JSON_LIST_KINDS, LIST_KINDS, Column, Columns, predicts_text
 from tunesmith.data.columns import of_kind as column_of_kind
 from tunesmith.data.encoded import file_sha256
 from tunesmith.data.formats import conll, delimited, json_array, json_lines, parallel, parquet, plain
-from tunesmith.data.formats.columns import find_columns, has_header, refuse_twice
+from tunesmith.data.formats.columns import find_columns, has_header, refuse_duplicate_names
 from tunesmith.data.formats.folders import find_splits, holds_text, is_folder
-from tunesmith.data.formats.json_values import list_in
-from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
-from tunesmith.data.formats.recognise import Format, format_of, unreachable
+from tunesmith.data.formats.json_values import parse_json
+from tunesmith.data.formats.raw import MAX_CHARS, BadRow, OpenedFile, RawRow, Rows, check_line, lines, open_text
+from tunesmith.data.formats.recognize import Format, format_of, unreachable_error
 from tunesmith.errors import DataError, counted, shorten
 
 __all__ = [
     "Row",
     "Table",
-    "check_there",
+    "check_exists",
     "files_of",
     "find_splits",
     "holds_text",
@@ -92,7 +92,9 @@ class Table:
     def shown(self) -> Path:
         """The path as places name it: with both files of a pair."""
         return (
-            parallel.title(self.path, list(map(str, self.columns.values()))) if self.format == "parallel" else self.path
+            parallel.display_path(self.path, list(map(str, self.columns.values())))
+            if self.format == "parallel"
+            else self.path
         )
 
     @cached_property
@@ -117,22 +119,22 @@ class Table:
 
     def _good_rows(self) -> Iterator[Row]:
         for raw in self.raw_rows():
-            row = self.judge(raw)
+            row = self.parse_row(raw)
             if isinstance(row, Row):
                 yield row
             elif self.on_bad_row == "stop":
-                raise _error(self.place_of(row), row, skippable=True)
+                raise _row_error(self.place_of(row), row, skippable=True)
             else:
                 self.skipped[row.reason] += 1
 
-    def every_row(self) -> Iterator[Row | DataError]:
+    def rows_or_errors(self) -> Iterator[Row | DataError]:
         """All rows in their order; of one that cannot be read, why."""
         self._check_unchanged()
         for raw in self.raw_rows():
-            row = self.judge(raw)
-            yield row if isinstance(row, Row) else _error(self.place_of(row), row, skippable=False)
+            row = self.parse_row(raw)
+            yield row if isinstance(row, Row) else _row_error(self.place_of(row), row, skippable=False)
 
-    def judge(self, raw: RawRow | BadRow) -> Row | BadRow:
+    def parse_row(self, raw: RawRow | BadRow) -> Row | BadRow:
         """A row as read under its roles, or what is wrong with it."""
         values = raw if isinstance(raw, BadRow) else self._values(raw)
         if isinstance(values, BadRow):
@@ -154,15 +156,15 @@ class Table:
             kind = self.schema[role].kind
             if isinstance(value, str) and kind in ("label", "tags"):
                 value = value.strip()
-            if kind in JSON_LISTS:
-                value = list_in(value)
-            if _is_nothing(value) or (isinstance(value, str) and not value.strip()):
+            if kind in JSON_LIST_KINDS:
+                value = parse_json(value)
+            if _is_missing(value) or (isinstance(value, str) and not value.strip()):
                 if self.schema[role].required:
                     what = f"{_shown(column)}: {'empty' if column in raw.values else 'not there'}"
                     return BadRow(raw.line, what, "fill it in or remove the row", f"empty {role}", raw.file)
                 continue
-            judged_by_task = kind in LISTS and isinstance(value, list)
-            if not judged_by_task and (fault := _fault(self.schema[role], value)) is not None:
+            judged_by_task = kind in LIST_KINDS and isinstance(value, list)
+            if not judged_by_task and (fault := _value_fault(self.schema[role], value)) is not None:
                 what, hint, reason = fault
                 return BadRow(raw.line, f"{_shown(column)}: {what}", hint, reason, raw.file)
             values[role] = value
@@ -177,11 +179,11 @@ def _state(path: Path) -> tuple[int, int]:
     try:
         found = [file.stat() for file in files_of(path)]
     except OSError as error:
-        raise unreachable(path, error) from None
+        raise unreachable_error(path, error) from None
     return sum(one.st_size for one in found), max((one.st_mtime_ns for one in found), default=0)
 
 
-def check_there(path: Path) -> None:
+def check_exists(path: Path) -> None:
     """See that there is something, whatever it is.
 
     Raises:
@@ -198,16 +200,16 @@ def files_of(path: Path) -> list[Path]:
     return [path] if path.exists() else list(parallel.sides_of(path).values()) or [path]
 
 
-def _error(place: str, bad: BadRow, *, skippable: bool) -> DataError:
+def _row_error(place: str, bad: BadRow, *, skippable: bool) -> DataError:
     ways = [bad.hint or "mend it", *(["or data.on_bad_row=skip"] if skippable else [])]
     return DataError(bad.what, where=place, hint=", ".join(ways))
 
 
-def _is_nothing(value: object) -> bool:
+def _is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and value != value)  # Parquet has NaN where a value is missing
 
 
-def _fault(column: Column, value: object) -> tuple[str, str, str] | None:
+def _value_fault(column: Column, value: object) -> tuple[str, str, str] | None:
     """What is wrong with a value, the way out, and a short reason."""
     role = column.name
     if column.kind == "image" and isinstance(value, bytes):
@@ -224,7 +226,7 @@ def _fault(column: Column, value: object) -> tuple[str, str, str] | None:
         what = f"{len(value):,} characters in one field {shorten(value[:100], 40)}"
         return what, "is a quotation mark left open?", "field too long"
     parts = value if isinstance(value, list) else [value]
-    if all(isinstance(part, str | int | float) and not _is_nothing(part) for part in parts):
+    if all(isinstance(part, str | int | float) and not _is_missing(part) for part in parts):
         return None
     return f"{shorten(value)} is no value", "give a text, a number, or a list of them", f"{role} is no value"
 
@@ -251,19 +253,19 @@ def read_table(
     def table(kind: Format, found: dict[str, str | int], note: str | None, rows: Rows) -> Table:
         return Table(path, kind, schema, found, on_bad_row, note, rows, limit)
 
-    if translates(columns) and not path.exists() and (sides := parallel.sides_of(path)):
+    if predicts_text(columns) and not path.exists() and (sides := parallel.sides_of(path)):
         opened = parallel.open_rows(sides)
         found, note, _ = find_columns(path, opened, columns, chosen)
         opened = parallel.open_rows({side: file for side, file in sides.items() if side in found.values()})
         return table("parallel", found, note, opened.rows)
     tagged = column_of_kind(columns, "words") is not None
     kind: Format = "text" if plain_text and is_folder(path) else format_of(path, tagged=tagged)
-    if plain_text and not chosen and kind in ("csv", "tsv") and plain.is_plain(path, columns):
+    if plain_text and not chosen and kind in ("csv", "tsv") and plain.is_plain_text(path, columns):
         kind = "text"
     opened = plain.open_rows(path, columns[0].name) if kind == "text" else _OPENERS[kind](path)
-    opened = parallel.unpacked(opened) if translates(columns) else opened
+    opened = parallel.unpacked(opened) if predicts_text(columns) else opened
     if not opened.names:
-        raise _nothing_in(path, opened)
+        raise _no_columns_error(path, opened)
     if kind == "conll":
         found, note = conll.find_columns(path, opened, columns, chosen)
         return table(kind, found, note, opened.rows)
@@ -290,16 +292,16 @@ def read_raw(path: str | Path, header: bool | None = None) -> tuple[Sequence[str
     kind = format_of(path, tagged=True)
     opened = _OPENERS[kind](path)
     if not opened.names:
-        raise _nothing_in(path, opened)
+        raise _no_columns_error(path, opened)
     if kind == "conll":
-        return conll.named(opened)
+        return conll.with_names(opened)
     if opened.by_number is None or (has_header(opened) if header is None else header):
-        refuse_twice(opened.names, f"{path}:{opened.line}")
+        refuse_duplicate_names(opened.names, f"{path}:{opened.line}")
         return opened.names, opened.rows
     return range(len(opened.names)), opened.by_number
 
 
-_OPENERS: dict[Format, Callable[[Path], Opened]] = {
+_OPENERS: dict[Format, Callable[[Path], OpenedFile]] = {
     "csv": delimited.open_rows,
     "tsv": delimited.open_rows,
     "jsonl": json_lines.open_rows,
@@ -321,16 +323,16 @@ def read_lines(path: str | Path, role: str) -> list[Row | DataError]:
     with open_text(path) as file:
         for number, line in enumerate(lines(file), start=1):
             text, place = line.strip(), f"{path}:{number}"
-            bad = unreadable(line, number)
+            bad = check_line(line, number)
             if bad is None and not text:
                 bad = BadRow(number, f"{role}: empty", "fill it in", "empty line")
-            rows.append(Row(place, {role: text}) if bad is None else _error(place, bad, skippable=False))
+            rows.append(Row(place, {role: text}) if bad is None else _row_error(place, bad, skippable=False))
     return rows
 
 
-def _nothing_in(path: Path, opened: Opened) -> DataError:
+def _no_columns_error(path: Path, opened: OpenedFile) -> DataError:
     """Why a file has no names of columns: its rows are bad, or it has none."""
     first = next(opened.rows(), None)
     if isinstance(first, BadRow):
-        return _error(f"{path}:{first.line}", first, skippable=False)
+        return _row_error(f"{path}:{first.line}", first, skippable=False)
     return DataError("there is no row in it", where=str(path), hint="is it the right file?")

@@ -10,26 +10,26 @@ from pathlib import Path
 from tunesmith.data import columns as schema
 from tunesmith.data import languages
 from tunesmith.data.columns import Column
-from tunesmith.data.formats.raw import Opened
+from tunesmith.data.formats.raw import OpenedFile
 from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
 
-Columns = dict[str, str | int]
-Roles = dict[str, tuple[str, ...]]
+ColumnMap = dict[str, str | int]
+Aliases = dict[str, tuple[str, ...]]
 TAG = re.compile(r"O|[BIESLUM]-\S+")
 _NAMES = (
     "id", "index", "name", "text", "sentence", "review", "label", "instruction", "input", "output", "prompt",
     "response", "completion", "question", "answer", "context", "source", "target", "tokens", "tags", "messages",
     "conversations",
 )  # fmt: skip
-USUAL: Roles = {name: (name,) for name in _NAMES}
+COMMON_NAMES: Aliases = {name: (name,) for name in _NAMES}
 """What columns are often called, whatever they are for."""
-CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+CHAT_NAMES = ("messages", "conversations", "conversation", "dialog", "dialogue")
 SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
 
 
 def find_columns(
-    path: Path, opened: Opened, columns: schema.Columns, chosen: Columns
-) -> tuple[Columns, str | None, bool]:
+    path: Path, opened: OpenedFile, columns: schema.Columns, chosen: ColumnMap
+) -> tuple[ColumnMap, str | None, bool]:
     """Role -> column, what the user should be told, and whether the first line is a header.
 
     Raises:
@@ -52,17 +52,17 @@ def find_columns(
         raise DataError(what, where=where, hint=hint)
     if len(numbers) == len(chosen) and opened.sample and not _looks_like_header(opened, roles):
         return _without_header(where, opened, columns, numbers)
-    refuse_twice(names, where)
-    found: Columns = {role: _named(column, names, where) for role, column in chosen.items()}
+    refuse_duplicate_names(names, where)
+    found: ColumnMap = {role: _existing_name(column, names, where) for role, column in chosen.items()}
     found |= _by_usual_name(where, names, {role: roles[role] for role in roles if role not in found}, found)
     found |= _other_language(names, {role: roles[role] for role in required - found.keys()}, found)
     if not found or not required <= found.keys():
         raise _missing(where, opened, columns, required - found.keys(), taken=found)
     note = f"{where}: taken for the names of the columns, not for a row: {_listed(names)}"
-    return found, note if numbers and opened.sample and not plain_names(names, roles) else None, True
+    return found, note if numbers and opened.sample and not match_aliases(names, roles) else None, True
 
 
-def refuse_twice(names: list[str], where: str) -> None:
+def refuse_duplicate_names(names: list[str], where: str) -> None:
     """Refuse a name that stands above two columns: one of them would be lost.
 
     Raises:
@@ -74,16 +74,20 @@ def refuse_twice(names: list[str], where: str) -> None:
 
 
 def _without_header(
-    where: str, opened: Opened, columns: schema.Columns, numbers: dict[str, int]
-) -> tuple[Columns, str | None, bool]:
+    where: str, opened: OpenedFile, columns: schema.Columns, numbers: dict[str, int]
+) -> tuple[ColumnMap, str | None, bool]:
     roles, required = {column.name: column.names for column in columns}, schema.required_of(columns)
     if numbers and required <= numbers.keys():
         return dict(numbers), None, False
-    below = next((row for row in opened.sample[1:20] if required and required <= plain_names(row, roles).keys()), None)
+    below = next(
+        (row for row in opened.sample[1:20] if required and required <= match_aliases(row, roles).keys()), None
+    )
     if below is not None:
         what = f"the names of the columns stand below something else: {shorten(', '.join(below))}"
         raise DataError(what, where=where, hint="remove the lines above them")
-    guessed = _in_order(opened.sample, columns) if schema.translates(columns) else _by_content(opened.sample, columns)
+    guessed = (
+        _by_order(opened.sample, columns) if schema.predicts_text(columns) else _by_content(opened.sample, columns)
+    )
     found = (guessed or {}) | numbers
     if not required <= found.keys() or len(set(found.values())) < len(found):
         raise _missing(where, opened, columns, required - numbers.keys(), taken=None)
@@ -91,40 +95,40 @@ def _without_header(
     return dict(found), f"{where.rpartition(':')[0]}: no header, so read with {told}; say so if it is otherwise", False
 
 
-def has_header(opened: Opened) -> bool:
+def has_header(opened: OpenedFile) -> bool:
     """Whether the first line names the columns, as far as that can be seen without knowing what they are for."""
-    return not opened.sample or _looks_like_header(opened, USUAL)
+    return not opened.sample or _looks_like_header(opened, COMMON_NAMES)
 
 
-def _and(some: Collection[str], roles: Roles) -> str:
+def _joined_names(some: Collection[str], roles: Aliases) -> str:
     """What is missing: some roles, or where none is required any of them."""
     return " and ".join(role for role in roles if role in some) or " or ".join(roles)
 
 
 def _missing(
-    where: str, opened: Opened, columns: schema.Columns, missing: Collection[str], *, taken: Columns | None
+    where: str, opened: OpenedFile, columns: schema.Columns, missing: Collection[str], *, taken: ColumnMap | None
 ) -> DataError:
     """What to say when a role has no column: where it may be. `taken` is None where there is no header."""
     roles = {column.name: column.names for column in columns}
     named, shown = taken is not None, _listed(opened.names)
     free = [name for name in opened.names if name not in (taken or {}).values()]
-    near = {role: _near(role, roles, free) for role in roles if role in missing or not missing}
+    near = {role: _closest_name(role, roles, free) for role in roles if role in missing or not missing}
     near = near if missing else {role: name for role, name in near.items() if name} or {"ROLE": None}
-    what = f"no column for {_and(missing, roles)} among: {shown}"
+    what = f"no column for {_joined_names(missing, roles)} among: {shown}"
     way_out = " ".join(f"data.columns.{role}={'NAME' if named else 'NUMBER'}" for role in near)
     texts = {column.name for column in columns if column.target and column.kind == "text"}
-    if texts & set(missing) and not _asked(missing, roles) and len(spoken := _languages(free)) > 1:
+    if texts & set(missing) and not _is_language_alias(missing, roles) and len(spoken := _languages(free)) > 1:
         what = f"which of these is translated into which is not said: {_listed(spoken)}"
         way_out = f"task.source_lang={spoken[0]} task.target_lang={spoken[1]}, or the other way round"
-    elif any(name.strip().lower() in CHATS for name in opened.names):
-        what = f"these are conversations ({shown}), without a column for {_and(missing, roles)}"
-        way_out = f"write {_and(missing, roles)} into one row"
+    elif any(name.strip().lower() in CHAT_NAMES for name in opened.names):
+        what = f"these are conversations ({shown}), without a column for {_joined_names(missing, roles)}"
+        way_out = f"write {_joined_names(missing, roles)} into one row"
     elif opened.sample and len(opened.names) == 1 and schema.of_kind(columns, "words"):
         way_out = "give a word and its tag a line, a blank line behind each sentence, or JSON lines of tokens and tags"
     elif opened.sample and len(opened.names) == 1:
         way_out = "columns are told apart by comma, tab, semicolon or |; is the delimiter another one?"
     elif not named:
-        what = f"no header, and what the columns hold does not tell which is {_and(missing, roles)}: {shown}"
+        what = f"no header, and what the columns hold does not tell which is {_joined_names(missing, roles)}: {shown}"
         way_out += ", counted from 0"
     elif any(near.values()):
         way_out = (
@@ -133,21 +137,21 @@ def _missing(
     return DataError(what, where=where, hint=way_out)
 
 
-def _near(role: str, roles: Roles, names: list[str]) -> str | None:
+def _closest_name(role: str, roles: Aliases, names: list[str]) -> str | None:
     """The name that is most like a usual one of the role."""
-    plain = {_plain(name): name for name in names}
+    plain = {_normalized(name): name for name in names}
     close = [(usual, near) for usual in roles[role] for near in difflib.get_close_matches(usual, plain, 1, 0.7)]
     best = max(close, key=lambda pair: difflib.SequenceMatcher(None, *pair).ratio(), default=None)
     return shorten(plain[best[1]])[1:-1] if best is not None else None
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return name.strip().strip("\ufeff\"'").lower().replace(" ", "_").replace("-", "_")
 
 
-def plain_names(names: list[str], roles: Roles) -> dict[str, str]:
+def match_aliases(names: list[str], roles: Aliases) -> dict[str, str]:
     """Role -> the first of its usual names that is among these, in plain spelling."""
-    plain = {_plain(name) for name in names}
+    plain = {_normalized(name) for name in names}
     found: dict[str, str] = {}
     for role, usual in roles.items():
         name = next((name for name in usual if name in plain and name not in found.values()), None)
@@ -156,11 +160,11 @@ def plain_names(names: list[str], roles: Roles) -> dict[str, str]:
     return found
 
 
-def _by_usual_name(where: str, names: list[str], roles: Roles, taken: Columns) -> Columns:
+def _by_usual_name(where: str, names: list[str], roles: Aliases, taken: ColumnMap) -> ColumnMap:
     free = [name for name in names if name not in taken.values()]
-    found: Columns = {}
-    for role, plain in plain_names(free, roles).items():
-        alike = [name for name in free if _plain(name) == plain]
+    found: ColumnMap = {}
+    for role, plain in match_aliases(free, roles).items():
+        alike = [name for name in free if _normalized(name) == plain]
         if len(alike) > 1:
             what = f"{shorten(alike[0])} and {shorten(alike[1])} could both be {role}"
             raise DataError(what, where=where, hint=f"data.columns.{role}=NAME says which")
@@ -173,19 +177,19 @@ def _languages(names: list[str]) -> list[str]:
     return [name for name in names if languages.language(name) is not None]
 
 
-def _asked(missing: Collection[str], roles: Roles) -> bool:
+def _is_language_alias(missing: Collection[str], roles: Aliases) -> bool:
     """Whether a language is looked for: its names are then usual ones of a role."""
     return any(_languages(list(roles[role])) for role in missing)
 
 
-def _other_language(names: list[str], missing: Roles, taken: Columns) -> Columns:
+def _other_language(names: list[str], missing: Aliases, taken: ColumnMap) -> ColumnMap:
     """Of a translation one side is known: the other, if one language is left and none was asked for."""
     spoken = _languages([name for name in names if name not in taken.values()])
-    alone = len(missing) == 1 == len(spoken) and not _asked(missing, missing)
+    alone = len(missing) == 1 == len(spoken) and not _is_language_alias(missing, missing)
     return {role: spoken[0] for role in missing} if taken and alone else {}
 
 
-def _named(column: str | int, names: list[str], where: str) -> str:
+def _existing_name(column: str | int, names: list[str], where: str) -> str:
     name = names[column] if isinstance(column, int) else column
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
@@ -199,10 +203,10 @@ def _listed(names: list[str]) -> str:
     return shown if len(shown) <= 160 else f"{shown[:159]}…"
 
 
-def _looks_like_header(opened: Opened, roles: Roles) -> bool:
+def _looks_like_header(opened: OpenedFile, roles: Aliases) -> bool:
     """A header names a role, or differs in kind from what stands below it: short words over long texts or numbers."""
     header = opened.names
-    if plain_names(header, roles):
+    if match_aliases(header, roles):
         return True
     below = [row for row in opened.sample[1:] if len(row) == len(header)]
     if not below or any(is_number(name) for name in header):
@@ -213,7 +217,7 @@ def _looks_like_header(opened: Opened, roles: Roles) -> bool:
             return True  # words over nothing but numbers
         if name in values:
             return False  # it recurs below: a value
-    if any(_near(role, roles, header) for role in roles):
+    if any(_closest_name(role, roles, header) for role in roles):
         return True  # a usual name, misspelt
     if any(name.strip().endswith(SENTENCE_ENDS) for name in header):
         return False
@@ -240,7 +244,7 @@ def _tags(sample: list[list[str]]) -> str | None:
     return None
 
 
-def _in_order(sample: list[list[str]], columns: schema.Columns) -> dict[str, int] | None:
+def _by_order(sample: list[list[str]], columns: schema.Columns) -> dict[str, int] | None:
     """Source and target are the first two columns that hold something else than numbers."""
     rows = [row for row in sample if len(row) == len(sample[0])]
     texts = [column for column in range(len(sample[0])) if not all(is_number(row[column]) for row in rows)]

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from tunesmith.data import columns as schema
-from tunesmith.data.formats.raw import BadRow, Opened, RawRow, Rows, lines, open_text, unreadable
+from tunesmith.data.formats.raw import BadRow, OpenedFile, RawRow, Rows, check_line, lines, open_text
 from tunesmith.errors import DataError, RecipeError, counted, did_you_mean, shorten
 
 TAG = re.compile(r"O|[BIESLUM]-\S+")
@@ -22,22 +22,22 @@ MAX_WORDS = 5000
 """Of a sentence; more are more likely sentences without blank lines between them."""
 
 SAMPLE_CHARS = 65536
-_MARKED = re.compile(r"\D[0-9]")
+_CHARACTER_WITH_DIGIT = re.compile(r"\D[0-9]")
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 _WORD_NAMES = {"word", "words", "token", "tokens", "text", "form"}
 _TAG_NAMES = {"tag", "tags", "label", "labels", "ner", "ner_tag", "ner_tags", "entity"}
-DOCUMENT = "-DOCSTART-"
+DOCUMENT_MARK = "-DOCSTART-"
 _BLANKS = re.compile(r"[ \t]+")
-Columns = dict[str, str | int]
+ColumnMap = dict[str, str | int]
 
 
 def looks_tagged(sample: str) -> bool:
     """Whether a file that begins so holds words with tags, one a line."""
-    if sample.lstrip("\ufeff\n\r\t ").startswith(DOCUMENT):
+    if sample.lstrip("\ufeff\n\r\t ").startswith(DOCUMENT_MARK):
         return True
     text = _LINE_ENDS.split(sample)
     text = text[:-1] if len(text) > 2 and len(sample) >= SAMPLE_CHARS else text
-    words = [line for line in text if line.strip() and not line.startswith(("#", DOCUMENT))]
+    words = [line for line in text if line.strip() and not line.startswith(("#", DOCUMENT_MARK))]
     rows = [_fields(line, "\t" in line) for line in words]
     last = Counter(row[-1] for row in rows if len(row) > 1 and row[0] and not _BLANKS.search(row[0]))
     if len(rows) > 1 and _are_tags([row[0] for row in rows if len(row) == 2 and not _BLANKS.search(row[1])], len(rows)):
@@ -55,21 +55,23 @@ def _are_tags(values: Sequence[str], count: int) -> bool:
     return "O" in values and sum(bool(TAG.fullmatch(value)) for value in values) >= 0.9 * count
 
 
-def open_rows(path: Path) -> Opened:
+def open_rows(path: Path) -> OpenedFile:
     """The columns by number, and a reader of sentences: column number -> what stands there, a list as long as it."""
     with open_text(path) as file:
         sample = file.read(SAMPLE_CHARS)
-    text = [line for line in _LINE_ENDS.split(sample) if line.strip() and not line.startswith(("#", DOCUMENT))]
+    text = [line for line in _LINE_ENDS.split(sample) if line.strip() and not line.startswith(("#", DOCUMENT_MARK))]
     tabs = sum("\t" in line for line in text) > len(text) / 2
     widths = Counter(len(_fields(line, tabs)) for line in text[:1000])
     width = max((count for count in widths if count > 1), key=widths.__getitem__, default=0)
     if not width:
         raise DataError("there are no words with tags in it", where=str(path), hint="a word and its tag a line")
-    return Opened([str(number) for number in range(width)], lambda: _rows(path, tabs, width))
+    return OpenedFile([str(number) for number in range(width)], lambda: _rows(path, tabs, width))
 
 
-def find_columns(path: Path, opened: Opened, columns: schema.Columns, chosen: Columns) -> tuple[Columns, str | None]:
-    """The columns of words and tags (`_places`), unless `data.columns` says otherwise; and what to say of them.
+def find_columns(
+    path: Path, opened: OpenedFile, columns: schema.Columns, chosen: ColumnMap
+) -> tuple[ColumnMap, str | None]:
+    """The columns of words and tags (`_positions`), unless `data.columns` says otherwise; and what to say of them.
 
     Raises:
         RecipeError: a role that is none, or a column that is not there.
@@ -81,45 +83,45 @@ def find_columns(path: Path, opened: Opened, columns: schema.Columns, chosen: Co
         if not isinstance(column, int) or not 0 <= column < width:
             what = f"data.columns.{role}: no column {shorten(column)}"
             raise DataError(what, where=str(path), hint=f"columns have no names here: 0 to {width - 1}")
-    usual = _places(opened)
+    usual = _positions(opened)
     names = {column.kind: column.name for column in columns if column.kind in usual}
-    found: Columns = {names[kind]: column for kind, column in usual.items() if kind in names}
+    found: ColumnMap = {names[kind]: column for kind, column in usual.items() if kind in names}
     found |= chosen
     said = " and ".join(f"{kind} from column {found[name]}" for kind, name in names.items())
     plain = width == 2 and usual["words"] == 0
     notes = [f"{width} columns: {said}, counted from 0"] if not plain and not chosen else []
-    if (words := found.get(names.get("words", ""))) is not None and _have_marks(opened, words):
+    if (words := found.get(names.get("words", ""))) is not None and _have_position_digits(opened, words):
         what = "a digit stands behind each character and is read as part of the word, but in texts to be asked is none"
         notes.append(rf"{what}: sed -E 's/^(.)[0-9]/\1/' takes it away")
     return found, f"{path}: {'; '.join(notes)}" if notes else None
 
 
-def _places(opened: Opened) -> dict[schema.Kind, int]:
+def _positions(opened: OpenedFile) -> dict[schema.Kind, int]:
     """Words in the first column and tags in the last, but for tags before their words, and for numbers before them."""
     last = len(opened.names) - 1
     some = [raw.values for raw in islice(opened.rows(), 20) if isinstance(raw, RawRow)]
     first = [value for values in some for value in values[0]]
     if last == 1 and _are_tags(first, len(first)) and not any(_are_tags(values[1], len(values[1])) for values in some):
         return {"words": 1, "tags": 0}
-    numbered = last > 1 and len(first) > 1 and all(_counts(values[0]) for values in some)
+    numbered = last > 1 and len(first) > 1 and all(_is_numbering(values[0]) for values in some)
     return {"words": 1 if numbered else 0, "tags": last}
 
 
-def _counts(values: Sequence[str]) -> bool:
+def _is_numbering(values: Sequence[str]) -> bool:
     """Whether values are 1, 2, 3 ... (CoNLL-U)."""
     return list(values) == [str(number) for number in range(1, len(values) + 1)]
 
 
-def _have_marks(opened: Opened, column: str | int) -> bool:
+def _have_position_digits(opened: OpenedFile, column: str | int) -> bool:
     """Whether words are single characters with a digit: the place of each in a word of several (Weibo NER)."""
     first = (raw.values[column] for raw in islice(opened.rows(), 100) if isinstance(raw, RawRow))
     words = [word for sentence in first for word in sentence]
-    return sum(bool(_MARKED.fullmatch(word)) for word in words) > 0.9 * len(words)
+    return sum(bool(_CHARACTER_WITH_DIGIT.fullmatch(word)) for word in words) > 0.9 * len(words)
 
 
-def named(opened: Opened) -> tuple[list[str | int], Rows]:
+def with_names(opened: OpenedFile) -> tuple[list[str | int], Rows]:
     """The columns under names: `tokens` and `tags` where these are."""
-    told = {column: {"words": "tokens", "tags": "tags"}[kind] for kind, column in _places(opened).items()}
+    told = {column: {"words": "tokens", "tags": "tags"}[kind] for kind, column in _positions(opened).items()}
     names: list[str | int] = [told.get(number, f"column_{number}") for number in range(len(opened.names))]
 
     def rows() -> Iterator[RawRow | BadRow]:
@@ -145,7 +147,7 @@ def _rows(path: Path, tabs: bool, width: int) -> Iterator[RawRow | BadRow]:
         for number, line in enumerate(lines(file), start=1):
             line = line.rstrip("\r\n")
             fields = _fields(line, tabs)
-            if not line.strip() or line.startswith(DOCUMENT):
+            if not line.strip() or line.startswith(DOCUMENT_MARK):
                 if words or bad:
                     yield bad or _sentence(begin, words, width)
                 words, bad = [], None
@@ -155,7 +157,7 @@ def _rows(path: Path, tabs: bool, width: int) -> Iterator[RawRow | BadRow]:
                 continue
             else:
                 begin = begin if words else number
-                bad = bad or _fault(line, fields, number, width)
+                bad = bad or _line_fault(line, fields, number, width)
                 words.append(fields)
                 if len(words) > MAX_WORDS:
                     bad, words = bad or _endless(begin), words[:1]
@@ -177,9 +179,9 @@ def _endless(begin: int) -> BadRow:
     return BadRow(begin, what, "put a blank line after each sentence", "sentence too long")
 
 
-def _fault(line: str, fields: list[str], number: int, width: int) -> BadRow | None:
+def _line_fault(line: str, fields: list[str], number: int, width: int) -> BadRow | None:
     """What is wrong with a line of a word."""
-    if (bad := unreadable(line, number)) is not None:
+    if (bad := check_line(line, number)) is not None:
         return bad
     if "\0" in line:
         return BadRow(number, f"holds a NUL byte: {shorten(line[:100])}", "save the file as UTF-8 text", "NUL byte")

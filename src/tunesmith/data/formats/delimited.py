@@ -11,13 +11,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, lines, open_text, unreadable
+from tunesmith.data.formats.raw import MAX_CHARS, BadRow, OpenedFile, RawRow, check_line, lines, open_text
 from tunesmith.errors import DataError, counted, shorten
 
 DELIMITERS = ("\t", ",", ";", "|")
 SAMPLE_CHARS = 65536
 SAMPLE_ROWS = 200
-TABLE_FROM = 0.8
+MIN_EVEN_SHARE = 0.8
 """Which share of the first lines must have the same number of fields for a text to be a table."""
 
 csv.field_size_limit(2**31 - 1)  # records are bounded here, with a message that names the line
@@ -43,15 +43,15 @@ def delimiter_of(sample: str) -> str:
     """
     text = [line for line in _split(sample) if line.strip()]
     scores = {delimiter: _evenness(text, delimiter) for delimiter in DELIMITERS}
-    best = max(scores, key=lambda delimiter: (scores[delimiter], -_share_before_blanks(sample, delimiter)))
+    best = max(scores, key=lambda delimiter: (scores[delimiter], -_share_before_spaces(sample, delimiter)))
     return best if scores[best] else ","
 
 
 def looks_like_table(sample: str) -> bool:
     """Whether a delimiter gives most rows the same number of fields, and is not a mark in sentences, before a blank."""
     text = [line for line in _split(sample) if line.strip()]
-    even = (delimiter for delimiter in DELIMITERS if _evenness(text, delimiter) >= TABLE_FROM)
-    return any(_share_before_blanks(sample, delimiter) <= 0.5 for delimiter in even)
+    even = (delimiter for delimiter in DELIMITERS if _evenness(text, delimiter) >= MIN_EVEN_SHARE)
+    return any(_share_before_spaces(sample, delimiter) <= 0.5 for delimiter in even)
 
 
 def _split(sample: str) -> list[str]:
@@ -73,11 +73,11 @@ def _evenness(text: list[str], delimiter: str) -> float:
     return round(max(scores), 3)
 
 
-def _share_before_blanks(sample: str, delimiter: str) -> float:
+def _share_before_spaces(sample: str, delimiter: str) -> float:
     return sample.count(f"{delimiter} ") / max(sample.count(delimiter), 1)
 
 
-def open_rows(path: Path) -> Opened:
+def open_rows(path: Path) -> OpenedFile:
     """The first line, a sample of lines, and readers of the rows by name and by number.
 
     Raises:
@@ -91,7 +91,7 @@ def open_rows(path: Path) -> Opened:
         raise DataError(first[0].what, where=f"{path}:{first[0].line}", hint=first[0].hint)
     line, header = first[0]
     names = [name.strip() or f"column {number}" for number, name in enumerate(header)]
-    return Opened(
+    return OpenedFile(
         names,
         lambda: _rows(path, dialect, names),
         line=line,
@@ -115,17 +115,17 @@ def _rows(path: Path, dialect: _Dialect, header: list[str] | None) -> Iterator[R
             names = range(len(row))
         if len(row) != len(names):
             other = "the header" if header else "the first line"
-            what = f"{counted(len(row), 'field')}, but {other} has {len(names)}: {_shown(row)}"
-            yield BadRow(line, what, _way_out(row, len(names)), "wrong number of fields")
+            what = f"{counted(len(row), 'field')}, but {other} has {len(names)}: {_preview(row)}"
+            yield BadRow(line, what, _field_hint(row, len(names)), "wrong number of fields")
             continue
         yield RawRow(line, dict(zip(names, row, strict=True)))
 
 
-def _shown(row: list[str]) -> str:
+def _preview(row: list[str]) -> str:
     return shorten(" | ".join(part[:100] for part in row[:20]))
 
 
-def _way_out(row: list[str], width: int) -> str:
+def _field_hint(row: list[str], width: int) -> str:
     if row[0].startswith("#"):
         return "remove comment lines"
     return "quote a field that holds the delimiter" if len(row) > width else "fill in what is missing"
@@ -175,11 +175,11 @@ def _lines_with_quotes(path: Path) -> tuple[list[str], bool]:
     return [], False
 
 
-class _RunsOn(Exception):
+class _RecordTooLong(Exception):
     """A record has grown beyond what a field may hold."""
 
 
-class _Feed:
+class _RecordLines:
     """Lines for csv.reader, record by record. Of a record that fails only the first line is given up: what follows is
     read again, so that a quotation mark left open costs one row and not the rest of the file.
     """
@@ -198,7 +198,7 @@ class _Feed:
         self._record.append(item)
         self._chars += len(item[1])
         if self._chars > MAX_CHARS:
-            raise _RunsOn
+            raise _RecordTooLong
         return item[1]
 
     def begin(self) -> None:
@@ -212,7 +212,7 @@ class _Feed:
     def fault(self) -> BadRow | None:
         """What is wrong with the characters of the record."""
         for number, text in self._record:
-            if (bad := unreadable(text, number)) is not None:
+            if (bad := check_line(text, number)) is not None:
                 return bad
             if "\0" in text:
                 what = f"holds a NUL byte: {shorten(text[:100])}"
@@ -223,7 +223,7 @@ class _Feed:
         """The record's first line as a bad row."""
         (line, text), *rest = self._record
         self._again.extendleft(reversed(rest))
-        if (bad := unreadable(text, line)) is not None:
+        if (bad := check_line(text, line)) is not None:
             return bad
         left_open = "end of data" in error or not error
         what = "a quotation mark is left open" if left_open else f"quoting: {error}"
@@ -234,7 +234,7 @@ class _Feed:
 def _records(path: Path, dialect: _Dialect) -> Iterator[tuple[int, list[str]] | BadRow]:
     """(line it starts on, fields), or what is wrong with it; blank lines are passed over."""
     with open_text(path) as file:
-        feed = _Feed(file)
+        feed = _RecordLines(file)
         reader = dialect.reader(feed)
         while True:
             feed.begin()
@@ -242,7 +242,7 @@ def _records(path: Path, dialect: _Dialect) -> Iterator[tuple[int, list[str]] | 
                 row = next(reader)
             except StopIteration:
                 return
-            except (csv.Error, _RunsOn) as error:
+            except (csv.Error, _RecordTooLong) as error:
                 yield feed.give_up(str(error))
                 continue
             if (bad := feed.fault()) is not None:

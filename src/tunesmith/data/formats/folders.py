@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tunesmith.data.columns import Column
 from tunesmith.data.formats import parallel, plain
-from tunesmith.data.formats.columns import USUAL
+from tunesmith.data.formats.columns import COMMON_NAMES
 from tunesmith.data.formats.delimited import SAMPLE_CHARS, looks_like_table
 from tunesmith.data.formats.raw import open_text
-from tunesmith.data.formats.recognise import format_of, unreachable
+from tunesmith.data.formats.recognize import format_of, unreachable_error
 from tunesmith.errors import DataError
 
 SPLIT_NAMES = {
@@ -22,7 +22,7 @@ SPLIT_NAMES = {
 }
 _TEXTS = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".conll", ".bio", ".iob", ".iob2", ".bioes")
 SUFFIXES = (".parquet", *_TEXTS, *(f"{suffix}.gz" for suffix in _TEXTS))
-NAMES_SHOWN = 6
+MAX_NAMES = 6
 
 
 def is_folder(path: str | Path) -> bool:
@@ -36,7 +36,7 @@ def is_folder(path: str | Path) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, ValueError) as error:
-        raise unreachable(Path(path), error) from None
+        raise unreachable_error(Path(path), error) from None
 
 
 def holds_text(path: Path) -> bool:
@@ -48,8 +48,8 @@ def holds_text(path: Path) -> bool:
     if path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
         return False
     try:
-        return format_of(path, tagged=True) in ("csv", "tsv") and plain.is_plain(
-            path, [Column(name, "value") for name in USUAL]
+        return format_of(path, tagged=True) in ("csv", "tsv") and plain.is_plain_text(
+            path, [Column(name, "value") for name in COMMON_NAMES]
         )
     except DataError:
         return False
@@ -64,8 +64,8 @@ def files_in(folder: str | Path) -> list[Path]:
     try:
         paths = sorted(Path(folder).iterdir())
     except OSError as error:
-        raise unreachable(Path(folder), error) from None
-    return [path for path in paths if path.is_file() and not plain.is_about(path, within=Path(folder))]
+        raise unreachable_error(Path(folder), error) from None
+    return [path for path in paths if path.is_file() and not plain.is_documentation(path, within=Path(folder))]
 
 
 def data_files(folder: str | Path) -> list[Path]:
@@ -120,11 +120,11 @@ def _splits_of(words: Collection[str]) -> list[str]:
     return [split for split, names in SPLIT_NAMES.items() if not set(names).isdisjoint(words)]
 
 
-def no_train(folder: str | Path) -> DataError:
+def no_train_error(folder: str | Path) -> DataError:
     """What to say of a folder in which no file is known to be train."""
     readable = data_files(folder)
     names = [path.name for path in readable or files_in(folder)]
-    listed = f"{', '.join(names[:NAMES_SHOWN])}{' ...' if len(names) > NAMES_SHOWN else ''}"
+    listed = f"{', '.join(names[:MAX_NAMES])}{' ...' if len(names) > MAX_NAMES else ''}"
     what = "no train file in this folder"
     if not names:
         return DataError(what, where=str(folder), hint="name it train.csv, or give the file")

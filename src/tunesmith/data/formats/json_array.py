@@ -9,18 +9,18 @@ from itertools import count
 from pathlib import Path
 from typing import TextIO
 
-from tunesmith.data.formats.json_values import Decoder, opened, way_out
-from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, open_text
+from tunesmith.data.formats.json_values import Decoder, fix_hint, open_objects
+from tunesmith.data.formats.raw import MAX_CHARS, BadRow, OpenedFile, RawRow, open_text
 from tunesmith.errors import DataError, shorten
 
 CHUNK_CHARS = 2**20
-CUT_OFF = "the array is cut off"
+TRUNCATED = "the array is cut off"
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def open_rows(path: Path) -> Opened:
+def open_rows(path: Path) -> OpenedFile:
     """Keys of all objects, and a reader. `line` is the object's number in the array."""
-    return opened(lambda: _rows(path))
+    return open_objects(lambda: _rows(path))
 
 
 def _rows(path: Path) -> Iterator[RawRow | BadRow]:
@@ -58,7 +58,7 @@ class _Window:
     def take(self, character: str, otherwise: str) -> None:
         """Step over a bracket or a comma that has to stand here."""
         if self.next_character() != character:
-            raise self.error(otherwise if self.next_character() else CUT_OFF, "write or download it again")
+            raise self.error(otherwise if self.next_character() else TRUNCATED, "write or download it again")
         self._move_to(self._at + 1)
 
     def row(self, number: int) -> RawRow | BadRow:
@@ -72,11 +72,11 @@ class _Window:
                     continue
                 self._move_to(error.pos)
                 if not self.next_character() or error.msg.startswith("Unterminated"):
-                    raise self.error(CUT_OFF, "write or download it again") from None
+                    raise self.error(TRUNCATED, "write or download it again") from None
                 near = self._text[max(0, error.pos - 30) : error.pos + 10]
-                raise self.error(f"not valid JSON: {error.msg}", way_out(near, error.msg)) from None
+                raise self.error(f"not valid JSON: {error.msg}", fix_hint(near, error.msg)) from None
             except ValueError as error:
-                raise self.error(f"not valid JSON: {error}", way_out("", str(error))) from None
+                raise self.error(f"not valid JSON: {error}", fix_hint("", str(error))) from None
             if end == len(self._text) and self._read_on():
                 continue  # a number may go on
             self._move_to(end)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from tunesmith.data.formats.json_values import Decoder, opened, way_out
-from tunesmith.data.formats.raw import BadRow, Opened, RawRow, lines, open_text, unreadable
+from tunesmith.data.formats.json_values import Decoder, fix_hint, open_objects
+from tunesmith.data.formats.raw import BadRow, OpenedFile, RawRow, check_line, lines, open_text
 from tunesmith.errors import shorten
 
 
-def open_rows(path: Path) -> Opened:
+def open_rows(path: Path) -> OpenedFile:
     """Keys of all lines, and a reader."""
-    return opened(lambda: _rows(path))
+    return open_objects(lambda: _rows(path))
 
 
 def _rows(path: Path) -> Iterator[RawRow | BadRow]:
@@ -20,7 +20,7 @@ def _rows(path: Path) -> Iterator[RawRow | BadRow]:
     with open_text(path) as file:
         for number, line in enumerate(lines(file), start=1):
             if text := line.strip():
-                yield unreadable(line, number) or _row(decoder, text, number)
+                yield check_line(line, number) or _row(decoder, text, number)
 
 
 def _row(decoder: Decoder, text: str, number: int) -> RawRow | BadRow:
@@ -28,7 +28,7 @@ def _row(decoder: Decoder, text: str, number: int) -> RawRow | BadRow:
         row, end = decoder.row(text, 0, number)
     except ValueError as error:
         what = f"not valid JSON: {getattr(error, 'msg', error)} in {shorten(text)}"
-        return BadRow(number, what, way_out(text, str(error)), "not valid JSON")
+        return BadRow(number, what, fix_hint(text, str(error)), "not valid JSON")
     if end < len(text):
         what = f"something stands behind the object: {shorten(text[end:])}"
         return BadRow(number, what, "write one object a line", "not valid JSON")

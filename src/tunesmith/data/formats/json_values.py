@@ -7,19 +7,19 @@ import json
 import math
 from typing import Any
 
-from tunesmith.data.formats.raw import BadRow, Opened, RawRow, Rows, unreadable
+from tunesmith.data.formats.raw import BadRow, OpenedFile, RawRow, Rows, check_line
 from tunesmith.errors import shorten
 
 MAX_DIGITS = 4000
 
 
-def opened(rows: Rows) -> Opened:
+def open_objects(rows: Rows) -> OpenedFile:
     """The keys of all objects, since any may be the first with a second text, and the reader."""
     names: dict[str, None] = {}
     for row in rows():
         if isinstance(row, RawRow):
             names |= dict.fromkeys(row.values)
-    return Opened(list(names), rows)
+    return OpenedFile(list(names), rows)
 
 
 class Decoder:
@@ -47,7 +47,7 @@ class Decoder:
         return self._as_row(text[start:end], value, number), end
 
     def _as_row(self, text: str, value: Any, number: int) -> RawRow | BadRow:
-        if (bad := unreadable(text, number)) is not None:
+        if (bad := check_line(text, number)) is not None:
             return bad
         if self._faults:
             what, hint = self._faults[0]
@@ -86,7 +86,7 @@ class Decoder:
         return value
 
 
-def list_in(value: Any) -> Any:
+def parse_json(value: Any) -> Any:
     """A list or an object that is written as JSON in a text, as in a cell of a table; else the value itself."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with contextlib.suppress(ValueError, RecursionError):
@@ -111,7 +111,7 @@ def _has_half_a_character(value: Any) -> bool:
     return False
 
 
-def way_out(near: str, error: str) -> str:
+def fix_hint(near: str, error: str) -> str:
     """What to do about text that is not JSON, from what stands around the fault."""
     near = near.strip()
     close = near.replace(" ", "").replace("\n", "")

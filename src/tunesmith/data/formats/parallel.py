@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from tunesmith.data import languages
-from tunesmith.data.formats.raw import BadRow, Opened, RawRow, lines, open_text, unreadable
+from tunesmith.data.formats.raw import BadRow, OpenedFile, RawRow, check_line, lines, open_text
 from tunesmith.errors import DataError, counted
 
 NESTED = "translation"
@@ -46,7 +46,7 @@ def _pairs(paths: Sequence[Path]) -> dict[str, dict[str, Path]]:
     return {stem: sides for stem, sides in found.items() if len(sides) > 1}
 
 
-def title(prefix: Path, sides: Sequence[str]) -> Path:
+def display_path(prefix: Path, sides: Sequence[str]) -> Path:
     """Some of the files as a shell would write them: `train.{en,de}.gz`."""
     files = sides_of(prefix)
     ends = {files[side].name.removeprefix(f"{prefix.name}.{side}") for side in sides}
@@ -59,9 +59,9 @@ def language_of(path: Path) -> str | None:
     return match["side"] if match and match["side"].lower() not in _NO_LANGUAGE else None
 
 
-def open_rows(sides: Mapping[str, Path]) -> Opened:
+def open_rows(sides: Mapping[str, Path]) -> OpenedFile:
     """The languages, and a reader of rows: language -> its line."""
-    return Opened(list(sides), lambda: _rows(sides))
+    return OpenedFile(list(sides), lambda: _rows(sides))
 
 
 def _rows(sides: Mapping[str, Path]) -> Iterator[RawRow | BadRow]:
@@ -71,7 +71,7 @@ def _rows(sides: Mapping[str, Path]) -> Iterator[RawRow | BadRow]:
             texts = dict(zip(sides.values(), row, strict=True))
             if None in row:
                 raise _unequal(texts, number)
-            bad = next(((path, bad) for path, text in texts.items() if (bad := unreadable(text, number))), None)
+            bad = next(((path, bad) for path, text in texts.items() if (bad := check_line(text, number))), None)
             if bad is not None:
                 yield replace(bad[1], what=f"{bad[0].name}: {bad[1].what}")
             else:
@@ -86,7 +86,7 @@ def _unequal(texts: Mapping[Path, str | None], number: int) -> DataError:
     return DataError(what, where=f"{goes_on}:{number}", hint=hint)
 
 
-def unpacked(opened: Opened) -> Opened:
+def unpacked(opened: OpenedFile) -> OpenedFile:
     """Rows whose texts stand in an object, as rows with a column for each language: under `translation`, or where else
     the first row has an object of texts.
     """
@@ -107,10 +107,10 @@ def unpacked(opened: Opened) -> Opened:
                 raw = replace(raw, values={**raw.values, **inside})
             yield raw
 
-    return Opened([*names, *languages_], rows, line=opened.line)
+    return OpenedFile([*names, *languages_], rows, line=opened.line)
 
 
-def _nested(opened: Opened) -> str | None:
+def _nested(opened: OpenedFile) -> str | None:
     """The column whose first value is an object of several texts."""
     first = next(opened.rows(), None)
     for name, value in first.values.items() if isinstance(first, RawRow) else ():

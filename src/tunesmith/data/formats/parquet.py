@@ -8,13 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunesmith.data.formats.raw import BadRow, Opened, RawRow
+from tunesmith.data.formats.raw import BadRow, OpenedFile, RawRow
 from tunesmith.errors import DataError
 
 BATCH_ROWS = 1024
 
 
-def open_rows(path: Path) -> Opened:
+def open_rows(path: Path) -> OpenedFile:
     """Column names and a reader. `line` is the row's number.
 
     Raises:
@@ -24,7 +24,7 @@ def open_rows(path: Path) -> Opened:
         names = pq.read_schema(path).names
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from None
-    return Opened(names, lambda: _rows(path))
+    return OpenedFile(names, lambda: _rows(path))
 
 
 def _rows(path: Path) -> Iterator[RawRow | BadRow]:

@@ -9,54 +9,56 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tunesmith.data.columns import Columns
-from tunesmith.data.formats.columns import plain_names
+from tunesmith.data.formats.columns import match_aliases
 from tunesmith.data.formats.delimited import DELIMITERS, SAMPLE_CHARS, looks_like_table
-from tunesmith.data.formats.raw import MAX_CHARS, BadRow, Opened, RawRow, lines, open_text, unreadable
+from tunesmith.data.formats.raw import MAX_CHARS, BadRow, OpenedFile, RawRow, check_line, lines, open_text
 from tunesmith.errors import DataError
 
-ABOUT = frozenset({"readme", "license", "licence", "notice", "source", "changelog"})
+DOCUMENTATION_NAMES = frozenset({"readme", "license", "licence", "notice", "source", "changelog"})
 SUFFIXES = (".txt", ".text", ".md", ".txt.gz", ".text.gz", ".md.gz")
 
 
-LONGEST_NAME = 100
+MAX_NAME_CHARS = 100
 """Characters of a column's name, at most: a sentence with `, target, ` in it is no header."""
 
 
-def is_plain(path: Path, columns: Columns) -> bool:
+def is_plain_text(path: Path, columns: Columns) -> bool:
     """Whether what could be a table is text."""
     roles = {column.name: column.names for column in columns}
     with open_text(path) as file:
         sample = file.read(SAMPLE_CHARS)
     first = sample.lstrip().partition("\n")[0]
     headers = (first.split(delimiter) for delimiter in DELIMITERS)
-    named = any(plain_names(names, roles) for names in headers if max(map(len, names)) <= LONGEST_NAME)
+    named = any(match_aliases(names, roles) for names in headers if max(map(len, names)) <= MAX_NAME_CHARS)
     return not named and not looks_like_table(sample)
 
 
-def open_rows(path: Path, column: str) -> Opened:
+def open_rows(path: Path, column: str) -> OpenedFile:
     """A file's documents, under one name of a column.
 
     Raises:
         DataError: a folder holds no text.
     """
     if not path.is_dir():
-        return Opened([column], lambda: _documents(path, column))
+        return OpenedFile([column], lambda: _documents(path, column))
     files = texts_in(path)
     if not files:
         kinds = ", ".join(SUFFIXES[:3])
         raise DataError(f"no text ({kinds}) in this folder", where=str(path), hint="name the file to read")
-    return Opened([column], lambda: (row for file in files for row in _whole(path, file, column)))
+    return OpenedFile([column], lambda: (row for file in files for row in _whole(path, file, column)))
 
 
 def texts_in(folder: Path) -> list[Path]:
     """The texts in a folder and those below it; hidden ones, and those right in it that tell about it, left out."""
     found = (path for path in sorted(folder.rglob("*")) if path.name.lower().endswith(SUFFIXES))
-    return [path for path in found if path.is_file() and not is_about(path, within=folder)]
+    return [path for path in found if path.is_file() and not is_documentation(path, within=folder)]
 
 
-def is_about(path: Path, *, within: Path) -> bool:
+def is_documentation(path: Path, *, within: Path) -> bool:
     """Whether it lies beside data and is none: hidden, or right in the folder a readme, a licence and the like."""
-    return path.name.startswith(".") or (path.parent == within and path.name.lower().partition(".")[0] in ABOUT)
+    return path.name.startswith(".") or (
+        path.parent == within and path.name.lower().partition(".")[0] in DOCUMENTATION_NAMES
+    )
 
 
 def _whole(folder: Path, path: Path, column: str) -> Iterator[RawRow | BadRow]:
@@ -67,7 +69,7 @@ def _whole(folder: Path, path: Path, column: str) -> Iterator[RawRow | BadRow]:
     with open_text(path) as file:
         for number, line in enumerate(lines(file), start=1):
             size += len(line)
-            bad = unreadable(line, number) or (_too_long(1) if size > MAX_CHARS else None)
+            bad = check_line(line, number) or (_too_long(1) if size > MAX_CHARS else None)
             if bad is not None:
                 yield BadRow(bad.line, bad.what, bad.hint, bad.reason, name)
                 return
@@ -86,7 +88,7 @@ def _documents(path: Path, column: str) -> Iterator[RawRow | BadRow]:
             text = bool(line.strip())
             if text:
                 first, size = first if parts else number, size + len(line)
-                bad = bad or unreadable(line, number) or (_too_long(first) if size > MAX_CHARS else None)
+                bad = bad or check_line(line, number) or (_too_long(first) if size > MAX_CHARS else None)
                 parts += [] if bad else [line]
             if (parts or bad) and not (text and divided):
                 yield bad or RawRow(first, {column: "".join(parts).strip()})

@@ -17,7 +17,7 @@ from tunesmith.errors import DataError, shorten
 
 MAX_CHARS = 16 * 2**20
 """Of one line, and of one field."""
-ENCODINGS = "from Windows: iconv -f cp1252 -t utf-8, if it is Chinese: iconv -f gb18030 -t utf-8"
+ENCODING_HINT = "from Windows: iconv -f cp1252 -t utf-8, if it is Chinese: iconv -f gb18030 -t utf-8"
 """What a file that is not UTF-8 mostly is; cp1252 has the quotation marks that Latin-1 lacks."""
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 
@@ -47,7 +47,7 @@ Rows = Callable[[], Iterator[RawRow | BadRow]]
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenedFile:
     """A file of a known format: the names of its columns, the line they stand on, and a fresh reader of its rows.
 
     Where the first line may be data, `sample` holds the first lines and `by_number` reads all of them by column number.
@@ -93,7 +93,7 @@ def lines(file: TextIO) -> Iterator[str]:
             line = file.readline(MAX_CHARS + 1)
 
 
-def unreadable(text: str, line: int) -> BadRow | None:
+def check_line(text: str, line: int) -> BadRow | None:
     """What makes a line unreadable in any format."""
     if len(text) > MAX_CHARS:
         what = f"over {MAX_CHARS:,} characters in one line, {shorten(text[:100], 40)}"
@@ -104,5 +104,5 @@ def unreadable(text: str, line: int) -> BadRow | None:
         near = text[max(0, found.start() - 20) : found.start() + 20].strip()
         byte = ord(found[0]) - 0xDC00
         what = f"byte 0x{byte:02x} is not UTF-8 in {shorten(near.encode(errors='replace').decode())}"
-        return BadRow(line, what, f"save the file as UTF-8 (if it is {ENCODINGS})", "not UTF-8")
+        return BadRow(line, what, f"save the file as UTF-8 (if it is {ENCODING_HINT})", "not UTF-8")
     return None

@@ -15,11 +15,11 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunesmith.data.formats.conll import DOCUMENT
+from tunesmith.data.formats.conll import DOCUMENT_MARK
 from tunesmith.data.formats.parquet import BATCH_ROWS
 from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
 
-Table = Callable[[], Iterator[tuple[str, dict[str, Any]]]]
+RowReader = Callable[[], Iterator[tuple[str, dict[str, Any]]]]
 """A fresh reader of the rows, each with its place."""
 
 
@@ -37,7 +37,7 @@ def format_by_name(path: Path) -> str:
     return name
 
 
-def write_table(path: Path, kind: str, names: Sequence[str], rows: Table) -> None:
+def write_table(path: Path, kind: str, names: Sequence[str], rows: RowReader) -> None:
     """Write all rows under `names`, compressed where the file's name ends in `.gz`.
 
     Raises:
@@ -56,8 +56,8 @@ def _text(path: Path) -> Iterator[TextIO]:
             yield file
 
 
-def _write_delimited(delimiter: str) -> Callable[[Path, Sequence[str], Table], None]:
-    def write(path: Path, names: Sequence[str], rows: Table) -> None:
+def _write_delimited(delimiter: str) -> Callable[[Path, Sequence[str], RowReader], None]:
+    def write(path: Path, names: Sequence[str], rows: RowReader) -> None:
         with _text(path) as file:
             writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
             writer.writerow(names)
@@ -84,13 +84,13 @@ def _json(row: dict[str, Any]) -> str:
     return json.dumps(kept, ensure_ascii=False, default=_plain)
 
 
-def _write_json_lines(path: Path, names: Sequence[str], rows: Table) -> None:
+def _write_json_lines(path: Path, names: Sequence[str], rows: RowReader) -> None:
     with _text(path) as file:
         for _, row in rows():
             file.write(f"{_json(row)}\n")
 
 
-def _write_json_array(path: Path, names: Sequence[str], rows: Table) -> None:
+def _write_json_array(path: Path, names: Sequence[str], rows: RowReader) -> None:
     with _text(path) as file:
         file.write("[")
         for count, (_, row) in enumerate(rows(), start=1):
@@ -98,7 +98,7 @@ def _write_json_array(path: Path, names: Sequence[str], rows: Table) -> None:
         file.write("\n]\n")
 
 
-def _write_parquet(path: Path, names: Sequence[str], rows: Table) -> None:
+def _write_parquet(path: Path, names: Sequence[str], rows: RowReader) -> None:
     """In two passes: what kind each column is, then its values."""
     try:
         kinds = [pa.Table.from_pylist(part, schema=None).schema for part in _filled(rows(), names)]
@@ -118,7 +118,7 @@ def _filled(rows: Iterable[tuple[str, dict[str, Any]]], names: Sequence[str]) ->
         yield [{name: row.get(name) for name in names} for _, row in part]
 
 
-def _write_conll(path: Path, names: Sequence[str], rows: Table) -> None:
+def _write_conll(path: Path, names: Sequence[str], rows: RowReader) -> None:
     """A word and what goes with it a line, its tag last; a blank line behind each sentence."""
     with _text(path) as file:
         for place, row in rows():
@@ -127,7 +127,7 @@ def _write_conll(path: Path, names: Sequence[str], rows: Table) -> None:
                 what = f"{', '.join(names)} are not lists of one length"
                 raise DataError(what, where=place, hint="CoNLL holds a line for each word")
             for parts in zip(*columns, strict=True):  # type: ignore[arg-type]
-                if str(parts[0]).startswith(DOCUMENT):
+                if str(parts[0]).startswith(DOCUMENT_MARK):
                     what = f"the word {shorten(parts[0])} begins as a line that parts documents does"
                     raise DataError(what, where=place, hint="CoNLL cannot hold it: leave the word out, or write jsonl")
                 if any(not str(part).strip() or set(str(part)) & set(" \t\n\r") for part in parts):
@@ -137,7 +137,7 @@ def _write_conll(path: Path, names: Sequence[str], rows: Table) -> None:
             file.write("\n")
 
 
-WRITERS: dict[str, Callable[[Path, Sequence[str], Table], None]] = {
+WRITERS: dict[str, Callable[[Path, Sequence[str], RowReader], None]] = {
     "csv": _write_delimited(","),
     "tsv": _write_delimited("\t"),
     "jsonl": _write_json_lines,

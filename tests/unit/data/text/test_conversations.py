@@ -94,7 +94,7 @@ def _csv(path: Path, row: dict[str, Any]) -> None:
 
 
 def _table(path: Path, **options: Any) -> Table:
-    return read_table(path, TASK.columns, required=TASK.required, plain_text=True, **options)
+    return read_table(path, TASK.columns, plain_text=True, **options)
 
 
 @pytest.mark.parametrize("write", [_json_lines, _json, _parquet, _csv], ids=lambda write: write.__name__)
@@ -108,7 +108,7 @@ def test_every_layout_in_every_format(layout: str, write: Callable[..., None], t
     write(tmp_path / "data", given)
     (row,) = _table(tmp_path / "data")
     assert is_conversation(row) and conversation(row) == wanted
-    assert TASK.target(row) == "chat"
+    assert TASK.parse_target(row) == "chat"
 
 
 def test_a_system_message_of_the_recipe_is_for_those_without_one() -> None:
@@ -193,7 +193,7 @@ def test_what_is_wrong_is_said_with_its_place(fault: str, tmp_path: Path) -> Non
     path.write_text("\n".join(json.dumps(row) for row in ({"messages": [USER, ASSISTANT]} | {}, given)) + "\n")
     bad = list(_table(path))[1]
     with pytest.raises(DataError, match=said) as caught:
-        TASK.target(bad)
+        TASK.parse_target(bad)
     assert caught.value.exit_code == 3 and str(caught.value).startswith(f"{path}:2: ") and len(str(caught.value)) < 400
 
 
@@ -208,10 +208,10 @@ def test_a_file_without_any_such_column_is_refused_at_its_header(tmp_path: Path)
     path.write_text("id,one,two\n1,Is it?,It is.\n")
     with pytest.raises(DataError, match=r"data\.columns\.ROLE=NAME"):
         _table(path)
-    (row,) = _table(path, columns={"prompt": "one", "answer": "two"})
+    (row,) = _table(path, named={"prompt": "one", "answer": "two"})
     assert conversation(row) == [USER, ASSISTANT]
 
 
 def test_a_row_without_conversation_or_text() -> None:
     with pytest.raises(DataError, match="x:1: no messages, no question with an answer, and no text in it"):
-        TASK.target(Row("x:1", {"system": "Be short."}))
+        TASK.parse_target(Row("x:1", {"system": "Be short."}))
