@@ -64,9 +64,7 @@ def write_adapter(
         save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
         (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         kind = models.processor_kind(processor)
-        record = fingerprint.compute(source, folder / "base", kind) | {
-            "quantization": technique.quantization(anatomy)
-        }
+        record = fingerprint.compute(source, folder / "base", kind) | {"quantization": technique.quantization(anatomy)}
         (adapter / fingerprint.FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -71,6 +71,7 @@ def fingerprints(steps: Sequence[Augmentation]) -> list[str]:
     for run in (run for step in steps for run in step.runs or ()):
         about = Path(run) / "run.json"
         if not about.is_file():
-            raise RecipeError(f"data.augment: no run in {run}", hint="train one with `tunesmith train task=translation ...`")
+            hint = "train one with `tunesmith train task=translation ...`"
+            raise RecipeError(f"data.augment: no run in {run}", hint=hint)
         hashes.append(file_sha256(about))
     return hashes

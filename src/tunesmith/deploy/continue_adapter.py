@@ -36,7 +36,8 @@ def resolve(recipe: Recipe) -> tuple[Recipe, Path]:
         value, was = getattr(technique, key), getattr(before.technique, key)
         if value not in (was, getattr(defaults, key)):
             what = f"technique.continue: {key} was {was}, not {value}"
-            raise RecipeError(what, where=str(run), hint=f"leave technique.{key} out: a continued adapter keeps its keys")
+            hint = f"leave technique.{key} out: a continued adapter keeps its keys"
+            raise RecipeError(what, where=str(run), hint=hint)
     return recipe.over(before.model, before.technique), run
 
 

@@ -47,7 +47,10 @@ def read_inputs(file: Path, task: Task, columns: Mapping[str, str | int] | None)
 
 
 def answer_rows(
-    model: FineTunedModel, rows: Sequence[Input], warn: Callable[[str], None], show: evaluate.Show = evaluate.no_progress
+    model: FineTunedModel,
+    rows: Sequence[Input],
+    warn: Callable[[str], None],
+    show: evaluate.Show = evaluate.no_progress,
 ) -> list[dict[str, Any]]:
     """Return an answer for each row, in their order; a row that cannot be an input has an `error` instead.
 
@@ -78,8 +81,10 @@ def answer_rows(
     ]
 
 
-def _encode(model: FineTunedModel, rows: Sequence[tuple[int, Input]], refused: dict[int, DataError]) -> list[tuple[Row, Fields]]:
-    """Return rows without their targets, with their fields; on an error, halve the rows until the faulty one is found."""
+def _encode(
+    model: FineTunedModel, rows: Sequence[tuple[int, Input]], refused: dict[int, DataError]
+) -> list[tuple[Row, Fields]]:
+    """Return rows as inputs with their fields; on an error, halve the rows until the faulty one is found."""
     try:
         prompts = [_prompt(model.bound, row) for _, row in rows]
         return list(zip(prompts, model.bound.encode(prompts), strict=True))
@@ -99,7 +104,9 @@ def _prompt(bound: BoundTask, row: Input) -> Row:
     return bound.as_prompt(row)
 
 
-def _warn(model: FineTunedModel, encoded: Encoded, refused: Mapping[int, DataError], warn: Callable[[str], None]) -> None:
+def _warn(
+    model: FineTunedModel, encoded: Encoded, refused: Mapping[int, DataError], warn: Callable[[str], None]
+) -> None:
     """Warn of rows without an answer and of truncated texts."""
     if refused:
         total, (first, *_) = len(encoded) + len(refused), refused.values()

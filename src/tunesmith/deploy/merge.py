@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith import recipe as recipes
-from tunesmith.deploy import artifact as artefact
-from tunesmith.deploy import card, predict
+from tunesmith.deploy import artifact, card, predict
 from tunesmith.errors import RecipeError, UserError, counted
 from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
@@ -34,7 +33,7 @@ from tunesmith.training.task_model import load_task_model
 
 Method = Literal["linear", "ties", "dare"]
 DENSITY = {"linear": 1.0, "ties": 0.2, "dare": 0.5}
-"""Default fraction of entries kept: 20 % as in the TIES paper; half for DARE, which its paper finds harmless for LoRA."""
+"""Default fraction of entries kept: 20 % as in the TIES paper; half for DARE, harmless for LoRA in its paper."""
 
 
 @torch.no_grad()
@@ -61,7 +60,7 @@ def merge(
     """
     shares = list(weights) if weights is not None else [1 / len(runs)] * len(runs)
     if len(shares) != len(runs):
-        raise UserError(f"--weights: {len(shares)} for {counted(len(runs), 'run')}", hint="give one weight for each run")
+        raise UserError(f"--weights: {len(shares)} for {counted(len(runs), 'run')}", hint="give one for each run")
     if not all(map(math.isfinite, shares)) or sum(shares) == 0:
         hint = "give finite weights whose sum is not 0 (heads are averaged with them)"
         raise UserError(f"--weights: {', '.join(f'{share:g}' for share in shares)}", hint=hint)
@@ -132,7 +131,7 @@ def merge_adapter(run: Path, *, offline: bool = False, allow_pickle: bool = Fals
     """
     tuned, source = _merged(run, offline, allow_pickle)
     unused = models.unused_parts(source, tuned.model, tuned.anatomy.unused)
-    artefact.save(run / "model", tuned.model, tuned.processor, unused)
+    artifact.save(run / "model", tuned.model, tuned.processor, unused)
 
 
 def _merged(
@@ -174,11 +173,13 @@ def _base(first: predict.FineTunedModel, source: sources.Source) -> tuple[nn.Mod
     return model, anatomy
 
 
-def _write(output: Path, model: nn.Module, first: predict.FineTunedModel, about: dict[str, Any], overwrite: bool) -> None:
+def _write(
+    output: Path, model: nn.Module, first: predict.FineTunedModel, about: dict[str, Any], overwrite: bool
+) -> None:
     with RunLock(output):
         claim(output, resume=False, overwrite=overwrite)
         clear(output)
-        artefact.save(output / "model", model, first.processor)
+        artifact.save(output / "model", model, first.processor)
         files.atomic_write(output / "recipe.yaml", recipes.to_yaml(first.recipe.dump() | {"output": str(output)}))
         done = {"outcome": "done", "run": str(output), "task": first.task.name, "technique": "merge", "metrics": {}}
         files.atomic_write(output / "run.json", json.dumps(done | about, indent=1, ensure_ascii=False) + "\n")

