@@ -200,8 +200,8 @@ def _merged(how: dict[str, Any]) -> str:
 def _details(run: dict[str, Any]) -> str:
     rows = ", ".join(f"{name} {count:,}" for name, count in run["data"]["rows"].items())
     hardware, base = run["hardware"], run["model"]
-    stated = {"base model": base["license"], "its package": base["package_license"]}
-    license_ = "".join(f"- license of the {of}: {name}\n" for of, name in stated.items() if name)
+    stated = {"the base model": base["license"], "its package": base["package_license"]}
+    license_ = "".join(f"- license of {of}: {name}\n" for of, name in stated.items() if name)
     return (
         f"- rows: {rows}\n"
         f"- trainable parameters: {run['trainable_parameters']:,} of {run['total_parameters']:,}\n"

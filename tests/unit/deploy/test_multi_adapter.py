@@ -68,7 +68,7 @@ def test_what_is_frozen_is_held_once(runs: Path, tiny_bert: Path) -> None:
 def test_it_says_in_a_line_what_it_is(runs: Path, tiny_bert: Path) -> None:
     several = tunesmith.load(tiny_bert, adapters=[runs / "lora", runs / "ia3"])
     assert repr(several) == "<2 runs with one base: lora, ia3>"
-    assert repr(several.runs["lora"]) == f"<text-classification by lora, run {runs / 'lora'}>"
+    assert repr(several.runs["lora"]) == f"<text-classification with lora, run {runs / 'lora'}>"
 
 
 def test_the_only_run_need_not_be_named(runs: Path, tiny_bert: Path) -> None:
@@ -166,7 +166,7 @@ def test_the_verb_writes_a_run(runs: Path, tmp_path: Path, command: Command) -> 
     code, out, _ = command("predict", str(merged), "lovely")
     assert code == 0 and out
     code, _, said = command(*words)
-    assert code == 2 and "--overwrite replaces a run" in said
+    assert code == 2 and "replace the run with --overwrite" in said
 
 
 def test_a_run_with_an_adapter_is_a_base(runs: Path, reviews_csv: Path, tmp_path: Path) -> None:
