@@ -221,7 +221,7 @@ def test_the_licence_of_the_model_goes_before_that_of_its_package(
 ) -> None:
     data, text = _rewritten(finished, tmp_path, kind="pypi", license=own, package_license="MIT")
     assert data.license == head and "- license of its package: MIT\n" in text
-    assert ("- licence of the base model: apache-2.0\n" in text) == (own is not None)
+    assert ("- license of the base model: apache-2.0\n" in text) == (own is not None)
 
 
 def test_without_held_out_rows_there_is_no_score_to_show(finish: Any, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_the_demo(index: StubIndex, command: Any, home: Path, tmp_path: Path, mo
     assert code == 0 and out.count("\n") == 1
     assert set(result["metrics"]) == {"validation", "test", "baseline"} and 0 <= result["before"]["accuracy"] <= 1
     said = err.splitlines()
-    announced = next(number for number, line in enumerate(said) if line.startswith("fetching "))
+    announced = next(number for number, line in enumerate(said) if line.startswith("downloading "))
     before = "\n".join(said[:announced])
     assert "about 85 MB" in before and "MIT" in before and "Apache-2.0" in before, "size and licence come first"
     compared = [line.split()[0] for line in said[said.index("Test accuracy") + 1 :][:3]]
@@ -81,9 +81,9 @@ def test_what_it_shows_is_what_the_run_holds_and_can_be_typed(
     scores = (metrics["baseline"], tunesmith.evaluate(run, base=True)["metrics"], metrics["test"])
     assert shown == [round(one["accuracy"], 3) for one in scores] and result["before"] == scores[1]
     start = said.index("Predictions for three new sentences") + 1
-    answers = tunesmith.predict(run, demo.ASKED)
+    answers = tunesmith.predict(run, demo.EXAMPLES)
     assert [line.split(maxsplit=2) for line in said[start : start + 3]] == [
-        [answer["label"], f"{answer['score']:.2f}", text] for answer, text in zip(answers, demo.ASKED, strict=True)
+        [answer["label"], f"{answer['score']:.2f}", text] for answer, text in zip(answers, demo.EXAMPLES, strict=True)
     ]
     assert f"The run is in {run}: README.md is its card, report.html a page to look at in a browser." in said
     assert "`tunesmith` is not on your PATH; it is .venv/bin/tunesmith." in said

@@ -123,7 +123,7 @@ def test_what_the_command_prints(finished: Any, command: Any) -> None:
     assert scored["metrics"] == result["metrics"]["validation"]
     code, out, _ = command("evaluate", str(folder), "--base")
     before, own, baseline = out.splitlines()
-    assert code == 0 and before.startswith("linear probe on the untouched base on test (12 examples): accuracy ")
+    assert code == 0 and before.startswith("linear probe on the base model on test (12 examples): accuracy ")
     assert own.startswith(f"{folder} on test (12 examples): accuracy {accuracy:.4f}  ")
     assert baseline.startswith("majority-class baseline: accuracy 0.5000  ")
 
