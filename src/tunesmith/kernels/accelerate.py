@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tunesmith.kernels import chunked_loss, fused_blocks, unpadded
 from tunesmith.kernels.block_pattern import BlockPattern, Roles, UnsupportedBlock, match_block
 from tunesmith.kernels.cuda_graphs import CudaGraphs, TorchCapture, why_no_graphs
-from tunesmith.kernels.edits import Edits
+from tunesmith.kernels.edits import Edits, set_mode
 from tunesmith.kernels.equality import OUTPUT_TOLERANCE, PROBE_ERRORS, Probe, explain, short_batch
 from tunesmith.kernels.fast_path import FastPath, PathStatus
 from tunesmith.kernels.last_block import LastBlock, read_positions
@@ -183,13 +183,22 @@ def _accelerate_blocks(
         probe = Probe(model, blocks, autocast_dtype, max_tokens)
     except PROBE_ERRORS as error:
         return status | {"unpadded": PathStatus(False, reason=f"the probe failed: {explain(error)}")}
-    reason = _try(path.edits, probe, lambda edits: unpadded.remove_padding(model, blocks, edits))
+    edits = Edits()
+    reason = _try(edits, probe, lambda trial: unpadded.remove_padding(model, blocks, trial))
     if reason:
         return status | {"unpadded": PathStatus(False, reason=reason)}
-    path.unpadded, path.padded_attention = True, padded_attention
-    fused, patterns = _fuse(model, anatomy, blocks, path, probe)
-    last = _restrict_last_block(model, patterns.get(blocks[-1]), path, device, autocast_dtype)
-    return {"unpadded": PathStatus(True, anatomy.blocks), "fused_blocks": fused, "last_block": last}
+    fused, patterns = _fuse(model, anatomy, blocks, path.buffers, edits, probe)
+    last, last_status = _find_last_block(model, patterns.get(blocks[-1]), device, autocast_dtype, edits, probe)
+    try:
+        reason = probe.whole_difference() if last is None else ""
+    except PROBE_ERRORS as error:
+        reason = explain(error)
+    if reason:
+        edits.undo()
+        return status | {"unpadded": PathStatus(False, reason=reason)}
+    path.edits.extend(edits)
+    path.unpadded, path.padded_attention, path.last_block = True, padded_attention, last
+    return {"unpadded": PathStatus(True, anatomy.blocks), "fused_blocks": fused, "last_block": last_status}
 
 
 def _try(edits: Edits, probe: Probe, change: Callable[[Edits], None]) -> str:
@@ -215,7 +224,7 @@ def _try_once(edits: Edits, probe: Probe, change: Callable[[Edits], None]) -> st
 
 
 def _fuse(
-    model: Any, anatomy: Anatomy, blocks: Sequence[nn.Module], path: FastPath, probe: Probe
+    model: Any, anatomy: Anatomy, blocks: Sequence[nn.Module], buffers: GradBuffers, edits: Edits, probe: Probe
 ) -> tuple[PathStatus, dict[nn.Module, BlockPattern]]:
     """Fuse the blocks that match a pattern; blocks with LayerNorm do not show which one, so both are tried."""
     reason = ""
@@ -224,81 +233,82 @@ def _fuse(
         for block, name in zip(blocks, anatomy.blocks, strict=True):
             try:
                 roles: Roles = anatomy.roles_in(name)
-                patterns[block] = match_block(model, block, roles, kind, path.buffers)
+                patterns[block] = match_block(model, block, roles, kind, buffers)
             except UnsupportedBlock as error:
                 unsupported = unsupported or str(error)
         if not patterns:
             reason = reason or unsupported
             continue
 
-        def fuse(edits: Edits, patterns: dict[nn.Module, BlockPattern] = patterns) -> None:
+        def fuse(trial: Edits, patterns: dict[nn.Module, BlockPattern] = patterns) -> None:
             for pattern in patterns.values():
-                fused_blocks.fuse_block(pattern, edits)
+                fused_blocks.fuse_block(pattern, trial)
 
-        reason = _try(path.edits, probe, fuse)
-        path.buffers.clear()  # the probe has filled those of frozen weights too
+        reason = _try(edits, probe, fuse)
+        buffers.clear()  # the probe has filled those of frozen weights too
         if not reason:
             fused = tuple(name for block, name in zip(blocks, anatomy.blocks, strict=True) if block in patterns)
             return PathStatus(True, fused, unsupported), patterns
     return PathStatus(False, reason=reason), {}
 
 
-def _restrict_last_block(
-    model: Any, pattern: BlockPattern | None, path: FastPath, device: torch.device, autocast_dtype: torch.dtype | None
-) -> PathStatus:
-    """Compute the last block only for the tokens that the head reads, where that leaves the logits equal."""
+def _find_last_block(
+    model: Any,
+    pattern: BlockPattern | None,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+    edits: Edits,
+    probe: Probe,
+) -> tuple[LastBlock | None, PathStatus]:
+    """Compute the last block only for the tokens that the head reads, if the model's logits stay equal."""
     if pattern is None:
-        return PathStatus(False, reason="the last block is not fused", applies=False)
+        return None, PathStatus(False, reason="the last block is not fused", applies=False)
     if model.config.is_encoder_decoder or any(map(has_relative_bias, model.modules())):
-        return PathStatus(False, reason="encoder-decoder or relative bias", applies=False)
+        return None, PathStatus(False, reason="encoder-decoder or relative bias", applies=False)
     if device.type != "cpu":
-        return PathStatus(False, reason=f"not on {device.type}", applies=False)
-    last: LastBlock | str
-    recorded, recording, trial = list[tuple[Tensor, Layout]](), Edits(), Edits()
-    batch, was_training = short_batch(model), model.training
-    autocast = torch.autocast(device.type, autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None)
-    model.eval()
+        return None, PathStatus(False, reason=f"not on {device.type}", applies=False)
+    trial = Edits()
+    autocast = torch.autocast("cpu", autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None)
     try:
-        with torch.enable_grad(), autocast:
+        with set_mode(model, training=False), autocast:
+            last = _restrict_last_block(model, pattern, trial, probe)
+    except PROBE_ERRORS as error:
+        last = explain(error)
+    if isinstance(last, str):
+        trial.undo()
+        return None, PathStatus(False, reason=last)
+    edits.extend(trial)
+    return last, PathStatus(True)
+
+
+def _restrict_last_block(model: Any, pattern: BlockPattern, trial: Edits, probe: Probe) -> LastBlock | str:
+    """Find the tokens that the head reads and compute no others, in eval mode; return the reason where that fails."""
+    recorded, recording, batch = list[tuple[Tensor, Layout]](), Edits(), short_batch(model)
+    try:
+        with torch.enable_grad():
             fused_blocks.fuse_block(pattern, recording, record=lambda *one: recorded.append(one))
             logits = model(**batch).logits
-            recording.undo()
             if len(recorded) != 1:
-                return PathStatus(False, reason="the last block runs several times", applies=False)
-            last = read_positions(logits, *recorded[0])
-            if isinstance(last, str):
-                return PathStatus(False, reason=last, applies=False)
-            fused_blocks.fuse_block(pattern, trial, last_block=last)
-            last.watch(model, trial)
-            reason = _last_block_differs(model, batch, last, logits)
-    except PROBE_ERRORS as error:
-        reason = f"the probe failed: {explain(error)}"
+                return "the last block runs several times"
+            last, logits = read_positions(logits, *recorded[0]), logits.detach()
     finally:
         recording.undo()
-        model.train(was_training)
-    if reason:
-        trial.undo()
-        return PathStatus(False, reason=reason)
-    path.edits.extend(trial)
-    path.last_block = last if isinstance(last, LastBlock) else None
-    return PathStatus(True)
-
-
-@torch.no_grad()
-def _last_block_differs(model: Any, batch: dict[str, Tensor], last: LastBlock, logits: Tensor) -> str:
-    """Return the reason if the logits that are read change."""
-    if last.reads == "each":
-        row, position = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 4])
-        with last.only(row, position):
-            actual, logits = model(**batch).logits[row, position], logits[row, position]
-    else:
-        actual = model(**batch).logits
+    if isinstance(last, str):
+        return last
+    if reason := probe.whole_difference(logits):
+        return reason
+    fused_blocks.fuse_block(pattern, trial, last_block=last)
+    last.watch(model, trial)
+    with torch.no_grad():
+        if last.reads == "each":
+            row, position = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 4])
+            with last.only(row, position):
+                actual, logits = model(**batch).logits[row, position], logits[row, position]
+        else:
+            actual = model(**batch).logits
     distance, norm = float(torch.dist(actual.float(), logits.float())), float(logits.float().norm())
-    return (
-        ""
-        if distance <= OUTPUT_TOLERANCE[logits.dtype] * norm
-        else f"logits differ by {distance / norm:.2g} of their norm"
-    )
+    same = distance <= OUTPUT_TOLERANCE[logits.dtype] * norm
+    return last if same else f"logits differ by {distance / norm:.2g} of their norm"
 
 
 def _use_graphs(model: Any, path: FastPath, max_tokens: int) -> PathStatus:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.kernels.edits import set_mode
 from tunesmith.kernels.fast_path import fast_path
 from tunesmith.kernels.ops.cross_entropy import chunked_cross_entropy, chunked_log_probs, label_log_probs
 
@@ -201,11 +202,9 @@ def _logits_for(model: Any, output: nn.Linear, given: Tensor) -> Tensor | None:
     handle = output.register_forward_hook(lambda *_: given[None, None])
     ids = torch.ones(1, 1, dtype=torch.long, device=output.weight.device)
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    was_training = model.training
-    model.eval()
     try:
-        logits: Tensor = model(input_ids=ids, **more).logits.float()
+        with set_mode(model, training=False):
+            logits: Tensor = model(input_ids=ids, **more).logits.float()
     finally:
         handle.remove()
-        model.train(was_training)
     return logits[0, 0] if logits.shape == (1, 1, len(given)) else None

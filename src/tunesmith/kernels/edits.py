@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Edits"]
+__all__ = ["Edits", "set_mode"]
 
 
 class Edits:
@@ -59,3 +60,15 @@ class Edits:
         """Revert all changes, the latest first."""
         while self._undo:
             self._undo.pop()()
+
+
+@contextmanager
+def set_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put all modules into training or eval mode for a while, and restore the mode of each."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,11 +1,11 @@
 """The check that decides if a fast path stays: the same outputs and gradients as the model's own code.
 
-The model runs in training mode with dropout 0, in the run's dtype, on four texts of realistic lengths, up to the first
+The model runs in training mode with dropout 0, in the run's dtype, on three texts of realistic lengths, up to the first
 block that completes one of every kind of block. Outputs of that block, gradients of the states that enter the first
 block, and gradients of all parameters between must be equal within `OUTPUT_TOLERANCE` and `GRADIENT_TOLERANCE`. In half
 precision a model may be so ill-conditioned that its own results miss fp32's by more; then the fast path may be as far
-from the model's results as `ROUNDING_FACTOR` times these are from fp32's. A second, cheaper check of the
-whole model in eval mode on two short texts covers the blocks above.
+from the model's results as `ROUNDING_FACTOR` times these are from fp32's. A last check of the whole model in eval mode,
+on two short texts, covers the blocks above.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.kernels.edits import set_mode
 from tunesmith.kernels.unpadded import layout_in
 
 __all__ = ["OUTPUT_TOLERANCE", "PROBE_ERRORS", "Probe", "explain", "short_batch"]
@@ -27,8 +28,8 @@ __all__ = ["OUTPUT_TOLERANCE", "PROBE_ERRORS", "Probe", "explain", "short_batch"
 PROBE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What a model may raise on an input or a mask that it does not expect."""
 
-LENGTHS = (80, 45, 20, 6)
-"""Tokens of the texts; 80 is more than one side of the narrowest sliding window (ModernBERT: 64)."""
+LENGTHS = (72, 24, 6)
+"""Tokens of the texts; 72 is more than one side of the narrowest sliding window (ModernBERT: 64)."""
 
 OUTPUT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Largest distance of outputs, relative to their norm; bf16 has 8 significant bits."""
@@ -77,11 +78,18 @@ class Probe:
         """Name -> distance of the model's own results from those in fp32, once measured."""
 
     def difference(self) -> str:
-        """Return how the model's results differ from those at construction; empty if they are equal."""
-        dtype, results = self.dtype or torch.float32, self._train()
+        """Return how results of the first blocks differ from those at construction; empty if they are equal."""
+        dtype = self.dtype or torch.float32
         tolerances = OUTPUT_TOLERANCE[dtype], GRADIENT_TOLERANCE[dtype]
-        reason = _compare(self._expected, results, *tolerances, self._rounding)
-        return reason or _compare(self._whole, self._eval(), WHOLE_TOLERANCE[dtype])
+        return _compare(self._expected, self._train(), *tolerances, self._rounding)
+
+    def whole_difference(self, logits: Tensor | None = None) -> str:
+        """Return how the whole model's output differs from that at construction; empty if it is equal.
+
+        `logits` are those for `short_batch`, if they are known.
+        """
+        tensor = self._eval() if logits is None else self._masked(logits)
+        return _compare(self._whole, tensor, WHOLE_TOLERANCE[self.dtype or torch.float32])
 
     def measure_rounding(self) -> bool:
         """Measure how far the model's results in half precision are from those in fp32; False if nothing is new."""
@@ -144,16 +152,17 @@ class Probe:
 
     @torch.no_grad()
     def _eval(self) -> _Results:
-        """Return the backbone's output for two short texts."""
-        batch, was_training = short_batch(self.model, decoder=True), self.model.training
+        """Return the model's output for two short texts; of an encoder-decoder the states before its head."""
+        batch = short_batch(self.model)
+        body = self.model.base_model if self.model.config.is_encoder_decoder else self.model
+        with set_mode(self.model, training=False), self._autocast():
+            output = body(**batch)
+        return self._masked(output.logits if hasattr(output, "logits") else output[0])
+
+    def _masked(self, output: Tensor) -> _Results:
+        batch, output = short_batch(self.model), output.detach().float()
         mask = batch.get("decoder_attention_mask", batch["attention_mask"])
-        self.model.eval()
-        try:
-            with self._autocast():
-                states: Tensor = self.model.base_model(**batch)[0].float()
-        finally:
-            self.model.train(was_training)
-        return _Results({"the output of the model": states * mask[:, :, None]}, {})
+        return _Results({"the output of the model": output * mask[:, :, None] if output.ndim == 3 else output}, {})
 
     def _autocast(self, wanted: bool = True) -> Any:
         enabled = wanted and self.dtype is not None
@@ -197,14 +206,14 @@ def explain(error: BaseException) -> str:
 
 
 def _first_of_every_kind(model: Any, blocks: Sequence[nn.Module]) -> int:
-    """Return the index of the block with which one of every kind has been computed; at least the second block's."""
+    """Return the index of the block with which one of every kind has been computed."""
     layer_types = getattr(model.config, "layer_types", None) or []
     kinds: dict[Any, int] = {}
     for number, block in enumerate(blocks):
         hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in block.modules())
         layer_type = layer_types[number] if number < len(layer_types) else None
         kinds.setdefault((repr(block), hooks, layer_type), number)
-    return min(max(1, *kinds.values()) if len(kinds) > 1 else 1, len(blocks) - 1)
+    return max(kinds.values())
 
 
 def _batch(model: Any, lengths: Sequence[int], device: torch.device) -> dict[str, Tensor]:
@@ -216,11 +225,11 @@ def _batch(model: Any, lengths: Sequence[int], device: torch.device) -> dict[str
     return batch
 
 
-def short_batch(model: Any, *, decoder: bool = False) -> dict[str, Tensor]:
-    """Return two texts of 3 and 5 tokens; with a `decoder` also targets of 4 and 2."""
+def short_batch(model: Any) -> dict[str, Tensor]:
+    """Return two texts of 3 and 5 tokens; for an encoder-decoder also targets of 4 and 2."""
     device = next(model.parameters()).device
     batch = _texts(model, (3, 5), device)
-    if decoder and model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
         batch |= {f"decoder_{name}": value for name, value in _texts(model, (4, 2), device).items()}
     return batch
 
@@ -237,9 +246,8 @@ def _texts(model: Any, lengths: Sequence[int], device: torch.device) -> dict[str
 @contextmanager
 def _training_without_dropout(model: nn.Module) -> Iterator[None]:
     """Put a model into training mode with every dropout at 0, and restore both."""
-    modules = list(model.modules())
-    modes, rates = [module.training for module in modules], list[tuple[nn.Module, str, float]]()
-    for module in modules:
+    rates = list[tuple[nn.Module, str, float]]()
+    for module in model.modules():
         names = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else tuple(vars(module))
         for name in names:
             value = getattr(module, name)
@@ -247,16 +255,13 @@ def _training_without_dropout(model: nn.Module) -> Iterator[None]:
                 rates.append((module, name, value))
     devices = [one.device for one in (next(model.parameters()),) if one.device.type == "cuda"]
     try:
-        model.train()
         for module, name, _ in rates:
             setattr(module, name, 0.0)
-        with torch.random.fork_rng(devices=devices):
+        with set_mode(model, training=True), torch.random.fork_rng(devices=devices):
             yield
     finally:
         for module, name, value in rates:
             setattr(module, name, value)
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 @contextmanager

@@ -291,8 +291,8 @@ def test_the_page_for_a_person(command: Any, tmp_path: Path) -> None:
     assert code == 0 and err == ""
     assert "train: 7 rows of" in out and "2 classes (1 4, 0 3)" in out
     assert f"  {path}:3  'the same film again'  see {path}:2\n" in out and "  and 3 more" in out
-    assert "fix: decide on one of them" in out and out.endswith(": 0 errors, 3 warnings\n")
-    assert "assuming data for text-classification; set task=NAME" in out
+    assert "  fix: decide on one of them" in out and out.endswith(": 0 errors, 3 warnings\n")
+    assert "text-classification; set task=NAME" in out
     quiet = command("data", "check", str(path), "-q")[1]
     assert quiet.startswith("warning: ") and "train:" not in quiet and "found in" not in quiet
 
