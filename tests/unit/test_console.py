@@ -108,9 +108,9 @@ def test_what_takes_long_is_said_once_it_does(
     assert said == "reading much\n"
     monkeypatch.setattr(talk, "SILENCE_S", 0.01)
     with Talk().during("reading more"):
-        while "so far" not in said:
+        while "elapsed" not in said:
             said += capsys.readouterr().out
-    assert "reading more\nreading more: 0 s so far\n" in said
+    assert "reading more\nreading more: 0 s elapsed\n" in said
 
 
 @pytest.mark.parametrize(

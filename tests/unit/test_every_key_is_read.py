@@ -229,7 +229,7 @@ def _trained(folder: Path, *words: str) -> dict[str, Any]:
         found = machine.find(recipe.train.device, recipe.train.precision)
         prepared = run.prepare(recipe, found, offline=True, allow_pickle=False, talk=talk)
         engine = run._engine(prepared, talk)
-        run._fit(run.Run(prepared, engine, run.Progress(), folder, talk), Signals())
+        run._fit(run.Run(prepared, engine, run.TrainState(), folder, talk), Signals())
     except UserError as error:
         return {"error": str(error)}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

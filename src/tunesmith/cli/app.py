@@ -44,8 +44,8 @@ from tunesmith.errors import Interrupted, RecipeError, UserError, counted
 from tunesmith.storage.run_folder import check_run
 
 if TYPE_CHECKING:
-    from tunesmith.deploy.inputs import Asked
-    from tunesmith.deploy.predict import Tuned as FineTunedModel
+    from tunesmith.deploy.inputs import Input
+    from tunesmith.deploy.predict import FineTunedModel
 
 
 class Verbs(TyperGroup):
@@ -360,7 +360,7 @@ def predict(
     talk = new_talk(True, quiet, verbose)
     tuned = load(run, device=device, offline=offline, allow_pickle=allow_pickle)
     main_role = tuned.task.columns[0].name
-    rows: list[Asked] = [Row(f"input {number}", {main_role: text}) for number, text in enumerate(inputs or [], start=1)]
+    rows: list[Input] = [Row(f"input {number}", {main_role: text}) for number, text in enumerate(inputs or [], start=1)]
     if file is not None:
         rows += read_inputs(file, tuned.task, tuned.data.columns)
     alone = rows[0] if len(rows) == 1 else None
@@ -421,7 +421,7 @@ def _typed(prompt: str) -> Iterator[str]:
 
 
 def _answer_lines(
-    tuned: FineTunedModel, rows: list[Asked], answers: list[dict[str, Any]], as_json: bool
+    tuned: FineTunedModel, rows: list[Input], answers: list[dict[str, Any]], as_json: bool
 ) -> Iterator[str]:
     """A line for each answer; behind a class or a number stands the beginning of its input."""
     for row, answer in zip(rows, answers, strict=True):

@@ -123,7 +123,7 @@ def test_merged_it_is_a_plain_model_that_answers_the_same(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path, chats: Path
 ) -> None:
     folder, _ = trained
-    merging.fold(folder)
+    merging.merge_adapter(folder)
     size = len(tokenizer(template=CHATML)) + 2
     plain = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert plain.config.vocab_size == size and plain.lm_head.weight is plain.model.embed_tokens.weight

@@ -14,7 +14,7 @@ from tunesmith.console import Talk
 from tunesmith.data.formats import Row
 from tunesmith.data.text.augment import Augmenter, texts_of
 from tunesmith.deploy import back_translation, predict
-from tunesmith.deploy.back_translation import translated_back
+from tunesmith.deploy.back_translation import back_translate
 from tunesmith.errors import RecipeError
 from tunesmith.recipe.fields import Augmentation
 from tunesmith.testing import sample_row
@@ -51,18 +51,18 @@ def _step(runs: Runs, probability: float = 0.5) -> Augmentation:
 def test_texts_go_there_and_back_once(translators: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [str(sample_row("translation", number)["source"]) for number in range(5)]
     said: list[str] = []
-    found = translated_back(texts, [_step(translators)], tmp_path, device="cpu", say=said.append)
+    found = back_translate(texts, [_step(translators)], tmp_path, device="cpu", say=said.append)
     there, back = (predict.load(run, device="cpu") for run in translators)
     halfway = [answer["translation"] for answer in there.predict(sorted(set(texts)))]
     wanted = [answer["translation"] for answer in back.predict(halfway)]
     assert found == dict(zip(sorted(set(texts)), wanted, strict=True)) and len(said) == 2
     monkeypatch.setattr(predict, "load", lambda *_, **__: pytest.fail("it is kept"))
-    assert translated_back(reversed(texts), [_step(translators, 0.9)], tmp_path) == found
-    assert translated_back(texts, [], tmp_path) == {}
+    assert back_translate(reversed(texts), [_step(translators, 0.9)], tmp_path) == found
+    assert back_translate(texts, [], tmp_path) == {}
 
 
 def test_a_text_that_is_nothing_stays_as_it_is(translators: Runs, tmp_path: Path) -> None:
-    found = translated_back(["the film was great", "\u200b"], [_step(translators)], tmp_path, device="cpu", say=str)
+    found = back_translate(["the film was great", "\u200b"], [_step(translators)], tmp_path, device="cpu", say=str)
     assert found["\u200b"] == "\u200b" and found["the film was great"] != ""
 
 
@@ -104,7 +104,7 @@ def test_runs_that_are_none_are_refused(recipe_of: Any, tmp_path: Path, translat
     recipe = recipe_of("train.max_steps=1", "train.epochs=null")
     tunesmith.train(recipe, talk=QUIET)
     with pytest.raises(RecipeError, match=r"is a run of text-classification, and a text is translated there and back"):
-        translated_back(["a"], [_step((Path(recipe.output), translators[1]))], tmp_path, say=str)
+        back_translate(["a"], [_step((Path(recipe.output), translators[1]))], tmp_path, say=str)
     tagged = Row("a:1", {"tokens": ["a"], "label": ["O"]})
     with pytest.raises(RecipeError, match=r"back-translation says a text otherwise, and tags of words cannot go along"):
         Augmenter.of([_step(translators)], 0, registry.get("task", "token-classification")().columns).row(tagged, 0, 0)

@@ -96,8 +96,8 @@ def test_streamed_and_written_answers_write_nothing_to_disk(chats: Path, home: P
 
 def test_a_run_on_raw_text_does_not_converse(tmp_path: Path, tiny_bert: Path, recipe_of: Any) -> None:
     folder = _trained(tmp_path, [{"text": f"one two {n}"} for n in range(12)])
-    with pytest.raises(RecipeError, match="this run has learned no conversations; `tunesmith predict` asks it"):
+    with pytest.raises(RecipeError, match="this run was not trained on conversations; use `tunesmith predict`"):
         chat(tunesmith.load(folder), ["hi"], print, HOW)
     run.train(recipe_of(output=str(tmp_path / "reviews")), talk=QUIET)
-    with pytest.raises(RecipeError, match="this run has learned no conversations"):
+    with pytest.raises(RecipeError, match="this run was not trained on conversations"):
         chat(tunesmith.load(tmp_path / "reviews"), ["hi"], print, HOW)

@@ -135,7 +135,7 @@ def _an_old_origin(run: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut short": (
         _cut_short,
-        "adapter_model.safetensors: cannot be read .*; `tunesmith train --resume .*` writes it anew",
+        "adapter_model.safetensors: cannot be read .*; write it again with `tunesmith train --resume .*`",
     ),
     "a tensor lost": (_lose_a_tensor, "the adapter lacks 1 of "),
     "origin of old": (_an_old_origin, "tunesmith.json: cannot be read .it does not say what .*; .*anew"),
@@ -164,7 +164,7 @@ def test_an_adapter_on_other_weights_is_refused(finish: Any, tiny_bert: Path, tm
     save_file({name: value + 0.01 for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(
         CheckpointError,
-        match=r"belongs to other weights of .*: the model.safetensors differs \(sha256 .*, was .*\); give the base",
+        match=r"was trained on other weights of .*: the model.safetensors differs \(sha256 .*, was .*\); use the base",
     ):
         tunesmith.load(tmp_path / "run")
 
@@ -193,12 +193,10 @@ def test_an_adapter_over_another_tokenizer_or_template_is_refused(
     moved = shutil.copytree(base, tmp_path / "moved")
     assert tunesmith.load(run, base=moved)
     change(moved)
-    with pytest.raises(CheckpointError, match=f"moved is not as it was in training: {said}; give the base it was"):
+    with pytest.raises(CheckpointError, match=f"moved has changed since training: {said}; use the base that"):
         tunesmith.load(run, base=moved)
     change(run / "base")
-    with pytest.raises(
-        CheckpointError, match=f"run/base: what the base is dressed in is not as the run left it: {said}"
-    ):
+    with pytest.raises(CheckpointError, match=f"run/base: the base snapshot has changed since training: {said}"):
         tunesmith.load(run)
     assert command("predict", str(run), "a film")[0] == 6
 

@@ -72,7 +72,7 @@ def test_a_folder_gives_its_file_of_the_split(finished: Any, tmp_path: Path) -> 
     (tmp_path / "test.csv").write_text("text,label\nthe film was bad,negative\nit was great,positive\n")
     assert tunesmith.evaluate(finished[0], data=tmp_path)["examples"] == 2
     assert tunesmith.evaluate(finished[0], data=tmp_path, split="train")["examples"] == 1
-    with pytest.raises(DataError, match=f"{tmp_path}: no file for validation in this folder; --split test or train"):
+    with pytest.raises(DataError, match=f"{tmp_path}: no validation file in this folder; use --split test or train"):
         tunesmith.evaluate(finished[0], data=tmp_path, split="validation")
 
 
@@ -135,7 +135,7 @@ def test_a_run_without_a_test_split_is_scored_on_validation(recipe_of: Any, tmp_
 
 def test_a_split_that_the_run_lacks_is_refused(finished: Any) -> None:
     with pytest.raises(
-        RecipeError, match="the run has no dev split; it has test, train, validation; or give --data FILE"
+        RecipeError, match="the run has no dev split; use one of test, train, validation, or --data FILE"
     ):
         tunesmith.evaluate(finished[0], split="dev")
 
@@ -153,5 +153,5 @@ def test_data_that_changed_since_are_refused(finished: Any, tmp_path: Path) -> N
     tunesmith.evaluate(folder / "run")
     with (folder / "reviews.csv").open("a") as file:
         file.write("one more film,positive\n")
-    with pytest.raises(DataError, match="reviews.csv: the file has changed since the run; .*name them with --data"):
+    with pytest.raises(DataError, match="reviews.csv: the file has changed since training; .*use --data"):
         tunesmith.evaluate(folder / "run")

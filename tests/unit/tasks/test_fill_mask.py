@@ -195,7 +195,7 @@ def test_the_head_alone_learns_first(recipe_of: Any, texts: Path, headless: Path
     new = prepared.anatomy.new
     assert new and all(name.startswith("cls.") for name in new) and prepared.head_warmup_steps == 3
     for step, alone in ((0, True), (2, True), (3, False), (9, False)):
-        prepared.thaw(step)
+        prepared.update_trainable(step)
         learns = {name for name, parameter in prepared.model.named_parameters() if parameter.requires_grad}
         assert learns == (new if alone else set(prepared.learned)), step
 

@@ -241,12 +241,12 @@ def test_a_run_on_chats(trained: tuple[Path, dict[str, Any]]) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "pipeline_tag: text-generation" in card and "general before" in card
     samples = json.loads((folder / "run.json").read_text())["samples"]
-    assert len(samples) == 3 and all(set(one) == {"row", "asked", "meant", "before", "after"} for one in samples)
-    assert "## Answers before and after" in card and f"| {samples[0]['asked']} | {samples[0]['meant']} |" in card
+    assert len(samples) == 3 and all(set(one) == {"row", "prompt", "reference", "before", "after"} for one in samples)
+    assert "## Answers before and after" in card and f"| {samples[0]['prompt']} | {samples[0]['reference']} |" in card
     places = [one["row"] for one in samples]
     model = tunesmith.load(folder)
     assert [one["after"] for one in samples] == [
-        one["generated_text"] for one in model.predict([one["asked"] for one in samples])
+        one["generated_text"] for one in model.predict([one["prompt"] for one in samples])
     ]
     assert len(set(places)) == 3
 

@@ -320,7 +320,7 @@ def test_a_run_from_file_to_answers(files: Path, recipe_of: Any, tmp_path: Path)
     card = (tmp_path / "run" / "README.md").read_text()
     assert "pipeline_tag: token-classification" in card and "AutoModelForTokenClassification" in card
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Entities of each type" in page and "boundary_and_type" in page
+    assert "Scores by entity type" in page and "boundary_and_type" in page
 
 
 def test_columns_and_json_lines_teach_the_same(files: Path, recipe_of: Any, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_the_lines_of_the_card_load_it_over_the_same_bits(trained: tuple[Path, d
 
 def test_a_merge_adds_to_the_stored_weights(trained: tuple[Path, dict[str, Any]], bert: Path) -> None:
     folder, _ = trained
-    merging.fold(folder)
+    merging.merge_adapter(folder)
     merged, base = (load_file(path / "model.safetensors") for path in (folder / "model", bert))
     held = load_file(folder / "adapter" / "adapter_model.safetensors")
     name = "bert.encoder.layer.0.attention.self.query"

@@ -180,7 +180,7 @@ def test_too_large_they_are_not_kept(
     monkeypatch.setattr(feature_cache, "MAX_BYTES", 100)
     monkeypatch.setattr(QUIET, "say", print)
     _run(tmp_path, "run", "bert", "text-classification", TECHNIQUES["last"])
-    assert watched == [False] and "GiB on the disk" in capsys.readouterr().out
+    assert watched == [False] and "GiB of disk space" in capsys.readouterr().out
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(
