@@ -18,6 +18,8 @@ from tunesmith.models import load as models
 from tunesmith.models.sources import Source
 
 FILE = "tunesmith.json"
+SNAPSHOT = "dress"
+"""Key of the snapshot's hashes in the file, unchanged since the first version."""
 
 
 def compute(source: Source, snapshot: Path, kind: models.ProcessorKind) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def compute(source: Source, snapshot: Path, kind: models.ProcessorKind) -> dict[
     return {
         "base_sha256": models.base_hash(source),
         "base": {"weights": models.weight_hashes(source), **_of_processor(source, kind)},
-        "dress": _of_processor(replace(source, folder=snapshot), kind),
+        SNAPSHOT: _of_processor(replace(source, folder=snapshot), kind),
     }
 
 
@@ -36,7 +38,7 @@ def read(file: Path) -> dict[str, Any]:
         ValueError: the file has no fingerprint.
     """
     known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(known, dict) or not {"base_sha256", "base", "dress"} <= known.keys():
+    if not isinstance(known, dict) or not {"base_sha256", "base", SNAPSHOT} <= known.keys():
         raise ValueError("it has no fingerprint of a base")
     return known
 
@@ -55,7 +57,7 @@ def check(known: Mapping[str, Any], source: Source, snapshot: Path, adapter: Pat
         )
     if difference := _first_difference(base, _of_processor(source, kind) | {"weights": base["weights"]}):
         raise CheckpointError(f"{source.spec} has changed since training: {difference}", where=str(adapter), hint=hint)
-    if difference := _first_difference(known["dress"], _of_processor(replace(source, folder=snapshot), kind)):
+    if difference := _first_difference(known[SNAPSHOT], _of_processor(replace(source, folder=snapshot), kind)):
         what = f"the base snapshot has changed since training: {difference}"
         raise CheckpointError(what, where=str(snapshot), hint="restore the folder as the run wrote it")
 

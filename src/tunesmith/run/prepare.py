@@ -245,7 +245,7 @@ def _check_metric(metric: str | None, bound: BoundTask, encoded: dict[str, Encod
         evaluate.pick(evaluate.random_scores(bound, encoded["train"], encoded["validation"]), metric)
     elif not metrics.answers_needed(encoded["validation"]):
         raise RecipeError(
-            f"train.metric: {metric} needs generated texts, and none are generated", hint="set task.generate={{}}"
+            f"train.metric: {metric} needs generated texts, and none are generated", hint="set task.generate={}"
         )
 
 

@@ -56,7 +56,7 @@ def translation_metrics(task: Any) -> Metrics:
 
 
 def shift_right(config: Any, labels: Tensor) -> Tensor:
-    """What the decoder reads to predict `labels` (padded by -100), as its family in transformers shifts them.
+    """Return the decoder input for `labels` (padded with -100), shifted as the family does in transformers.
 
     mBART and PLBart start with the last token of the labels, which names the language.
     """  # (targets, tokens)

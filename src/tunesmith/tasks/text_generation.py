@@ -211,8 +211,8 @@ class BoundTextGeneration(BoundTask):
     def encode(self, rows: Sequence[Row]) -> list[Fields]:
         """Return `input_ids` and the positions with loss (`learned`).
 
-        Raw text has `windows`, the lengths of its documents. A conversation (`Chats.answered`) has `reference`, its last
-        answer in bytes. A prompt has its length, `prompt`.
+        Raw text has `windows`, the lengths of its documents. A conversation (`Chats.answered`) has `reference`, the
+        bytes of its last answer. A prompt has its length, `prompt`.
 
         Raises:
             DataError: the template refuses a conversation.

@@ -85,7 +85,7 @@ def test_what_it_shows_is_what_the_run_holds_and_can_be_typed(
     assert [line.split(maxsplit=2) for line in said[start : start + 3]] == [
         [answer["label"], f"{answer['score']:.2f}", text] for answer, text in zip(answers, demo.EXAMPLES, strict=True)
     ]
-    assert f"The run is in {run}: README.md is its card, report.html a page to look at in a browser." in said
+    assert f"The run is in {run}: README.md is the model card; open report.html in a browser." in said
     assert "`tunesmith` is not on your PATH; it is .venv/bin/tunesmith." in said
     *_, own_data, _, last = said
     assert own_data.startswith("  .venv/bin/tunesmith train task=text-classification model=pypi:")

@@ -278,7 +278,7 @@ def test_stopped_and_resumed_is_undisturbed(
 
     def killed(now: Any) -> None:
         save(now)
-        if now.progress.step >= killed.at:
+        if now.state.step >= killed.at:
             killed.at = next(stop_at, 99)
             raise KeyboardInterrupt
 

@@ -306,7 +306,7 @@ def test_the_metric_may_be_one_of_texts(base: Path, chats: Path, tmp_path: Path)
     tunesmith.train(_recipe(base, chats, tmp_path / "run", *words, general="none", generate=how), talk=QUIET)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum("validation/rouge_l" in line for line in lines) == 2
-    with pytest.raises(RecipeError, match=r"^train\.metric: rouge_l .*; task\.generate="):
+    with pytest.raises(RecipeError, match=r"^train\.metric: rouge_l .*; set task\.generate="):
         tunesmith.train(_recipe(base, chats, tmp_path / "other", *words, general="none"), talk=QUIET)
 
 

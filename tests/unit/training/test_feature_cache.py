@@ -191,7 +191,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
     def saved(own: Any) -> None:
         save(own)
-        if own.progress.step == 10:
+        if own.state.step == 10:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "_save", saved)
