@@ -461,7 +461,7 @@ def test_a_user_error_has_a_traceback_with_debug(
         ("train.sede=1", 2, "command line: train.sede: unknown key; did you mean 'seed'?"),
         ("data.train=none.csv", 3, "none.csv: no such file; "),
         ("train.device=cuda:99", 4, "command line: train.device: "),
-        ("train.learning_rate=1e30", 5, "a lower learning rate than "),
+        ("train.learning_rate=1e30", 5, "a learning rate below "),
     ),
 )
 def test_exit_codes(change: str, code: int, said: str, command: Command, words: list[str]) -> None:
