@@ -54,7 +54,7 @@ def convert(
         raise RecipeError("there is a file already, and it is not overwritten", where=str(output), hint="name another")
     if not output.absolute().parent.is_dir():
         raise RecipeError("there is no such folder", where=str(output.parent), hint="make it first")
-    read = _entities(Path(source), spans) if spans or kind == "conll" else _as_it_stands(Path(source), header)
+    read = _open_entities(Path(source), spans) if spans or kind == "conll" else _open_as_is(Path(source), header)
     skipped, count = Counter[str](), 0
 
     def rows() -> Iterator[tuple[str, Values]]:
@@ -104,10 +104,10 @@ class _Source:
     left_out: list[str] = field(default_factory=list)
 
 
-def _as_it_stands(path: Path, header: bool | None) -> _Source:
+def _open_as_is(path: Path, header: bool | None) -> _Source:
     columns, rows = read_raw(path, header)
     names = {column: _name(column) for column in columns}
-    lists = _of_lists(rows)
+    lists = _list_columns(rows)
 
     def values(raw: RawRow) -> Values:
         found = {**raw.values, **{column: parse_json(raw.values.get(column)) for column in lists}}
@@ -116,7 +116,7 @@ def _as_it_stands(path: Path, header: bool | None) -> _Source:
     return _Source(list(names.values()), rows, values)
 
 
-def _entities(path: Path, spans: bool) -> _Source:
+def _open_entities(path: Path, spans: bool) -> _Source:
     """Sentences with their entities, however these are written; other columns as far as they go with that: beside tags
     those that have a value for each word, beside a text those that have one for all of it.
     """
@@ -155,7 +155,7 @@ def _name(column: str | int) -> str:
     return f"column_{column}" if isinstance(column, int) else column
 
 
-def _of_lists(rows: Rows) -> list[Any]:
+def _list_columns(rows: Rows) -> list[Any]:
     """The columns whose cells are lists or objects written as JSON, as they stand in a table of texts."""
     found: dict[Any, bool] = {}
     for raw in rows():

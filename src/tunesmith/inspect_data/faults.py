@@ -12,20 +12,20 @@ from tunesmith.data.columns import Columns
 from tunesmith.data.findings import Fault, Level
 from tunesmith.data.formats import Row
 from tunesmith.data.formats.raw import BadRow, RawRow
-from tunesmith.data.text.private import private
+from tunesmith.data.text.private import find_private
 from tunesmith.errors import shorten
-from tunesmith.inspect_data.files import Column, File, shown
+from tunesmith.inspect_data.files import Column, File, display_text
 from tunesmith.tasks import Inspection
 
-IMBALANCE = 10
+MAX_IMBALANCE = 10
 """A class this many times as frequent as another is worth a word."""
-FEW = 5
+MIN_CLASS_ROWS = 5
 """Rows of a class that are too few to learn it and to score it."""
 MAX_UNKNOWN = 0.05
 """Share of unknown tokens from which on a model does not fit a language."""
 
 
-class Fields:
+class ColumnScan:
     """What the columns of a file hold: empty cells, and columns that say the same in every row."""
 
     def __init__(self, file: File) -> None:
@@ -65,7 +65,7 @@ class Fields:
 def private_faults(row: Row, columns: Columns) -> Iterator[Fault]:
     """What identifies a person, one fault for each find, masked."""
     fix = "put another in its place: a model can give back what it was trained on"
-    for kind, value in private(shown(row, columns)):
+    for kind, value in find_private(display_text(row, columns)):
         yield Fault("private", f"{kind} in a text", row.place, value, fix)
 
 
@@ -74,13 +74,16 @@ def class_faults(files: Sequence[File]) -> Iterator[Fault]:
     train = files[0]
     ordered = train.classes.most_common()
     (most, high), (least, low) = ordered[0], ordered[-1]
-    if high >= IMBALANCE * low:
+    if high >= MAX_IMBALANCE * low:
         what = f"the largest class has {high / low:.0f} times the rows of the smallest"
         value, fix = f"{most}: {high}, {least}: {low}", "data.class_weights=balanced, and look at f1_macro"
         yield Fault("imbalance", what, str(train.path), value, fix)
     for name, count in ordered:
-        if count < FEW:
-            what, fix = f"a class has fewer than {FEW} rows in train", "add rows, or join it with another class"
+        if count < MIN_CLASS_ROWS:
+            what, fix = (
+                f"a class has fewer than {MIN_CLASS_ROWS} rows in train",
+                "add rows, or join it with another class",
+            )
             yield Fault("rare-class", what, str(train.path), f"{name}: {count}", fix)
 
 
@@ -98,20 +101,26 @@ def size_faults(file: File, rows: Sequence[Row], measured: Inspection, unit: str
     """Rows larger than is read, and too many unknown tokens; the file's lengths are then in this unit."""
     sizes, limit = np.array(measured.sizes), measured.limit
     share = sum(measured.unknown) / max(int(sizes.sum()), 1)
-    file.lengths = {"unit": unit, **spread(sizes), "limit": limit, "rows": len(rows), "unknown": round(share, 6)}
+    file.lengths = {
+        "unit": unit,
+        **length_summary(sizes),
+        "limit": limit,
+        "rows": len(rows),
+        "unknown": round(share, 6),
+    }
     fix = f"raise {measured.limit_key}, or shorten it: the rest is cut off"
     for row, size in zip(rows, measured.sizes, strict=True):
         if limit is not None and size > limit:
             what = f"a row of {file.name} is longer than the {limit} {unit} that are read"
-            yield Fault("too-long", what, row.place, f"{size:,} {unit}: {shown(row, file.schema)}", fix)
+            yield Fault("too-long", what, row.place, f"{size:,} {unit}: {display_text(row, file.schema)}", fix)
     if share > MAX_UNKNOWN:
         worst = rows[int(np.argmax(np.array(measured.unknown) / np.maximum(sizes, 1)))]
         what = f"{share:.0%} of the {unit} of {file.name} are unknown to this model"
-        value = shown(worst, file.schema)
+        value = display_text(worst, file.schema)
         yield Fault("unknown-tokens", what, worst.place, value, "another model may fit the language")
 
 
-def spread(lengths: NDArray[np.int64]) -> dict[str, Any]:
+def length_summary(lengths: NDArray[np.int64]) -> dict[str, Any]:
     """Median, 95th percentile and maximum."""
     median, high = np.percentile(lengths, (50, 95)).tolist()
     return {"median": round(median, 1), "p95": round(high, 1), "longest": int(lengths.max())}

@@ -19,7 +19,7 @@ from tunesmith.data.formats.parallel import sides_of
 from tunesmith.data.formats.plain import texts_in
 from tunesmith.data.formats.raw import BadRow, RawRow, Rows
 from tunesmith.data.formats.recognize import format_of
-from tunesmith.data.text.conversations import said
+from tunesmith.data.text.conversations import all_content
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import sources
 from tunesmith.recipe import Data, Recipe, Stages
@@ -27,7 +27,7 @@ from tunesmith.run.record import STAGES
 from tunesmith.tasks import Task
 from tunesmith.training import examples
 
-SAMPLE = 1000
+SAMPLE_ROWS = 1000
 Column = str | int
 
 
@@ -66,7 +66,7 @@ class File:
         return about | ({"drawn": self.drawn} if self.drawn else {})
 
 
-class Asked(NamedTuple):
+class ResolvedTarget(NamedTuple):
     """What is to be looked at: the recipe that is meant, whether its task is a guess, and the model, if one is named;
     `note` says what else there is.
     """
@@ -77,7 +77,9 @@ class Asked(NamedTuple):
     note: str = ""
 
 
-def asked(target: str | None, overrides: Sequence[str], model: str | None, stage: int | None = None) -> Asked:
+def resolve_target(
+    target: str | None, overrides: Sequence[str], model: str | None, stage: int | None = None
+) -> ResolvedTarget:
     """What is meant by data, a recipe or a run, and words of the command line; of stages the last, or `stage` from 1.
 
     Raises:
@@ -91,12 +93,12 @@ def asked(target: str | None, overrides: Sequence[str], model: str | None, stage
             return found if model is None else found._replace(model=model)
         _refuse_stage(stage)
         recipe = recipes.load(target, overrides)
-        return Asked(recipe, False, model or recipe.model)
+        return ResolvedTarget(recipe, False, model or recipe.model)
     _refuse_stage(stage)
     given = {"task": "text-classification", "model": "none", "data": {"train": target, "validation": None}}
     recipe = recipes.load(None, overrides, given)
     guess = not any(word.startswith(("task=", "task.")) for word in overrides)
-    return Asked(recipe, guess, model or (recipe.model if recipe.model != "none" else None))
+    return ResolvedTarget(recipe, guess, model or (recipe.model if recipe.model != "none" else None))
 
 
 def _refuse_stage(stage: int | None) -> None:
@@ -104,7 +106,7 @@ def _refuse_stage(stage: int | None) -> None:
         raise RecipeError("--stage: there are no stages here", hint="leave it out")
 
 
-def _of_stages(stages: Stages, stage: int | None) -> Asked:
+def _of_stages(stages: Stages, stage: int | None) -> ResolvedTarget:
     """One of them; its model is the run before it if that is there already, else what that begins with."""
     count = len(stages.recipes)
     number = stage or count
@@ -115,7 +117,7 @@ def _of_stages(stages: Stages, stage: int | None) -> Asked:
         base -= 1
     recipe = stages.recipes[chosen]
     note = f"stage {number} of {count}, {recipe.task.name}, is looked at; --stage N names another"
-    return Asked(recipe, False, stages.recipes[base].model, note if count > 1 else "")
+    return ResolvedTarget(recipe, False, stages.recipes[base].model, note if count > 1 else "")
 
 
 def _is_there(stages: Stages, number: int) -> bool:
@@ -158,13 +160,13 @@ def find_files(data: Data, task: Task, *, guess: bool = False) -> tuple[Data, di
     return data, {name: named[name] for name in ("train", "validation", "test") if name in named}, True
 
 
-def left_out(folder: Path, named: Mapping[str, Path]) -> list[str]:
+def skipped_files(folder: Path, named: Mapping[str, Path]) -> list[str]:
     """The files of a folder that are not among those that are read."""
     read = {file for path in named.values() for file in files_of(path)}
     return [path.name for path in files_in(folder) if path not in read]
 
 
-def fits(task: Task, path: Path, data: Data) -> DataError | None:
+def fit_error(task: Task, path: Path, data: Data) -> DataError | None:
     """Why a file has not what a task needs."""
     try:
         examples.open_split(path, task, data)
@@ -173,7 +175,7 @@ def fits(task: Task, path: Path, data: Data) -> DataError | None:
     return None
 
 
-def guessed_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataError | None]:
+def guess_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataError | None]:
     """A task that the file has all for: the given one, translation of files of two languages, fill-mask of raw text,
     text-generation of conversations, token-classification; else why not the given one.
 
@@ -188,11 +190,11 @@ def guessed_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataE
         return registry.get("task", "fill-mask")(), None  # type: ignore[return-value]
     tagged = registry.get("task", "token-classification")()
     assert isinstance(tagged, Task)
-    misfit = fits(task, path, data)
+    misfit = fit_error(task, path, data)
     if misfit is not None and _holds_conversations(path, data):
         return registry.get("task", "text-generation")(), None  # type: ignore[return-value]
     first_tagged = misfit is not None or format_of(path, tagged=True) == "conll"
-    if first_tagged and fits(tagged, path, data) is None:
+    if first_tagged and fit_error(tagged, path, data) is None:
         return tagged, None
     return (task, None) if misfit is None else (None, misfit)
 
@@ -215,7 +217,7 @@ def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
         DataError: it cannot be read.
     """
     if task is None:
-        return _open_whole(name, path, data)
+        return _open_without_task(name, path, data)
     table = examples.open_split(path, task, data).table
     names: Sequence[Column] = list(table.columns.values())
     if table.format not in ("text", "conll", "parallel"):
@@ -234,59 +236,59 @@ def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
     )
 
 
-WHOLE = (schema.Column("text", "text", required=False), schema.Column("rest", "value", required=False))
+TASKLESS_COLUMNS = (schema.Column("text", "text", required=False), schema.Column("rest", "value", required=False))
 """The columns of rows without a task."""
 
 
-def _open_whole(name: str, path: Path, data: Data) -> File:
+def _open_without_task(name: str, path: Path, data: Data) -> File:
     names, rows = read_raw(path)
-    words = _columns_of_words(rows)
-    return File(name, path, names, rows, lambda raw: _whole(path, raw, words), {}, WHOLE, data.limit)
+    words = _text_columns(rows)
+    return File(name, path, names, rows, lambda raw: _taskless_row(path, raw, words), {}, TASKLESS_COLUMNS, data.limit)
 
 
-def _columns_of_words(rows: Rows) -> frozenset[Column]:
+def _text_columns(rows: Rows) -> frozenset[Column]:
     """Columns that hold texts: of some length, and most of them different."""
-    sample = [raw.values for raw in islice(rows(), SAMPLE) if isinstance(raw, RawRow)]
+    sample = [raw.values for raw in islice(rows(), SAMPLE_ROWS) if isinstance(raw, RawRow)]
     found = set()
     for name in {name for values in sample for name in values}:
-        texts = [_words(values[name]) for values in sample if values.get(name)]
+        texts = [_as_text(values[name]) for values in sample if values.get(name)]
         long_enough = sum(map(len, texts)) >= 4 * len(texts)
         if long_enough and len(set(texts)) >= 0.2 * len(texts) and not all(text.isdigit() for text in texts):
             found.add(name)
     return frozenset(found)
 
 
-def _words(value: object) -> str:
+def _as_text(value: object) -> str:
     return str(value) if isinstance(value, str | list | dict) else ""
 
 
-def _whole(path: Path, raw: RawRow | BadRow, words: frozenset[Column]) -> Row | BadRow:
+def _taskless_row(path: Path, raw: RawRow | BadRow, words: frozenset[Column]) -> Row | BadRow:
     """A row of which nobody has said what it is for: its words are the text, all else is `rest`."""
     if isinstance(raw, BadRow):
         return raw
-    text = "\n".join(found for name, value in raw.values.items() if name in words and (found := _words(value)))
+    text = "\n".join(found for name, value in raw.values.items() if name in words and (found := _as_text(value)))
     rest = " | ".join(str(value) for name, value in raw.values.items() if name not in words and value is not None)
     if not text.strip() and not rest.strip(" |"):
         return BadRow(raw.line, "holds nothing", "remove the row", "a row without a value")
     return Row(f"{path}:{raw.line}", {role: value for role, value in (("text", text), ("rest", rest)) if value})
 
 
-def texts(row: Row, columns: schema.Columns) -> list[str]:
+def row_texts(row: Row, columns: schema.Columns) -> list[str]:
     """The inputs of a row as texts, as a model reads them."""
     words = schema.of_kind(columns, "words")
     if words is not None and isinstance(given := row.values.get(words.name), list):
         return [" ".join(map(str, given))]
-    if schema.of_kind(columns, "messages") is not None and (everything := said(row)) is not None:
+    if schema.of_kind(columns, "messages") is not None and (everything := all_content(row)) is not None:
         return [everything]
     named = (column.name for column in inputs_of(columns) if column.kind == "text")
     return [str(row.values[name]) for name in named if name in row.values]
 
 
-def text(row: Row, columns: schema.Columns) -> str:
+def row_text(row: Row, columns: schema.Columns) -> str:
     """The same as one text."""
-    return "\n".join(texts(row, columns))
+    return "\n".join(row_texts(row, columns))
 
 
-def shown(row: Row, columns: schema.Columns) -> str:
+def display_text(row: Row, columns: schema.Columns) -> str:
     """The same, or whatever else is in the row, for a person to see."""
-    return text(row, columns) or " | ".join(str(value) for value in row.values.values())
+    return row_text(row, columns) or " | ".join(str(value) for value in row.values.values())

@@ -18,7 +18,7 @@ from tunesmith.data.preview import Preview
 from tunesmith.data.text.augment import Augmenter, texts_of
 from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import CONTROL, RecipeError, counted
-from tunesmith.inspect_data.files import asked, find_files, guessed_task, source_of
+from tunesmith.inspect_data.files import find_files, guess_task, resolve_target, source_of
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.run.prepare import max_length
@@ -26,13 +26,13 @@ from tunesmith.tasks import BoundTask, Task
 from tunesmith.techniques import Technique
 from tunesmith.training import examples
 
-EPOCHS = 3
+SHOWN_EPOCHS = 3
 
 _PAGE = Path(__file__).with_name("show.html.jinja")
 
 
 @dataclass(frozen=True)
-class Shown:
+class EncodedRow:
     """One row as it is encoded."""
 
     place: str
@@ -55,21 +55,21 @@ def show(
     stage: int | None = None,
     offline: bool = False,
     allow_pickle: bool = False,
-) -> list[Shown]:
+) -> list[EncodedRow]:
     """The first `rows` of a split, or the one numbered `row` (from 1), as they are encoded for a run.
 
-    With `augmented` each row is followed by what `data.augment` makes of it in the first EPOCHS epochs.
+    With `augmented` each row is followed by what `data.augment` makes of it in the first SHOWN_EPOCHS epochs.
 
     Raises:
         RecipeError: no model is named, or there is no such split or row.
         DataError: the data cannot be read.
     """
-    recipe, guess, spec, _ = asked(target, overrides, model, stage)
+    recipe, guess, spec, _ = resolve_target(target, overrides, model, stage)
     if spec is None:
         raise RecipeError("a model is needed: its tokenizer says what it sees", hint="--model NAME, or name a recipe")
     assert isinstance(recipe.task, Task) and isinstance(recipe.technique, Technique)
     data, named, _ = find_files(recipe.data, recipe.task, guess=guess)
-    wanted = guessed_task(recipe.task, next(iter(named.values())), data)[0] if guess else None
+    wanted = guess_task(recipe.task, next(iter(named.values())), data)[0] if guess else None
     read = examples.read(wanted or recipe.task, data, recipe.train.seed)
     if split not in read.splits:
         raise RecipeError(
@@ -91,7 +91,7 @@ def show(
         )
     seed = recipe.train.seed
     if not augmented:
-        return encoded(numbered, bound, seed if split == "train" else 0)
+        return encode_rows(numbered, bound, seed if split == "train" else 0)
     if not data.augment or split != "train":
         what = "only train is changed" if data.augment else "data.augment is not given"
         raise RecipeError(f"--augmented: {what}", hint="data.augment='[{name: word-dropout, probability: 0.1}]'")
@@ -103,17 +103,17 @@ def show(
     changed = []
     for index, one in numbered:
         changed.append((index, one))
-        for epoch in range(EPOCHS):
+        for epoch in range(SHOWN_EPOCHS):
             values = augmenter.row(one, epoch, index).values
             changed.append((index, Row(f"{one.place} in epoch {epoch + 1}", values)))
-    return encoded(changed, bound, seed)
+    return encode_rows(changed, bound, seed)
 
 
-def encoded(rows: Sequence[tuple[int, Row]], bound: BoundTask, seed: int) -> list[Shown]:
+def encode_rows(rows: Sequence[tuple[int, Row]], bound: BoundTask, seed: int) -> list[EncodedRow]:
     """Rows and their numbers as they are after encoding, with what is drawn in the first epoch."""
     fields = bound.encode([row for _, row in rows])
     return [
-        Shown(row.place, bound.preview(_transformed(index, one, bound, seed)))
+        EncodedRow(row.place, bound.preview(_transformed(index, one, bound, seed)))
         for (index, row), one in zip(rows, fields, strict=True)
     ]
 
@@ -130,7 +130,7 @@ def _transformed(index: int, fields: Fields, bound: BoundTask, seed: int) -> Fie
     }
 
 
-def page(rows: Sequence[Shown], title: str) -> str:
+def page(rows: Sequence[EncodedRow], title: str) -> str:
     """The same as one static page of HTML, without scripts."""
 
     def printable(value: object) -> object:

@@ -25,9 +25,17 @@ from tunesmith.data.columns import Column
 from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.formats import Row
 from tunesmith.data.preview import Preview
-from tunesmith.data.text.blocks import packed
+from tunesmith.data.text.blocks import pack_documents
 from tunesmith.data.text.chat_faults import chat_faults, text_faults
-from tunesmith.data.text.chats import ALL_CUT, NOT_WRITTEN, SOME_CUT, Chats, TrainOn, first_token, own_template
+from tunesmith.data.text.chats import (
+    ALL_CUT,
+    SOME_CUT,
+    TEMPLATE_REFUSED,
+    ChatEncoder,
+    TrainOn,
+    first_token,
+    own_template,
+)
 from tunesmith.data.text.conversations import CHAT_COLUMNS, Message, choices_of, conversation, is_conversation
 from tunesmith.data.text.templates import PLAIN, template_text
 from tunesmith.data.text.texts import (
@@ -156,9 +164,9 @@ def bind_generation(
         if task.chat_template is None and own_template(processor) is None:
             task = task.model_copy(update={"chat_template": PLAIN})
             template_notes = [f"this model has no chat template: the {PLAIN} one is used (task.chat_template)"]
-        chats = Chats.of(processor, task.chat_template, task.train_on, task.system)
+        chats = ChatEncoder.of(processor, task.chat_template, task.train_on, task.system)
         processor.chat_template = chats.template
-        stop |= chats.end
+        stop |= chats.end_ids
     settings = task.generate or Generation.model_validate({})
     return BoundTextGeneration(
         task,
@@ -177,10 +185,10 @@ def bind_generation(
 class BoundTextGeneration(BoundTask):
     """Causal language modeling with a tokenizer, on conversations or raw text."""
 
-    chats: Chats | None
+    chats: ChatEncoder | None
     template_notes: list[str]
 
-    def _chats(self) -> Chats:
+    def _chats(self) -> ChatEncoder:
         assert self.chats is not None, "of raw text there are no conversations"
         return self.chats
 
@@ -203,12 +211,12 @@ class BoundTextGeneration(BoundTask):
             return
         every = chain([opening], rows)
         chat = self.task.form != "text" and is_conversation(opening)
-        yield from every if chat else packed(every, "text", self.processor, self.data.max_length, *edges)
+        yield from every if chat else pack_documents(every, "text", self.processor, self.data.max_length, *edges)
 
     def encode(self, rows: Sequence[Row]) -> list[Fields]:
         """`input_ids` and the places in them with loss (`learned`).
 
-        Raw text has the `windows` that its documents make; a conversation (`Chats.answered`) also the `reference`, its
+        Raw text has the `windows` that its documents make; a conversation (`ChatEncoder.encode`) also the `reference`, its
         last answer in bytes. A prompt has its length, `prompt`.
 
         Raises:
@@ -223,16 +231,18 @@ class BoundTextGeneration(BoundTask):
         if "asked" in rows[0].values:
             return [self._prompt(row) for row in rows]
         read = [(row.place, conversation(row, system=self.task.system)) for row in rows]
-        fields = chats.answered(read, self.data.max_length, skip=self.data.on_bad_row == "skip")
+        fields = chats.encode(read, self.data.max_length, skip=self.data.on_bad_row == "skip")
         return [
-            one | {"reference": as_bytes(messages[-1]["content"])} | chats.offered(messages[:-1], choices_of(row))
+            one
+            | {"reference": as_bytes(messages[-1]["content"])}
+            | chats.encode_choices(messages[:-1], choices_of(row))
             for one, row, (_, messages) in zip(fields, rows, read, strict=True)
         ]
 
     def _prompt(self, row: Row) -> Fields:
         messages: Any = row.values["asked"]
         choices: Any = row.values["choices"]
-        return self._chats().asked(messages) | self._chats().offered(messages, choices)
+        return self._chats().encode_prompt(messages) | self._chats().encode_choices(messages, choices)
 
     def _continued(self, row: Row) -> Fields:
         """A text to continue."""
@@ -257,7 +267,7 @@ class BoundTextGeneration(BoundTask):
             return notes
         cut, size = encoded.column("cut"), len(encoded)
         whole, part = int((cut == ALL_CUT).sum()), int((cut == SOME_CUT).sum())
-        refused = int((cut == NOT_WRITTEN).sum())
+        refused = int((cut == TEMPLATE_REFUSED).sum())
         if whole + refused == size:
             what = "no answer is left: every one lies beyond data.max_length"
             raise DataError(what, where=encoded.key, hint="raise data.max_length")
@@ -267,7 +277,7 @@ class BoundTextGeneration(BoundTask):
             notes.append(f"{whole} of {size} conversations have no answer within data.max_length: no loss there")
         if part:
             notes.append(f"{part} of {size} conversations are longer than data.max_length: answers are cut off there")
-        if special := int(encoded.column("said").sum()):
+        if special := int(encoded.column("has_special_tokens").sum()):
             notes.append(f"{special} of {size} conversations spell special tokens of this model: read as plain words")
         return [*self.template_notes, *notes]
 

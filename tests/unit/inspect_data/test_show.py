@@ -55,7 +55,7 @@ def test_targets_of_tokens_are_marked(monkeypatch: pytest.MonkeyPatch, capsys: p
 
     monkeypatch.setattr(TextClassification, "encode", encode)
     task = TextClassification(labels="single", classes=["O", "B-FILM"])
-    (shown,) = data_show.encoded([(0, Row("x:1", {"text": "the film"}))], task, tiny_tokenizer(), Data(), 0)
+    (shown,) = data_show.encode_rows([(0, Row("x:1", {"text": "the film"}))], task, tiny_tokenizer(), Data(), 0)
     assert [token.target for token in shown.windows[0]] == [None, "B-FILM", None, None] and shown.target is None
     page = data_show.page([shown], "a <title>")
     assert "a &lt;title&gt;" in page and 'class="token loss"' in page and "B-FILM" in page

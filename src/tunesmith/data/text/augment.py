@@ -1,5 +1,5 @@
 """Texts changed a little, anew in each epoch: words dropped, swapped, misspelt, or replaced by synonyms; or whole texts
-said otherwise (`deploy/back_translation.py`).
+said paraphrases (`deploy/back_translation.py`).
 
 "EDA: Easy Data Augmentation Techniques" (Wei and Zou 2019, arXiv 1901.11196). What is done to an example is a function
 of (seed, epoch, index) alone, so that a resumed run and several processes see the same. All changes work on lists of
@@ -28,11 +28,11 @@ Synonyms = Mapping[tuple[str, ...], Sequence[tuple[str, ...]]]
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 """Scripts that have no blanks between words."""
 _WORD = re.compile(rf"([{_CJK}]|[^\s{_CJK}]+)(\s*)")
-_EDGES = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)
-_ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
-_NEAR = {
-    letter: "".join(row[max(at - 1, 0) : at + 2] for row in _ROWS[max(y - 1, 0) : y + 2]).replace(letter, "")
-    for y, letters in enumerate(_ROWS)
+_PUNCTUATED_WORD = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)
+_KEY_ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+_ADJACENT_KEYS = {
+    letter: "".join(row[max(at - 1, 0) : at + 2] for row in _KEY_ROWS[max(y - 1, 0) : y + 2]).replace(letter, "")
+    for y, letters in enumerate(_KEY_ROWS)
     for at, letter in enumerate(letters)
 }
 """Letter -> those beside it on a keyboard."""
@@ -79,19 +79,19 @@ def misspell(words: Words, probability: float, draw: Random) -> Words:
     """
     lots = draw.random(len(words.words))
     changed = [
-        word if kept or lot >= probability else _slip(word, draw)
+        word if kept or lot >= probability else _typo(word, draw)
         for word, kept, lot in zip(words.words, words.keep, lots, strict=True)
     ]
     return replace(words, words=tuple(changed))
 
 
-def _slip(word: str, draw: Random) -> str:
+def _typo(word: str, draw: Random) -> str:
     letters = [at for at, letter in enumerate(word) if letter.isalpha()]
     if not letters:
         return word
     at = letters[int(draw.integers(len(letters)))]
     how = int(draw.integers(4)) if len(letters) > 1 else 2
-    if how == 0 and (near := _NEAR.get(word[at].lower())):
+    if how == 0 and (near := _ADJACENT_KEYS.get(word[at].lower())):
         typed = near[int(draw.integers(len(near)))]
         return word[:at] + (typed.upper() if word[at].isupper() else typed) + word[at + 1 :]
     if how == 1:
@@ -104,7 +104,7 @@ def _slip(word: str, draw: Random) -> str:
 def replace_synonyms(words: Words, probability: float, draw: Random, synonyms: Synonyms) -> Words:
     """Put another word, or several, of the same line of the user's list; what stands around a word stays."""
     found: list[tuple[str, int, bool]] = []
-    at, plain = 0, [_edges(word)[1].lower() for word in words.words]
+    at, plain = 0, [_punctuation(word)[1].lower() for word in words.words]
     while at < len(words.words):
         for size in range(min(MAX_WORDS, len(words.words) - at), 0, -1):
             others = synonyms.get(tuple(plain[at : at + size]))
@@ -114,9 +114,9 @@ def replace_synonyms(words: Words, probability: float, draw: Random, synonyms: S
             size, others = 1, None
         if others and draw.random() < probability:
             chosen = list(others[int(draw.integers(len(others)))])
-            before, first, _ = _edges(words.words[at])
+            before, first, _ = _punctuation(words.words[at])
             chosen[0] = before + (chosen[0].capitalize() if first[:1].isupper() else chosen[0])
-            chosen[-1] += _edges(words.words[at + size - 1])[2]
+            chosen[-1] += _punctuation(words.words[at + size - 1])[2]
             found.extend((word, words.origins[at + size - 1], False) for word in chosen)
         else:
             found.extend(
@@ -127,9 +127,9 @@ def replace_synonyms(words: Words, probability: float, draw: Random, synonyms: S
     return Words(texts, origins, keep)
 
 
-def _edges(word: str) -> tuple[str, str, str]:
+def _punctuation(word: str) -> tuple[str, str, str]:
     """What stands before a word, the word, what stands behind it."""
-    match = _EDGES.match(word)
+    match = _PUNCTUATED_WORD.match(word)
     assert match is not None, "it matches everything"
     return match[1], match[2], match[3]
 
@@ -150,7 +150,7 @@ def read_synonyms(path: str | Path) -> Synonyms:
         raise DataError("the synonyms are no UTF-8 text", where=str(path), hint="save them as UTF-8") from None
     found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for number, line in enumerate(lines, start=1):
-        group = [tuple(split(part.strip())) for part in re.split(r"[,，\t]", line) if part.strip()]
+        group = [tuple(split_words(part.strip())) for part in re.split(r"[,，\t]", line) if part.strip()]
         if len(group) == 1 or any(len(words) > MAX_WORDS for words in group):
             what = "one word alone has no synonym" if len(group) == 1 else f"more than {MAX_WORDS} words"
             raise DataError(
@@ -164,7 +164,7 @@ def read_synonyms(path: str | Path) -> Synonyms:
     return found
 
 
-def split(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """A text as words: between blanks, and each Chinese or Japanese character for itself."""
     return [match[1] for match in _WORD.finditer(text)]
 
@@ -176,23 +176,23 @@ class Augmenter:
     changes: tuple[Callable[[Words, Random], Words], ...]
     seed: int
     columns: Columns
-    share: float = 0.0
-    """Of the texts that are said otherwise, before anything else."""
-    otherwise: Mapping[str, str] = field(default_factory=dict)
+    paraphrase_rate: float = 0.0
+    """Of the texts that are said paraphrases, before anything else."""
+    paraphrases: Mapping[str, str] = field(default_factory=dict)
     """Text -> what is said in its place."""
 
     @classmethod
     def of(
-        cls, steps: Sequence[Augmentation], seed: int, columns: Columns, otherwise: Mapping[str, str] | None = None
+        cls, steps: Sequence[Augmentation], seed: int, columns: Columns, paraphrases: Mapping[str, str] | None = None
     ) -> Augmenter:
         """From `data.augment`, and the texts as back-translation has them.
 
         Raises:
             DataError: a list of synonyms cannot be read.
         """
-        share = next((step.probability for step in steps if step.name == "back-translation"), 0.0)
+        paraphrase_rate = next((step.probability for step in steps if step.name == "back-translation"), 0.0)
         words = tuple(_change(step) for step in steps if step.name != "back-translation")
-        return cls(words, seed, columns, share, otherwise or {})
+        return cls(words, seed, columns, paraphrase_rate, paraphrases or {})
 
     def words(self, words: Words, epoch: int, index: int) -> Words:
         """Some words of the example at `index`, as they are in an epoch."""
@@ -214,20 +214,22 @@ class Augmenter:
         if words is not None and words.name in row.values:
             tags = of_kind(self.columns, "tags")
             assert tags is not None, "words have tags"
-            return self._tagged(row, words.name, tags.name, epoch, index)
+            return self._tagged_row(row, words.name, tags.name, epoch, index)
         texts = {name: self._text(text, epoch, index) for name, text in _texts(row, self.columns)}
         return Row(row.place, row.values | texts)
 
-    def _tagged(self, row: Row, words: str, label: str, epoch: int, index: int) -> Row:
-        if self.share:
-            what = "data.augment: back-translation says a text otherwise, and tags of words cannot go along"
+    def _tagged_row(self, row: Row, words: str, label: str, epoch: int, index: int) -> Row:
+        if self.paraphrase_rate:
+            what = "data.augment: back-translation says a text paraphrases, and tags of words cannot go along"
             raise RecipeError(what, where=row.place, hint="leave it out")
         tokens, tags = row.values[words], row.values.get(label)
         assert isinstance(tokens, list), "the role holds lists"
         if not isinstance(tags, list) or len(tags) != len(tokens) or not all(isinstance(tag, str) for tag in tags):
             what = "data.augment: words can be changed where each has its tag, as a text"
             raise RecipeError(what, where=row.place, hint="give tokens and tags, or leave the key out")
-        keep = [tag != "O" or _parts(following) for tag, following in zip(tags, [*tags[1:], "O"], strict=True)]
+        keep = [
+            tag != "O" or _separates_entities(following) for tag, following in zip(tags, [*tags[1:], "O"], strict=True)
+        ]
         after = self.words(Words.of([str(word) for word in tokens], keep), epoch, index)
         texts = dict(_texts(row, self.columns))  # they hold the words as they were
         values = {name: value for name, value in row.values.items() if name not in texts}
@@ -235,24 +237,24 @@ class Augmenter:
         return Row(row.place, values)
 
     def _text(self, text: str, epoch: int, index: int) -> str:
-        if self.share and np.random.default_rng([self.seed, epoch, index, 1]).random() < self.share:
-            text = self.otherwise.get(text, text)
+        if self.paraphrase_rate and np.random.default_rng([self.seed, epoch, index, 1]).random() < self.paraphrase_rate:
+            text = self.paraphrases.get(text, text)
         parts = [(match[1], match[2]) for match in _WORD.finditer(text)]
         before = Words.of([word for word, _ in parts])
         after = self.words(before, epoch, index)
         if after == before:
             return text
         places = sorted(after.origins)  # where nothing is dropped or put in, words change places and blanks do not
-        joined = [f"{word}{_gap(parts, places, at)}" for at, word in enumerate(after.words)]
+        joined = [f"{word}{_space_after(parts, places, at)}" for at, word in enumerate(after.words)]
         return "".join(joined).rstrip()
 
 
-def _parts(following: str) -> bool:
+def _separates_entities(following: str) -> bool:
     """Whether a word in no entity is all that parts the next one, which no tag begins, from the one before (IO)."""
     return following != "O" and not following.startswith(("B-", "S-", "U-"))
 
 
-def _gap(parts: Sequence[tuple[str, str]], places: Sequence[int], at: int) -> str:
+def _space_after(parts: Sequence[tuple[str, str]], places: Sequence[int], at: int) -> str:
     """What stands behind a word: within a synonym of several words a blank, if they are not Chinese."""
     inside = at + 1 < len(places) and places[at + 1] == places[at]
     return ("" if re.match(f"[{_CJK}]", parts[places[at]][0]) else " ") if inside else parts[places[at]][1]
@@ -267,7 +269,7 @@ def _change(step: Augmentation) -> Callable[[Words, Random], Words]:
     return lambda words, draw: change(words, step.probability, draw)
 
 
-def fingerprints(steps: Sequence[Augmentation]) -> list[str]:
+def synonym_hashes(steps: Sequence[Augmentation]) -> list[str]:
     """sha256 of the lists of synonyms."""
     return [file_sha256(Path(step.file)) for step in steps if step.file is not None]
 

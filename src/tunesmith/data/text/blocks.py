@@ -19,43 +19,43 @@ Array = NDArray[Any]
 Segment = Callable[[str], Iterable[str]]
 """A text as its words, one behind the other, nothing left out."""
 
-CHARS_AT_ONCE = 2**21
+BATCH_CHARS = 2**21
 UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]")
 """Chinese characters and Japanese kana, which no blanks divide into words."""
 
-BEGINS, CONTINUES, BETWEEN = 1, 0, -1
+WORD_START, WORD_CONTINUATION, SEPARATOR = 1, 0, -1
 """What a token is to a word: its first one, a later one, or a separator between documents."""
 
 
-def blocks(
-    rows: Iterable[Row], role: str, processor: Any, max_length: int, *, whole_words: bool, segment: Segment | None
+def make_blocks(
+    rows: Iterable[Row], column: str, processor: Any, max_length: int, *, whole_words: bool, segment: Segment | None
 ) -> Iterator[Row]:
     """Rows with `input_ids`, `max_length` of them but in the last block and where a separator would stand at an end,
     and `words`: the number of each token's word within the block, -1 for special and unknown tokens. A block's place
     is that of the document it begins in.
     """
-    before, between, after = _special(processor)
+    before, between, after = _special_ids(processor)
     room = max_length - len(before) - len(after)
     ids, kinds, place = np.empty(0, np.int64), np.empty(0, np.int64), ""
 
     def block(ids: Array, kinds: Array) -> Iterator[Row]:
-        inside = np.flatnonzero(kinds != BETWEEN)
+        inside = np.flatnonzero(kinds != SEPARATOR)
         if not len(inside):
             return
         ids, kinds = ids[inside[0] : inside[-1] + 1], kinds[inside[0] : inside[-1] + 1]
         first = np.arange(len(kinds)) == 0
-        words = np.cumsum((kinds == BEGINS) | (first & (kinds == CONTINUES))) - 1
-        words[(kinds == BETWEEN) | np.isin(ids, processor.all_special_ids)] = -1
+        words = np.cumsum((kinds == WORD_START) | (first & (kinds == WORD_CONTINUATION))) - 1
+        words[(kinds == SEPARATOR) | np.isin(ids, processor.all_special_ids)] = -1
         values: dict[str, object] = {
             "input_ids": [*before, *ids.tolist(), *after],
             "words": [*[-1] * len(before), *words.tolist(), *[-1] * len(after)],
         }
         yield Row(place, values)
 
-    for row, own, own_kinds in _tokens(rows, role, processor, whole_words, segment):
+    for row, own, own_kinds in _tokens(rows, column, processor, whole_words, segment):
         more = between if len(ids) else []
         place = place if len(ids) else row.place
-        ids, kinds = np.concatenate([ids, more, own]), np.concatenate([kinds, [BETWEEN] * len(more), own_kinds])
+        ids, kinds = np.concatenate([ids, more, own]), np.concatenate([kinds, [SEPARATOR] * len(more), own_kinds])
         ids, kinds = ids.astype(np.int64), kinds.astype(np.int64)
         for start in range(0, len(ids) - len(ids) % room, room):
             yield from block(ids[start : start + room], kinds[start : start + room])
@@ -65,8 +65,8 @@ def blocks(
     yield from block(ids, kinds)
 
 
-def packed(
-    rows: Iterable[Row], role: str, processor: Any, max_length: int, first: Sequence[int], last: Sequence[int]
+def pack_documents(
+    rows: Iterable[Row], column: str, processor: Any, max_length: int, first: Sequence[int], last: Sequence[int]
 ) -> Iterator[Row]:
     """Rows with `input_ids`, `max_length` (or one less) but in the last, and `windows`: how many each document has.
 
@@ -75,7 +75,7 @@ def packed(
     words like others.
     """
     ids, windows, place = list[int](), list[int](), ""
-    for row, own in _whole_documents(rows, role, processor):
+    for row, own in _documents(rows, column, processor):
         left = [*first, *own, *last]
         while len(left) > 1:
             place = place if ids else row.place
@@ -90,14 +90,14 @@ def packed(
         yield Row(place, {"input_ids": ids, "windows": windows})
 
 
-def _whole_documents(rows: Iterable[Row], role: str, processor: Any) -> Iterator[tuple[Row, list[int]]]:
-    for part in _some_at_once(rows, role):
-        texts = [str(row.values[role]) for row in part]
+def _documents(rows: Iterable[Row], column: str, processor: Any) -> Iterator[tuple[Row, list[int]]]:
+    for part in _batches(rows, column):
+        texts = [str(row.values[column]) for row in part]
         coded = processor(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         yield from zip(part, coded, strict=True)
 
 
-def _special(processor: Any) -> tuple[list[int], list[int], list[int]]:
+def _special_ids(processor: Any) -> tuple[list[int], list[int], list[int]]:
     """What stands before a text, between two of them, and after one."""
     first, last = processor.cls_token_id, processor.sep_token_id
     first = processor.bos_token_id if first is None else first
@@ -107,36 +107,36 @@ def _special(processor: Any) -> tuple[list[int], list[int], list[int]]:
 
 
 def _tokens(
-    rows: Iterable[Row], role: str, processor: Any, whole_words: bool, segment: Segment | None
+    rows: Iterable[Row], column: str, processor: Any, whole_words: bool, segment: Segment | None
 ) -> Iterator[tuple[Row, Array, Array]]:
     """Each document, its tokens, and whether each of them begins a word."""
-    sign = _begins_with_a_sign(processor) if whole_words else np.empty(0, bool)
-    for part in _some_at_once(rows, role):
-        texts = [str(row.values[role]) for row in part]
+    sign = _sentencepiece_starts(processor) if whole_words else np.empty(0, bool)
+    for part in _batches(rows, column):
+        texts = [str(row.values[column]) for row in part]
         coded = processor(texts, add_special_tokens=False, verbose=False)
         for index, (row, text) in enumerate(zip(part, texts, strict=True)):
             ids = np.asarray(coded["input_ids"][index], dtype=np.int64)
             begins = np.ones(len(ids), bool)
             if whole_words and len(ids):
                 begins = _word_starts(coded.encodings[index], text, segment) | sign[ids]
-            yield row, ids, np.where(begins, BEGINS, CONTINUES)
+            yield row, ids, np.where(begins, WORD_START, WORD_CONTINUATION)
 
 
-def _some_at_once(rows: Iterable[Row], role: str) -> Iterator[list[Row]]:
+def _batches(rows: Iterable[Row], column: str) -> Iterator[list[Row]]:
     """Tokenizers are fast on many texts; not so many that memory grows with the corpus."""
     part: list[Row] = []
     size = 0
     for row in rows:
         part.append(row)
-        size += len(str(row.values[role]))
-        if size >= CHARS_AT_ONCE:
+        size += len(str(row.values[column]))
+        if size >= BATCH_CHARS:
             yield part
             part, size = [], 0
     if part:
         yield part
 
 
-def _begins_with_a_sign(processor: Any) -> Array:
+def _sentencepiece_starts(processor: Any) -> Array:
     """Of each token of the vocabulary, whether SentencePiece marks it as the first of a word."""
     found = np.zeros(len(processor), bool)
     for token, index in processor.get_vocab().items():
@@ -149,7 +149,7 @@ def _word_starts(encoding: Any, text: str, segment: Segment | None) -> Array:
     character by character.
     """
     words = np.asarray([-1 if word is None else word for word in encoding.word_ids])
-    starts = _changes(words)
+    starts = _differs_from_previous(words)
     if UNSPACED.search(text) is None:
         return starts
     units = np.arange(len(text))
@@ -160,9 +160,9 @@ def _word_starts(encoding: Any, text: str, segment: Segment | None) -> Array:
     at = np.minimum(np.asarray([start for start, _ in encoding.offsets]), len(text) - 1)
     at += [text[place].isspace() and place + 1 < len(text) for place in at.tolist()]  # a blank is SentencePiece's own
     there = unspaced[at]
-    return np.where(there, _changes(units[at]), starts) | _changes(there)
+    return np.where(there, _differs_from_previous(units[at]), starts) | _differs_from_previous(there)
 
 
-def _changes(values: Array) -> Array:
+def _differs_from_previous(values: Array) -> Array:
     """Whether each value differs from the one before it; the first does."""
     return np.concatenate([[True], values[1:] != values[:-1]])

@@ -23,7 +23,7 @@ from tunesmith.data.text.texts import MAX_CHARS_PER_TOKEN
 from tunesmith.errors import DataError, RecipeError, shorten
 
 TrainOn = Literal["answers", "last_answer", "all"]
-NOT_CUT, SOME_CUT, ALL_CUT, NOT_WRITTEN = 0, 1, 2, 3
+NOT_CUT, SOME_CUT, ALL_CUT, TEMPLATE_REFUSED = 0, 1, 2, 3
 """What of an example's answers lies beyond the tokens that are read; or the template refuses it."""
 
 _PROBE = (
@@ -33,16 +33,16 @@ _PROBE = (
     {"role": "assistant", "content": "It still is."},
 )
 _SYSTEM = {"role": "system", "content": "Be short."}
-_MARK = re.compile("\ue000(\\d+)\ue001")
+_ESCAPED = re.compile("\ue000(\\d+)\ue001")
 """Stands for a special token that is a part of what somebody said, while the template is filled in."""
 
 
-class Refused(ValueError):
+class UnsplittableError(ValueError):
     """A conversation cannot be split at its answers; says why."""
 
 
 @dataclass(frozen=True)
-class Split:
+class RenderedChat:
     """A filled-in template, and where in it the answers that are learned begin and end (with what ends them)."""
 
     text: str
@@ -51,17 +51,17 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Chats:
+class ChatEncoder:
     """A tokenizer and a template that have been found to fit."""
 
     processor: Any
     template: str
     train_on: TrainOn
-    end: frozenset[int] = frozenset()
+    end_ids: frozenset[int] = frozenset()
     """The tokens that end an answer."""
 
     @classmethod
-    def of(cls, processor: Any, template: str | None, train_on: TrainOn, system: str | None) -> Chats:
+    def of(cls, processor: Any, template: str | None, train_on: TrainOn, system: str | None) -> ChatEncoder:
         """Try them on made-up messages; `template`: a name, a template, or None for the tokenizer's own.
 
         Raises:
@@ -72,31 +72,33 @@ class Chats:
             chosen = ("{{ bos_token }}" if first_token(processor) is not None else "") + TEMPLATES[chosen]
         chats, said = cls(processor, chosen, train_on), [*([] if system is None else [_SYSTEM]), *_PROBE]
         try:
-            return replace(chats, end=chats._ends(said))
-        except (Refused, TemplateError) as error:
+            return replace(chats, end_ids=chats._end_ids(said))
+        except (UnsplittableError, TemplateError) as error:
             hint = f"task.chat_template=NAME, one of {', '.join(TEMPLATES)}, or a Jinja file of your own"
-            if train_on == "answers" and isinstance(error, Refused) and error.args[1:]:
+            if train_on == "answers" and isinstance(error, UnsplittableError) and error.args[1:]:
                 hint = f"task.train_on=last_answer, or {hint}"
             raise RecipeError(f"task.chat_template: {error.args[0]}", hint=hint) from error
 
-    def _ends(self, messages: Sequence[Message]) -> frozenset[int]:
+    def _end_ids(self, messages: Sequence[Message]) -> frozenset[int]:
         """The first token of the vocabulary's own behind each answer."""
-        split, found = self._split(messages), set()
-        for start, stop, index in zip(split.starts, split.stops, self._learned(messages), strict=True):
+        split, found = self._render_and_split(messages), set()
+        for start, stop, index in zip(split.starts, split.stops, self._trained_answers(messages), strict=True):
             before, content, after = split.text[start:stop].partition(messages[index]["content"])
             if not content:
-                raise Refused(f"it writes the answer {shorten(messages[index]['content'])} as {shorten(before)}")
-            if self._fill(messages[:index]) == split.text[:start] and self._special_in(before):
-                raise Refused(f"with add_generation_prompt it does not begin one with {shorten(before)}")
+                raise UnsplittableError(
+                    f"it writes the answer {shorten(messages[index]['content'])} as {shorten(before)}"
+                )
+            if self._render(messages[:index]) == split.text[:start] and self._special_in(before):
+                raise UnsplittableError(f"with add_generation_prompt it does not begin one with {shorten(before)}")
             own = [token for token in self.tokens([after])[0] if token in self.special.values()]
             if not own:
                 what = f"it ends an answer with {shorten(after)}, no token of this model's own"
-                raise Refused(f"{what}, so that a model would not learn where to stop")
+                raise UnsplittableError(f"{what}, so that a model would not learn where to stop")
             found.add(own[0])
         whole, *prompts = self.tokens([split.text, *(split.text[:start] for start in split.starts)])
         for prompt, start in zip(prompts, split.starts, strict=True):
             if whole[: len(prompt)] != prompt:
-                raise Refused(f"an answer begins within a token, behind {shorten(split.text[:start][-20:])}")
+                raise UnsplittableError(f"an answer begins within a token, behind {shorten(split.text[:start][-20:])}")
         return frozenset(found)
 
     @cached_property
@@ -110,48 +112,48 @@ class Chats:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        return any_of(self.special)
+        return match_any(self.special)
 
     def _special_in(self, text: str) -> bool:
         return self._pattern.search(text) is not None
 
-    def _learned(self, messages: Sequence[Message]) -> list[int]:
+    def _trained_answers(self, messages: Sequence[Message]) -> list[int]:
         """The answers that are learned; of one at least it must be known where it begins, to ask for it: the last."""
         places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         return places if self.train_on == "answers" else places[-1:]
 
-    def _fill(self, messages: Sequence[Message], *, asked: bool = False) -> str:
+    def _render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
         text: str = self.processor.apply_chat_template(
-            list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=asked
+            list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=generation_prompt
         )
         return text
 
-    def _split(self, messages: Sequence[Message]) -> Split:
-        split = Split(self._fill(messages), [], [])
-        for index in self._learned(messages):
-            prompt = self._fill(messages[:index], asked=True)
-            answered = self._fill(messages[: index + 1]) if index + 1 < len(messages) else split.text
+    def _render_and_split(self, messages: Sequence[Message]) -> RenderedChat:
+        split = RenderedChat(self._render(messages), [], [])
+        for index in self._trained_answers(messages):
+            prompt = self._render(messages[:index], generation_prompt=True)
+            answered = self._render(messages[: index + 1]) if index + 1 < len(messages) else split.text
             for text, places in ((prompt, split.starts), (answered, split.stops)):
                 if not split.text.startswith(text):
                     what = "what it writes before a message changes once the message is there"
-                    raise Refused(f"{what} ({_difference(text, split.text)})", "of earlier ones")
+                    raise UnsplittableError(f"{what} ({_first_difference(text, split.text)})", "of earlier ones")
                 places.append(len(text))
         return split
 
-    def asked(self, messages: Sequence[Message]) -> dict[str, Any]:
+    def encode_prompt(self, messages: Sequence[Message]) -> dict[str, Any]:
         """The fields of a conversation that is to be answered: its tokens, all of them the prompt."""
-        said = self._marked(messages)
-        (ids,) = self.tokens([self._fill(said, asked=True)])
+        said = self._escape_special(messages)
+        (ids,) = self.tokens([self._render(said, generation_prompt=True)])
         return {"input_ids": ids, "prompt": len(ids)}
 
-    def offered(self, messages: Sequence[Message], choices: Sequence[str]) -> dict[str, Any]:
+    def encode_choices(self, messages: Sequence[Message], choices: Sequence[str]) -> dict[str, Any]:
         """The fields of answers to choose from: the tokens of all of them in a row, and how many each has."""
-        prompt = len(self.asked(messages)["input_ids"]) if choices else 0
+        prompt = len(self.encode_prompt(messages)["input_ids"]) if choices else 0
         rows = [("", [*messages, {"role": "assistant", "content": choice}]) for choice in choices]
-        found = [fields["input_ids"][prompt:] for fields in self.answered(rows, sys.maxsize)]
+        found = [fields["input_ids"][prompt:] for fields in self.encode(rows, sys.maxsize)]
         return {"options": [token for one in found for token in one], "option_lengths": [len(one) for one in found]}
 
-    def answered(
+    def encode(
         self, chats: Sequence[tuple[str, list[Message]]], max_length: int, *, skip: bool = False
     ) -> list[dict[str, Any]]:
         """The fields of (place, conversation): `input_ids`, the places in them of what is `learned`, how much of the
@@ -161,8 +163,8 @@ class Chats:
         Raises:
             DataError: the template refuses a conversation, or writes it so that it cannot be split.
         """
-        marked = [self._marked(_bounded(messages, max_length)) for _, messages in chats]
-        splits = [self._split_row(place, said, skip) for (place, _), said in zip(chats, marked, strict=True)]
+        marked = [self._escape_special(_truncate_messages(messages, max_length)) for _, messages in chats]
+        splits = [self._render_or_raise(place, said, skip) for (place, _), said in zip(chats, marked, strict=True)]
         texts = [part for split in splits for part in (split.text, *(split.text[:start] for start in split.starts))]
         tokens = iter(self.tokens(texts))
         found = []
@@ -170,28 +172,34 @@ class Chats:
             whole, prompts = next(tokens), [next(tokens) for _ in split.starts]
             starts = [len(prompt) for prompt in prompts]
             if any(whole[: len(prompt)] != prompt for prompt in prompts):
-                whole, starts = self._piece_by_piece(split)
-            fields: dict[str, Any] = {"input_ids": [self.processor.pad_token_id], "learned": [], "cut": NOT_WRITTEN}
+                whole, starts = self._tokenize_in_pieces(split)
+            fields: dict[str, Any] = {
+                "input_ids": [self.processor.pad_token_id],
+                "learned": [],
+                "cut": TEMPLATE_REFUSED,
+            }
             if starts:
                 fields = self._fields(whole, starts, max_length)
             else:  # refused
                 starts = [max_length]
             fields["prompt"] = starts[-1] if len(said) == len(messages) and starts[-1] < max_length else 0
             fields["cut"] = max(fields["cut"], int(len(said) < len(messages)))
-            found.append(fields | {"said": int(any(_MARK.search(message["content"]) for message in said))})
+            found.append(
+                fields | {"has_special_tokens": int(any(_ESCAPED.search(message["content"]) for message in said))}
+            )
         return found
 
-    def _split_row(self, place: str, messages: Sequence[Message], skip: bool) -> Split:
+    def _render_or_raise(self, place: str, messages: Sequence[Message], skip: bool) -> RenderedChat:
         """With `skip` nothing of a conversation that is refused."""
         try:
-            return self._split(messages)
-        except (Refused, TemplateError) as error:
+            return self._render_and_split(messages)
+        except (UnsplittableError, TemplateError) as error:
             if skip:
-                return Split("", [], [])
+                return RenderedChat("", [], [])
             what = f"the chat template cannot write this conversation: {error.args[0]}"
             raise DataError(what, where=place, hint="remove the row, or task.chat_template=NAME") from error
 
-    def _piece_by_piece(self, split: Split) -> tuple[list[int], list[int]]:
+    def _tokenize_in_pieces(self, split: RenderedChat) -> tuple[list[int], list[int]]:
         """Tokens that end where an answer begins, and how many stand before each, where a token would reach over."""
         edges = [0, *split.starts, len(split.text)]
         pieces = self.tokens([split.text[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)])
@@ -208,17 +216,17 @@ class Chats:
             learned = [
                 place
                 for start, before in zip(starts, [*starts[1:], len(whole)], strict=True)
-                for place in range(start, self._stop(whole, start, before))
+                for place in range(start, self._answer_end(whole, start, before))
             ]
         kept = [place for place in learned if place < max_length]
         cut = NOT_CUT if len(kept) == len(learned) else SOME_CUT if kept else ALL_CUT
         return {"input_ids": whole[: kept[-1] + 1 if kept else max_length], "learned": kept, "cut": cut}
 
-    def _stop(self, whole: list[int], start: int, before: int) -> int:
+    def _answer_end(self, whole: list[int], start: int, before: int) -> int:
         """Behind the token that ends the answer at `start`, which stands `before` the next answer."""
-        return next((place + 1 for place in range(start, before) if whole[place] in self.end), before)
+        return next((place + 1 for place in range(start, before) if whole[place] in self.end_ids), before)
 
-    def _marked(self, messages: Sequence[Message]) -> list[Message]:
+    def _escape_special(self, messages: Sequence[Message]) -> list[Message]:
         """The messages with a mark in the place of each special token that is said in them."""
         numbers = {name: number for number, name in enumerate(self._names)}
         return [
@@ -232,13 +240,13 @@ class Chats:
             return []
         found: list[list[int]] = self.processor(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         for number, text in enumerate(texts):
-            if "\ue000" in text and len(parts := _MARK.split(text)) > 1:
+            if "\ue000" in text and len(parts := _ESCAPED.split(text)) > 1:
                 found[number] = [
-                    token for place, part in enumerate(parts) for token in self._part(part, place % 2 == 1)
+                    token for place, part in enumerate(parts) for token in self._tokenize_part(part, place % 2 == 1)
                 ]
         return found
 
-    def _part(self, part: str, mark: bool) -> list[int]:
+    def _tokenize_part(self, part: str, mark: bool) -> list[int]:
         """What stands between two marks, or for one, which is given by its number."""
         text = self._names[int(part)] if mark else part
         if not text:
@@ -253,7 +261,7 @@ def special_tokens(processor: Any) -> dict[str, int]:
     return found | dict(zip(processor.all_special_tokens, processor.all_special_ids, strict=True))
 
 
-def any_of(words: Iterable[str]) -> re.Pattern[str]:
+def match_any(words: Iterable[str]) -> re.Pattern[str]:
     """Finds each of some words, the longest first."""
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
 
@@ -270,7 +278,7 @@ def first_token(processor: Any) -> int | None:
     return first if first is not None and ids[:1] == [first] else None
 
 
-def _bounded(messages: list[Message], max_length: int) -> list[Message]:
+def _truncate_messages(messages: list[Message], max_length: int) -> list[Message]:
     """The first messages, more than can be read: a template's work grows with the square of their number."""
     chars, kept = 0, list[Message]()
     for message in messages[:max_length]:
@@ -283,7 +291,7 @@ def _bounded(messages: list[Message], max_length: int) -> list[Message]:
     return kept
 
 
-def _difference(text: str, other: str) -> str:
+def _first_difference(text: str, other: str) -> str:
     """Where two texts part."""
     place = next((n for n, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
     start = max(0, place - 10)

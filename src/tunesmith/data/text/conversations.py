@@ -45,8 +45,8 @@ ROLES = {
     "tool": ("tool", "function", "observation", "ipython"),
 }
 _ROLE = {name: role for role, names in ROLES.items() for name in names}
-_WHO, _SAYS = ("role", "from", "speaker"), ("content", "value", "text")
-_BEFORE = {"user": ("system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant",)}
+_ROLE_KEYS, _CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
+_PREDECESSORS = {"user": ("system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant",)}
 """Role of a message -> what may stand before it."""
 
 
@@ -63,12 +63,12 @@ def conversation(row: Row, *, system: str | None = None, answered: bool = True) 
     Raises:
         DataError: what is wrong with which message, and the way out.
     """
-    messages = _listed(row, "messages") if "messages" in row.values else _columns(row, answered)
+    messages = _parse_messages(row, "messages") if "messages" in row.values else _messages_of_columns(row, answered)
     own = row.values.get("system")
     if own is not None:
         if messages and messages[0]["role"] == "system":
             raise row.fault("system", "there is a system message among the messages too", "keep one of the two")
-        messages.insert(0, _message(row, row.named("system"), "system", own))
+        messages.insert(0, _make_message(row, row.named("system"), "system", own))
     elif system is not None and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": system})
     if not answered and messages and messages[-1]["role"] == "assistant":
@@ -77,7 +77,7 @@ def conversation(row: Row, *, system: str | None = None, answered: bool = True) 
     return messages
 
 
-def said(row: Row) -> str | None:
+def all_content(row: Row) -> str | None:
     """All that is said in a conversation, as far as it can be read; None of a row that is none."""
     if not is_conversation(row):
         return None
@@ -89,7 +89,7 @@ def said(row: Row) -> str | None:
             if isinstance(one, list):
                 left = [*one, *left]
             elif isinstance(one, dict):
-                left = [*(one[name] for name in (*_SAYS, "input", "output") if name in one), *left]
+                left = [*(one[name] for name in (*_CONTENT_KEYS, "input", "output") if name in one), *left]
             elif one is not None:
                 parts.append(str(one))
     return "\n".join(parts)
@@ -108,17 +108,21 @@ def _check_order(row: Row, messages: Sequence[Message], answered: bool) -> None:
             continue
         if role == "system":
             raise _fault(row, f"message {index + 1} is from system, which speaks first or not at all", "move it up")
-        if index == 0 or roles[index - 1] not in _BEFORE[role]:
+        if index == 0 or roles[index - 1] not in _PREDECESSORS[role]:
             before = f"behind one from {roles[index - 1]}" if index else "with nothing before it"
             what = f"message {index + 1} is from {role}, {before}: {shorten(messages[index]['content'], 40)}"
-            hint = "join the two" if index and role == roles[index - 1] else f"put one from {_BEFORE[role][-1]} there"
+            hint = (
+                "join the two"
+                if index and role == roles[index - 1]
+                else f"put one from {_PREDECESSORS[role][-1]} there"
+            )
             raise _fault(row, what, hint if index or role != "assistant" else "remove it, or put a question before it")
     if answered and roles[-1] != "assistant":
         what = f"the last message is from {roles[-1]}, and has no answer: {shorten(messages[-1]['content'], 40)}"
         raise _fault(row, what, "remove it, or write the answer")
 
 
-def _listed(row: Row, role: str) -> list[Message]:
+def _parse_messages(row: Row, role: str) -> list[Message]:
     """A column that holds a list of messages."""
     given = row.values[role]
     if isinstance(given, str):
@@ -131,13 +135,13 @@ def _listed(row: Row, role: str) -> list[Message]:
         what = "empty" if given == [] else f"{shorten(given)} is no list of messages"
         hint = "remove the row" if given == [] else 'give [{"role": "user", "content": ...}, ...]'
         raise row.fault(role, what, hint)
-    return [_one(row, f"{row.named(role)}[{index}]", message) for index, message in enumerate(given)]
+    return [_parse_message(row, f"{row.named(role)}[{index}]", message) for index, message in enumerate(given)]
 
 
-def _one(row: Row, where: str, message: Any) -> Message:
+def _parse_message(row: Row, where: str, message: Any) -> Message:
     if not isinstance(message, dict):
         raise _fault(row, f"{where}: {shorten(message)} is no message", 'give {"role": ..., "content": ...}')
-    who = next((name for name in _WHO if message.get(name) is not None), None)
+    who = next((name for name in _ROLE_KEYS if message.get(name) is not None), None)
     if who is None:
         raise _fault(row, f"{where}: no role in {shorten(message)}", f"one of {', '.join(ROLES)}")
     role = _ROLE.get(str(message[who]).strip().lower())
@@ -148,13 +152,13 @@ def _one(row: Row, where: str, message: Any) -> Message:
     if message.get("tool_calls"):
         what = f"{where}.tool_calls: calls are not read: {shorten(message['tool_calls'], 40)}"
         raise _fault(row, what, "write the call into content, as the model is to write it")
-    says = next((name for name in _SAYS if message.get(name) is not None), None)
+    says = next((name for name in _CONTENT_KEYS if message.get(name) is not None), None)
     if says is None:
         raise _fault(row, f"{where}: no content in {shorten(message)}", "fill it in, or remove the row")
-    return _message(row, f"{where}.{says}", role, message[says])
+    return _make_message(row, f"{where}.{says}", role, message[says])
 
 
-def _message(row: Row, where: str, role: str, content: Any) -> Message:
+def _make_message(row: Row, where: str, role: str, content: Any) -> Message:
     if isinstance(content, list) and content:  # in parts, as those have it that show pictures too
         kinds = [part.get("text") if isinstance(part, dict) else None for part in content]
         other = next((part for part, text in zip(content, kinds, strict=True) if not isinstance(text, str)), None)
@@ -169,35 +173,37 @@ def _message(row: Row, where: str, role: str, content: Any) -> Message:
     return {"role": role, "content": text}
 
 
-def _columns(row: Row, answered: bool) -> list[Message]:
+def _messages_of_columns(row: Row, answered: bool) -> list[Message]:
     """A question and an answer that stand in columns of their own."""
     values = dict(row.values)
     if "instances" in values:
-        values |= _instance(row, values["instances"])
+        values |= _instance_columns(row, values["instances"])
     if "choices" in values and "answer" in values:
-        values["answer"] = _chosen(row, choices_of(row), values["answer"])
+        values["answer"] = _choose(row, choices_of(row), values["answer"])
     messages: list[Message] = []
-    for index, pair in enumerate(_pairs(row)):
+    for index, pair in enumerate(_history_pairs(row)):
         place = f"{row.named('history')}[{index}]"
-        messages += [_message(row, place, role, text) for role, text in zip(_TURN, pair, strict=True)]
+        messages += [_make_message(row, place, role, text) for role, text in zip(_PAIR_ROLES, pair, strict=True)]
     if "prompt" not in values:
         raise _fault(row, "no question: the column for prompt is empty or not there", "data.columns.prompt=NAME")
     if isinstance(values["prompt"], list):
-        messages += _listed(row, "prompt")
+        messages += _parse_messages(row, "prompt")
     else:
         asked = [values[role] for role in ("prompt", "context") if role in values]
-        messages.append(_message(row, row.named("prompt"), "user", "\n\n".join(str(part).strip() for part in asked)))
+        messages.append(
+            _make_message(row, row.named("prompt"), "user", "\n\n".join(str(part).strip() for part in asked))
+        )
     if isinstance(values.get("answer"), list):
-        messages += _listed(row, "answer")
+        messages += _parse_messages(row, "answer")
     elif "answer" in values:
-        messages.append(_message(row, row.named("answer"), "assistant", values["answer"]))
+        messages.append(_make_message(row, row.named("answer"), "assistant", values["answer"]))
     elif answered:
         hint = "fill it in or remove the row; data.columns.answer=NAME if it is another column"
         raise _fault(row, "no answer: the column for answer is empty or not there", hint)
     return messages
 
 
-_TURN = ("user", "assistant")
+_PAIR_ROLES = ("user", "assistant")
 
 
 def choices_of(row: Row) -> list[str]:
@@ -208,7 +214,7 @@ def choices_of(row: Row) -> list[str]:
     return [one.strip() for one in given]
 
 
-def _chosen(row: Row, choices: list[str], answer: Any) -> str:
+def _choose(row: Row, choices: list[str], answer: Any) -> str:
     """The right choice, which is given as itself, by its number (from 0) or by its letter."""
     if isinstance(answer, str) and answer.strip() in choices:
         return answer.strip()
@@ -222,7 +228,7 @@ def _chosen(row: Row, choices: list[str], answer: Any) -> str:
     raise row.fault("answer", f"{shorten(answer)} is none of the choices {shorten(choices)}", hint)
 
 
-def _pairs(row: Row) -> list[Any]:
+def _history_pairs(row: Row) -> list[Any]:
     """Earlier questions with their answers."""
     pairs = row.values.get("history") or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
@@ -230,7 +236,7 @@ def _pairs(row: Row) -> list[Any]:
     return pairs
 
 
-def _instance(row: Row, instances: Any) -> dict[str, object]:
+def _instance_columns(row: Row, instances: Any) -> dict[str, object]:
     one = instances[0] if isinstance(instances, list) and len(instances) == 1 else None
     if not isinstance(one, dict):
         what = f"{len(instances) if isinstance(instances, list) else shorten(instances)}, not one"

@@ -1,7 +1,7 @@
-"""Texts that are nearly the same: MinHash signatures cut into bands, then the true likeness of what shares a band.
+"""Texts that are nearly the same: MinHash signatures cut into bands, then the true similarity of what shares a band.
 
 Likeness is the Jaccard index of the sets of `SHINGLE` characters in a row (Broder 1997, "On the resemblance and
-containment of documents"). Two texts of likeness s share one of b bands of r hashes with probability 1 - (1 - s^r)^b:
+containment of documents"). Two texts of similarity s share one of b bands of r hashes with probability 1 - (1 - s^r)^b:
 0.988 at 0.7, 0.005 at 0.15, so nearly all pairs are never looked at. Each text keeps 96 bytes.
 """
 
@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 SHINGLE = 4
 BANDS, HASHES_PER_BAND = 24, 5
-ALIKE = 0.7
-"""From this likeness on two texts are near duplicates."""
+MIN_SIMILARITY = 0.7
+"""From this similarity on two texts are near duplicates."""
 MIN_CHARS = 16
 """A shorter text is like many others by chance."""
 MAX_CHARS = 20_000
 """Of a longer text only the beginning is compared."""
-NEIGHBOURS = 4
+NEIGHBORS = 4
 """Of a band that many texts share, each is compared with the first of them and as many before it."""
-BEST = 3
-BLOCK = 2**16
+MAX_CANDIDATES = 3
+BLOCK_CHARS = 2**16
 
 Keys = NDArray[np.uint32]
 Indices = NDArray[np.int64]
@@ -34,7 +34,7 @@ _SUMMANDS = _random.integers(2**32, size=BANDS * HASHES_PER_BAND, dtype=np.uint3
 _POSITIONS = _random.integers(2**63, size=SHINGLE, dtype=np.uint64) * 2 + 1
 
 
-def plain(text: str) -> str:
+def normalize(text: str) -> str:
     """The text as it is compared: without differences of case, white space and the width of characters."""
     return " ".join(unicodedata.normalize("NFKC", text[:MAX_CHARS]).lower().split())
 
@@ -45,7 +45,9 @@ def band_keys(texts: Sequence[str]) -> Keys:
     start = 0
     while start < len(texts):
         stop, chars = start + 1, len(texts[start])
-        while stop < len(texts) and (chars := chars + len(texts[stop])) <= BLOCK:  # what fits into a processor's cache
+        while (
+            stop < len(texts) and (chars := chars + len(texts[stop])) <= BLOCK_CHARS
+        ):  # what fits into a processor's cache
             stop += 1
         keys[start:stop] = _keys_of_block(texts[start:stop])
         start = stop
@@ -74,10 +76,10 @@ def _keys_of_block(texts: Sequence[str]) -> Keys:
 def candidates(keys: Keys, parts: Indices) -> Indices:
     """Pairs (earlier, later) that may be alike; `parts` says of which split each is.
 
-    Of each text there are the BEST earlier ones of its own split, and as many of the splits before.
+    Of each text there are the MAX_CANDIDATES earlier ones of its own split, and as many of the splits before.
     """  # (pairs, 2)
     size = len(keys)
-    found = [code for band in range(BANDS) for code in _sharing(keys[:, band], size)]
+    found = [code for band in range(BANDS) for code in _pairs_in_band(keys[:, band], size)]
     pairs, shared = np.unique(np.concatenate([*found, np.empty(0, dtype=np.int64)]), return_counts=True)
     earlier, later = pairs // max(size, 1), pairs % max(size, 1)
     across = parts[earlier] != parts[later]
@@ -87,27 +89,27 @@ def candidates(keys: Keys, parts: Indices) -> Indices:
     begins[1:] = (later[1:] != later[:-1]) | (across[1:] != across[:-1])
     first = np.flatnonzero(begins)
     rank = np.arange(len(order)) - first[np.cumsum(begins) - 1] if len(order) else order
-    return np.stack([earlier, later], axis=1)[rank < BEST]
+    return np.stack([earlier, later], axis=1)[rank < MAX_CANDIDATES]
 
 
-def _sharing(keys: NDArray[np.uint32], size: int) -> Iterator[Indices]:
+def _pairs_in_band(keys: NDArray[np.uint32], size: int) -> Iterator[Indices]:
     """Codes earlier * size + later of texts with the same key."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     begins = np.ones(size, dtype=bool)
     begins[1:] = ordered[1:] != ordered[:-1]
     first = np.flatnonzero(begins)[np.cumsum(begins) - 1] if size else order
-    for distance in range(1, NEIGHBOURS + 1):
+    for distance in range(1, NEIGHBORS + 1):
         at = np.flatnonzero(ordered[distance:] == ordered[:-distance])
         if not len(at):
             return
         yield order[at] * size + order[at + distance]
-    at = np.flatnonzero(np.arange(size) - first > NEIGHBOURS)
+    at = np.flatnonzero(np.arange(size) - first > NEIGHBORS)
     yield order[first[at]] * size + order[at]
 
 
-def alike(pairs: Indices, texts: Mapping[int, str], parts: Indices) -> Iterator[tuple[int, int, float]]:
-    """(earlier, later, likeness) of near duplicates among `candidates`, at most one in its own split and one across.
+def near_duplicates(pairs: Indices, texts: Mapping[int, str], parts: Indices) -> Iterator[tuple[int, int, float]]:
+    """(earlier, later, similarity) of near duplicates among `candidates`, at most one in its own split and one across.
 
     `texts` are plain.
     """
@@ -120,10 +122,10 @@ def alike(pairs: Indices, texts: Mapping[int, str], parts: Indices) -> Iterator[
             shingled, last = shingles(texts[later]), later
         other = shingles(texts[earlier])
         both = len(shingled & other)
-        likeness = both / (len(shingled) + len(other) - both)
-        if likeness >= ALIKE:
+        similarity = both / (len(shingled) + len(other) - both)
+        if similarity >= MIN_SIMILARITY:
             done = key
-            yield earlier, later, likeness
+            yield earlier, later, similarity
 
 
 def shingles(text: str) -> set[str]:

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from tunesmith.errors import RecipeError
 
 Array = NDArray[Any]
-AS_MASK, AS_OTHER = 0.8, 0.1
-STREAM = 15
+MASK_RATE, RANDOM_RATE = 0.8, 0.1
+SEED_STREAM = 15
 """Tells these numbers from others drawn from the same seed and epoch."""
 
 
 @dataclass(frozen=True)
-class Tokens:
+class MaskingVocabulary:
     """What masking must know of a tokenizer: the mask, what may stand for another token, and how tokens are spelled."""
 
     mask: int
@@ -29,7 +29,7 @@ class Tokens:
     spelling: list[str]
 
     @classmethod
-    def of(cls, processor: Any) -> Tokens:
+    def of(cls, processor: Any) -> MaskingVocabulary:
         """Read them off.
 
         Raises:
@@ -45,8 +45,8 @@ class Tokens:
         return cls(int(processor.mask_token_id), ordinary, spelling)
 
 
-def choose(words: Array, share: float, generator: np.random.Generator) -> Array:
-    """The positions of whole words, in random order until `share` of all tokens is reached, one word at least.
+def choose_positions(words: Array, mask_share: float, generator: np.random.Generator) -> Array:
+    """The positions of whole words, in random order until `mask_share` of all tokens is reached, one word at least.
 
     `words` has the number of each token's word, -1 for what is never chosen. A word that is more than what is missing
     is passed over.
@@ -55,7 +55,7 @@ def choose(words: Array, share: float, generator: np.random.Generator) -> Array:
     if not len(places):
         return places
     _, numbers, sizes = np.unique(words[places], return_inverse=True, return_counts=True)
-    missing = max(1, round(share * len(places)))
+    missing = max(1, round(mask_share * len(places)))
     order = generator.permutation(len(sizes))
     taken = np.zeros(len(sizes), bool)
     for word, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
@@ -69,15 +69,15 @@ def choose(words: Array, share: float, generator: np.random.Generator) -> Array:
     return places[taken[numbers]]
 
 
-def hide(
-    ids: Array, words: Array, share: float, tokens: Tokens, *, seed: int, epoch: int, index: int
+def mask_tokens(
+    ids: Array, words: Array, mask_share: float, vocabulary: MaskingVocabulary, *, seed: int, epoch: int, index: int
 ) -> tuple[Array, Array]:
     """(what the model sees, the positions at which it is to guess `ids`)."""
-    generator = np.random.default_rng([STREAM, seed, epoch, index])
-    places = choose(words, share, generator)
-    kind, other = generator.random(len(places)), generator.integers(len(tokens.ordinary), size=len(places))
+    generator = np.random.default_rng([SEED_STREAM, seed, epoch, index])
+    places = choose_positions(words, mask_share, generator)
+    kind, other = generator.random(len(places)), generator.integers(len(vocabulary.ordinary), size=len(places))
     seen = ids.copy()
-    seen[places[kind < AS_MASK]] = tokens.mask
-    as_other = (kind >= AS_MASK) & (kind < AS_MASK + AS_OTHER)
-    seen[places[as_other]] = tokens.ordinary[other[as_other]]
+    seen[places[kind < MASK_RATE]] = vocabulary.mask
+    as_other = (kind >= MASK_RATE) & (kind < MASK_RATE + RANDOM_RATE)
+    seen[places[as_other]] = vocabulary.ordinary[other[as_other]]
     return seen, places

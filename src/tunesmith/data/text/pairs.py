@@ -13,19 +13,19 @@ from itertools import islice
 
 from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
-from tunesmith.data.text.augment import split
+from tunesmith.data.text.augment import split_words
 
-LEARNED = 20_000
+MAX_COUNTED_ROWS = 20_000
 """Rows that words are counted in."""
 
-SURE = 3.0
+MIN_LOG_ODDS = 3.0
 """By how much the logarithm of the odds must speak against each side."""
 
 
 def pair_faults(rows: Iterable[Row]) -> Iterator[Fault]:
     """One for each row that is no translation, or one the other way round."""
     rows = iter(rows)
-    first = list(islice(rows, LEARNED))
+    first = list(islice(rows, MAX_COUNTED_ROWS))
     counts = [Counter(word for row in first for word in _words(row, side)) for side in ("source", "target")]
     for part in (first, rows):
         for row in part:
@@ -33,7 +33,7 @@ def pair_faults(rows: Iterable[Row]) -> Iterator[Fault]:
 
 
 def _words(row: Row, side: str) -> list[str]:
-    return split(str(row.values.get(side, "")).lower())
+    return split_words(str(row.values.get(side, "")).lower())
 
 
 def _faults(row: Row, sources: Counter[str], targets: Counter[str]) -> Iterator[Fault]:
@@ -43,7 +43,7 @@ def _faults(row: Row, sources: Counter[str], targets: Counter[str]) -> Iterator[
         fix = "translate it, or remove it: a model learns to copy"
         yield Fault("copied-source", "a target is its source word for word", row.place, shown, fix)
     elif all(
-        sum(math.log((own[word] + 1) / (other[word] + 1)) for word in set(_words(row, side))) < -SURE
+        sum(math.log((own[word] + 1) / (other[word] + 1)) for word in set(_words(row, side))) < -MIN_LOG_ODDS
         for side, own, other in (("source", sources, targets), ("target", targets, sources))
     ):
         what = "source and target are in each other's place"

@@ -12,9 +12,9 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from datetime import date
 
-_HINT = re.compile(r"@|\d{3}|\d[ .-]\d|:[0-9a-fA-F]{0,4}:")
+_QUICK_CHECK = re.compile(r"@|\d{3}|\d[ .-]\d|:[0-9a-fA-F]{0,4}:")
 """A text without one of these holds nothing of any kind."""
-_ISSUED = re.compile(
+_CARD_NUMBERS = re.compile(
     r"4\d{12}(?:\d{3}){0,2}|(?:5[1-5]|2[2-7]|35)\d{14}|3[47]\d{13}|3[068]\d{12}|6(?:011|5\d\d|4[4-9]\d|2\d\d)\d{12,15}"
 )
 """Beginnings and lengths of card numbers: Visa, Mastercard, JCB, American Express, Diners, Discover and UnionPay."""
@@ -25,20 +25,20 @@ _TOLL_FREE = re.compile(r"18(?:00|33|44|55|66|77|88)[2-9]\d{6}")
 _HAN = re.compile("[\u4e00-\u9fff]")
 
 
-def private(text: str) -> Iterator[tuple[str, str]]:
+def find_private(text: str) -> Iterator[tuple[str, str]]:
     """(kind, masked value) of each find; what one kind has taken is not counted as another too."""
     text = unicodedata.normalize("NFKC", text)  # digits and @ may be of the width of Chinese characters
-    if not _HINT.search(text):
+    if not _QUICK_CHECK.search(text):
         return
     for kind, (pattern, holds) in KINDS.items():
         found = [match for match in pattern.finditer(text) if holds(match)]
         for match in found:
-            yield kind, masked(match[0])
+            yield kind, mask_value(match[0])
         for match in reversed(found):
             text = f"{text[: match.start()]} # {text[match.end() :]}"
 
 
-def masked(value: str) -> str:
+def mask_value(value: str) -> str:
     """A find as it may be shown: the first two and, of long ones, the last two letters or digits stay."""
     places = [at for at, character in enumerate(value) if character.isalnum()]
     shown = {*places[:2], *(places[-2:] if len(places) > 8 else ())}
@@ -52,7 +52,7 @@ def _digits(value: str) -> list[int]:
 def _is_card(found: re.Match[str]) -> bool:
     digits = _digits(found[0])
     doubled = [2 * digit if place % 2 else digit for place, digit in enumerate(reversed(digits))]
-    issued = _ISSUED.fullmatch("".join(map(str, digits)))
+    issued = _CARD_NUMBERS.fullmatch("".join(map(str, digits)))
     return issued is not None and sum(digit - 9 if digit > 9 else digit for digit in doubled) % 10 == 0
 
 

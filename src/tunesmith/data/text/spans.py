@@ -92,10 +92,10 @@ def _span(part: Any, sentence: Sentence, row: Row) -> Span:
         what = f"the span {start}-{end} lies beyond the text of {counted(len(sentence.text), 'character')}"
         if not 0 <= start < end:
             what = f"the span {start}-{end} holds no character"
-        raise row.fault("label", what, _counted_otherwise(row) or "the end is the character after the last")
+        raise row.fault("label", what, _unit_hint(row) or "the end is the character after the last")
     if isinstance(said, str) and said != sentence.text[start:end]:
         what = f"the span {start}-{end} is {shorten(sentence.text[start:end])}, not {shorten(said)}"
-        raise row.fault("label", what, _counted_otherwise(row) or "count characters from 0")
+        raise row.fault("label", what, _unit_hint(row) or "count characters from 0")
     return span
 
 
@@ -108,11 +108,11 @@ def _tags_of_spans(sentence: Sentence, spans: list[Span], row: Row) -> tuple[str
     taken: dict[int, Span] = {}
     for span in sorted(spans):
         inside = [n for n, (start, end) in enumerate(sentence.offsets) if start < span.end and end > span.start]
-        if (fault := _unaligned(span, inside, sentence)) is not None:
-            hint = _counted_otherwise(row) or "count characters from 0; the end is the one after the last"
+        if (fault := _alignment_fault(span, inside, sentence)) is not None:
+            hint = _unit_hint(row) or "count characters from 0; the end is the one after the last"
             raise row.fault("label", fault, hint)
         if other := next((taken[n] for n in inside if n in taken), None):
-            what = f"the spans {_shown(other, sentence)} and {_shown(span, sentence)} overlap"
+            what = f"the spans {_span_text(other, sentence)} and {_span_text(span, sentence)} overlap"
             raise row.fault("label", what, "keep one of them: a word has one tag")
         for number in inside:
             tags[number] = f"{'B' if number == inside[0] else 'I'}-{span.label}"
@@ -120,7 +120,7 @@ def _tags_of_spans(sentence: Sentence, spans: list[Span], row: Row) -> tuple[str
     return tuple(sys.intern(tag) for tag in tags)
 
 
-def _unaligned(span: Span, inside: list[int], sentence: Sentence) -> str | None:
+def _alignment_fault(span: Span, inside: list[int], sentence: Sentence) -> str | None:
     """What is wrong where a span does not begin and end with a word; blanks around it are no matter."""
     if not inside:
         return f"the span {span.start}-{span.end} holds no word"
@@ -128,21 +128,21 @@ def _unaligned(span: Span, inside: list[int], sentence: Sentence) -> str | None:
     for edge, (start, end) in ((span.start, first), (span.end, last)):
         if start < edge < end:
             word = shorten(sentence.text[start:end])
-            return f"the span {_shown(span, sentence)} breaks the word {word} in two"
+            return f"the span {_span_text(span, sentence)} breaks the word {word} in two"
     return None
 
 
-def _shown(span: Span, sentence: Sentence) -> str:
+def _span_text(span: Span, sentence: Sentence) -> str:
     return f"{span.start}-{span.end} {shorten(sentence.text[span.start : span.end], 40)}"
 
 
-def _counted_otherwise(row: Row) -> str:
+def _unit_hint(row: Row) -> str:
     """The unit in which all spans of a row would begin and end with words, if characters are not meant."""
     text, label = row.values.get("text"), row.values.get("label")
     assert isinstance(text, str) and isinstance(label, list)
     if text.isascii():
         return ""
-    edges = {edge for start, end in split_edges(label) for edge in (start, end)}
+    edges = {edge for start, end in span_edges(label) for edge in (start, end)}
     sentence = sentence_of(row, whole_text=True)
     words = {edge for offsets in sentence.offsets for edge in offsets}
     for unit, count in UNITS.items():
@@ -152,7 +152,7 @@ def _counted_otherwise(row: Row) -> str:
     return ""
 
 
-def split_edges(label: list[Any]) -> list[tuple[int, int]]:
+def span_edges(label: list[Any]) -> list[tuple[int, int]]:
     """Start and end of whatever in a label looks like a span."""
     found = []
     for part in label:

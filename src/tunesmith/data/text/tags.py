@@ -36,14 +36,14 @@ PREFIXES: dict[Scheme, str] = {
 """The first letters of each scheme's tags; of schemes that fit as well as each other, the first one is meant."""
 
 _PREFIXED = re.compile(r"([BIESLUM])-(.+)")
-_MISSPELT = re.compile(r"([BIESLUMbieslum])\W*[-_ :.–—]\W*(.+)")
+_MISSPELLED = re.compile(r"([BIESLUMbieslum])\W*[-_ :.–—]\W*(.+)")
 """A prefix in small letters, or with another mark behind it: `B_PER` is no type of its own."""
 
-_SAME_AS = {"L": "E", "U": "S", "M": "I"}
+_CANONICAL_PREFIX = {"L": "E", "U": "S", "M": "I"}
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class TagFault:
     """What is wrong with a tag: which one of its sentence, what, and the way out."""
 
     index: int
@@ -57,7 +57,7 @@ def split_tag(tag: str) -> tuple[str, str]:
         return "O", ""
     if (found := _PREFIXED.fullmatch(tag)) is None:
         return "I", tag
-    return _SAME_AS.get(found[1], found[1]), found[2]
+    return _CANONICAL_PREFIX.get(found[1], found[1]), found[2]
 
 
 def scheme_of(sentences: Iterable[Sequence[str]]) -> Scheme | None:
@@ -68,26 +68,28 @@ def scheme_of(sentences: Iterable[Sequence[str]]) -> Scheme | None:
         return None
     sound = {
         scheme: sum(
-            times for pairs, times in kinds.items() if all(_wrong(before, tag, scheme) is None for before, tag in pairs)
+            times
+            for pairs, times in kinds.items()
+            if all(_transition_fault(before, tag, scheme) is None for before, tag in pairs)
         )
         for scheme in PREFIXES
     }
     return max(sound, key=sound.__getitem__)
 
 
-def faults(tags: Sequence[str], scheme: Scheme) -> list[Fault]:
+def tag_faults(tags: Sequence[str], scheme: Scheme) -> list[TagFault]:
     """What is wrong with the tags of one sentence."""
     found = []
     for index, (before, tag) in enumerate(_pairs(tags)):
-        if (wrong := _wrong(before, tag, scheme)) is not None:
-            found.append(Fault(min(index, len(tags) - 1), *wrong))
+        if (wrong := _transition_fault(before, tag, scheme)) is not None:
+            found.append(TagFault(min(index, len(tags) - 1), *wrong))
     return found
 
 
-def faults_of_rows(rows: Iterable[tuple[Row, Sequence[str]]], scheme: Scheme) -> Iterator[tuple[str, Fault]]:
+def row_faults(rows: Iterable[tuple[Row, Sequence[str]]], scheme: Scheme) -> Iterator[tuple[str, TagFault]]:
     """(place, fault) of every wrong tag in rows with their tags; the place is a line of the file."""
     for row, tags in rows:
-        for fault in faults(tags, scheme):
+        for fault in tag_faults(tags, scheme):
             yield row.place_of(fault.index), fault
 
 
@@ -97,11 +99,11 @@ def _pairs(tags: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 @lru_cache(maxsize=65536)
-def _wrong(before: str, tag: str, scheme: Scheme) -> tuple[str, str] | None:
+def _transition_fault(before: str, tag: str, scheme: Scheme) -> tuple[str, str] | None:
     """What is wrong with a tag after another, and the way out."""
-    if tag != "O" and not belongs(tag, scheme):
-        return f"{shorten(tag)} is no tag of {scheme}", _meant(tag, scheme)
-    if scheme == "IO" or (before != "O" and not belongs(before, scheme)):
+    if tag != "O" and not is_tag_of(tag, scheme):
+        return f"{shorten(tag)} is no tag of {scheme}", _suggest_tag(tag, scheme)
+    if scheme == "IO" or (before != "O" and not is_tag_of(before, scheme)):
         return None
     (part_before, type_before), (part, type_) = split_tag(before), split_tag(tag)
     inside = part_before in "BI" and part in "IE" and type_before == type_
@@ -112,22 +114,24 @@ def _wrong(before: str, tag: str, scheme: Scheme) -> tuple[str, str] | None:
     if part in "IE" and not inside:
         return f"{shorten(tag)} after {shorten(before)}: in {scheme} no entity begins so", f"begin it with B-{type_}"
     if scheme != "BIO" and part_before in "BI" and not inside:
-        ends = [f"{letter}-{type_before}" for letter in PREFIXES[scheme] if _SAME_AS.get(letter, letter) in "ES"]
+        ends = [
+            f"{letter}-{type_before}" for letter in PREFIXES[scheme] if _CANONICAL_PREFIX.get(letter, letter) in "ES"
+        ]
         return f"{shorten(tag)} after {shorten(before)}, which is left open", f"in {scheme} entities end: {ends}"
     return None
 
 
-def belongs(tag: str, scheme: Scheme) -> bool:
+def is_tag_of(tag: str, scheme: Scheme) -> bool:
     """Whether a tag other than O is one of a scheme's."""
     prefixed = _PREFIXED.fullmatch(tag)
     if prefixed is None:
-        return scheme == "IO" and not _MISSPELT.fullmatch(tag)
+        return scheme == "IO" and not _MISSPELLED.fullmatch(tag)
     return prefixed[1] in PREFIXES[scheme]
 
 
-def _meant(tag: str, scheme: Scheme) -> str:
+def _suggest_tag(tag: str, scheme: Scheme) -> str:
     """The tag that a misspelt one may be."""
-    near = _MISSPELT.fullmatch(tag)
+    near = _MISSPELLED.fullmatch(tag)
     if near and near[1].upper() in PREFIXES[scheme]:
         return f"did you mean '{near[1].upper()}-{near[2]}'?"
     return f"its tags are O and {', '.join(f'{letter}-TYPE' for letter in PREFIXES[scheme])}"

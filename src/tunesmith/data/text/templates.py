@@ -23,51 +23,51 @@ _SYSTEM, _USER, _ANSWER, _END = (
     "{% else %}{{ raise_exception('this template has no place for messages from ' + message['role']) }}"
     "{% endif %}{% endfor %}",
 )
-_SAYS = "{{ message['content'] }}"
+_CONTENT = "{{ message['content'] }}"
 
 
-def _asked(prompt: str) -> str:
+def _generation_prompt(prompt: str) -> str:
     return "{% if add_generation_prompt %}" + prompt + "{% endif %}"
 
 
 def _turns(system: str, user: str, answer: str, prompt: str) -> str:
     """Messages one behind the other, each in its dress."""
     parts = (_SYSTEM, system, _USER, user, _ANSWER, answer)
-    return _LOOP + "".join(parts) + _END + _asked(prompt)
+    return _LOOP + "".join(parts) + _END + _generation_prompt(prompt)
 
 
-def _marked(begin: str, end: str, prompt: str) -> str:
+def _delimited(begin: str, end: str, prompt: str) -> str:
     """Messages that begin with the name of a role and end with a token."""
-    return _LOOP + begin + _SAYS + end + "\n{% endfor %}" + _asked(prompt)
+    return _LOOP + begin + _CONTENT + end + "\n{% endfor %}" + _generation_prompt(prompt)
 
 
 TEMPLATES: dict[str, str] = {
     PLAIN: _turns(
-        _SAYS + "\n\n", "User: " + _SAYS + "\n", "Assistant: " + _SAYS + "{{ eos_token }}\n", "Assistant:"
+        _CONTENT + "\n\n", "User: " + _CONTENT + "\n", "Assistant: " + _CONTENT + "{{ eos_token }}\n", "Assistant:"
     ),
     "alpaca": _turns(
-        _SAYS + "\n\n",
-        "### Instruction:\n" + _SAYS + "\n\n",
-        "### Response:\n" + _SAYS + "{{ eos_token }}\n\n",
+        _CONTENT + "\n\n",
+        "### Instruction:\n" + _CONTENT + "\n\n",
+        "### Response:\n" + _CONTENT + "{{ eos_token }}\n\n",
         "### Response:\n",
     ),
     "vicuna": _turns(
-        _SAYS + "\n\n", "USER: " + _SAYS + "\n", "ASSISTANT: " + _SAYS + "{{ eos_token }}\n", "ASSISTANT:"
+        _CONTENT + "\n\n", "USER: " + _CONTENT + "\n", "ASSISTANT: " + _CONTENT + "{{ eos_token }}\n", "ASSISTANT:"
     ),
-    "chatml": _marked("<|im_start|>{{ message['role'] }}\n", "<|im_end|>", "<|im_start|>assistant\n"),
-    "zephyr": _marked("<|{{ message['role'] }}|>\n", "{{ eos_token }}", "<|assistant|>\n"),
+    "chatml": _delimited("<|im_start|>{{ message['role'] }}\n", "<|im_end|>", "<|im_start|>assistant\n"),
+    "zephyr": _delimited("<|{{ message['role'] }}|>\n", "{{ eos_token }}", "<|assistant|>\n"),
     "llama2": _turns(
-        "[INST] <<SYS>>\n" + _SAYS + "\n<</SYS>>\n\n",
-        "{% if loop.first or messages[loop.index0 - 1]['role'] != 'system' %}[INST] {% endif %}" + _SAYS + " [/INST]",
-        " " + _SAYS + "{{ eos_token }}{% if not loop.last %}{{ bos_token }}{% endif %}",
+        "[INST] <<SYS>>\n" + _CONTENT + "\n<</SYS>>\n\n",
+        "{% if loop.first or messages[loop.index0 - 1]['role'] != 'system' %}[INST] {% endif %}" + _CONTENT + " [/INST]",
+        " " + _CONTENT + "{{ eos_token }}{% if not loop.last %}{{ bos_token }}{% endif %}",
         "",
     ),
-    "llama3": _marked(
+    "llama3": _delimited(
         "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n",
         "<|eot_id|>",
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ).replace("<|eot_id|>\n", "<|eot_id|>"),
-    "gemma": _marked(
+    "gemma": _delimited(
         "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n",
         "<end_of_turn>",
         "<start_of_turn>model\n",

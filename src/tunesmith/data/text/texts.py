@@ -25,7 +25,7 @@ from tunesmith.recipe import Data
 MAX_CHARS_PER_TOKEN = 64
 
 MAX_BYTES = 4
-"""Bytes of a character in UTF-8, at most."""
+"""Bytes of a character in UTF-8, at max_chars."""
 
 
 def encode_texts(rows: Sequence[Row], processor: Any, data: Data, windows: int | None = None) -> list[dict[str, Any]]:
@@ -40,37 +40,39 @@ def encode_texts(rows: Sequence[Row], processor: Any, data: Data, windows: int |
         what = f"task.windows: {type(processor).__name__} has no fast form, which alone gives what is left over"
         raise RecipeError(what, hint="leave the key out: longer texts are cut")
     encoded: dict[int, dict[str, Any]] = {}
-    for roles in (("text",), ("text", "text_pair")):  # a row without a second text is read as a text alone
-        part = {n: row for n, row in enumerate(rows) if ("text_pair" in row.values) == (len(roles) == 2)}
+    for columns in (("text",), ("text", "text_pair")):  # a row without a second text is read as a text alone
+        part = {n: row for n, row in enumerate(rows) if ("text_pair" in row.values) == (len(columns) == 2)}
         if part:
-            encoded |= zip(part, _encode(list(part.values()), roles, processor, data, windows), strict=True)
+            encoded |= zip(part, _encode(list(part.values()), columns, processor, data, windows), strict=True)
     return [encoded[number] for number in range(len(rows))]
 
 
 def _encode(
-    rows: list[Row], roles: Sequence[str], processor: Any, data: Data, windows: int | None
+    rows: list[Row], columns: Sequence[str], processor: Any, data: Data, windows: int | None
 ) -> list[dict[str, Any]]:
     assert data.max_length is not None, "the run resolves max_length"
-    most = data.max_length * (windows or 1) * MAX_CHARS_PER_TOKEN  # a tokenizer's time grows with all that it is shown
-    texts = [[_head(str(row.values[role]), most) for row in rows] for role in roles]
+    max_chars = (
+        data.max_length * (windows or 1) * MAX_CHARS_PER_TOKEN
+    )  # a tokenizer's time grows with all that it is shown
+    texts = [[_head(str(row.values[role]), max_chars) for row in rows] for role in columns]
     coded = processor(*texts, truncation=True, max_length=data.max_length, return_overflowing_tokens=bool(windows))
     pieces: list[list[int]] = [[] for _ in rows]
     for index, row in enumerate(coded.get("overflow_to_sample_mapping", range(len(rows)))):
         pieces[row].append(index)
-    specials = processor.num_special_tokens_to_add(pair=len(roles) == 2)
+    specials = processor.num_special_tokens_to_add(pair=len(columns) == 2)
     for row, mine in zip(rows, pieces, strict=True):
         if sum(len(coded["input_ids"][index]) for index in mine) <= specials:
             raise row.fault("text", "nothing is left of it as tokens", "remove the row")
     fields = [_fields(coded, mine, data.max_length, windows) for mine in pieces]
     for one, row, *parts in zip(fields, rows, *texts, strict=True):
-        one["cut"] |= int(len(str(row.values["text"]).strip()) > most)
+        one["cut"] |= int(len(str(row.values["text"]).strip()) > max_chars)
         if not processor.is_fast and len(one["input_ids"]) == data.max_length:  # it does not say what it has cut
             one["cut"] |= int(len(processor(*parts)["input_ids"]) > data.max_length)
     return fields
 
 
-def _head(text: str, most: int) -> str:
-    return text if len(text) <= most else text.lstrip()[:most]
+def _head(text: str, max_chars: int) -> str:
+    return text if len(text) <= max_chars else text.lstrip()[:max_chars]
 
 
 def _fields(coded: Any, pieces: list[int], max_length: int, windows: int | None) -> dict[str, Any]:
@@ -100,24 +102,24 @@ def from_bytes(rows: Ragged) -> list[str]:
     return [values[start:stop].decode() for start, stop in zip(ends[:-1], ends[1:], strict=True)]
 
 
-def cut_texts(
-    texts: Sequence[str], processor: Any, max_length: int, role: str, places: Sequence[str], *, written: bool = False
+def tokenize_truncated(
+    texts: Sequence[str], processor: Any, max_length: int, role: str, places: Sequence[str], *, as_target: bool = False
 ) -> list[tuple[list[int], bool]]:
     """The tokens of each text, and whether it was cut to be `max_length` long; `written`: texts that a decoder writes.
 
     Raises:
         DataError: a text is nothing to this tokenizer.
     """
-    most = max_length * MAX_CHARS_PER_TOKEN
-    shown = [_head(text, most) for text in texts]
+    max_chars = max_length * MAX_CHARS_PER_TOKEN
+    shown = [_head(text, max_chars) for text in texts]
 
     def code(some: list[str], **options: Any) -> list[list[int]]:
-        coded: Any = processor(**{"text_target" if written else "text": some}, verbose=False, **options)
+        coded: Any = processor(**{"text_target" if as_target else "text": some}, verbose=False, **options)
         return [list(ids) for ids in coded["input_ids"]]
 
     found, specials = code(shown), set(processor.all_special_ids)
     long = [number for number, ids in enumerate(found) if len(ids) > max_length]
-    cut = set(long) | {number for number, text in enumerate(texts) if len(text) > most}
+    cut = set(long) | {number for number, text in enumerate(texts) if len(text) > max_chars}
     for number, ids in zip(
         long, code([shown[n] for n in long], truncation=True, max_length=max_length) if long else (), strict=True
     ):

@@ -28,13 +28,13 @@ BY_CHARACTER = re.compile(
 """Kana, Han and Hangul."""
 _HANGUL = re.compile("[\uac00-\ud7af]")
 
-INSIDE, BEFORE = "-.&_/'\u2019", "@#"
+INNER_MARKS, PREFIX_MARKS = "-.&_/'\u2019", "@#"
 """Marks that may stand between the letters of a word, or before them."""
-SHARE = 0.02
+MIN_INNER_SHARE = 0.02
 """Of a mark that often stands alone, so few inside words are none by chance."""
 _LINK = re.compile(r"(?:https?://|www\.)[!-~]*[\w/=&#-]", re.ASCII)
 
-OVERLAP = 4
+OVERLAP_DIVISOR = 4
 """Windows overlap by this part of what fits, and no word takes more of it."""
 
 
@@ -53,7 +53,7 @@ def split_words(text: str, marks: str = "") -> list[tuple[int, int]]:
     start = None
     for index, character in enumerate(text):
         alone = BY_CHARACTER.match(character)
-        if not alone and (character.isalnum() or character == "_" or _belongs_to_the_one_before(character)):
+        if not alone and (character.isalnum() or character == "_" or _is_combining(character)):
             start = index if start is None else start
             continue
         if start is not None:
@@ -62,10 +62,10 @@ def split_words(text: str, marks: str = "") -> list[tuple[int, int]]:
         if not character.isspace():
             found.append((index, index + 1))
     found = found if start is None else [*found, (start, len(text))]
-    return _joined(text, found, marks) if marks else found
+    return _join_pieces(text, found, marks) if marks else found
 
 
-def _joined(text: str, pieces: list[tuple[int, int]], marks: str) -> list[tuple[int, int]]:
+def _join_pieces(text: str, pieces: list[tuple[int, int]], marks: str) -> list[tuple[int, int]]:
     """Pieces between which a mark stands that stays in a word, and what a link is made of, as one."""
     links = [match.span() for match in _LINK.finditer(text)] if "/" in marks else []
     found: list[tuple[int, int]] = []
@@ -75,7 +75,7 @@ def _joined(text: str, pieces: list[tuple[int, int]], marks: str) -> list[tuple[
         if (
             found
             and found[-1][1] == start
-            and ((links and links[0][0] < start) or _one_word(text, found[-1], start, marks))
+            and ((links and links[0][0] < start) or _continues_word(text, found[-1], start, marks))
         ):
             found[-1] = found[-1][0], end
         else:
@@ -83,18 +83,18 @@ def _joined(text: str, pieces: list[tuple[int, int]], marks: str) -> list[tuple[
     return found
 
 
-def _one_word(text: str, before: tuple[int, int], at: int, marks: str) -> bool:
+def _continues_word(text: str, before: tuple[int, int], at: int, marks: str) -> bool:
     """Whether what begins at a place of the text goes on with the word before it."""
     last, here, after = text[at - 1], text[at], text[at + 1 : at + 2]
-    if here in marks and here not in BEFORE:
-        return _is_of_words(last) and _is_of_words(after)
-    if last in marks and last not in BEFORE:
-        return before[1] - before[0] > 1 and _is_of_words(here)
-    alone = before[1] - before[0] == 1 and not (before[0] and _is_of_words(text[before[0] - 1]))
-    return last in marks and alone and _is_of_words(here)
+    if here in marks and here not in PREFIX_MARKS:
+        return _is_word_character(last) and _is_word_character(after)
+    if last in marks and last not in PREFIX_MARKS:
+        return before[1] - before[0] > 1 and _is_word_character(here)
+    alone = before[1] - before[0] == 1 and not (before[0] and _is_word_character(text[before[0] - 1]))
+    return last in marks and alone and _is_word_character(here)
 
 
-def _is_of_words(character: str) -> bool:
+def _is_word_character(character: str) -> bool:
     return (character.isalnum() or character == "_") and not BY_CHARACTER.match(character)
 
 
@@ -107,16 +107,16 @@ def inner_marks(sentences: Iterable[Sequence[str]]) -> str:
                 apart[word] += 1
             elif not word.isalnum():
                 inside = {m for a, m, b in zip(word, word[1:], word[2:], strict=False) if a.isalnum() and b.isalnum()}
-                whole.update(inside | {word[0]} & set(BEFORE))
+                whole.update(inside | {word[0]} & set(PREFIX_MARKS))
                 apart.update({word[0]} & set("'\u2019"))  # `'s`: such a corpus parts words there
     return "".join(
         mark
-        for mark in INSIDE + BEFORE
-        if whole[mark] > apart[mark] * (SHARE if mark in INSIDE and mark not in "'\u2019" else 1)
+        for mark in INNER_MARKS + PREFIX_MARKS
+        if whole[mark] > apart[mark] * (MIN_INNER_SHARE if mark in INNER_MARKS and mark not in "'\u2019" else 1)
     )
 
 
-def _belongs_to_the_one_before(character: str) -> bool:
+def _is_combining(character: str) -> bool:
     """Accents and vowel signs of their own, and the joiners between letters."""
     return character > "\u02ff" and (unicodedata.category(character)[0] == "M" or character in "\u200c\u200d")
 
@@ -125,19 +125,19 @@ def join_words(words: Sequence[str]) -> Sentence:
     """Words as a text, with blanks between them where such words have any."""
     text, offsets = "", list[tuple[int, int]]()
     for before, word in zip(["", *words], words, strict=False):
-        text += " " * _are_parted(before, word) + word
+        text += " " * _needs_space(before, word) + word
         offsets.append((len(text) - len(word), len(text)))
     return Sentence(text, offsets, list(words))
 
 
-def _are_parted(before: str, word: str) -> bool:
+def _needs_space(before: str, word: str) -> bool:
     """Whether a blank stands between two words; between Korean ones of several syllables it does."""
     if not before or not (BY_CHARACTER.match(word[:1]) and BY_CHARACTER.match(before[-1])):
         return bool(before)
     return bool(_HANGUL.match(word) and _HANGUL.match(before[-1])) and len(before) + len(word) > 2
 
 
-def _found_in(words: list[str], text: str) -> Sentence | None:
+def _locate_words(words: list[str], text: str) -> Sentence | None:
     """Words where they stand in a text of nothing but them and blanks; None if it is none."""
     offsets, end = list[tuple[int, int]](), 0
     for word in words:
@@ -165,7 +165,7 @@ def sentence_of(row: Row, *, whole_text: bool = False, marks: str = "") -> Sente
         raise DataError(what, where=row.place, hint=hint)
     else:
         words = _words(tokens, row)
-        found = (_found_in(words, text) if isinstance(text, str) else None) or join_words(words)
+        found = (_locate_words(words, text) if isinstance(text, str) else None) or join_words(words)
     if not found.words:
         raise DataError("there is no word in it", where=row.place, hint="remove the row")
     return found
@@ -191,19 +191,19 @@ def encode_words(
     """
     before, after = _special_tokens(processor)
     room = max(max_length - len(before) - len(after), 1)
-    most, unknown = max(room // OVERLAP, 1), _unknown(processor)
-    pieces = _pieces({word for words in sentences for word in words}, processor, most * 2)
+    most, unknown = max(room // OVERLAP_DIVISOR, 1), _fallback_id(processor)
+    pieces = _tokenize_words({word for words in sentences for word in words}, processor, most * 2)
     fields = []
     for words in sentences:
         mine = [pieces[word] for word in words]
         cut, void = sum(len(one) > most for one in mine), sum(not one for one in mine)
         kept = [one[:most] or [unknown] for one in mine]
-        one = _windowed(kept, before, after, room, inside)
+        one = _window_fields(kept, before, after, room, inside)
         fields.append(one | {"cut": cut, "void": void})
     return fields
 
 
-def _windowed(
+def _window_fields(
     pieces: list[list[int]], before: list[int], after: list[int], room: int, inside: bool
 ) -> dict[str, list[int]]:
     sizes = [len(one) for one in pieces]
@@ -238,10 +238,10 @@ def cut_windows(sizes: Sequence[int], room: int) -> list[tuple[int, int]]:
         windows.append((start, end))
         if end >= len(sizes):
             return windows
-        start = max(start + 1, int(np.searchsorted(ends, ends[end] - room // OVERLAP)))
+        start = max(start + 1, int(np.searchsorted(ends, ends[end] - room // OVERLAP_DIVISOR)))
 
 
-def _pieces(words: set[str], processor: Any, most: int) -> dict[str, list[int]]:
+def _tokenize_words(words: set[str], processor: Any, most: int) -> dict[str, list[int]]:
     """The sub-words of each word on its own, at most `most`; where words are made with the blank before them (GPT-2,
     RoBERTa), with it.
     """
@@ -263,7 +263,7 @@ def _special_tokens(processor: Any) -> tuple[list[int], list[int]]:
     raise AssertionError(f"{type(processor).__name__} reads a word otherwise with its special tokens than without")
 
 
-def _unknown(processor: Any) -> int:
+def _fallback_id(processor: Any) -> int:
     """What stands for a word of which nothing is left."""
     ids = (processor.unk_token_id, processor.eos_token_id, processor.pad_token_id, 0)
     return int(next(token for token in ids if token is not None))

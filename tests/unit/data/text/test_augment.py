@@ -16,7 +16,7 @@ from tunesmith.data.text.augment import (
     misspell,
     read_synonyms,
     replace_synonyms,
-    split,
+    split_words,
     swap_words,
 )
 from tunesmith.errors import DataError, RecipeError
@@ -78,7 +78,7 @@ def test_a_slip_is_one_key_from_the_word() -> None:
 
 def test_chinese_is_changed_by_character_and_stays_without_blanks() -> None:
     text = "这部电影很温暖 and moving"
-    assert split(text) == [*"这部电影很温暖", "and", "moving"]
+    assert split_words(text) == [*"这部电影很温暖", "and", "moving"]
     seen = {Augmenter.of(EACH, 0).row(Row("x:1", {"text": text}), 0, index).values["text"] for index in range(30)}
     assert len(seen) > 20 and not any(" 部" in str(one) or "影 " in str(one)[:3] for one in seen)
 
