@@ -29,7 +29,7 @@ LIST_KINDS: frozenset[Kind] = frozenset({"words", "tags", "spans", "boxes", "mes
 """Kinds whose values may be lists that only the task can validate."""
 
 JSON_LIST_KINDS = LIST_KINDS - {"turn"}
-"""Kinds whose list may be written as JSON in a text cell. A message (`turn`) may begin with a bracket and is no JSON."""
+"""Kinds whose lists may be written as JSON in a text cell. A message (`turn`) may begin with a bracket itself."""
 
 
 @dataclass(frozen=True)

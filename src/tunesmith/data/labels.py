@@ -98,7 +98,7 @@ def _is_number(text: str) -> bool:
         return False
 
 
-ddef _split_list(text: str) -> list[str]:
+def _split_list(text: str) -> list[str]:
     if text.startswith("["):
         try:
             return [str(part) for part in ast.literal_eval(text)]
@@ -142,7 +142,7 @@ def _names(label: Label, several: bool) -> tuple[str, ...]:
     """The classes of a label; if `several`, a label written as text is split into a list."""
     if isinstance(label, tuple):
         return label
-    return tuple(name for part in __split_list(str(label)) if (name := class_name(part))) if several else (str(label),)
+    return tuple(name for part in _split_list(str(label)) if (name := class_name(part))) if several else (str(label),)
 
 
 def _natural(name: str) -> tuple[int, float, str]:
@@ -171,7 +171,7 @@ def _check_joined_classes(classes: list[str], where: str) -> None:
     """Refuse a class like "a;b" if "a" and "b" are classes too: it is probably two labels of one text."""
     known = set(classes)
     for name in classes:
-        parts = [part.strip() for part in __split_list(name)]
+        parts = [part.strip() for part in _split_list(name)]
         if len(parts) > 1 and known.issuperset(parts):
             hint = "set task.labels=multi, or task.labels=single if it is one class"
             raise DataError(f"label: {shorten(name)} combines classes that also occur alone", where=where, hint=hint)

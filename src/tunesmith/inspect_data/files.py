@@ -224,7 +224,7 @@ def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
         names, _ = read_raw(path, header=all(isinstance(column, str) for column in names))
     return File(
         name,
-        table.shown,
+        table.display_path,
         names,
         table.raw_rows,
         table.parse_row,

@@ -216,7 +216,7 @@ class BoundTextGeneration(BoundTask):
     def encode(self, rows: Sequence[Row]) -> list[Fields]:
         """`input_ids` and the places in them with loss (`learned`).
 
-        Raw text has the `windows` that its documents make; a conversation (`ChatEncoder.encode`) also the `reference`, its
+        Raw text has the `windows` that its documents make; a conversation (`ChatEncoder.encode`) has `reference`, its
         last answer in bytes. A prompt has its length, `prompt`.
 
         Raises:

@@ -1,7 +1,7 @@
-"""Documents as one stream of tokens, cut into blocks of equal length: no padding, no token dropped.
+"""Documents concatenated and cut into blocks of equal length, without padding or dropped tokens.
 
-Where one document ends and the next begins stands the model's separator; each block is dressed as a text of its own
-(`blocks`), or keeps its documents apart, each a window of its own (`packed`).
+`make_blocks` puts separator tokens between documents and wraps each block in special tokens like a single text.
+`pack_documents` keeps the documents of a block apart, each in its own attention window.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from tunesmith.data.formats import Row
 
 Array = NDArray[Any]
 Segment = Callable[[str], Iterable[str]]
-"""A text as its words, one behind the other, nothing left out."""
+"""Text -> its words in order; joined, they give the text."""
 
 BATCH_CHARS = 2**21
 UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]")
-"""Chinese characters and Japanese kana, which no blanks divide into words."""
+"""Chinese characters and Japanese kana: no spaces separate words."""
 
 WORD_START, WORD_CONTINUATION, SEPARATOR = 1, 0, -1
-"""What a token is to a word: its first one, a later one, or a separator between documents."""
+"""Kinds of tokens: the first of a word, a later one, or a separator between documents."""
 
 
 def make_blocks(
     rows: Iterable[Row], column: str, processor: Any, max_length: int, *, whole_words: bool, segment: Segment | None
 ) -> Iterator[Row]:
-    """Rows with `input_ids`, `max_length` of them but in the last block and where a separator would stand at an end,
-    and `words`: the number of each token's word within the block, -1 for special and unknown tokens. A block's place
-    is that of the document it begins in.
+    """Yield blocks as rows of `input_ids` and `words`.
+
+    A block has `max_length` tokens, except the last one and those that lose a separator at an edge. `words` has the
+    index of each token's word within the block, -1 for special and unknown tokens. A block's place is that of its
+    first document.
     """
     before, between, after = _special_ids(processor)
     room = max_length - len(before) - len(after)
@@ -68,11 +70,11 @@ def make_blocks(
 def pack_documents(
     rows: Iterable[Row], column: str, processor: Any, max_length: int, first: Sequence[int], last: Sequence[int]
 ) -> Iterator[Row]:
-    """Rows with `input_ids`, `max_length` (or one less) but in the last, and `windows`: how many each document has.
+    """Yield blocks as rows of `input_ids` (`max_length` of them, or one less) and `windows`, the length per document.
 
-    Documents begin with `first` and end with `last`. What goes on in the next block begins there with the token before
-    it, so that each token but a document's first stands once behind another. Special tokens that a text spells are
-    words like others.
+    Documents begin with `first` and end with `last`. A document that continues in the next block repeats its last token
+    there, so that every token except a document's first is predicted exactly once. Special tokens that occur in a
+    text are tokenized as ordinary text.
     """
     ids, windows, place = list[int](), list[int](), ""
     for row, own in _documents(rows, column, processor):
@@ -83,7 +85,7 @@ def pack_documents(
             ids += part
             windows.append(len(part))
             left = left[len(part) - 1 :]
-            if len(ids) > max_length - 2:  # one token more would have nothing behind it
+            if len(ids) > max_length - 2:  # a document's first token alone predicts nothing
                 yield Row(place, {"input_ids": ids, "windows": windows})
                 ids, windows = [], []
     if ids:
@@ -98,7 +100,7 @@ def _documents(rows: Iterable[Row], column: str, processor: Any) -> Iterator[tup
 
 
 def _special_ids(processor: Any) -> tuple[list[int], list[int], list[int]]:
-    """What stands before a text, between two of them, and after one."""
+    """Return the special tokens before a text, between two texts, and after a text."""
     first, last = processor.cls_token_id, processor.sep_token_id
     first = processor.bos_token_id if first is None else first
     last = processor.eos_token_id if last is None else last
@@ -109,7 +111,7 @@ def _special_ids(processor: Any) -> tuple[list[int], list[int], list[int]]:
 def _tokens(
     rows: Iterable[Row], column: str, processor: Any, whole_words: bool, segment: Segment | None
 ) -> Iterator[tuple[Row, Array, Array]]:
-    """Each document, its tokens, and whether each of them begins a word."""
+    """Yield each document with its tokens and their kinds."""
     sign = _sentencepiece_starts(processor) if whole_words else np.empty(0, bool)
     for part in _batches(rows, column):
         texts = [str(row.values[column]) for row in part]
@@ -123,7 +125,7 @@ def _tokens(
 
 
 def _batches(rows: Iterable[Row], column: str) -> Iterator[list[Row]]:
-    """Tokenizers are fast on many texts; not so many that memory grows with the corpus."""
+    """Group rows into batches of BATCH_CHARS characters, for fast tokenization in bounded memory."""
     part: list[Row] = []
     size = 0
     for row in rows:
@@ -137,16 +139,18 @@ def _batches(rows: Iterable[Row], column: str) -> Iterator[list[Row]]:
 
 
 def _sentencepiece_starts(processor: Any) -> Array:
-    """Of each token of the vocabulary, whether SentencePiece marks it as the first of a word."""
-    found = np.zeros(len(processor), bool)
+    """Return for each token of the vocabulary whether SentencePiece marks it as the first of a word."""
+    starts = np.zeros(len(processor), bool)
     for token, index in processor.get_vocab().items():
-        found[index] = token.startswith("\N{LOWER ONE EIGHTH BLOCK}")
-    return found
+        starts[index] = token.startswith("\N{LOWER ONE EIGHTH BLOCK}")
+    return starts
 
 
 def _word_starts(encoding: Any, text: str, segment: Segment | None) -> Array:
-    """Whether each token begins a word: as the tokenizer divided the text, and without blanks as `segment` does, else
-    character by character.
+    """Return for each token whether it begins a word.
+
+    Words are those of the tokenizer's pre-tokenizer. In scripts without spaces they are those of `segment`, or single
+    characters if there is no `segment`.
     """
     words = np.asarray([-1 if word is None else word for word in encoding.word_ids])
     starts = _differs_from_previous(words)
@@ -158,11 +162,11 @@ def _word_starts(encoding: Any, text: str, segment: Segment | None) -> Array:
         units = np.repeat(np.arange(len(sizes)), sizes)
     unspaced = np.fromiter((UNSPACED.match(char) is not None for char in text), bool, len(text))
     at = np.minimum(np.asarray([start for start, _ in encoding.offsets]), len(text) - 1)
-    at += [text[place].isspace() and place + 1 < len(text) for place in at.tolist()]  # a blank is SentencePiece's own
-    there = unspaced[at]
-    return np.where(there, _differs_from_previous(units[at]), starts) | _differs_from_previous(there)
+    at += [text[place].isspace() and place + 1 < len(text) for place in at.tolist()]  # SentencePiece includes a space
+    is_unspaced = unspaced[at]
+    return np.where(is_unspaced, _differs_from_previous(units[at]), starts) | _differs_from_previous(is_unspaced)
 
 
 def _differs_from_previous(values: Array) -> Array:
-    """Whether each value differs from the one before it; the first does."""
+    """Return for each value whether it differs from the previous one; True for the first."""
     return np.concatenate([[True], values[1:] != values[:-1]])

@@ -1,8 +1,8 @@
-"""Texts that are nearly the same: MinHash signatures cut into bands, then the true similarity of what shares a band.
+"""Near duplicates by MinHash with banding (LSH), followed by exact similarity of the candidates.
 
-Likeness is the Jaccard index of the sets of `SHINGLE` characters in a row (Broder 1997, "On the resemblance and
-containment of documents"). Two texts of similarity s share one of b bands of r hashes with probability 1 - (1 - s^r)^b:
-0.988 at 0.7, 0.005 at 0.15, so nearly all pairs are never looked at. Each text keeps 96 bytes.
+Similarity is the Jaccard index of the sets of character shingles of length `SHINGLE` (Broder 1997, "On the resemblance
+and containment of documents"). Two texts of similarity s share one of b bands of r hashes with probability
+1 - (1 - s^r)^b: 0.988 at 0.7 and 0.005 at 0.15, so few pairs are compared. Each text needs 96 bytes.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 SHINGLE = 4
 BANDS, HASHES_PER_BAND = 24, 5
 MIN_SIMILARITY = 0.7
-"""From this similarity on two texts are near duplicates."""
+"""Similarity from which two texts are near duplicates."""
 MIN_CHARS = 16
-"""A shorter text is like many others by chance."""
+"""Shorter texts are similar to many others by chance."""
 MAX_CHARS = 20_000
-"""Of a longer text only the beginning is compared."""
+"""Longer texts are compared by their beginning."""
 NEIGHBORS = 4
-"""Of a band that many texts share, each is compared with the first of them and as many before it."""
+"""Comparisons per text in a band: with the first text that shares it, and with this many previous ones."""
 MAX_CANDIDATES = 3
 BLOCK_CHARS = 2**16
+"""Characters hashed at once, sized to fit the CPU cache."""
 
 Keys = NDArray[np.uint32]
 Indices = NDArray[np.int64]
@@ -35,19 +36,17 @@ _POSITIONS = _random.integers(2**63, size=SHINGLE, dtype=np.uint64) * 2 + 1
 
 
 def normalize(text: str) -> str:
-    """The text as it is compared: without differences of case, white space and the width of characters."""
+    """Normalize a text for comparison: case, white space and the width of characters are ignored."""
     return " ".join(unicodedata.normalize("NFKC", text[:MAX_CHARS]).lower().split())
 
 
 def band_keys(texts: Sequence[str]) -> Keys:
-    """One key a band for each plain text of at least SHINGLE characters."""  # (texts, BANDS)
+    """Return one key per band for each normalized text of at least SHINGLE characters."""  # (texts, BANDS)
     keys = np.empty((len(texts), BANDS), dtype=np.uint32)
     start = 0
     while start < len(texts):
         stop, chars = start + 1, len(texts[start])
-        while (
-            stop < len(texts) and (chars := chars + len(texts[stop])) <= BLOCK_CHARS
-        ):  # what fits into a processor's cache
+        while stop < len(texts) and (chars := chars + len(texts[stop])) <= BLOCK_CHARS:
             stop += 1
         keys[start:stop] = _keys_of_block(texts[start:stop])
         start = stop
@@ -61,7 +60,7 @@ def _keys_of_block(texts: Sequence[str]) -> Keys:
     hashed = sum((codes[k : k + whole] * _POSITIONS[k] for k in range(SHINGLE)), np.zeros(whole, dtype=np.uint64))
     ends = np.cumsum(lengths)
     inside = np.ones(whole, dtype=bool)
-    for back in range(1, SHINGLE):  # a shingle does not run over from one text into the next
+    for back in range(1, SHINGLE):  # no shingle spans two texts
         inside[ends[:-1] - back] = False
     shingles = (hashed >> np.uint64(32)).astype(np.uint32)[inside]
     starts = np.concatenate([[0], np.cumsum(lengths - SHINGLE + 1)[:-1]])
@@ -74,13 +73,13 @@ def _keys_of_block(texts: Sequence[str]) -> Keys:
 
 
 def candidates(keys: Keys, parts: Indices) -> Indices:
-    """Pairs (earlier, later) that may be alike; `parts` says of which split each is.
+    """Return pairs (earlier, later) that may be near duplicates; `parts` has the split of each text.
 
-    Of each text there are the MAX_CANDIDATES earlier ones of its own split, and as many of the splits before.
+    Each text gets up to MAX_CANDIDATES earlier texts of its own split, and as many of other splits.
     """  # (pairs, 2)
     size = len(keys)
-    found = [code for band in range(BANDS) for code in _pairs_in_band(keys[:, band], size)]
-    pairs, shared = np.unique(np.concatenate([*found, np.empty(0, dtype=np.int64)]), return_counts=True)
+    codes = [code for band in range(BANDS) for code in _pairs_in_band(keys[:, band], size)]
+    pairs, shared = np.unique(np.concatenate([*codes, np.empty(0, dtype=np.int64)]), return_counts=True)
     earlier, later = pairs // max(size, 1), pairs % max(size, 1)
     across = parts[earlier] != parts[later]
     order = np.lexsort((earlier, -shared, across, later))
@@ -93,7 +92,7 @@ def candidates(keys: Keys, parts: Indices) -> Indices:
 
 
 def _pairs_in_band(keys: NDArray[np.uint32], size: int) -> Iterator[Indices]:
-    """Codes earlier * size + later of texts with the same key."""
+    """Yield codes (earlier * size + later) of texts with the same key."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     begins = np.ones(size, dtype=bool)
@@ -109,9 +108,9 @@ def _pairs_in_band(keys: NDArray[np.uint32], size: int) -> Iterator[Indices]:
 
 
 def near_duplicates(pairs: Indices, texts: Mapping[int, str], parts: Indices) -> Iterator[tuple[int, int, float]]:
-    """(earlier, later, similarity) of near duplicates among `candidates`, at most one in its own split and one across.
+    """Yield (earlier, later, similarity) of near duplicates among `candidates`, at most one per split and one across.
 
-    `texts` are plain.
+    `texts` are normalized.
     """
     shingled, last, done = set[str](), -1, (-1, False)
     for earlier, later in pairs.tolist():
@@ -129,5 +128,5 @@ def near_duplicates(pairs: Indices, texts: Mapping[int, str], parts: Indices) ->
 
 
 def shingles(text: str) -> set[str]:
-    """All runs of SHINGLE characters of a plain text."""
+    """All substrings of SHINGLE characters of a normalized text."""
     return {text[at : at + SHINGLE] for at in range(len(text) - SHINGLE + 1)}
