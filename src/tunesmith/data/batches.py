@@ -45,7 +45,7 @@ class Ragged:
         return out
 
     def to(self, device: torch.device) -> Ragged:
-        """The same rows on another device."""
+        """Copy to a device."""
         return Ragged(self.values.to(device, non_blocking=True), self.offsets.to(device, non_blocking=True))
 
 
@@ -72,7 +72,7 @@ class Batch:
         return value
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """Copy to a device."""
         moved: dict[str, Any] = {name: value.to(device) for name, value in self.fields.items()}
         return replace(self, fields=moved)
 

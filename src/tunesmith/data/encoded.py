@@ -51,7 +51,7 @@ class Field:
     shape: tuple[int, ...] = ()
     ragged: bool = False
     is_index: bool = False
-    """Whether the field holds indices, which a batch converts to int64 as PyTorch requires."""
+    """True if the field holds indices, which a batch converts to int64 as PyTorch requires."""
 
 
 class Encoded:

@@ -1,4 +1,4 @@
-"""What a model sees of a row, token by token, and what of it carries loss: `tunesmith data show PATH|RECIPE`."""
+"""Model inputs of single rows, token by token, with the loss targets: `tunesmith data show PATH|RECIPE`."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _PAGE = Path(__file__).with_name("show.html.jinja")
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One row as it is encoded."""
+    """Place and preview of one encoded row."""
 
     place: str
     preview: Preview
 
     def dump(self) -> dict[str, Any]:
-        """Plain values."""
+        """The row as plain values."""
         return {"place": self.place, **self.preview.dump()}
 
 
@@ -56,9 +56,9 @@ def show(
     offline: bool = False,
     allow_pickle: bool = False,
 ) -> list[EncodedRow]:
-    """The first `rows` of a split, or the one numbered `row` (from 1), as they are encoded for a run.
+    """Encode the first `rows` of a split, or the row with number `row` (from 1), as for training.
 
-    With `augmented` each row is followed by what `data.augment` makes of it in the first SHOWN_EPOCHS epochs.
+    With `augmented`, each row is followed by its augmented forms in the first SHOWN_EPOCHS epochs.
 
     Raises:
         RecipeError: no model is named, or there is no such split or row.
@@ -66,14 +66,14 @@ def show(
     """
     recipe, guess, spec, _ = resolve_target(target, overrides, model, stage)
     if spec is None:
-        raise RecipeError("a model is needed: its tokenizer says what it sees", hint="--model NAME, or name a recipe")
+        raise RecipeError("no model, whose tokenizer is needed", hint="set --model NAME, or give a recipe")
     assert isinstance(recipe.task, Task) and isinstance(recipe.technique, Technique)
     data, named, _ = find_files(recipe.data, recipe.task, guess=guess)
     wanted = guess_task(recipe.task, next(iter(named.values())), data)[0] if guess else None
     read = examples.read(wanted or recipe.task, data, recipe.train.seed)
     if split not in read.splits:
         raise RecipeError(
-            f"there is no {split} split", where="--split", hint=f"there is {', '.join(sorted(read.splits))}"
+            f"there is no {split} split", where="--split", hint=f"known: {', '.join(sorted(read.splits))}"
         )
     source = source_of(spec, offline=offline, allow_pickle=allow_pickle)
     task = read.task
@@ -86,20 +86,19 @@ def show(
     chunks = bound.chunks(read.splits[split].rows())
     numbered = list(islice(enumerate(chunks), first, first + (rows if row is None else 1)))
     if row is not None and not numbered:
-        raise RecipeError(
-            f"--row: {split} has no row {row}", hint=f"it is made of {counted(read.rows[split], 'row')} of data"
-        )
+        raise RecipeError(f"--row: {split} has no row {row}", hint=f"it has {counted(read.rows[split], 'row')} of data")
     seed = recipe.train.seed
     if not augmented:
         return encode_rows(numbered, bound, seed if split == "train" else 0)
     if not data.augment or split != "train":
-        what = "only train is changed" if data.augment else "data.augment is not given"
-        raise RecipeError(f"--augmented: {what}", hint="data.augment='[{name: word-dropout, probability: 0.1}]'")
+        what = "only train is augmented" if data.augment else "data.augment is not set"
+        hint = "set data.augment='[{name: word-dropout, probability: 0.1}]' and --split train"
+        raise RecipeError(f"--augmented: {what}", hint=hint)
     examples.check_changeable(read)
     texts = texts_of((one for _, one in numbered), task.columns)
-    kept = sources.cache_home() / "translated-back"
-    otherwise = translated_back(texts, data.augment, kept, offline=offline, say=lambda _: None)
-    augmenter = Augmenter.of(data.augment, seed, task.columns, otherwise)
+    cache = sources.cache_home() / "translated-back"
+    paraphrases = translated_back(texts, data.augment, cache, offline=offline, say=lambda _: None)
+    augmenter = Augmenter.of(data.augment, seed, task.columns, paraphrases)
     changed = []
     for index, one in numbered:
         changed.append((index, one))
@@ -110,7 +109,7 @@ def show(
 
 
 def encode_rows(rows: Sequence[tuple[int, Row]], bound: BoundTask, seed: int) -> list[EncodedRow]:
-    """Rows and their numbers as they are after encoding, with what is drawn in the first epoch."""
+    """Encode numbered rows, with the random draws of the first epoch."""
     fields = bound.encode([row for _, row in rows])
     return [
         EncodedRow(row.place, bound.preview(_transformed(index, one, bound, seed)))
@@ -131,7 +130,7 @@ def _transformed(index: int, fields: Fields, bound: BoundTask, seed: int) -> Fie
 
 
 def page(rows: Sequence[EncodedRow], title: str) -> str:
-    """The same as one static page of HTML, without scripts."""
+    """Render encoded rows as a static HTML page without scripts."""
 
     def printable(value: object) -> object:
         return CONTROL.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value

@@ -98,7 +98,9 @@ def test_a_damaged_parquet_file_is_refused(where: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("values", ([b"so"], [{"a": 1}]), ids=("bytes", "object"))
 def test_values_of_parquet_that_are_none_are_refused(values: list[Any], tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["so"], "label": values}), tmp_path / "a")
-    with pytest.raises(DataError, match=r"a:1: label: '.+' is no value; give a text, a number, or a list of them"):
+    with pytest.raises(
+        DataError, match=r"a:1: label: '.+' has an unsupported type; give a text, a number, or a list of them"
+    ):
         list(_read(tmp_path / "a"))
 
 

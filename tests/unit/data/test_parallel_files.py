@@ -54,7 +54,7 @@ def test_of_many_languages_two_are_read(tmp_path: Path) -> None:
     _write(tmp_path)
     (tmp_path / "train.fr").write_text("Un chien\n")  # of another length, and nobody asks
     assert _values(_read(tmp_path / "train")) == ROWS
-    with pytest.raises(DataError, match="which of these is translated into which is not said: de, en, fr"):
+    with pytest.raises(DataError, match="the direction of translation is not set; languages: de, en, fr"):
         _read(tmp_path / "train", None, None)
 
 
@@ -172,7 +172,7 @@ def test_the_training_files_are_no_test_files(tmp_path: Path) -> None:
 
 
 def test_a_role_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"data\.columns\.sorce: no such role; did you mean 'source'"):
+    with pytest.raises(RecipeError, match=r"data\.columns\.sorce: the task has no such column; did you mean 'source'"):
         _read(_write(tmp_path), columns={"sorce": "en"})
 
 

@@ -81,7 +81,7 @@ def test_the_names_of_classes_do_not_matter() -> None:
         (
             [1, 1, 1],
             0.5,
-            "data.validation: every class has a single text: no split is possible; a file of its own, or ",
+            "data.validation: every class has a single text, so no split can be drawn; a file of its own, or ",
         ),
     ),
 )
@@ -127,7 +127,7 @@ def test_texts_too_few_to_draw_from_are_refused() -> None:
     with pytest.raises(DataError, match=r"^data.test: 0.1 of 40 rows is less than rows that say the same, which stay"):
         stratified_split(strata, texts, 0.1, 0, "test")
     assert len(stratified_split(strata, texts, 0.25, 0)[1]) == 10
-    with pytest.raises(DataError, match="every class has a single text: no split is possible"):
+    with pytest.raises(DataError, match="every class has a single text, so no split can be drawn"):
         stratified_split(strata, strata.astype(np.uint64), 0.5, 0)
 
 
@@ -180,7 +180,9 @@ def test_the_training_file_is_no_other_split(tmp_path: Path) -> None:
         (tmp_path / name).write_text("text,label\n")
     (tmp_path / "hard.csv").hardlink_to(tmp_path / "train.csv")
     refuse_same_file(tmp_path / "train.csv", tmp_path / "copy.csv", "test")
-    with pytest.raises(DataError, match=r"hard.csv: data.test is the training file; give other rows, or data.test=0.1"):
+    with pytest.raises(
+        DataError, match=r"hard.csv: data.test is the training file; set another file, or data.test=0.1"
+    ):
         refuse_same_file(tmp_path / "train.csv", tmp_path / "hard.csv", "test")
 
 

@@ -111,7 +111,7 @@ def test_fields_classes_and_labels(sentences: list[str], checked: Checked, tmp_p
     assert _only(report, "unknown-label")["count"] == 20 and _only(report, "unknown-label")["level"] == "error"
     assert _only(report, "imbalance")["faults"][0]["value"] == "a: 39, b: 1"
     assert _only(report, "rare-class")["faults"][0]["value"] == "b: 1"
-    assert _only(report, "constant-field")["what"] == "lang says the same in every row"
+    assert _only(report, "constant-field")["what"] == "lang has the same value in every row"
     told = {finding["what"]: finding["count"] for finding in report["findings"] if finding["kind"] == "empty-field"}
     assert told == {"note is empty in some rows of train": 3, "old is empty in every row": 1}
 
@@ -138,7 +138,7 @@ def test_what_a_run_refuses_of_tags_is_told_before(
     code, report = checked(tmp_path)
     unsound = _only(report, "tags")
     assert code == 3 and unsound["count"] == 30 * len(marks.split())
-    assert unsound["faults"][0]["value"] == "'B_X' is no tag of BIO" and unsound["fix"] == "did you mean 'B-X'?"
+    assert unsound["faults"][0]["value"] == "'B_X' is not a BIO" and unsound["fix"] == "did you mean 'B-X'?"
 
 
 def test_tags_that_train_lacks_are_told(sentences: list[str], checked: Checked, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_the_page_for_a_person(command: Any, tmp_path: Path) -> None:
     assert code == 0 and err == ""
     assert "train: 7 rows of" in out and "2 classes (1 4, 0 3)" in out
     assert f"  {path}:3  'the same film again'  see {path}:2\n" in out and "  and 3 more" in out
-    assert "way out: decide on one of them" in out and out.endswith(": 0 errors, 3 warnings\n")
+    assert "way out: correct one of the labels" in out and out.endswith(": 0 errors, 3 warnings\n")
     assert "taken as data for text-classification; task=NAME says otherwise" in out
     quiet = command("data", "check", str(path), "-q")[1]
     assert quiet.startswith("warning: ") and "train:" not in quiet and "found in" not in quiet
@@ -301,7 +301,7 @@ def test_unlike_faults_have_each_its_way_out(command: Any, tmp_path: Path) -> No
     path = _write(tmp_path / "train.csv", ["text,label", "fine film,1", "dull film", "a, b, c, 0", "warm film,0"])
     code, out, _ = command("data", "check", str(path))
     assert code == 3 and f"  {path}:3  1 field, but the header has 2" in out
-    assert out.count("    way out: ") == 2 and "    way out: quote a field that holds the delimiter" in out
+    assert out.count("    way out: ") == 2 and "    way out: quote the field that contains the delimiter" in out
 
 
 def test_a_conflict_of_tags_names_the_word(checked: Checked, tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_a_conflict_of_tags_names_the_word(checked: Checked, tmp_path: Path) -> 
         (("{path}", "--group", "lable"), 2, "no column 'lable'; did you mean 'label'?"),
         (("{path}", "data.colums.text=x"), 2, "unknown key; did you mean 'columns'?"),
         (("{path}", "task=nonsense"), 2, "no task is called 'nonsense'"),
-        (("{folder}",), 3, "no train file in this folder; name it train.csv, or give the file"),
+        (("{folder}",), 3, "no train file in this folder; name the file train.csv, or set data.train to a file"),
         ((), 2, "missing argument"),
     ),
 )
@@ -359,7 +359,7 @@ def test_the_group_of_a_recipe_keeps_rows_together(sentences: list[str], checked
     rows = ({"text": text, "label": n % 2, "case": n // 4} for n, text in enumerate(sentences[:120]))
     path = _write(tmp_path / "all.jsonl", rows)
     assert _only(checked(path, "data.validation=0.2", "--group", "case")[1], "group-leak")["count"] > 0
-    code, report = checked(path, "data.validation=0.2", "data.group=case")
+    code, report = checked(path, "data.validation=0.2", "set data.group=case")
     assert code == 0 and report["findings"] == []
 
 

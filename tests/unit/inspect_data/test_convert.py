@@ -92,7 +92,7 @@ def test_texts_become_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"^{folder / 'b.txt'}:1: byte 0xff is not UTF-8"):
         convert(folder, tmp_path / "bad.jsonl")
     (folder / "c.csv").write_text("text\na\n")
-    with pytest.raises(DataError, match="this is a folder, not a file; name a file in it"):
+    with pytest.raises(DataError, match="a folder, not a file; name a file in it"):
         convert(folder, tmp_path / "more.jsonl")
 
 
@@ -194,11 +194,11 @@ def test_a_row_whose_spans_fit_no_words_is_a_bad_one(skip: bool, tmp_path: Path)
     ("row", "said"),
     (
         ({"text": "a"}, "^{}:1: no column for label .*; words with their tags are wanted"),
-        ({"tokens": ["a", "b"], "tags": ["O"]}, "^{}:1: tags: 1 tag for 2 words; give one for each word, or --skip"),
+        ({"tokens": ["a", "b"], "tags": ["O"]}, "^{}:1: tags: 1 tag for 2 words; give one tag per word, or --skip"),
         ({"tokens": ["a\tb"], "tags": ["O"]}, "^{}:1: .*a tab or a line end"),
         ({"tokens": ["-DOCSTART-"], "tags": ["O"]}, "^{}:1: .*as a line that parts documents does; .*or write jsonl"),
         ({"tokens": ["New York"], "tags": ["O"]}, "^{}:1: .*a blank, .*; .*split the word, or write jsonl"),
-        ({"text": "New York", "spans": [[0, 5, "X"]]}, "^{}:1: spans: .* breaks the word 'York' in two"),
+        ({"text": "New York", "spans": [[0, 5, "X"]]}, "^{}:1: spans: .* splits the word 'York' in two"),
     ),
 )
 def test_what_conll_cannot_hold(row: dict[str, Any], said: str, tmp_path: Path) -> None:

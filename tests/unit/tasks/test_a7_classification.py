@@ -112,7 +112,7 @@ def test_a7_72_a_row_outside_the_classes_of_the_recipe_is_refused(refuse: Refuse
 
 def test_a7_74_joined_labels_beside_single_ones_are_refused(refuse: Refuse) -> None:
     said = refuse([*_reviews(20), ("so so", "pos;neg")])
-    assert said.startswith("train.jsonl: label: 'pos;neg' joins classes that also stand alone; set task.labels=multi")
+    assert said.startswith("train.jsonl: label: 'pos;neg' combines classes that also occur alone; set task.labels=multi")
 
 
 def test_a7_74_joined_labels_can_be_meant_either_way(written: Any) -> None:
@@ -203,7 +203,7 @@ def test_a7_79_a_label_of_nothing_but_invisible_characters_is_refused(refuse: Re
 
 def test_a7_79_a_text_of_nothing_but_invisible_characters_is_refused(refuse: Refuse) -> None:
     said = refuse([*_reviews(20), ("\u200b\ufeff", "pos")])
-    assert said == "train.jsonl:21: text: nothing is left of it as tokens; remove the row"
+    assert said == "train.jsonl:21: text: the text has no tokens; remove the row"
 
 
 @pytest.mark.parametrize("text", ("great " * 900_000, "great" * 1_000_000), ids=("words", "one word"))
@@ -212,7 +212,7 @@ def test_a7_80_a_text_of_5_mb_is_cut_and_that_is_said(text: str, written: Any, t
     encoded = _encode(read, tmp_path)["train"]
     assert encoded.lengths[-1] <= 64
     assert read.task.notes(encoded, tiny_tokenizer()) == [
-        "1 of 7 texts are longer than is read and were cut (task.windows=N reads more of them)"
+        "1 of 7 texts are truncated (set task.windows=N to read more)"
     ]
 
 
@@ -248,7 +248,7 @@ def test_a7_99_one_word_among_numbers_makes_no_classes_of_them(written: Any, ref
     rows: list[tuple[object, object]] = [(text, n / 10 + 0.05) for n, (text, _) in enumerate(_reviews(20))]
     assert _read(written(rows)).task.labels == "regression"  # type: ignore[attr-defined]
     said = refuse([*rows, (GOOD, "inf")])
-    assert said.startswith("train.jsonl: label: 'inf' stands among numbers (20 different ones); set task.labels=")
+    assert said.startswith("train.jsonl: label: 'inf' is no number, but 20 other labels are; set task.labels=")
     assert _read(written([*rows, (GOOD, "inf")]), labels="single").task.labels == "single"  # type: ignore[attr-defined]
 
 
@@ -282,7 +282,7 @@ def test_a7_140_the_training_file_as_another_split_is_refused(split: str, refuse
     (tmp_path / "other.jsonl").symlink_to(tmp_path / "train.jsonl")
     for name in ("train.jsonl", "./train.jsonl", "other.jsonl"):
         said = refuse(_reviews(20), f"data.{split}={tmp_path}/{name}")
-        assert said.endswith(f"data.{split} is the training file; give other rows, or data.{split}=0.1")
+        assert said.endswith(f"data.{split} is the training file; set another file, or data.{split}=0.1")
 
 
 @pytest.mark.parametrize("content", ("", "text,label\n", "\n\n"), ids=("nothing", "header", "blank lines"))
@@ -306,4 +306,4 @@ def test_a7_140_a_fraction_of_no_row_is_refused(split: str, refuse: Refuse) -> N
 
 def test_a7_140_classes_of_one_row_each_leave_nothing_to_draw(refuse: Refuse) -> None:
     said = refuse([(f"{GOOD} {n}", f"class {n}") for n in range(20)], "data.test=0.2")
-    assert said.startswith("data.test: every class has a single text: no split is possible")
+    assert said.startswith("data.test: every class has a single text, so no split can be drawn")

@@ -36,7 +36,7 @@ BAD: dict[str, tuple[str, str, int]] = {
     ),
     "82 I without B": (
         f"{OTHERS}\n\nx\tO\ny\tI-X\n",
-        "train.any:62: label: 'I-X' after 'O': in BIO no entity begins so",
+        "train.any:62: label: 'I-X' after 'O': in BIO entity cannot begin like this",
         1,
     ),
     "82 I of another type": (f"{OTHERS}\n\nx\tB-Y\ny\tI-X\n", "train.any:62: label: 'I-X' after 'B-Y'", 1),
@@ -45,17 +45,17 @@ BAD: dict[str, tuple[str, str, int]] = {
         "train.any:62: label: 'O' after 'B-X', which is left open",
         1,
     ),
-    "83 another scheme": (f"{OTHERS}\n\nx\tO\ny\tU-X\n", "train.any:62: label: 'U-X' is no tag of BIO", 1),
-    "83 a type alone": (f"{OTHERS}\n\nx\tO\ny\tX\n", "train.any:62: label: 'X' is no tag of BIO", 1),
+    "83 another scheme": (f"{OTHERS}\n\nx\tO\ny\tU-X\n", "train.any:62: label: 'U-X' is not a BIO", 1),
+    "83 a type alone": (f"{OTHERS}\n\nx\tO\ny\tX\n", "train.any:62: label: 'X' is not a BIO", 1),
     "84 a tag on a blank line": (f"{OTHERS}\n\nx\tO\n\tO\n", "train.any:62: a tag without a word", 1),
-    "85 three columns": (f"{OTHERS}\n\nx\tO\ny\tNN\tO\n", "train.any:62: 3 columns, and the other lines have 2", 1),
+    "85 three columns": (f"{OTHERS}\n\nx\tO\ny\tNN\tO\n", "train.any:62: 3 columns, but the other lines have 2", 1),
     "86 blanks among tabs": (f"{OTHERS}\n\nx\tO\nNew B-X\n", "train.any:62: 1 column", 1),
-    "88 a typo": (f"{OTHERS}\n\nx\tO\ny\tB_X\n", "train.any:62: label: 'B_X' is no tag of BIO; did you mean 'B-X'?", 1),
-    "91 unaligned": (_text([[1, 3, "X"]]), "train.any:11: spans: the span 1-3 'oë' breaks the word 'Zoë' in two", 1),
+    "88 a typo": (f"{OTHERS}\n\nx\tO\ny\tB_X\n", "train.any:62: label: 'B_X' is not a BIO; did you mean 'B-X'?", 1),
+    "91 unaligned": (_text([[1, 3, "X"]]), "train.any:11: spans: the span 1-3 'oë' splits the word 'Zoë' in two", 1),
     "92 overlap": (_text([[0, 3, "X"], [0, 9, "X"]]), "train.any:11: spans: the spans 0-3 'Zoë' and 0-9", 1),
-    "93 beyond": (_text([[0, 99, "X"]]), "train.any:11: spans: the span 0-99 lies beyond the text of 17", 1),
+    "93 beyond": (_text([[0, 99, "X"]]), "train.any:11: spans: the span 0-99 exceeds the text of 17", 1),
     "94 bytes": (_text([[14, 19, "X"]]), "train.any:11: spans: the span 14-19 lies beyond the text", 1),
-    "94 UTF-16": (_text([[3, 6, "X"]], "👋 Zoë lives"), "do they count UTF-16 units? characters are meant", 1),
+    "94 UTF-16": (_text([[3, 6, "X"]], "👋 Zoë lives"), "the spans appear to count UTF-16 units: count characters", 1),
     "nothing to find": (
         OTHERS.replace("B-X", "O"),
         "every one of the 40 words is tagged O; there is nothing to find",
@@ -115,7 +115,7 @@ def test_89_and_90_words_of_nothing_and_long_sentences_are_counted(tmp_path: Pat
 
 
 def test_a_row_without_words_is_refused_where_it_stands() -> None:
-    with pytest.raises(DataError, match="^input 1: there is no word in it"):
+    with pytest.raises(DataError, match="^input 1: the row has no words"):
         TokenClassification(tags=["O", "B-X"]).encode(
             [Row("input 1", {"text": " "})], tiny_tokenizer(), Data(max_length=9)
         )

@@ -242,7 +242,7 @@ def test_pairs_are_read_as_the_model_was_made_to(tmp_path: Path) -> None:
 def test_what_is_cut_is_counted_in_windows_of_the_task(tmp_path: Path) -> None:
     task, data = _fit("ab", Data(max_length=16), windows=2)
     encoded = _encode(task, _rows(LONG, "abab"), data, tmp_path)
-    note = "1 of 4 texts are longer than is read and were cut (raise task.windows)"
+    note = "1 of 4 texts are truncated (raise task.windows to read more)"
     assert task.notes(encoded, TOKENIZER) == [note]
 
 

@@ -144,7 +144,7 @@ def test_a_tokenizer_that_adds_no_end_gets_one() -> None:
 def test_a_text_that_is_nothing_to_the_tokenizer_is_refused_by_its_side() -> None:
     tokenizer = tiny_tokenizer()
     task = Translation().for_processor(tokenizer, tiny_model("bart", "AutoModelForSeq2SeqLM").config)
-    with pytest.raises(DataError, match="a:2: target: nothing is left of it as tokens"):
+    with pytest.raises(DataError, match="a:2: target: the text has no tokens"):
         task.encode([Row("a:2", {"source": "a", "target": "\u200b\ufeff"})], tokenizer, Data(max_length=8))
 
 

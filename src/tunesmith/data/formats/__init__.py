@@ -49,7 +49,7 @@ class Row:
     place: str
     values: dict[str, object]
     by_line: bool = False
-    """Whether each list element is on a line of its own (CoNLL)."""
+    """True if each list element is on a line of its own (CoNLL)."""
     columns: Mapping[str, str | int] = field(default_factory=dict)
     """Role -> column of the file, if columns have names."""
 

@@ -27,9 +27,9 @@ csv.field_size_limit(2**31 - 1)  # this module limits records itself, with an er
 class _Dialect:
     delimiter: str
     literal: bool
-    """Whether quotation marks are ordinary characters."""
+    """True if quotation marks are ordinary characters."""
     spaced: bool
-    """Whether a space separates delimiter and quotation mark."""
+    """True if a space separates delimiter and quotation mark."""
 
     def reader(self, text: Iterable[str]) -> Any:
         if self.literal:

@@ -198,7 +198,7 @@ def _messages_of_columns(row: Row, answered: bool) -> list[Message]:
     else:
         question = [values[role] for role in ("prompt", "context") if role in values]
         messages.append(
-            _make_message(row, row.column_name("prompt"), "user", "\n\n".join(str(part).strip() for part in asked))
+            _make_message(row, row.column_name("prompt"), "user", "\n\n".join(str(part).strip() for part in question))
         )
     if isinstance(values.get("answer"), list):
         messages += _parse_messages(row, "answer")

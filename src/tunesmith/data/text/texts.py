@@ -53,9 +53,7 @@ def _encode(
     rows: list[Row], columns: Sequence[str], processor: Any, data: Data, windows: int | None
 ) -> list[dict[str, Any]]:
     assert data.max_length is not None, "the run resolves max_length"
-    max_chars = (
-        data.max_length * (windows or 1) * MAX_CHARS_PER_TOKEN
-    )  # a tokenizer's time grows with all that it is shown
+    max_chars = data.max_length * (windows or 1) * MAX_CHARS_PER_TOKEN  # bounds the tokenizer's time
     texts = [[_head(str(row.values[role]), max_chars) for row in rows] for role in columns]
     coded = processor(*texts, truncation=True, max_length=data.max_length, return_overflowing_tokens=bool(windows))
     pieces: list[list[int]] = [[] for _ in rows]
@@ -135,7 +133,7 @@ def tokenize_truncated(
 
 
 def token_costs(encoded: Encoded) -> NDArray[np.int64]:
-    """Number of tokens of each example: the field `length` if it exists, else the length of `input_ids`."""  # (examples,)
+    """Count the tokens of each example: the field `length` if it exists, else `input_ids`."""  # (examples,)
     if "length" in encoded:
         return np.asarray(encoded.column("length"), dtype=np.int64)
     return encoded.lengths("input_ids")

@@ -279,7 +279,7 @@ def words_notes(encoded: Encoded, processor: Any) -> list[str]:
     windows = len(encoded.column("windows")) - len(encoded)
     if windows:
         notes.append(
-            f"long sentences are split into windows ({counted(windows, 'additional window')}); each word is predicted once"
+            f"long sentences are split into {counted(windows, 'additional window')}; each word is predicted once"
         )
     if cut := int(encoded.column("cut").sum()):
         notes.append(f"words truncated to a quarter of the maximum length: {cut:,}")

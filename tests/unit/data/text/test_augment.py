@@ -122,5 +122,5 @@ def test_a_list_that_cannot_be_meant(text: str, said: str, tmp_path: Path) -> No
     (tmp_path / "synonyms.txt").write_text(text)
     with pytest.raises(DataError, match=said):
         read_synonyms(tmp_path / "synonyms.txt")
-    with pytest.raises(DataError, match="none.txt: the synonyms cannot be read: No such file or directory; check"):
+    with pytest.raises(DataError, match="none.txt: the synonym list cannot be read: No such file or directory; check"):
         read_synonyms(tmp_path / "none.txt")

@@ -155,7 +155,7 @@ def test_an_answer_that_a_token_would_reach_into_is_split_there() -> None:
 REFUSED = {
     "an earlier answer changes": (
         THOUGHTS,
-        r"what it writes before a message changes once the message is there .*think",
+        r"its rendering of earlier messages changes when a message is added .*think",
     ),
     "the system message comes last": (
         "{% for m in messages %}{% if m['role'] != 'system' %}<|im_start|>{{ m['content'] }}<|im_end|>{% endif %}"
@@ -164,27 +164,27 @@ REFUSED = {
     ),
     "no beginning of an answer": (
         CHATML.partition("{% if add")[0],
-        r"with add_generation_prompt it does not begin one with '<\|im_start\|>assistant",
+        r"its generation prompt lacks '<\|im_start\|>assistant",
     ),
     "no end of an answer": (
         CHATML.replace("<|im_end|>", ""),
-        r"ends an answer with '\\n', no token of this model's own, so that a model would not learn where to stop",
+        r"ends an answer with '\\n', which is no special token of this model, so the model would not learn to stop",
     ),
     "a token of another model": (
         TEMPLATES["llama3"],
-        r"ends an answer with '<\|eot_id\|>', no token of this model's own",
+        r"ends an answer with '<\|eot_id\|>', which is no special token of this model",
     ),
     "a prompt that ends within a token": (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}",
-        "an answer begins within a token, behind",
+        "an answer begins inside a token, after",
     ),
     "it raises": ("{{ raise_exception('only for experts') }}", "task.chat_template: only for experts"),
     "it is none": ("{% for m in messages %}", "task.chat_template: .*endfor"),
     "it reaches out": ("{{ messages.__class__.__mro__ }}", "task.chat_template: .*unsafe"),
     "it changes what is said": (
         CHATML.replace("{{ message['content'] }}", "{{ message['content']|upper }}"),
-        r"it writes the answer 'It is.' as 'IT IS",
+        r"it renders the answer 'It is.' as 'IT IS",
     ),
 }
 
@@ -194,7 +194,7 @@ def test_a_template_that_cannot_be_split_is_refused_with_the_reason(why: str) ->
     template, said = REFUSED[why]
     with pytest.raises(RecipeError, match=said) as caught:
         ChatEncoder.of(tokenizer(), template, "answers", None)
-    assert "task.chat_template=NAME, one of plain, alpaca" in str(caught.value) and len(str(caught.value)) < 500
+    assert "set task.chat_template to one of plain, alpaca" in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_where_only_earlier_answers_change_the_last_can_be_learned() -> None:
@@ -208,9 +208,7 @@ def test_where_only_earlier_answers_change_the_last_can_be_learned() -> None:
 def test_a_conversation_that_the_template_refuses_is_named() -> None:
     strict = "{% if messages|length > 4 %}{{ raise_exception('at most two turns') }}{% endif %}" + CHATML
     chats = ChatEncoder.of(tokenizer(), strict, "answers", None)
-    with pytest.raises(
-        DataError, match=r"chats:3: the chat template cannot write this conversation: at most two turns"
-    ):
+    with pytest.raises(DataError, match=r"chats:3: the chat template refuses this conversation: at most two turns"):
         chats.encode(PLACED, 4096)
     found = chats.encode(PLACED, 4096, skip=True)
     assert [n for n, fields in enumerate(found) if fields["cut"] == TEMPLATE_REFUSED] == [3, 6, 8, 10, 17]
@@ -240,10 +238,10 @@ def test_a_template_is_a_name_a_file_or_itself(tmp_path: Any) -> None:
     file = tmp_path / "own.jinja"
     file.write_text(CHATML)
     assert template_text(str(file)) == template_text(CHATML) == CHATML and template_text("plain") == "plain"
-    with pytest.raises(ValueError, match=r"'chatlm' is no file that can be read, and none of plain, alpaca, .*chatml"):
+    with pytest.raises(ValueError, match=r"'chatlm' is neither a readable file nor one of plain, alpaca, .*chatml"):
         template_text("chatlm")
     file.write_text("hello")
-    with pytest.raises(ValueError, match="without a {{ message }} in it; give a Jinja template"):
+    with pytest.raises(ValueError, match="no Jinja template (it has no {{ message }} in it; give a Jinja template"):
         template_text(str(file))
     file.write_text("{{ x }}" * 10_000)
     with pytest.raises(ValueError, match="over 65,536 characters"):

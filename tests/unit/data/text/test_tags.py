@@ -39,18 +39,18 @@ def test_a_misspelt_prefix_is_no_type_of_its_own() -> None:
     assert scheme_of([["B_A", "I-A"], ["B_A", "O"], ["O", "B_B"]]) == "BIO"
     assert scheme_of([["cell_line", "O"], ["DNA", "O"], ["S1", "O"]]) == "IO"
     (fault,) = tag_faults(["b:A"], "IO")
-    assert fault.what == "'b:A' is no tag of IO"
+    assert fault.what == "'b:A' is not a IO"
 
 
 WRONG = {
-    "I begins": ("BIO", "O I-A O", 1, "'I-A' after 'O': in BIO no entity begins so", "begin it with B-A"),
+    "I begins": ("BIO", "O I-A O", 1, "'I-A' after 'O': in BIO entity cannot begin like this", "begin it with B-A"),
     "I begins a sentence": ("BIO", "I-A O", 0, "'I-A' after 'O'", "B-A"),
     "another type": ("BIO", "B-A I-B O", 1, "'I-B' after 'B-A'", "B-B"),
-    "typo": ("BIO", "O B_A O", 1, "'B_A' is no tag of BIO", "did you mean 'B-A'?"),
-    "small letter": ("BIO", "O b-A O", 1, "'b-A' is no tag of BIO", "did you mean 'B-A'?"),
-    "of another scheme": ("BIO", "O U-A O", 1, "'U-A' is no tag of BIO", "its tags are O and B-TYPE, I-TYPE"),
-    "a type alone": ("BIO", "O A O", 1, "'A' is no tag of BIO", "its tags are O"),
-    "B in IOB1": ("IOB1", "O B-A O", 1, "'B-A' after 'O': in IOB1 it stands only after another A", "I-A"),
+    "typo": ("BIO", "O B_A O", 1, "'B_A' is not a BIO", "did you mean 'B-A'?"),
+    "small letter": ("BIO", "O b-A O", 1, "'b-A' is not a BIO", "did you mean 'B-A'?"),
+    "of another scheme": ("BIO", "O U-A O", 1, "'U-A' is not a BIO", "its tags are O and B-TYPE, I-TYPE"),
+    "a type alone": ("BIO", "O A O", 1, "'A' is not a BIO", "its tags are O"),
+    "B in IOB1": ("IOB1", "O B-A O", 1, "'B-A' after 'O': IOB1 uses B only after another A", "I-A"),
     "left open": ("BIOES", "B-A O O", 1, "'O' after 'B-A', which is left open", "in BIOES entities end"),
     "open at the end": ("BILOU", "O B-A", 1, "'O' after 'B-A', which is left open", "L-A"),
     "E begins": ("BIOES", "O E-A", 1, "'E-A' after 'O'", "B-A"),
@@ -77,8 +77,8 @@ def test_every_planted_fault_is_found_by_its_line_and_nothing_else(scheme: Schem
             planted.add(f"a.conll:{line + place}")
         rows.append((Row(f"a.conll:{line}", {}, by_line=True), tags))
         line += len(tags) + 1
-    found = [place for place, fault in row_faults(rows, scheme) if "is no tag" in fault.what]
-    others = {place for place, fault in row_faults(rows, scheme) if "is no tag" not in fault.what}
+    found = [place for place, fault in row_faults(rows, scheme) if "is not a tag" in fault.what]
+    others = {place for place, fault in row_faults(rows, scheme) if "is not a tag" not in fault.what}
     assert set(found) == planted and len(found) == 200
     lines = {int(place.rpartition(":")[2]) for place in planted}
     assert all(int(place.rpartition(":")[2]) - 1 in lines for place in others), "only next to a planted one"

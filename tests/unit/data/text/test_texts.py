@@ -51,7 +51,7 @@ def test_longer_texts_are_cut_counted_and_said(tokenizer: Any, tmp_path: Path) -
     max_length = 16 if tokenizer.is_fast else len(LONG[1]) + 1
     encoded = _encode(LONG, max_length, tmp_path, tokenizer=tokenizer)
     assert encoded.lengths.max() == max_length and encoded.column("cut").tolist() == [0, 0, 1, 1]
-    note = "2 of 4 texts are longer than is read and were cut (task.windows=N reads more of them)"
+    note = "2 of 4 texts are truncated (set task.windows=N to read more)"
     assert text_notes(encoded, tokenizer) == [note]
     whole = _encode(LONG, 500, tmp_path / "whole", tokenizer=tokenizer)
     assert whole.column("cut").sum() == 0 and text_notes(whole, tokenizer) == []
@@ -74,7 +74,7 @@ def test_windows_lose_no_token(tmp_path: Path) -> None:
 def test_what_the_windows_leave_is_counted_and_said(tmp_path: Path) -> None:
     encoded = _encode(LONG, 16, tmp_path, windows=2)
     assert encoded.column("cut").tolist() == [0, 0, 0, 1]
-    note = "1 of 4 texts are longer than is read and were cut (raise task.windows)"
+    note = "1 of 4 texts are truncated (raise task.windows to read more)"
     assert text_notes(encoded, TOKENIZER, 2) == [note]
 
 
