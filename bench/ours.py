@@ -25,7 +25,6 @@ import torch
 import tunesmith
 from bench.splits import ENTITIES
 from tunesmith import recipe
-from tunesmith.run import prepare
 from tunesmith.techniques.lora import LoraLinear
 
 TECHNIQUES: dict[str, Any] = {
@@ -38,16 +37,10 @@ TECHNIQUES: dict[str, Any] = {
 LIBRARIES = ("tunesmith", "torch", "transformers")
 
 
-def leave_plain() -> None:
-    """No run of this process is made faster."""
-    prepare._speed_up = lambda *_: False
-    LoraLinear.part = lambda *_: None  # type: ignore[method-assign]
-
-
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """Train and return the scores of the artefact as it is shipped."""
     if given.plain:
-        leave_plain()
+        LoraLinear.part = lambda *_: None  # type: ignore[method-assign]
     folder = Path(given.data_root) / given.data
     entities = given.data in ENTITIES
     suffix, main = ("conll", "f1") if entities else ("csv", "accuracy")
@@ -66,6 +59,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
                 "seed": given.seed,
                 "device": given.device,
                 "precision": given.precision,
+                "fast_path": "off" if given.plain else "auto",
                 **learning_rate,
             },
             output=f"{output}/run",

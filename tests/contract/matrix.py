@@ -38,10 +38,10 @@ def label(technique: str, keys: dict[str, Any]) -> str:
 def fitting(task: str) -> tuple[list[str], dict[str, list[str]]]:
     """Return the families with a model for a task, and the others by reason."""
     fit, others = list[str](), dict[str, list[str]]()
-    model_class = registry.get("task", task).model_class  # type: ignore[attr-defined]
+    auto_class = registry.get("task", task).auto_class  # type: ignore[attr-defined]
     for family in FAMILIES:
         try:
-            models.config_class(family, model_class)
+            models.config_class(family, auto_class)
             fit.append(family)
         except RecipeError as refusal:
             reason = refusal.what.removeprefix("model: ").replace(f"a {family} model", "such a model")

@@ -64,7 +64,11 @@ def test_the_refusals_are_those_of_the_support_page(page: str) -> None:
     rows = [
         line.strip("|").split("|") for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if "|" in line
     ]
-    listed = {row[0].strip(" `"): {name.strip() for name in row[1].split(",")} for row in rows if len(row) == 3}
+    listed: dict[str, set[str]] = {}
+    for row in rows:
+        families = {name.strip() for name in row[1].split(",")} if len(row) == 3 else set()
+        if families and families <= set(FAMILIES):  # other rows are of tasks or of groups of models
+            listed.setdefault(row[0].partition("`")[2].partition("`")[0], set()).update(families)
     refusals: dict[str, set[str]] = {}
     for task, row, family in matrix.refused():
         if task == "text-classification":  # other tasks refuse whole families, as in their cards

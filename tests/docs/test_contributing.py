@@ -15,7 +15,7 @@ import tunesmith
 from tunesmith import registry
 from tunesmith.console import Talk
 from tunesmith.errors import RecipeError
-from tunesmith.testing import MADE_UP, check
+from tunesmith.testing import check, sample_row
 
 PAGE = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 MODULE = re.compile(r"^```python\n# (\S+\.py)\n(.*?)^```$", re.S | re.M)
@@ -37,12 +37,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         (site / name).write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(site)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    made_up = dict(MADE_UP)
     registry.get.cache_clear()
     yield
     registry.get.cache_clear()
-    MADE_UP.clear()
-    MADE_UP.update(made_up)
     for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
         del sys.modules[name]
 

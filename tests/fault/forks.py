@@ -31,16 +31,16 @@ from tunesmith import cli
 from tunesmith.deploy import artifact as artefact
 from tunesmith.models import load as models
 from tunesmith.run import train as run
-from tunesmith.tasks.text_classification import TextClassification
+from tunesmith.tasks.text_classification import BoundTextClassification
 from tunesmith.techniques import freeze, full, lora  # noqa: F401
-from tunesmith.training import checkpoint, evaluate, examples
+from tunesmith.training import checkpoint, dataset, evaluate
 
 torch.set_num_threads(1)  # a fork after threads were started may hang
 
 MOMENTS: dict[str, tuple[Any, str]] = {
-    "reading": (examples, "read"),
+    "reading": (dataset, "read"),
     "loading": (models, "load_model"),
-    "forward": (TextClassification, "loss"),
+    "forward": (BoundTextClassification, "loss"),
     "optimizer": (torch.optim.AdamW, "step"),
     "evaluation": (evaluate, "scores"),
     "saving": (checkpoint, "save_file"),

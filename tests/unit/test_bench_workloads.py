@@ -94,7 +94,7 @@ def _job(task: str, model: Path, data: Path, **more: Any) -> dict[str, Any]:
 def test_what_is_computed_once_is_timed_in_every_run(
     tiny_bert: Path, reviews_csv: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner, homes = Prepared.keep_features, []
+    inner, homes = Prepared.cache_features, []
 
     def slowly(prepared: Prepared, talk: Talk) -> float:
         homes.append(sources.cache_home())
@@ -102,7 +102,7 @@ def test_what_is_computed_once_is_timed_in_every_run(
         time.sleep(0.5)
         return inner(prepared, talk)
 
-    monkeypatch.setattr(Prepared, "keep_features", slowly)
+    monkeypatch.setattr(Prepared, "cache_features", slowly)
     job = _job("text-classification", tiny_bert, reviews_csv, technique={"name": "freeze", "head_only": True})
     assert all(0.5 < ours.go(job)["seconds"] < 10 for _ in range(2))
     assert len(set(homes)) == 2

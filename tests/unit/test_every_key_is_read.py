@@ -16,6 +16,7 @@ import pytest
 
 from tunesmith import registry
 from tunesmith.console import Talk
+from tunesmith.data.columns import of_kind
 from tunesmith.data.formats import Row
 from tunesmith.errors import UserError
 from tunesmith.recipe import Data, Recipe, Train, load
@@ -79,6 +80,7 @@ KEYS: dict[str, Change] = {
     "train.on_nan": (DIVERGES, "train.on_nan=skip", "error"),
     "train.max_skips": ((*DIVERGES, "train.on_nan=skip"), "train.max_skips=1", "error"),
     "train.device": ((), "train.device=cuda:99", "error"),
+    "train.fast_path": ((), "train.fast_path=off", "fast_path"),
     "task.text-classification.labels": ((), "task.labels=multi", "losses"),
     "task.text-classification.classes": ((), "task.classes=[positive, negative]", "classes"),
     "task.text-classification.windows": (("data.max_length=6",), "task.windows=3", "losses"),
@@ -227,7 +229,7 @@ def _trained(folder: Path, *words: str) -> dict[str, Any]:
         found = machine.find(recipe.train.device, recipe.train.precision)
         prepared = run.prepare(recipe, found, offline=True, allow_pickle=False, talk=talk)
         engine = run._engine(prepared, talk)
-        run._fit(prepared, engine, run.Progress(), folder, Signals(), talk)
+        run._fit(run.Run(prepared, engine, run.Progress(), folder, talk), Signals())
     except UserError as error:
         return {"error": str(error)}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -245,15 +247,16 @@ def _trained(folder: Path, *words: str) -> dict[str, Any]:
         "saved": sorted(path.name for path in folder.glob("checkpoints/step-*")),
         "weights": hashlib.sha256(weights).hexdigest(),
         "checkpointing": engine.checkpointing,
+        "fast_path": prepared.fast_path.dump(),
         "asked": _asked(prepared),
     }
 
 
 def _asked(prepared: Prepared) -> list[dict[str, Any]] | None:
     """A raw text as a model of words is asked it."""
-    if "tokens" not in prepared.task.columns:
+    if of_kind(prepared.task.columns, "words") is None:
         return None
-    return prepared.task.encode([Row("x:1", {"text": "a great-film"})], prepared.processor, prepared.recipe.data)
+    return prepared.bound.encode([Row("x:1", {"text": "a great-film"})])
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -101,15 +101,31 @@ def schema(as_json: Json = False) -> None:
     print(json.dumps(starter.schema(), indent=None if as_json else 2, ensure_ascii=False))
 
 
-@app.command(epilog="Example: tunesmith doctor")
+@app.command(epilog="Example: tunesmith doctor --model runs/base")
 @verb
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Show the fast paths of this model here, and why others are off.")
+    ] = None,
+    as_json: Json = False,
+    offline: Offline = False,
+    allow_pickle: AllowPickle = False,
+) -> None:
     """Describe this machine: device, default precision, memory, library versions, cache."""
     from tunesmith.studies import doctor as study
 
     report = study.examine()
+    if model is not None:
+        paths = study.fast_paths(model, offline=offline, allow_pickle=allow_pickle)
+        if as_json:
+            emit(report | {"fast_path": paths})
+            return
+        for name, path in paths.items():
+            report[name] = " ".join(
+                ["on" if path["on"] else "off", *([f"({path['reason']})"] if "reason" in path else [])]
+            )
     if as_json:
         emit(report)
         return
     for name, value in report.items():
-        print(f"{name:<14} {value}")
+        print(f"{name:<16} {value}")

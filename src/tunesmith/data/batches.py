@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tunesmith.data.encoded import Encoded
 
@@ -26,6 +27,8 @@ class Ragged:
 
     values: Tensor  # (sum of lengths, ...)
     offsets: Tensor  # (rows + 1,)
+    host_offsets: NDArray[np.int64] | None = None
+    """The same offsets in the host's memory, where a device holds the rows."""
 
     @property
     def lengths(self) -> Tensor:
@@ -34,19 +37,35 @@ class Ragged:
 
     def mask(self) -> Tensor:
         """1 where a padded row has a value."""  # (rows, longest)
-        lengths = self.lengths
-        return (torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]).long()
+        lengths, known = self.lengths, np.diff(self._offsets_on_host())
+        mask = (torch.arange(int(known.max()), device=lengths.device) < lengths[:, None]).long()
+        _HOST_LENGTHS[mask] = known
+        return mask
 
     def padded(self, fill: int | float) -> Tensor:
         """Rows padded on the right to equal length."""  # (rows, longest, ...)
-        mask = self.mask().bool()
-        out = self.values.new_full((*mask.shape, *self.values.shape[1:]), fill)
-        out[mask] = self.values
-        return out
+        mask, width = self.mask().bool(), self.values.shape[1:]
+        inside = mask.view(*mask.shape, *[1] * len(width))
+        return self.values.new_full((*mask.shape, *width), fill).masked_scatter_(inside, self.values)
 
     def to(self, device: torch.device) -> Ragged:
         """Copy to a device."""
-        return Ragged(self.values.to(device, non_blocking=True), self.offsets.to(device, non_blocking=True))
+        offsets = self.offsets.to(device, non_blocking=True)
+        return Ragged(self.values.to(device, non_blocking=True), offsets, self._offsets_on_host())
+
+    def _offsets_on_host(self) -> NDArray[np.int64]:
+        """Return the offsets in the host's memory; for rows that were made on a device this waits for it."""
+        return self.offsets.cpu().numpy() if self.host_offsets is None else self.host_offsets
+
+
+_HOST_LENGTHS = WeakTensorKeyDictionary()
+"""Mask -> the lengths of its rows in the host's memory."""
+
+
+def host_lengths(mask: Tensor) -> NDArray[np.int64] | None:
+    """Return the lengths of the rows of a mask from `Ragged.mask`, without waiting for a device; None for any other."""
+    known: NDArray[np.int64] | None = _HOST_LENGTHS.get(mask)
+    return known
 
 
 @dataclass(frozen=True)

@@ -234,17 +234,21 @@ def _packed(name: str, field: Field, column: list[Any]) -> tuple[Array, list[int
     """The values of a chunk as one array, and the length of each example if the field is ragged."""
     if isinstance(column[0], VariableLength):
         arrays = [value.array for value in column]
+        _check_same_layout(name, field, ((array.dtype.name, array.shape[1:]) for array in arrays))
         flat = np.concatenate(arrays)
-        assert flat.shape[1:] == field.shape, f"{name}: elements of {flat.shape[1:]}, not {field.shape}"
     elif isinstance(column[0], np.ndarray):
-        shapes = {value.shape for value in column} - {field.shape}
-        assert not shapes, f"{name}: shape {shapes.pop()}, not {field.shape}; return VariableLength(array) if it varies"
-        return np.stack(column).astype(field.dtype, copy=False), []
+        _check_same_layout(name, field, ((array.dtype.name, array.shape) for array in column))
+        return np.stack(column), []
     else:
         assert field.dtype == _dtype(column) or field.dtype == "float32", f"{name}: floats after a chunk of integers"
         arrays = column
         flat = np.concatenate([np.asarray(value) for value in column]) if field.ragged else np.asarray(column)
     return flat.astype(field.dtype, copy=False), [len(value) for value in arrays] if field.ragged else []
+
+
+def _check_same_layout(name: str, field: Field, found: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+    others = set(found) - {(field.dtype, field.shape)}
+    assert not others, f"{name}: dtype and shape {others}, not {(field.dtype, field.shape)} as in the first example"
 
 
 def _dtype(values: list[Any]) -> str:

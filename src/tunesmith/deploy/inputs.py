@@ -45,7 +45,7 @@ def read_inputs(file: Path, task: Task, columns: Mapping[str, str | int] | None)
 
 
 def answer_rows(
-    tuned: Tuned, rows: Sequence[Asked], warn: Callable[[str], None], show: evaluate.Show = evaluate.unseen
+    tuned: Tuned, rows: Sequence[Asked], warn: Callable[[str], None], show: evaluate.Show = evaluate.no_progress
 ) -> list[dict[str, Any]]:
     """An answer for each row, in their order. In its place stands the `error` of a row that cannot be asked, and how
     many of these there are is told, as is how many texts were cut.

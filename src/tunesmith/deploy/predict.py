@@ -30,7 +30,7 @@ from tunesmith.storage.run_folder import check_run
 from tunesmith.tasks import BoundTask, Task
 from tunesmith.techniques import Technique
 from tunesmith.training import evaluate, machine
-from tunesmith.training.examples import encode_rows
+from tunesmith.training.dataset import encode_rows
 from tunesmith.training.machine import Machine
 from tunesmith.training.task_model import load_task_model
 
@@ -137,7 +137,7 @@ def load(
     """
     folder, found = Path(run), machine.find(device, named="--device")
     check_run(folder)
-    found.take()
+    found.select()
     recipe = load_recipe(folder / "recipe.yaml")
     if to_merge:
         assert isinstance(recipe.technique, Technique)
@@ -151,7 +151,7 @@ def load(
         hint = f"`{command('train', '--resume', folder)}`"
         raise RecipeError("the run is not finished", where=str(folder), hint=hint)
     if not to_merge:
-        machine.store_for_answers(tuned.model, tuned.machine)
+        machine.store_for_inference(tuned.model, tuned.machine)
     return tuned
 
 
@@ -187,7 +187,7 @@ def base_of(tuned: Tuned, source: sources.Source) -> tuple[nn.Module, Anatomy]:
     """A base as it was before a run, where the run's model is."""
     model, anatomy = load_task_model(tuned.task, source, tuned.processor, tuned.recipe.train.seed)
     model.to(tuned.machine.device)
-    machine.store_for_answers(model, tuned.machine)
+    machine.store_for_inference(model, tuned.machine)
     return model, anatomy
 
 

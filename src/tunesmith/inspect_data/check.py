@@ -52,7 +52,8 @@ from tunesmith.models import load as models
 from tunesmith.run.prepare import max_length
 from tunesmith.tasks import Inspection, Task
 from tunesmith.techniques import Technique
-from tunesmith.training import examples
+from tunesmith.training import dataset
+from tunesmith.training.notes import merge_notes
 
 CHUNK_ROWS = 1024
 MAX_LEAK_SHARE = 0.01
@@ -119,7 +120,7 @@ class _Check:
         if misfit is not None and self.files:
             self.notes.append(f"no task fits these columns: {misfit.what}; {misfit.hint}, or set task=NAME")
         noted = [(str(file.path), file.note) for file in self.files if file.note]
-        self.notes += examples.said_once((path, note.removeprefix(path)) for path, note in noted)
+        self.notes += merge_notes((path, note.removeprefix(path)) for path, note in noted)
         if is_folder(folder := str(recipe.data.train)) and (left := skipped_files(Path(folder), named)):
             self.notes.append(f"skipped files in {folder}: {', '.join(left)}")
         self.row_level: Level = "warning" if self.data.on_bad_row == "skip" else "error"
@@ -285,10 +286,10 @@ class _Check:
             for file in self.files:
                 file.classes.clear()
 
-    def _try_reading(self, task: Task, keys: dict[str, Any]) -> examples.Examples | None:
+    def _try_reading(self, task: Task, keys: dict[str, Any]) -> dataset.Examples | None:
         """Read the data as a run does; None if the run would stop."""
         try:
-            return examples.read(task, self.data.model_copy(update=keys), self.recipe.train.seed)
+            return dataset.read(task, self.data.model_copy(update=keys), self.recipe.train.seed)
         except DataError as error:
             place = error.where or str(keys["train"])
             self.findings.add([Fault("refused", "the run would stop here", place, error.what, error.hint, "error")])

@@ -25,7 +25,7 @@ from tunesmith.models import sources
 from tunesmith.recipe import Data, Recipe, Stages
 from tunesmith.run.record import STAGES
 from tunesmith.tasks import Task
-from tunesmith.training import examples
+from tunesmith.training import dataset
 
 SAMPLE_ROWS = 1000
 Column = str | int
@@ -168,7 +168,7 @@ def skipped_files(folder: Path, named: Mapping[str, Path]) -> list[str]:
 def fit_error(task: Task, path: Path, data: Data) -> DataError | None:
     """Return why a file does not fit a task, or None if it fits."""
     try:
-        examples.open_split(path, task, data)
+        dataset.open_split(path, task, data)
     except DataError as error:
         return error
     return None
@@ -204,7 +204,7 @@ def _holds_conversations(path: Path, data: Data) -> bool:
     chats = registry.get("task", "text-generation")()
     assert isinstance(chats, Task)
     try:
-        names = examples.open_split(path, chats, data).table.columns
+        names = dataset.open_split(path, chats, data).table.columns
     except DataError:
         return False
     return has_conversation_columns(names)
@@ -218,7 +218,7 @@ def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
     """
     if task is None:
         return _open_without_task(name, path, data)
-    table = examples.open_split(path, task, data).table
+    table = dataset.open_split(path, task, data).table
     names: Sequence[Column] = list(table.columns.values())
     if table.format not in ("text", "conll", "parallel"):
         names, _ = read_raw(path, header=all(isinstance(column, str) for column in names))

@@ -24,7 +24,8 @@ from tunesmith.models import sources
 from tunesmith.run.prepare import max_length
 from tunesmith.tasks import BoundTask, Task
 from tunesmith.techniques import Technique
-from tunesmith.training import examples
+from tunesmith.training import dataset
+from tunesmith.training.augmented import check_augmentable
 
 SHOWN_EPOCHS = 3
 
@@ -70,7 +71,7 @@ def show(
     assert isinstance(recipe.task, Task) and isinstance(recipe.technique, Technique)
     data, named, _ = find_files(recipe.data, recipe.task, guess=guess)
     wanted = guess_task(recipe.task, next(iter(named.values())), data)[0] if guess else None
-    read = examples.read(wanted or recipe.task, data, recipe.train.seed)
+    read = dataset.read(wanted or recipe.task, data, recipe.train.seed)
     if split not in read.splits:
         raise RecipeError(
             f"there is no {split} split", where="--split", hint=f"known: {', '.join(sorted(read.splits))}"
@@ -94,7 +95,7 @@ def show(
         what = "only train is augmented" if data.augment else "data.augment is not set"
         hint = "set data.augment='[{name: word-dropout, probability: 0.1}]' and --split train"
         raise RecipeError(f"--augmented: {what}", hint=hint)
-    examples.check_changeable(read)
+    check_augmentable(read, bound)
     texts = texts_of((one for _, one in numbered), task.columns)
     cache = sources.cache_home() / "translated-back"
     paraphrases = translated_back(texts, data.augment, cache, offline=offline, say=lambda _: None)

@@ -1,8 +1,8 @@
-"""Attention with learned keys and values before those of the text: prefix tuning's way into every attention.
+"""Attention with learned keys and values before those of the text, for prefix tuning.
 
-An attention module that has a child `prefix` sees its keys and values first; others attend as ever. transformers'
-registry of attention functions is the public way in; nothing is patched. `seen_by_attention` asks a model what its
-attention modules look at, so that no name and no class has to be known.
+An attention module with a child `prefix` attends to its keys and values as well; others stay as they are. transformers'
+public registry of attention functions is the way in; nothing is patched. `attention_inputs` records the inputs of a
+model's attention modules, so that no name and no class has to be known.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["Seen", "prefixed", "seen_by_attention", "takes_attention", "use_prefixes"]
+__all__ = ["AttentionInputs", "attention_inputs", "prefixed", "supports_attention_functions", "use_prefixes"]
 
-NAME, LOOK = "tunesmith_prefix", "tunesmith_look"
+NAME, RECORD = "tunesmith_prefix", "tunesmith_record"
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one attention module saw of a probe."""
+class AttentionInputs:
+    """Inputs of one attention module on a probe."""
 
     path: str
     queries: int
@@ -32,7 +32,7 @@ class Seen:
 
 
 def prefixed(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Keys and values (batch, kv heads, tokens, width) with the module's prefix before them, and its length."""
+    """Prepend a module's prefix to keys and values (batch, kv heads, tokens, width); return its length as well."""
     prefix: Any = getattr(module, "prefix", None)
     if prefix is None:
         return key, value, 0
@@ -43,7 +43,7 @@ def prefixed(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """An attention function for transformers: torch's own over prefix and text."""
+    """Attend over prefix and text by PyTorch's attention; an attention function for transformers."""
     queries, keys = query.shape[2], key.shape[2]
     key, value, length = prefixed(module, key, value)
     if not length:
@@ -53,59 +53,59 @@ def attention(
         attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
         attention_mask = attention_mask[None, None]
     if attention_mask is not None:
-        open_ = True if attention_mask.dtype == torch.bool else 0.0
-        attention_mask = _before(attention_mask, attention_mask.new_full((), open_).expand(length))
+        visible = True if attention_mask.dtype == torch.bool else 0.0
+        attention_mask = _prepend(attention_mask, attention_mask.new_full((), visible).expand(length))
     if options.get("position_bias") is not None:
         bias = module.prefix.bias(queries, keys)  # type: ignore[union-attr, operator]
-        options["position_bias"] = _before(options["position_bias"], bias)
+        options["position_bias"] = _prepend(options["position_bias"], bias)
     return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=False, **options)
 
 
-def _before(columns: Tensor, more: Tensor) -> Tensor:
-    """(..., keys) with more columns before them."""
+def _prepend(columns: Tensor, more: Tensor) -> Tensor:
+    """Put more columns before (..., keys)."""
     return torch.cat([more.expand(*columns.shape[:-1], more.shape[-1]).to(columns.dtype), columns], -1)
 
 
 def use_prefixes(model: Any) -> None:
-    """Let every attention of the model look for its prefix."""
+    """Let every attention module of a model attend to its prefix."""
     model.set_attn_implementation(NAME)
 
 
-def takes_attention(model: Any) -> bool:
-    """Whether the model's attention modules call a function that can be given from outside."""
+def supports_attention_functions(model: Any) -> bool:
+    """Tell if a model's attention modules call a registered attention function."""
     return hasattr(model, "set_attn_implementation") and bool(model._can_set_attn_implementation())
 
 
 @torch.no_grad()
-def seen_by_attention(model: Any, body: Any, ids: Tensor) -> list[Seen]:
-    """What each attention module of the model sees of the tokens `ids` (1, tokens), in forward order.
+def attention_inputs(model: Any, body: Any, ids: Tensor) -> list[AttentionInputs]:
+    """Return the inputs of each attention module for the tokens `ids` (1, tokens), in forward order.
 
-    A decoder that stands on an encoder is given three tokens of its own. Empty where attention is not computed through
+    The decoder of an encoder-decoder gets the first three tokens. Empty if the model does not compute attention through
     transformers' interface.
     """
-    if not takes_attention(model):
+    if not supports_attention_functions(model):
         return []
-    seen: list[Seen] = []
+    recorded: list[AttentionInputs] = []
     paths = {module: path for path, module in model.named_modules()}
 
-    def look(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-        seen.append(Seen(paths[module], query.shape[2], key[0].clone(), value[0].clone()))
+    def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        recorded.append(AttentionInputs(paths[module], query.shape[2], key[0].clone(), value[0].clone()))
         return sdpa_attention_forward(module, query, key, value, mask, **options)
 
-    AttentionInterface.register(LOOK, look)
-    AttentionMaskInterface.register(LOOK, sdpa_mask)
+    AttentionInterface.register(RECORD, record)
+    AttentionMaskInterface.register(RECORD, sdpa_mask)
     before, was_training = model.config._attn_implementation, model.training
     decoder = {"decoder_input_ids": ids[:, :3]} if model.config.is_encoder_decoder else {}
     model.eval()
     try:
-        model.set_attn_implementation(LOOK)
+        model.set_attn_implementation(RECORD)
         body(input_ids=ids, **decoder)
-    except ValueError:  # what torch's attention cannot compute
+    except ValueError:  # PyTorch's attention cannot compute it
         return []
     finally:
         model.set_attn_implementation(before)
         model.train(was_training)
-    return seen
+    return recorded
 
 
 AttentionInterface.register(NAME, attention)

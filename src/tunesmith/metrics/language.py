@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -24,15 +24,14 @@ class PerplexityMetrics:
 
     primary = "loss"
 
-    def __init__(self, texts: TextMetrics | None = None, max_texts: int | None = None) -> None:
+    def __init__(
+        self, texts: TextMetrics | None = None, max_texts: int | None = None, of_answers: Collection[str] = ()
+    ) -> None:
+        """Without `texts`, `of_answers` names the metrics of generated texts that the task has otherwise."""
         self._texts, self._max_texts = texts, max_texts
+        self.of_answers = frozenset(of_answers if texts is None else texts.names)
         self._loss = 0.0
         self._correct = self._tokens = 0
-
-    @property
-    def of_answers(self) -> frozenset[str]:
-        """Names of the metrics of generated texts."""
-        return frozenset(self._texts.names) if self._texts is not None else frozenset()
 
     def answers_needed(self, encoded: Encoded) -> int:
         """Return `max_texts`, or the number of examples; 0 without references."""

@@ -1,1 +1,1 @@
-"""Where models come from, how they are loaded, and the map of their parts."""
+"""Model sources, loading, and the anatomy of a model."""

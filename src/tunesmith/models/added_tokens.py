@@ -1,11 +1,10 @@
-"""Tokens that a recipe adds to a vocabulary: rows of their own beside a table that stays.
+"""Tokens that a recipe adds to the vocabulary: separate trainable rows next to the frozen embedding.
 
     look-up: E[id] for an old token, N[id - first] for a new one        output: x [E; N]^T
 
-E (V, d) is the base's, N (n, d) learns under every technique, with E's scale, and alone of the two is saved; an output
-tied to the input shares N too. Each row of N starts as the mean of the old ones, so that what the model said of old
-tokens keeps all but the share of about n / V (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html). No row is
-added that no token has: products with E keep their size, whatever n is.
+E (V, d) belongs to the base. N (n, d) is trained under every technique and saved; a tied output layer shares it. Each
+row of N is initialized to the mean of the old rows, so that old tokens lose only about n / V of their probability
+(Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html). N has no padding rows, and E keeps its size.
 """
 
 from __future__ import annotations
@@ -21,44 +20,44 @@ from torch import Tensor, nn
 from tunesmith.errors import RecipeError, shorten
 
 ROWS = "added"
-"""What N is called in the modules that have one."""
+"""Name of the parameter N in a module."""
 
 LEARNING_RATE = 5e-3
-"""Of N, at least: at the rates of pretrained weights its rows hardly leave the mean (docs/tasks/text-generation.md)."""
+"""Minimum for N; at lower learning rates its rows stay close to the mean (docs/tasks/text-generation.md)."""
 
 
 def add(processor: Any, tokens: Sequence[str]) -> None:
-    """Let the tokenizer read each of these as one token.
+    """Add tokens to the tokenizer.
 
     Raises:
-        RecipeError: one of them is no word, or a token of the model's own.
+        RecipeError: a token is empty, repeated, has spaces around it, or exists already.
     """
     known, where = processor.get_vocab() if tokens else {}, "task.add_tokens"
     for number, token in enumerate(tokens):
         if not token or token != token.strip() or token in tokens[:number]:
             what = (
-                f"{shorten(token)} is there twice" if token.strip() == token else f"{shorten(token)} has blanks around"
+                f"{shorten(token)} is repeated" if token.strip() == token else f"{shorten(token)} has spaces around it"
             )
-            raise RecipeError(f"{where}: {what}", hint="give each once, without blanks before and behind it")
+            raise RecipeError(f"{where}: {what}", hint="give each token once, without spaces around it")
         if token in known:
-            raise RecipeError(f"{where}: {shorten(token)} is a token of this model already", hint="leave it out")
+            raise RecipeError(f"{where}: {shorten(token)} is already a token of this model", hint="remove it")
     if tokens:
         processor.add_tokens(list(tokens))
 
 
 def ids(processor: Any, tokens: Sequence[str]) -> range:
-    """The ids of added tokens, which stand one behind the other; empty where they have not been added."""
+    """Return the contiguous ids of added tokens; empty if they have not been added."""
     known = processor.get_vocab() if tokens else {}
-    found = [known.get(token, -1) for token in tokens]
-    together = range(found[0], found[0] + len(found)) if found and found[0] >= 0 else range(0)
-    return together if found == list(together) else range(0)
+    numbers = [known.get(token, -1) for token in tokens]
+    contiguous = range(numbers[0], numbers[0] + len(numbers)) if numbers and numbers[0] >= 0 else range(0)
+    return contiguous if numbers == list(contiguous) else range(0)
 
 
 def extend(model: Any, added: range) -> None:
-    """Give a model rows for these ids, in place; the same rows wherever one weight looks up and multiplies.
+    """Add rows for these ids to a model, in place; tied weights share them.
 
     Raises:
-        RecipeError: the model reads and writes different vocabularies.
+        RecipeError: encoder and decoder have different vocabularies.
     """
     if not added:
         return
@@ -67,8 +66,8 @@ def extend(model: Any, added: range) -> None:
         what = f"model: its tokenizer has {added.start:,} tokens, its embedding {len(table.weight):,}"
         raise RecipeError(what, hint="the tokenizer belongs to another model")
     if model.config.is_encoder_decoder and model.get_decoder().get_input_embeddings().weight is not table.weight:
-        what = "task.add_tokens: this model reads one vocabulary and writes another"
-        raise RecipeError(what, hint="leave the key out")
+        what = "task.add_tokens: encoder and decoder of this model have different vocabularies"
+        raise RecipeError(what, hint="remove the key")
     weights = [table.weight] if output is None or output.weight is table.weight else [table.weight, output.weight]
     users = [[module for module in model.modules() if getattr(module, "weight", None) is weight] for weight in weights]
     for weight, modules in zip(weights, users, strict=True):
@@ -83,25 +82,25 @@ def extend(model: Any, added: range) -> None:
 
 
 def rows(model: Any) -> int:
-    """How many tokens the model can look up."""
+    """Return the number of tokens that the model has embeddings for."""
     table = model.get_input_embeddings()
     return max(len(table.weight), getattr(table, "added_ids", range(0)).stop)
 
 
 def has_bias(model: Any) -> bool:
-    """Whether the output of a model with added tokens adds a bias."""
+    """Return whether the output layer of a model with added tokens has a bias."""
     return any(getattr(module, "bias", None) is not None for _, module in _extended(model))
 
 
 @torch.no_grad()
 def fold(model: Any) -> None:
-    """Make the rows part of ordinary tables, in place: nothing of this module is left."""
-    found = list(_extended(model))
-    if not found:
+    """Merge the rows into ordinary embeddings and output layers, in place."""
+    extended = list(_extended(model))
+    if not extended:
         return
-    added: range = found[0][1].added_ids
-    kept = {path: (getattr(module, ROWS).detach(), len(module.weight)) for path, module in found}
-    for _, module in found:
+    added: range = extended[0][1].added_ids
+    kept = {path: (getattr(module, ROWS).detach(), len(module.weight)) for path, module in extended}
+    for _, module in extended:
         delattr(module, ROWS)
         del module.added_ids
         module.__class__ = type(module).__mro__[2]
@@ -115,11 +114,13 @@ def fold(model: Any) -> None:
 
 
 def _extended(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((path, module) for path, module in model.named_modules() if isinstance(module, _Reads | _Writes))
+    return (
+        (path, module) for path, module in model.named_modules() if isinstance(module, _EmbeddingRows | _OutputRows)
+    )
 
 
 def _fit_bias_of_logits(model: Any, size: int) -> None:
-    """BART and its kin add a buffer to all logits."""
+    """Extend the buffer that BART-like models add to the logits."""
     bias = getattr(model, "final_logits_bias", None)
     if isinstance(bias, Tensor):
         model.final_logits_bias = F.pad(bias, (0, size - bias.shape[-1]))
@@ -127,35 +128,35 @@ def _fit_bias_of_logits(model: Any, size: int) -> None:
 
 @lru_cache(maxsize=64)
 def _with_rows(kind: type) -> type:
-    """A module's class with rows of its own, under the name that it had."""
-    before = _Reads if issubclass(kind, nn.Embedding) else _Writes
-    return type(kind.__name__, (before, kind), {})
+    """Return a subclass with added rows, under the name of the module's class."""
+    mixin = _EmbeddingRows if issubclass(kind, nn.Embedding) else _OutputRows
+    return type(kind.__name__, (mixin, kind), {})
 
 
-class _Reads:
-    """Before an embedding's class: new ids are looked up in N."""
+class _EmbeddingRows:
+    """Mixin of an embedding: looks up new ids in N."""
 
     added: Tensor
     added_ids: range
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Embedding's name
-        """Rows of E or N.  # (...) -> (..., width)"""
-        place = input - self.added_ids.start
-        new = (place >= 0) & (place < len(self.added_ids))
+        """Return rows of E or N."""  # (...) -> (..., width)
+        index = input - self.added_ids.start
+        new = (index >= 0) & (index < len(self.added_ids))
         old: Tensor = super().forward(input.masked_fill(new, 0))  # type: ignore[misc]
-        found = F.embedding(place.clamp(0, len(self.added_ids) - 1), self.added)
-        scale = getattr(self, "embed_scale", 1.0)  # what some embeddings multiply their rows by
-        return torch.where(new[..., None], (found * scale).to(old.dtype), old)
+        added = F.embedding(index.clamp(0, len(self.added_ids) - 1), self.added)
+        scale = getattr(self, "embed_scale", 1.0)  # factor of scaled embeddings
+        return torch.where(new[..., None], (added * scale).to(old.dtype), old)
 
 
-class _Writes:
-    """Before an output's class: the logits of new tokens stand at their ids."""
+class _OutputRows:
+    """Mixin of an output layer: returns the logits of new tokens at their ids."""
 
     added: Tensor
     added_ids: range
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
-        """(..., width) -> (..., tokens)."""
+        """Return the logits of old and new tokens."""  # (..., width) -> (..., tokens)
         old: Tensor = super().forward(input)  # type: ignore[misc]
         new = F.linear(input, self.added.to(input.dtype)).to(old.dtype)
         return torch.cat([old[..., : self.added_ids.start], new, old[..., self.added_ids.stop :]], -1)

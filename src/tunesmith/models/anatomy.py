@@ -1,9 +1,9 @@
-"""The map of a model's parts: what makes a technique work on every model.
+"""Anatomy of a model: the paths of its parts, so that a technique works on every model.
 
-A technique asks the anatomy where things are (blocks in forward order, attention and MLP projections, norms,
-embeddings, head), never a model's class name. Names are kept as data in `namings.py`, one row per way of naming; a
-model is read by the row that finds most in it. A model that no row knows still has its structure: its blocks are the
-longest `nn.ModuleList` of like modules, and its projections go by their module names.
+A technique finds parts (blocks in forward order, attention and MLP projections, norms, embeddings, head) through the
+anatomy, never by a model's class name. Naming schemes are data in `namings.py`; the scheme with the most matches is
+used. For an unknown model the blocks are the longest `nn.ModuleList` of modules of one class, and projections are
+addressed by module names.
 """
 
 from __future__ import annotations
@@ -24,129 +24,130 @@ from tunesmith.models.namings import NAMINGS, Naming
 __all__ = ["LINEAR", "Anatomy", "anatomy"]
 
 LINEAR = (nn.Linear, Conv1D)
-"""What counts as a linear map. Exactly these: a subclass may use its weight without calling `forward`."""
+"""Linear layers that may be adapted. Not their subclasses, which may use the weight without calling `forward`."""
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where the parts of one model are, as module paths and parameter names of the untouched model."""
+    """Module paths and parameter names of the parts of one unmodified model."""
 
     family: str
     backbone: str
-    """The path of the pretrained body inside the model; empty where the model is nothing but the body."""
+    """Path of the pretrained backbone; empty if the model is the backbone."""
 
     hidden_size: int
     embeddings: tuple[str, ...]
     """Modules of the backbone before the first block."""
 
     blocks: tuple[str, ...]
-    """In forward order, all stacks in a row."""
+    """Blocks of all stacks, in forward order."""
 
     head: tuple[str, ...]
-    """Modules outside the backbone. A language-modelling head is pretrained with the rest and is not among them."""
+    """Modules outside the backbone, except a language modeling head, which is pretrained."""
 
     new: frozenset[str]
-    """Parameters that the checkpoint did not hold: initialised at load."""
+    """Parameters that are missing in the checkpoint and initialized at random."""
 
     added: frozenset[str]
-    """Parameters that are rows of tokens which the recipe has added."""
+    """Parameters with the rows of added tokens."""
 
     fixed: frozenset[str]
-    """Parameters that are computed, and learn under no technique: Marian's positions are sines."""
+    """Parameters that are never trained, such as Marian's sinusoidal positions."""
 
     unused: frozenset[str]
-    """Tensors of the checkpoint that the model has no place for: another task's head."""
+    """Tensors of the checkpoint that the model does not use, such as another task's head."""
 
     roles: Mapping[str, tuple[str, ...]]
-    """What a module does -> modules, in block order; a fused projection stands under each role it holds."""
+    """Role -> module paths, in block order; a fused projection has several roles."""
 
     linears: tuple[str, ...]
-    """Every linear map, in the model's order."""
+    """Every linear layer, in the model's order."""
 
     tied: frozenset[str]
-    """Linear maps whose weight is another module's too."""
+    """Linear layers that share their weight with another module."""
 
     parameters: tuple[str, ...]
-    """Every parameter's name, a shared one once."""
+    """Names of all parameters; a shared one once."""
 
     @property
     def always_trainable(self) -> frozenset[str]:
-        """The parameters that every technique must train: those of the head, and those that nothing has trained yet."""
-        nothing_has = self.new | self.added
-        return frozenset(name for name in self.parameters if name in nothing_has or _within(name, self.head))
+        """Parameters that every technique trains: those of the head, new ones, and rows of added tokens."""
+        untrained = self.new | self.added
+        return frozenset(name for name in self.parameters if name in untrained or _within(name, self.head))
 
     def depth_of(self, name: str) -> int:
-        """How far up a parameter stands: 0 embeddings, 1..n the blocks, n + 1 what comes after them.
+        """Return the depth of a parameter: 0 for embeddings, 1..n for blocks, n + 1 after them.
 
-        What ends one of several stacks (the last norm of T5's encoder) stands with the last block of its stack.
+        Modules at the end of one of several stacks (the last norm of T5's encoder) have the depth of its last block.
         """
         if _within(name, self.embeddings):
             return 0
-        beside = 0
+        stack_depth = 0
         for depth, block in enumerate(self.blocks, start=1):
             if _within(name, (block,)):
                 return depth
             if name.startswith(f"{_stack_of(block)}."):
-                beside = depth
-        return beside if 0 < beside < len(self.blocks) else len(self.blocks) + 1
+                stack_depth = depth
+        return stack_depth if 0 < stack_depth < len(self.blocks) else len(self.blocks) + 1
 
     def roles_in(self, block: str) -> dict[str, tuple[str, ...]]:
-        """What the modules of one block do, by their paths inside it."""
-        inside = f"{block}."
+        """Return the roles of one block, with paths relative to it."""
+        prefix = f"{block}."
         own = {
-            role: tuple(path.removeprefix(inside) for path in paths if path.startswith(inside))
+            role: tuple(path.removeprefix(prefix) for path in paths if path.startswith(prefix))
             for role, paths in self.roles.items()
         }
         return {role: paths for role, paths in own.items() if paths}
 
     def targets(self, wanted: Sequence[str] | Literal["all-linear"]) -> tuple[str, ...]:
-        """The linear maps that roles (`query`), module names (`q_proj`, `attention.self.query`) or `all-linear` mean.
+        """Return the linear layers for roles (`query`), module names (`attention.self.query`) or `all-linear`.
 
-        `all-linear` is every linear map inside the blocks. A head is never among them: it learns whole.
+        `all-linear` is every linear layer inside the blocks. The head is never included, as it is trained in full.
 
         Raises:
-            RecipeError: a name matches nothing, or only what may not be adapted.
+            RecipeError: a name matches nothing, or only layers that cannot be adapted.
         """
         if wanted == "all-linear":
-            found = {path for path in self.linears if _within(path, self.blocks)}
-            if not found:
-                raise _refused(f"this {self.family} model has no linear map inside a block", "use technique=full")
+            matches = {path for path in self.linears if _within(path, self.blocks)}
+            if not matches:
+                raise _target_error(f"this {self.family} model has no linear layer in a block", "use technique=full")
         else:
-            found = {path for word in wanted for path in self._meant_by(word)}
-        return tuple(path for path in self.linears if path in found)
+            matches = {path for word in wanted for path in self._matching_layers(word)}
+        return tuple(path for path in self.linears if path in matches)
 
-    def _meant_by(self, word: str) -> set[str]:
-        """The linear maps that one role or module name means."""
+    def _matching_layers(self, word: str) -> set[str]:
+        """Return the linear layers that match a role or module name."""
         named = self.roles.get(word) or [path for path in self.linears if f".{path}".endswith(f".{word}")]
-        found = set(named) & set(self.linears)
-        if not found:
-            raise _refused(f"{shorten(word)} is no linear map of this {self.family} model", self._known(word))
-        whole = {path for path in found if f"{path}.weight" in self.always_trainable}
-        if whole == found:
-            raise _refused(f"{shorten(word)} belongs to the head, which learns whole anyway", "leave it out")
-        if shared := sorted(found & self.tied):
-            raise _refused(
-                f"'{shared[0]}' shares its weight with another module (an output tied to the input embedding): "
-                "what is merged into one would change both",
-                "leave it out",
+        matches = set(named) & set(self.linears)
+        if not matches:
+            raise _target_error(
+                f"{shorten(word)} matches no linear layer of this {self.family} model", self._hint(word)
             )
-        return found - whole
+        head = {path for path in matches if f"{path}.weight" in self.always_trainable}
+        if head == matches:
+            raise _target_error(f"{shorten(word)} belongs to the head, which is already trained in full", "remove it")
+        if shared := sorted(matches & self.tied):
+            raise _target_error(
+                f"'{shared[0]}' is tied to another module (such as the input embedding), so a merge would change both",
+                "remove it",
+            )
+        return matches - head
 
-    def _known(self, word: str) -> str:
-        """What could have been meant instead of `word`."""
-        inside = [path for path in self.linears if _within(path, self.blocks)]
-        roles = sorted(role for role, paths in self.roles.items() if set(paths) & set(inside))
-        suffixes = sorted({path.rpartition(".")[2] for path in inside})
+    def _hint(self, word: str) -> str:
+        """Return the valid targets, the nearest first."""
+        candidates = [path for path in self.linears if _within(path, self.blocks)]
+        roles = sorted(role for role, paths in self.roles.items() if set(paths) & set(candidates))
+        suffixes = sorted({path.rpartition(".")[2] for path in candidates})
         near = did_you_mean(word, [*roles, *suffixes])
         known = f"roles: {', '.join(roles) or 'none known'}; modules: {', '.join(suffixes) or 'none'}; or all-linear"
         return f"{near} {known}" if near.startswith("did") else known
 
 
 def anatomy(model: nn.Module, *, new: frozenset[str] = frozenset(), unused: frozenset[str] = frozenset()) -> Anatomy:
-    """Read a model's parts; `new` are the parameters that its checkpoint did not hold, `unused` what only it holds."""
+    """Return the anatomy of a model; `new` and `unused` are the missing and unexpected keys of its checkpoint."""
     prefix = _backbone(model)
     paths = [path for path, _ in model.named_modules() if path]
-    late, blocks, roles = max((_read(paths, prefix, row) for row in NAMINGS), key=lambda read: len(read[2]))
+    late, blocks, roles = max((_match(paths, prefix, row) for row in NAMINGS), key=lambda match: len(match[2]))
     if not roles:
         late, blocks = (), _longest_list(model)
     config = getattr(model, "config", None)
@@ -172,38 +173,38 @@ def _within(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _refused(what: str, hint: str) -> RecipeError:
+def _target_error(what: str, hint: str) -> RecipeError:
     return RecipeError(what, where="technique.target_modules", hint=hint)
 
 
 def _backbone(model: nn.Module) -> str:
-    """The path of the pretrained body inside `model`; empty where the model is nothing but the body."""
+    """Return the path of the pretrained backbone; empty if the model is the backbone."""
     prefix = getattr(model, "base_model_prefix", "")
     return prefix if isinstance(getattr(model, prefix, None), nn.Module) else ""
 
 
 def _stack_of(block: str) -> str:
-    """The module whose list a block is in."""
+    """Return the path of the stack that a block belongs to."""
     return block.rpartition(".")[0].rpartition(".")[0]
 
 
-Read = tuple[tuple[str, ...], tuple[str, ...], dict[str, tuple[str, ...]]]
+Match = tuple[tuple[str, ...], tuple[str, ...], dict[str, tuple[str, ...]]]
 
 
-def _read(paths: list[str], prefix: str, naming: Naming) -> Read:
-    """The late embeddings, the blocks and the roles that one row finds among all module paths."""
+def _match(paths: list[str], prefix: str, naming: Naming) -> Match:
+    """Return the late embeddings, the blocks and the roles that a naming scheme matches."""
     stacks = [_matching(paths, prefix, pattern) for pattern in naming.blocks]
     if not all(stacks):
         return (), (), {}
     late = tuple(path for pattern in naming.embeddings for path in _matching(paths, prefix, pattern))
     blocks = tuple(path for stack in stacks for path in stack)
     known = set(paths)
-    found = {
+    roles = {
         role: tuple(path for block in blocks for part in parts if (path := f"{block}.{part}") in known)
         for role, parts in naming.roles.items()
     }
-    found = {role: modules for role, modules in found.items() if modules}
-    return (late, blocks, found) if 2 * len(found) > len(naming.roles) else ((), (), {})  # a few alike are chance
+    roles = {role: modules for role, modules in roles.items() if modules}
+    return (late, blocks, roles) if 2 * len(roles) > len(naming.roles) else ((), (), {})  # fewer: coincidence
 
 
 def _matching(paths: list[str], prefix: str, pattern: str) -> list[str]:
@@ -212,18 +213,18 @@ def _matching(paths: list[str], prefix: str, pattern: str) -> list[str]:
 
 
 def _longest_list(model: nn.Module) -> tuple[str, ...]:
-    """The members of the longest outermost list of like modules, the first of equals; empty where there is none."""
+    """Return the members of the longest outermost list of modules of one class, or an empty tuple."""
     lists: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not _within(path, lists):
             lists[path] = module
-    alike = {path: members for path, members in lists.items() if len({type(member) for member in members}) == 1}
-    longest = max(alike, key=lambda path: len(alike[path]), default=None)
-    return () if longest is None else tuple(f"{longest}.{index}" for index in range(len(alike[longest])))
+    uniform = {path: members for path, members in lists.items() if len({type(member) for member in members}) == 1}
+    longest = max(uniform, key=lambda path: len(uniform[path]), default=None)
+    return () if longest is None else tuple(f"{longest}.{index}" for index in range(len(uniform[longest])))
 
 
 def _embeddings(model: nn.Module, blocks: tuple[str, ...], path: str) -> Iterator[str]:
-    """What stands before the first block of each stack; a decoder's stack begins after an encoder's."""
+    """Yield the modules before the first block of each stack."""
     yield from _before(model, blocks, path)
     stacks = dict.fromkeys(block.rpartition(".")[0] for block in blocks)
     for stack in list(stacks)[1:]:
@@ -233,7 +234,7 @@ def _embeddings(model: nn.Module, blocks: tuple[str, ...], path: str) -> Iterato
 
 
 def _before(model: nn.Module, blocks: tuple[str, ...], path: str) -> Iterator[str]:
-    """The modules with parameters that stand before the first block: registration order is forward order."""
+    """Yield the modules with parameters before the first block, in registration order."""
     for name, child in model.get_submodule(path).named_children():
         child_path = f"{path}.{name}" if path else name
         if child_path in blocks:
@@ -246,7 +247,7 @@ def _before(model: nn.Module, blocks: tuple[str, ...], path: str) -> Iterator[st
 
 
 def _head(model: nn.Module, prefix: str) -> tuple[str, ...]:
-    """The modules beside the backbone, unless they make a language model, whose output is pretrained with the rest."""
+    """Return the modules outside the backbone; none for a language model, whose head is pretrained."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if not prefix or output is not None:
         return ()
@@ -263,11 +264,11 @@ def _tied(model: nn.Module) -> frozenset[str]:
 
 
 def _hidden_size(model: nn.Module, blocks: tuple[str, ...]) -> int:
-    """The width between blocks: from the config, else of the first block's first weight."""
+    """Return the hidden size: from the config, else from the first weight of the first block."""
     config = getattr(model, "config", None)
     if config is not None:
         for candidate in (config, config.get_text_config()):
-            widths = getattr(candidate, "hidden_sizes", None) or [0]  # those of the stages of a CNN
+            widths = getattr(candidate, "hidden_sizes", None) or [0]  # one per stage of a CNN
             if width := getattr(candidate, "hidden_size", None) or widths[-1]:
                 return int(width)
     body = model.get_submodule(blocks[0]) if blocks else model

@@ -1,7 +1,7 @@
-"""Members streamed out of wheels and source archives under limits; nothing is extracted, nothing is run.
+"""Safe extraction of selected files from wheels and source archives; nothing is executed.
 
-Only regular files with plain relative names are read; a link, a device, a name that climbs, too many members, too many
-bytes or an absurd compression ratio end the reading.
+Only regular files with plain relative names are extracted. Links, devices, names with `..`, too many members, too many
+bytes and extreme compression ratios are errors.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import IO
 from tunesmith.errors import DataError, shorten
 
 MAX_MEMBERS, MAX_BYTES, MAX_RATIO = 10_000, 2 * 2**30, 100
-RATIO_FROM_BYTES = 2**20
+MIN_BUDGET_BYTES = 2**20
 CHUNK = 2**20
 
-_ODD = re.compile(r"[\\:\x00-\x1f\x7f-\x9f]")
+_UNSAFE = re.compile(r"[\\:\x00-\x1f\x7f-\x9f]")
 _DAMAGED = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -36,16 +36,16 @@ _DAMAGED = (
     UnicodeError,
     OSError,
 )
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE)
+_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE)
 
 Select = Callable[[str], bool]
 
 
 def extract(archive: Path, select: Select, into: Path) -> list[str]:
-    """Copy the selected members below `into` under their own names; returns the names.
+    """Extract the selected members into a folder, and return their names.
 
     Raises:
-        DataError: the archive is damaged or breaks a limit.
+        DataError: the archive is damaged or exceeds a limit.
     """
     names = []
     with _members(archive) as members:
@@ -53,7 +53,7 @@ def extract(archive: Path, select: Select, into: Path) -> list[str]:
         for name, stream in members:
             if not select(name):
                 continue
-            target = into / _checked(name, archive)
+            target = into / _safe_path(name, archive)
             target.parent.mkdir(parents=True, exist_ok=True)
             budget = _copy(stream(), target, budget, archive)
             names.append(name)
@@ -61,12 +61,12 @@ def extract(archive: Path, select: Select, into: Path) -> list[str]:
 
 
 def _budget(archive: Path) -> int:
-    """Bytes that it may unpack to."""
-    return min(MAX_BYTES, max(MAX_RATIO * archive.stat().st_size, RATIO_FROM_BYTES))
+    """Return the maximum number of unpacked bytes."""
+    return min(MAX_BYTES, max(MAX_RATIO * archive.stat().st_size, MIN_BUDGET_BYTES))
 
 
-def _swells(archive: Path) -> DataError:
-    return DataError("unpacks to more than 2 GiB, or to over 100 times its size", where=archive.name)
+def _too_large(archive: Path) -> DataError:
+    return DataError("unpacks to more than 2 GiB, or to more than 100 times its size", where=archive.name)
 
 
 def _copy(stream: IO[bytes] | None, target: Path, budget: int, archive: Path) -> int:
@@ -76,17 +76,15 @@ def _copy(stream: IO[bytes] | None, target: Path, budget: int, archive: Path) ->
         while chunk := stream.read(CHUNK):
             budget -= len(chunk)
             if budget < 0:
-                raise _swells(archive)
+                raise _too_large(archive)
             file.write(chunk)
     return budget
 
 
-def _checked(name: str, archive: Path) -> PurePosixPath:
+def _safe_path(name: str, archive: Path) -> PurePosixPath:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts or _ODD.search(name):
-        raise DataError(
-            f"a member is called {shorten(name)}", where=archive.name, hint="this archive is not to be trusted"
-        )
+    if path.is_absolute() or ".." in path.parts or not path.parts or _UNSAFE.search(name):
+        raise DataError(f"unsafe member name {shorten(name)}", where=archive.name, hint="do not use this archive")
     return path
 
 
@@ -98,17 +96,17 @@ def _members(archive: Path) -> Iterator[Members]:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
-                yield _of_zip(opened, archive)
+                yield _zip_members(opened, archive)
         else:
             with tarfile.open(archive, "r:*") as tar:
-                yield _of_tar(tar, archive)
+                yield _tar_members(tar, archive)
     except _DAMAGED as error:
-        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
             raise
-        raise DataError(f"a damaged archive ({error})", where=archive.name, hint="fetch it again") from None
+        raise DataError(f"damaged archive ({error})", where=archive.name, hint="download it again") from None
 
 
-def _of_zip(opened: zipfile.ZipFile, archive: Path) -> Members:
+def _zip_members(opened: zipfile.ZipFile, archive: Path) -> Members:
     infos = opened.infolist()
     if len(infos) > MAX_MEMBERS:
         raise DataError(f"{len(infos)} members, more than {MAX_MEMBERS}", where=archive.name)
@@ -118,24 +116,24 @@ def _of_zip(opened: zipfile.ZipFile, archive: Path) -> Members:
             yield info.filename, (lambda: None) if special else (lambda info=info: opened.open(info))  # type: ignore[misc]
 
 
-def _of_tar(opened: tarfile.TarFile, archive: Path) -> Members:
+def _tar_members(opened: tarfile.TarFile, archive: Path) -> Members:
     budget = _budget(archive)
     for count, info in enumerate(opened, start=1):
         if count > MAX_MEMBERS:
             raise DataError(f"more than {MAX_MEMBERS} members", where=archive.name)
-        budget -= info.size  # to skip a member of a tar is to unpack it
+        budget -= info.size  # skipping a member of a compressed tar unpacks it
         if budget < 0:
-            raise _swells(archive)
+            raise _too_large(archive)
         if not info.isdir():
             regular = info.isfile()
             yield info.name, (lambda info=info: opened.extractfile(info)) if regular else (lambda: None)  # type: ignore[misc]
 
 
-def publish(writing: Path, target: Path) -> None:
-    """Make a finished folder visible at once; another process may have been first."""
+def publish(temporary: Path, target: Path) -> None:
+    """Rename a finished folder to its target; keep the target if another process was first."""
     try:
-        writing.rename(target)
+        temporary.rename(target)
     except OSError:
         if not target.is_dir():
             raise
-        shutil.rmtree(writing)
+        shutil.rmtree(temporary)

@@ -1,8 +1,7 @@
-"""GGUF files, llama.cpp's, as a transformers folder: converted once by transformers, kept by the sha256 of the file.
+"""GGUF files of llama.cpp: converted once to a transformers folder, which is cached by the sha256 of the file.
 
-The copy holds the numbers of the file exactly: what is quantised there (a scale of 11 bits times a small integer, plus
-a minimum) in fp32, what is bf16 there in bf16. Rounding SmolLM2-135M Q4_1 to bf16 would have halved its 538 MB, changed
-0.07 % of greedy tokens (KL 9e-5), and every later merge of an adapter would have been rounded too.
+The copy has the exact values of the file: quantized tensors in fp32, bf16 tensors in bf16. For SmolLM2-135M Q4_1, bf16
+would halve the 538 MB, but change 0.07 % of greedy tokens (KL 9e-5) and round every later merge of an adapter.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from tunesmith.models.quiet import quiet
 
 SUFFIX, MAGIC = ".gguf", b"GGUF"
 ORIGIN = "gguf.json"
-"""In a converted folder: which file it was."""
+"""File in a converted folder that describes the GGUF file."""
 
 DIGIT_BY_DIGIT = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-"""What llama.cpp calls the tokenizers that part digits before all else splits as GPT-2's does; transformers forgets the
-digits, and would read a blank line and a number as other tokens than the model has learned.
+"""llama.cpp's names of tokenizers that split off digits before GPT-2's rules; transformers omits that step, which would
+change the tokens of blank lines and numbers.
 """
 
 AS_GPT2 = ("default", "gpt-2", "mpt", "olmo", "jais")
@@ -43,7 +42,7 @@ AUTO = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 
 
 def origin(folder: Path) -> dict[str, Any]:
-    """What a folder says of the GGUF file that it was converted from; empty for any other folder."""
+    """Return the description of the GGUF file that a folder was converted from; empty for other folders."""
     with suppress(OSError, ValueError):
         about: dict[str, Any] = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
         return about
@@ -51,33 +50,35 @@ def origin(folder: Path) -> dict[str, Any]:
 
 
 def convert(file: Path, home: Path, *, where: str, say: Callable[[str], None]) -> Path:
-    """The folder below `home` that a GGUF file was converted into, now or earlier.
+    """Convert a GGUF file, unless `home` has it already, and return the folder.
 
     Raises:
-        RecipeError: it is damaged, or of a kind that transformers does not know; or the extra is not installed.
+        RecipeError: the file is damaged or not supported by transformers, or the extra `gguf` is not installed.
         ResourceError: the copy cannot be written.
     """
     try:
         with file.open("rb") as opened:
-            begins = opened.read(16)
+            header = opened.read(16)
         sha256 = known_sha256(file)
     except OSError as error:
         raise RecipeError(f"model: cannot be read ({error.strerror})", where=where) from None
-    if not begins.startswith(MAGIC):
-        what = f"model: not a GGUF file: it begins with {shorten(begins.decode('latin-1'))}"
-        raise RecipeError(what, where=where, hint="is the download complete, or a page or a pointer in its place?")
+    if not header.startswith(MAGIC):
+        what = f"model: not a GGUF file (starts with {shorten(header.decode('latin-1'))})"
+        raise RecipeError(
+            what, where=where, hint="check that the download is complete, and not a web page or an LFS pointer"
+        )
     folder = home / sha256
     if not (folder / ORIGIN).exists():
-        writing = home / f".tmp-{sha256[:16]}-{os.getpid()}"
+        temporary = home / f".tmp-{sha256[:16]}-{os.getpid()}"
         try:
-            _convert(file, sha256, writing, where, say)
-            publish(writing, folder)
+            _convert(file, sha256, temporary, where, say)
+            publish(temporary, folder)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            hint = "make room, or name another cache folder with TUNESMITH_HOME"
+            hint = "free some space, or set TUNESMITH_HOME to another folder"
             raise ResourceError(f"cannot be written ({reason})", where=str(folder), hint=hint) from None
         finally:
-            shutil.rmtree(writing, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -89,25 +90,27 @@ def _convert(file: Path, sha256: str, folder: Path, where: str, say: Callable[[s
         what = "model: GGUF files need packages that are not installed"
         raise RecipeError(what, where=where, hint="pip install 'tunesmith[gguf]'") from None
     size = file.stat().st_size
-    say(f"converting {file.name} ({size / 1e6:.0f} MB) to safetensors; once, later runs take the copy")
+    say(f"converting {file.name} ({size / 1e6:.0f} MB) to safetensors (once; later runs use the copy)")
     try:
-        with quiet(), redirect_stderr(StringIO()):  # a bar is drawn whatever transformers is told
-            read = GGUFReader(file)
+        with quiet(), redirect_stderr(StringIO()):  # its progress bar ignores the verbosity
+            reader = GGUFReader(file)
             formats = Counter[str]()
-            for tensor in read.tensors:
+            for tensor in reader.tensors:
                 formats[tensor.tensor_type.name] += int(tensor.n_elements)
-            about = {name: field.contents() if (field := read.get_field(key)) else None for name, key in _ABOUT.items()}
+            about = {
+                name: field.contents() if (field := reader.get_field(key)) else None for name, key in _ABOUT.items()
+            }
             dtype = torch.bfloat16 if max(formats, key=formats.__getitem__) == "BF16" else torch.float32
             model, processor = _load(file, dtype)
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever the libraries raise over a file that is not ours
-        said = " ".join(str(error).split())
-        what = f"model: this GGUF file cannot be converted ({type(error).__name__}: {shorten(said, 160)[1:-1]})"
-        damaged = "is the download complete? else give the safetensors of that model"
-        hint = "give the safetensors of that model" if "not supported" in said else damaged
+    except Exception as error:  # noqa: BLE001 - the libraries raise anything for a bad file
+        message = " ".join(str(error).split())
+        what = f"model: this GGUF file cannot be converted ({type(error).__name__}: {shorten(message, 160)[1:-1]})"
+        damaged = "check that the download is complete, or use the safetensors of that model"
+        hint = "use the safetensors of that model" if "not supported" in message else damaged
         raise RecipeError(what, where=where, hint=hint) from error
-    _split_as_the_model(processor, about["pre_tokenizer"], say)
+    _set_pre_tokenizer(processor, about["pre_tokenizer"], say)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with quiet():
@@ -122,23 +125,25 @@ _ABOUT = {"architecture": "general.architecture", "license": "general.license", 
 
 
 def _load(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A plain model with nothing of GGUF left in it, and its tokenizer."""
-    with tempfile.TemporaryDirectory(prefix="tunesmith-") as alone:  # files beside it may be of another model
-        (Path(alone) / "model.gguf").symlink_to(file.resolve())
-        given = {"gguf_file": "model.gguf", "local_files_only": True, "trust_remote_code": False}
-        processor = transformers.AutoTokenizer.from_pretrained(alone, **given)
-        config = transformers.AutoConfig.from_pretrained(alone, **given)
-        kinds = (getattr(transformers, name) for name in AUTO)
-        auto = next(kind for kind in kinds if type(config) in kind._model_mapping)
-        if hasattr(transformers, "GgufConfig"):  # newer ones may keep the weights packed
-            given["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        loaded, info = auto.from_pretrained(alone, dtype=dtype, output_loading_info=True, **given)
+    """Return a plain model and its tokenizer."""
+    with tempfile.TemporaryDirectory(
+        prefix="tunesmith-"
+    ) as folder:  # other files next to the GGUF may belong to another model
+        (Path(folder) / "model.gguf").symlink_to(file.resolve())
+        options = {"gguf_file": "model.gguf", "local_files_only": True, "trust_remote_code": False}
+        processor = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        classes = (getattr(transformers, name) for name in AUTO)
+        auto = next(auto_class for auto_class in classes if type(config) in auto_class._model_mapping)
+        if hasattr(transformers, "GgufConfig"):  # newer versions may keep the weights quantized
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        loaded, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"it lacks {len(missing)} weights, first {missing[0]}")
+        raise ValueError(f"{len(missing)} weights are missing, first {missing[0]}")
     processor.model_max_length = getattr(config, "max_position_embeddings", None) or processor.model_max_length
     config = loaded.config
     config.__dict__.pop("quantization_config", None)
-    with torch.device("meta"):  # transformers does not save what it loaded from a GGUF
+    with torch.device("meta"):  # transformers does not save a model loaded from GGUF
         plain = type(loaded)(config)
     plain.load_state_dict(loaded.state_dict(), assign=True)
     plain.tie_weights()
@@ -146,13 +151,13 @@ def _load(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return plain, processor
 
 
-def _split_as_the_model(processor: Any, name: str | None, say: Callable[[str], None]) -> None:
-    """Cut a text into words as the model's own tokenizer does, where transformers knows it only by name."""
-    found = processor.backend_tokenizer.pre_tokenizer
-    if type(found) is not pre_tokenizers.ByteLevel or name in (None, *AS_GPT2):
+def _set_pre_tokenizer(processor: Any, name: str | None, say: Callable[[str], None]) -> None:
+    """Set the pre-tokenizer that llama.cpp uses under this name, where transformers does not."""
+    current = processor.backend_tokenizer.pre_tokenizer
+    if type(current) is not pre_tokenizers.ByteLevel or name in (None, *AS_GPT2):
         return
     if name in DIGIT_BY_DIGIT:
         steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         processor.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     else:
-        say(f"its tokenizer cuts texts as '{name}' does, which is not known here; they are cut as GPT-2's are")
+        say(f"unknown pre-tokenizer '{name}'; using GPT-2's, so some tokens may differ")

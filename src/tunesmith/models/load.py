@@ -1,4 +1,4 @@
-"""From a source to a model, its tokenizer and its anatomy, by transformers, without any code of the model's own."""
+"""Load a model, its processor and its anatomy from a source with transformers, without remote code."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from tunesmith.models.sources import Source, safe_config
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 UNBOUNDED = 10**9
-INSTEAD = {"AutoModelForSeq2SeqLM": "AutoModelForCausalLM"}
-"""Auto class -> the one that does the same in another way, for kinds of models that lack the first."""
+FALLBACK_CLASSES = {"AutoModelForSeq2SeqLM": "AutoModelForCausalLM"}
+"""Auto class -> the one that is used for model types without the first."""
 
 
 ProcessorKind = Literal["tokenizer", "image_processor"]
 
 
 def processor_kind(processor: Any) -> ProcessorKind:
-    """The kind of a processor in hand."""
+    """Return the kind of a loaded processor."""
     return "tokenizer" if hasattr(processor, "get_vocab") else "image_processor"
 
 
@@ -43,13 +43,13 @@ def load_processor(
     *,
     kind: ProcessorKind = "tokenizer",
 ) -> Any:
-    """The tokenizer, with tokens added, or the image processor of a model.
+    """Load the tokenizer of a model and add tokens, or load its image processor.
 
-    A tokenizer without a padding token pads with its end-of-text token. Image processors use their PIL back end, so
-    that training and serving preprocess alike whether or not torchvision is installed.
+    A tokenizer without a padding token uses its end-of-text token. Image processors use their PIL backend, so that
+    preprocessing is the same with and without torchvision.
 
     Raises:
-        RecipeError: the source has none, its kind of model is not for this task, or a token cannot be added.
+        RecipeError: the source has no processor, its model type does not support the task, or a token cannot be added.
     """
     if model_class is not None:
         config_class(str(safe_config(source)[0]["model_type"]), model_class, source.spec)
@@ -74,17 +74,17 @@ def load_model(
     dtype: torch.dtype | None = None,
     added: range = range(0),
 ) -> tuple[nn.Module, Anatomy]:
-    """The model of an Auto class in its stored number format, its new parts drawn from `seed`, and its map.
+    """Load a model by its Auto class in its stored dtype, with new parameters drawn from `seed`, and its anatomy.
 
-    `added`: ids of tokens that the recipe adds (`added_tokens.ids`).
+    `added` are the ids of added tokens (`added_tokens.ids`).
 
     Raises:
-        RecipeError: this kind of model cannot do the task.
+        RecipeError: the model type does not support the task.
     """
-    kept, _ = safe_config(source)
-    found = config_class(str(kept["model_type"]), model_class, source.spec)
-    settings = _config(source, kept, found, config, pad_token_id)
-    loader = getattr(transformers, auto_class(str(kept["model_type"]), model_class))
+    stored, _ = safe_config(source)
+    config_type = config_class(str(stored["model_type"]), model_class, source.spec)
+    settings = _config(source, stored, config_type, config, pad_token_id)
+    loader = getattr(transformers, auto_class(str(stored["model_type"]), model_class))
     with quiet(), torch.random.fork_rng(devices=[]), _reading(source, "config.json and weights"):
         torch.manual_seed(seed)
         model, info = loader.from_pretrained(
@@ -104,38 +104,39 @@ def load_model(
 
 
 def unused_parts(source: Source, model: Any, unused: Collection[str]) -> dict[str, Tensor]:
-    """What the checkpoint holds of the body and `model` has no use for (BERT's pooler, for a head that guesses words),
-    under the names that the next model looks for.
+    """Return backbone tensors of the checkpoint that `model` does not use (BERT's pooler under a masked LM head).
+
+    They are saved with the model, so that the next model can load them.
     """
     prefix = f"{model.base_model_prefix}."
     with torch.device("meta"), quiet():
-        body = transformers.AutoModel.from_config(model.config)
-    known = {name for name, _ in body.named_parameters()}
+        backbone = transformers.AutoModel.from_config(model.config)
+    known = {name for name, _ in backbone.named_parameters()}
     wanted = {name: inside for name in unused if (inside := name.removeprefix(prefix)) in known}
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in source.weights() if wanted else []:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                found |= {prefix + wanted[name]: file.get_tensor(name) for name in wanted.keys() & set(file.keys())}
-    return found
+                tensors |= {prefix + wanted[name]: file.get_tensor(name) for name in wanted.keys() & set(file.keys())}
+    return tensors
 
 
 def load_config(source: Source, model_class: str, processor: Any) -> Any:
-    """The config that the model will have.
+    """Load the config of the model.
 
     Raises:
-        RecipeError: this kind of model cannot do the task.
+        RecipeError: the model type does not support the task.
     """
-    kept, _ = safe_config(source)
-    made_of = config_class(str(kept["model_type"]), model_class, source.spec)
-    return _config(source, kept, made_of, {}, getattr(processor, "pad_token_id", None))
+    stored, _ = safe_config(source)
+    config_type = config_class(str(stored["model_type"]), model_class, source.spec)
+    return _config(source, stored, config_type, {}, getattr(processor, "pad_token_id", None))
 
 
 def load_shape(source: Source, model_class: str, processor: Any) -> nn.Module:
-    """The model without weights: its modules and their sizes, for who asks what it can read.
+    """Return the model on the meta device, without weights.
 
     Raises:
-        RecipeError: this kind of model cannot do the task.
+        RecipeError: the model type does not support the task.
     """
     settings = load_config(source, model_class, processor)
     with quiet(), torch.device("meta"), _reading(source, "config.json"):
@@ -144,65 +145,66 @@ def load_shape(source: Source, model_class: str, processor: Any) -> nn.Module:
     return model
 
 
-def auto_class(kind: str, model_class: str) -> str:
-    """The Auto class that a kind of model (a config's `model_type`) does a task by."""
-    has_it = transformers.CONFIG_MAPPING[kind] in getattr(transformers, model_class)._model_mapping
-    return model_class if has_it else INSTEAD.get(model_class, model_class)
+def auto_class(model_type: str, model_class: str) -> str:
+    """Return the Auto class that a `model_type` uses for a task."""
+    supported = transformers.CONFIG_MAPPING[model_type] in getattr(transformers, model_class)._model_mapping
+    return model_class if supported else FALLBACK_CLASSES.get(model_class, model_class)
 
 
-def config_class(kind: str, model_class: str, where: str = "") -> Any:
-    """The config of a kind of model that has an Auto class, or one that does the same.
+def config_class(model_type: str, model_class: str, where: str = "") -> Any:
+    """Return the config class of a `model_type` that supports an Auto class or its fallback.
 
     Raises:
-        RecipeError: it has none.
+        RecipeError: the model type does not support it.
     """
-    if kind not in transformers.CONFIG_MAPPING:
-        raise RecipeError(f"model: transformers has no '{kind}'", where=where, hint="a newer transformers may have")
-    found, model_class = transformers.CONFIG_MAPPING[kind], auto_class(kind, model_class)
-    if found not in getattr(transformers, model_class)._model_mapping:
-        what = f"model: a {kind} model has no {model_class.removeprefix('AutoModelFor')}"
+    if model_type not in transformers.CONFIG_MAPPING:
+        what = f"model: this version of transformers has no '{model_type}'"
+        raise RecipeError(what, where=where, hint="upgrade transformers")
+    config_type, model_class = transformers.CONFIG_MAPPING[model_type], auto_class(model_type, model_class)
+    if config_type not in getattr(transformers, model_class)._model_mapping:
+        what = f"model: a {model_type} model has no {model_class.removeprefix('AutoModelFor')}"
         raise RecipeError(what, where=where, hint="choose another model or task")
-    if model_class == "AutoModelForCausalLM" and getattr(found(), "is_encoder_decoder", False):
-        what = f"model: a {kind} model writes one text from another, and does not write on from what stands before it"
-        raise RecipeError(what, where=where, hint="task=translation, or choose a decoder")
-    if model_class == "AutoModelForCausalLM" and found in transformers.AutoModelForMaskedLM._model_mapping:
-        what = f"model: a {kind} model sees a word from both sides, and does not write on from what stands before it"
+    if model_class == "AutoModelForCausalLM" and getattr(config_type(), "is_encoder_decoder", False):
+        what = f"model: a {model_type} model is an encoder-decoder and cannot continue a text"
+        raise RecipeError(what, where=where, hint="use task=translation, or choose a decoder")
+    if model_class == "AutoModelForCausalLM" and config_type in transformers.AutoModelForMaskedLM._model_mapping:
+        what = f"model: a {model_type} model is a bidirectional encoder and cannot generate"
         raise RecipeError(what, where=where, hint="choose a decoder, such as GPT-2, LLaMA, Qwen or Gemma")
-    if model_class == "AutoModelForMaskedLM" and getattr(found(), "is_encoder_decoder", False):
-        what = f"model: a {kind} model writes a text anew, and fills in no masks in place"
+    if model_class == "AutoModelForMaskedLM" and getattr(config_type(), "is_encoder_decoder", False):
+        what = f"model: a {model_type} model is an encoder-decoder and cannot fill masks in place"
         raise RecipeError(what, where=where, hint="choose an encoder")
-    return found
+    return config_type
 
 
 def _config(
-    source: Source, kept: dict[str, Any], made_of: Any, config: dict[str, Any], pad_token_id: int | None
+    source: Source, stored: dict[str, Any], config_type: Any, config: dict[str, Any], pad_token_id: int | None
 ) -> Any:
     own = ("model_type", "id2label", "label2id", "num_labels")
-    kept = {key: value for key, value in kept.items() if key not in own} | {
+    values = {key: value for key, value in stored.items() if key not in own} | {
         key: value for key, value in config.items() if key != "num_labels" or "id2label" not in config
     }
     with _reading(source, "config.json"):
-        settings = made_of(**kept)
+        settings = config_type(**values)
     if getattr(settings, "pad_token_id", None) is None and pad_token_id is not None:
         settings.pad_token_id = pad_token_id
     return settings
 
 
 def stored_dtype(source: Source) -> torch.dtype:
-    """The number format that most of the weights are stored in, from the header of the first safetensors file."""
+    """Return the dtype of most weights, from the header of the first safetensors file."""
     first = source.weights()[0]
     if first.suffix != ".safetensors":
         return torch.float32
     counts: Counter[str] = Counter()
     with safe_open(first, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - it has no iterator
+        for name in file.keys():  # noqa: SIM118 - it is not iterable
             tensor = file.get_slice(name)
             counts[tensor.get_dtype()] += math.prod(tensor.get_shape())
     return DTYPES.get(max(counts, key=counts.__getitem__, default="F32"), torch.float32)
 
 
 def length_limit(model: nn.Module, processor: Any) -> int:
-    """How many tokens the model can read at once: by its positions and by its tokenizer."""
+    """Return the maximum number of input tokens, by position embeddings and tokenizer."""
     config: Any = model.config
     limits = [getattr(config, "max_position_embeddings", None) or UNBOUNDED, processor.model_max_length or UNBOUNDED]
     limits += [positions.num_embeddings - positions.padding_idx - 1 for positions in _padded_positions(model)]
@@ -210,22 +212,22 @@ def length_limit(model: nn.Module, processor: Any) -> int:
 
 
 def first_position(model: nn.Module) -> int:
-    """Where positions are counted from: RoBERTa begins after its padding index."""
+    """Return the first position id; RoBERTa starts after its padding index."""
     return next((positions.padding_idx + 1 for positions in _padded_positions(model)), 0)
 
 
 def _padded_positions(model: nn.Module) -> Iterator[Any]:
-    """Position embeddings that keep a row for padding."""
+    """Yield the position embeddings with a padding row."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
             yield module
 
 
 def check_vocabulary(model: nn.Module, processor: Any, spec: str) -> None:
-    """Refuse a tokenizer that can give tokens the model has no embedding for.
+    """Check that the model has an embedding for every token of the tokenizer.
 
     Raises:
-        RecipeError: it can.
+        RecipeError: it does not.
     """
     rows = added_tokens.rows(model)
     if len(processor) > rows:
@@ -234,35 +236,35 @@ def check_vocabulary(model: nn.Module, processor: Any, spec: str) -> None:
 
 
 def weight_hashes(source: Source) -> dict[str, str]:
-    """File name -> sha256 of what holds the weights: of a converted GGUF file that file, whatever it is called."""
-    given = gguf.origin(source.folder).get("sha256")
-    return {"gguf": given} if given else {path.name: known_sha256(path) for path in source.weights()}
+    """Return file name -> sha256 of the weight files; for a converted GGUF file its own sha256."""
+    converted = gguf.origin(source.folder).get("sha256")
+    return {"gguf": converted} if converted else {path.name: known_sha256(path) for path in source.weights()}
 
 
 def base_hash(source: Source) -> str:
-    """One sha256 over the weights, to tell whether two bases are the same."""
+    """Return a sha256 over the weights, which identifies a base model."""
     return hashlib.sha256(json.dumps(list(weight_hashes(source).items())).encode()).hexdigest()
 
 
 def processor_hash(processor: Any) -> str:
-    """A sha256 over what a tokenizer and its chat template do to a text, or over an image processor's settings."""
+    """Return a sha256 over tokenizer and chat template, or over the settings of an image processor."""
     if processor_kind(processor) == "image_processor":
         return hashlib.sha256(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
     return hashlib.sha256(f"{tokenizer_hash(processor)}{template_hash(processor)}".encode()).hexdigest()
 
 
 def template_hash(processor: Any) -> str | None:
-    """A sha256 over the chat template; None where there is none."""
+    """Return a sha256 over the chat template; None if there is none."""
     text = processor.chat_template
     return None if text is None else hashlib.sha256(str(text).encode()).hexdigest()
 
 
 def tokenizer_hash(processor: Any) -> str:
-    """A sha256 over what the tokenizer does to a text."""
+    """Return a sha256 over the tokenizer's rules and vocabulary."""
     if processor.is_fast:
-        kept = json.loads(processor.backend_tokenizer.to_str())
-        kept.pop("truncation", None), kept.pop("padding", None)  # set by each call
-        text = json.dumps(kept, sort_keys=True)
+        rules = json.loads(processor.backend_tokenizer.to_str())
+        rules.pop("truncation", None), rules.pop("padding", None)  # set by each call
+        text = json.dumps(rules, sort_keys=True)
     else:
         text = json.dumps(processor.get_vocab(), sort_keys=True)
     special = json.dumps(processor.special_tokens_map, sort_keys=True, default=str)
@@ -271,14 +273,14 @@ def tokenizer_hash(processor: Any) -> str:
 
 @contextmanager
 def _reading(source: Source, what: str) -> Iterator[None]:
-    """Whatever the libraries raise over a file that is not ours, as the user's error."""
+    """Report any exception of the libraries as an error in the user's files."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        said = " ".join(str(error).split())
-        text = f"model: {what} cannot be read ({type(error).__name__}: {shorten(said, 160)})"
+        message = " ".join(str(error).split())
+        text = f"model: {what} cannot be read ({type(error).__name__}: {shorten(message, 160)})"
         raise RecipeError(
-            text, where=source.spec, hint="is the download complete, and is it a model's folder?"
+            text, where=source.spec, hint="check that the download is complete and that it is a model folder"
         ) from error

@@ -1,4 +1,4 @@
-"""How models name their parts, as data: a row per way of naming. A new family is a row here, and no code."""
+"""Module names of model families, as data: one row per naming scheme. A new family needs a row here, but no code."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Naming:
-    """One way of naming parts; a path's `*` stands for one step, and a role lists every name it goes by."""
+    """One naming scheme. `*` in a path matches one step; a role lists all of its possible names."""
 
     blocks: tuple[str, ...]
     """Paths of the blocks inside the backbone, one per stack (encoder, decoder), in forward order."""
 
     roles: Mapping[str, tuple[str, ...]]
-    """Role -> paths inside a block. A fused projection stands under each role it holds. `last_norm` is given where a
-    norm follows the sum with the residual, so that the block gives out what the norm has made."""
+    """Role -> paths inside a block. A fused projection has several roles. `last_norm` is the norm after the residual
+    sum, whose output is the output of the block (post-norm)."""
 
     embeddings: tuple[str, ...] = ()
-    """Paths inside the backbone of what enters the blocks though it is registered after them."""
+    """Paths inside the backbone of embedding modules that are registered after the blocks."""
 
 
 _T5 = {
@@ -59,7 +59,7 @@ NAMINGS = (
             "last_norm": ("output_layer_norm",),
         },
     ),
-    Naming(  # ModernBERT: query, key and value in one map; up and gate in one
+    Naming(  # ModernBERT: fused query, key and value; fused up and gate
         blocks=("layers.*",),
         roles={
             "query": ("attn.Wqkv",),
@@ -72,7 +72,7 @@ NAMINGS = (
             "norm": ("attn_norm", "mlp_norm"),
         },
     ),
-    Naming(  # DeBERTa; its first version has query, key and value in one map
+    Naming(  # DeBERTa; version 1 fuses query, key and value
         blocks=("encoder.layer.*",),
         embeddings=("encoder.rel_embeddings", "encoder.LayerNorm"),
         roles={
@@ -86,7 +86,7 @@ NAMINGS = (
             "last_norm": ("output.LayerNorm",),
         },
     ),
-    Naming(  # ALBERT: one block, gone through again and again
+    Naming(  # ALBERT: one shared block, applied repeatedly
         blocks=("encoder.albert_layer_groups.*.albert_layers.*",),
         roles={
             "query": ("attention.query",),
@@ -114,7 +114,7 @@ NAMINGS = (
     ),
     Naming(blocks=("encoder.block.*", "decoder.block.*"), roles=_T5),  # T5, mT5, Flan-T5: encoder and decoder
     Naming(blocks=("encoder.block.*",), roles=_T5),  # their encoder alone
-    Naming(  # Phi: attention and MLP side by side
+    Naming(  # Phi: attention and MLP in parallel
         blocks=("layers.*",),
         roles={
             "query": ("self_attn.q_proj",),
@@ -126,7 +126,7 @@ NAMINGS = (
             "norm": ("input_layernorm",),
         },
     ),
-    Naming(  # GPT-2: query, key and value in one map
+    Naming(  # GPT-2: fused query, key and value
         blocks=("h.*",),
         roles={
             "query": ("attn.c_attn",),

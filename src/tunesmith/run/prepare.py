@@ -27,13 +27,8 @@ from tunesmith.deploy import merge as merging
 from tunesmith.deploy.back_translation import fingerprints as translators
 from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import RecipeError, counted
-from tunesmith.kernels.blocks import use_blocks
-from tunesmith.kernels.dropout import use_fast_dropout
-from tunesmith.kernels.embedding import use_kept_gradients
-from tunesmith.kernels.graphs import use_graphs
-from tunesmith.kernels.kept import keep_memory
-from tunesmith.kernels.padding_free import use_padding_free_blocks
-from tunesmith.kernels.vocabulary import use_chunked_loss
+from tunesmith.kernels.accelerate import accelerate, switched_off
+from tunesmith.kernels.fast_path import FastPath
 from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
 from tunesmith.models.anatomy import Anatomy
@@ -41,13 +36,11 @@ from tunesmith.models.load import UNBOUNDED
 from tunesmith.recipe import Recipe
 from tunesmith.tasks import BoundTask, Task
 from tunesmith.techniques import Technique, set_trainable
-from tunesmith.training import evaluate, examples, feature_cache, parallel
-from tunesmith.training.examples import Augmented
+from tunesmith.training import dataset, evaluate, feature_cache, parallel
+from tunesmith.training.augmented import Augmented
 from tunesmith.training.machine import Machine, store_frozen
+from tunesmith.training.notes import merge_notes
 from tunesmith.training.task_model import load_task_model
-
-ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
-"""What transformers calls it. A GPU's attention over sequences one after another has none."""
 
 MAX_LENGTH = 512
 EPOCHS = 3.0
@@ -70,14 +63,13 @@ class Prepared:
     recipe: Recipe
     bound: BoundTask
     technique: Technique
-    examples: examples.Examples
+    examples: dataset.Examples
     encoded: dict[str, Encoded]
     base: Base
     machine: Machine
     learned: tuple[str, ...]
     """Names of what the run keeps: what learns, and the buffers that the technique added."""
-    padding_free: bool
-    """Whether the blocks compute on valid tokens only."""
+    fast_path: FastPath
     augmented: Augmented | None
     """The training examples as they are in an epoch, where the recipe changes them."""
     continued: Path | None = None
@@ -131,7 +123,7 @@ class Prepared:
         """The number of different draws of the inputs; None where each epoch has its own."""
         return feature_cache.draws_of(self.bound, feature_cache.level_of(self.anatomy, self.learned))
 
-    def keep_features(self, talk: Talk) -> float:
+    def cache_features(self, talk: Talk) -> float:
         """Cache the features of the frozen blocks, where examples are read again; returns the seconds it took."""
         began, features = time.perf_counter(), feature_cache.features_of(self.model)
         epochs, draws = self.total_steps / self.batches.steps_per_epoch, self.draws
@@ -148,7 +140,7 @@ class Prepared:
             folder = home / fingerprint(encoded.key, of_model, seed, draw)
             with talk.during(f"caching frozen features for {name}"), parallel.main_process_first():
                 args = self.model, self.bound, encoded, self.machine, folder, talk.say, seed, draw
-                kept = feature_cache.keep_features(*args)
+                kept = feature_cache.cache_features(*args)
             if parallel.all_reduce_max(int(not kept), self.machine.device):  # one without space stops all
                 break
         feature_cache.prune(home)
@@ -177,13 +169,13 @@ def prepare(recipe: Recipe, machine: Machine, *, offline: bool, allow_pickle: bo
     return assemble(recipe, read, base, machine, run, offline=offline, talk=talk)
 
 
-def read_data(recipe: Recipe, *, offline: bool, talk: Talk) -> examples.Examples:
+def read_data(recipe: Recipe, *, offline: bool, talk: Talk) -> dataset.Examples:
     """Read rows and targets, fit the task to the training targets, and draw the splits."""
     task = recipe.task
     assert isinstance(task, Task)
     missing = task.fetch(talk.say, offline=offline)
     with talk.during(f"reading {recipe.data.train}"):
-        read = examples.read(task, recipe.data, recipe.train.seed)
+        read = dataset.read(task, recipe.data, recipe.train.seed)
     read = replace(read, notes=[*missing, *read.notes])
     for note in read.notes:
         talk.warn(note)
@@ -211,7 +203,7 @@ def load_base(recipe: Recipe, task: Task, run: Path | None, *, offline: bool, al
 
 def assemble(
     recipe: Recipe,
-    read: examples.Examples,
+    read: dataset.Examples,
     base: Base,
     machine: Machine,
     run: Path | None = None,
@@ -234,15 +226,15 @@ def assemble(
     learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     kept = model.state_dict().keys()
     learned += tuple(name for name, _ in model.named_buffers() if name not in before and name in kept)
-    padding_free = _speed_up(model, anatomy, machine, longest or UNBOUNDED)
-    feature_cache.use_features(model, anatomy, feature_cache.level_of(anatomy, learned))
     store_frozen(model, machine.autocast_dtype)
     model.to(machine.device)
+    fast_path = _accelerate(model, anatomy, recipe, machine, longest or UNBOUNDED)
+    feature_cache.use_features(model, anatomy, feature_cache.level_of(anatomy, learned))
     encoded = _encode(read, bound, talk)
     changed = _augmented(read, bound, recipe, offline, talk) if data.augment else None
     _check_metric(recipe.train.metric, bound, encoded)
     resolved = _resolve(recipe, read, bound, technique, anatomy, machine)
-    return Prepared(resolved, bound, technique, read, encoded, base, machine, learned, padding_free, changed, run)
+    return Prepared(resolved, bound, technique, read, encoded, base, machine, learned, fast_path, changed, run)
 
 
 def _check_metric(metric: str | None, bound: BoundTask, encoded: dict[str, Encoded]) -> None:
@@ -266,42 +258,32 @@ def _fold_adapter(model: str, offline: bool, allow_pickle: bool, talk: Talk) -> 
                 talk.say(f"merged the adapter of {run} into {run / 'model'}")
 
 
-def _speed_up(model: nn.Module, anatomy: Anatomy, found: Machine, longest: int) -> bool:
-    """The same mathematics faster, where it is known how; whether the blocks went padding-free."""
-    use_chunked_loss(model)
-    settings: Any = model.config
-    if found.device.type == "cpu":
-        use_fast_dropout(model)
-        keep_memory(model)
-        if parallel.world_size() == 1:  # others would add to rows that this process has not looked up
-            use_kept_gradients(model)
-    elif found.device.type != "cuda":
-        return False
-    elif found.autocast_dtype is None or any(getattr(settings, name, None) for name in ATTENTION_DROPOUT):
-        use_graphs(model, longest)
-        return False
-    blocks = [model.get_submodule(path) for path in anatomy.blocks]
-    if use_padding_free_blocks(model, blocks):
-        use_blocks(model, blocks, [anatomy.roles_in(path) for path in anatomy.blocks])
-        return True
-    if found.device.type == "cpu" and settings.is_encoder_decoder and settings._attn_implementation == "sdpa":
-        model.set_attn_implementation("eager")  # type: ignore[operator]  # a fourth faster over sentences, in its backward pass
-    return False
+def _accelerate(model: nn.Module, anatomy: Anatomy, recipe: Recipe, machine: Machine, longest: int) -> FastPath:
+    if recipe.train.fast_path == "off":
+        return switched_off("train.fast_path: off")
+    return accelerate(
+        model,
+        anatomy,
+        device=machine.device,
+        autocast_dtype=machine.autocast_dtype,
+        max_tokens=longest,
+        world_size=parallel.world_size(),
+    )
 
 
-def _encode(read: examples.Examples, bound: BoundTask, talk: Talk) -> dict[str, Encoded]:
+def _encode(read: dataset.Examples, bound: BoundTask, talk: Talk) -> dict[str, Encoded]:
     cache = sources.cache_home() / "encoded"
     processor_hash = models.processor_hash(bound.processor)
     rows = counted(sum(read.rows.values()), "row")
     with talk.during(f"encoding {rows}"), parallel.main_process_first():  # it encodes, the others open what it wrote
-        encoded = examples.encode_splits(read, bound, processor_hash, cache)
+        encoded = dataset.encode_splits(read, bound, processor_hash, cache)
     notes = ((name, f": {note}") for name, split in encoded.items() for note in bound.notes(split))
-    for note in examples.said_once(notes):
+    for note in merge_notes(notes):
         talk.warn(note)
     return encoded
 
 
-def _augmented(read: examples.Examples, bound: BoundTask, recipe: Recipe, offline: bool, talk: Talk) -> Augmented:
+def _augmented(read: dataset.Examples, bound: BoundTask, recipe: Recipe, offline: bool, talk: Talk) -> Augmented:
     cache, steps = sources.cache_home(), read.data.augment or []
     with parallel.main_process_first():  # it translates, the others read what it wrote
         texts, device = augment.texts_of(read.splits["train"].rows(), read.task.columns), recipe.train.device
@@ -334,7 +316,7 @@ def max_length(asked: int | None, model: nn.Module, processor: Any, technique: T
 
 def _resolve(
     recipe: Recipe,
-    read: examples.Examples,
+    read: dataset.Examples,
     bound: BoundTask,
     technique: Technique,
     anatomy: Anatomy,

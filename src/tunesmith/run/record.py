@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ResourceError, redact
-from tunesmith.kernels.packed import numbers_in
+from tunesmith.kernels.ops.quantized import numbers_in
 from tunesmith.run.prepare import Prepared
 from tunesmith.storage import files
 from tunesmith.tasks import Answer
@@ -125,6 +125,7 @@ def write_run(folder: Path, prepared: Prepared, progress: Progress, outcome: dic
         "learned": list(prepared.learned),
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         "hardware": machine.describe(prepared.machine),
+        "fast_path": prepared.fast_path.dump(),
     }
     files.atomic_write(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 

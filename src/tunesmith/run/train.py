@@ -25,7 +25,7 @@ from tunesmith.deploy import artifact as artefact
 from tunesmith.deploy import card, predict
 from tunesmith.errors import Interrupted, NumericError, ResourceError, UserError, counted
 from tunesmith.insight import hints, report
-from tunesmith.kernels.packed import numbers_in
+from tunesmith.kernels.ops.quantized import numbers_in
 from tunesmith.recipe import Recipe, Train
 from tunesmith.run import record
 from tunesmith.run.prepare import Prepared, prepare
@@ -61,7 +61,7 @@ def train(
     talk = talk or Talk()
     folder = Path(resume or recipe.output)
     found = machine.find(recipe.train.device, recipe.train.precision)
-    found.take()
+    found.select()
     if found.is_slow:
         talk.warn(f"train.precision: this CPU emulates {found.precision}, many times slower than fp32; use auto")
     with parallel.group(found.device.type), RunLock(folder, enabled=parallel.rank() == 0):
@@ -134,7 +134,7 @@ def _run(run: Run, resumed: bool, override: Collection[str], signals: Signals) -
         files.atomic_write(run.folder / "recipe.yaml", recipes.to_yaml(written))
         record.write_run(run.folder, run.prepared, run.progress, {"outcome": "running"})
     _introduce(run)
-    run.progress.seconds += run.prepared.keep_features(run.talk)
+    run.progress.seconds += run.prepared.cache_features(run.talk)
     _fit(run, signals)
     return _finish(run)
 
@@ -148,7 +148,7 @@ def _engine(prepared: Prepared, talk: Talk) -> loop.Engine:
         optimizer=optimizer.build(prepared.model, prepared.anatomy, prepared.technique, train),
         machine=prepared.machine,
         limits=prepared.machine.limits(
-            prepared.anatomy, train.micro_batch_size, train.batch_size, padding_free=prepared.padding_free
+            prepared.anatomy, train.micro_batch_size, train.batch_size, padding_free=prepared.fast_path.unpadded
         ),
         seed=train.seed,
         max_grad_norm=train.max_grad_norm,
@@ -179,6 +179,7 @@ def _introduce(run: Run) -> None:
     rate = f"learning rate {recipe.train.learning_rate:.1e}"
     steps = counted(prepared.total_steps, "step")
     talk.say(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%}), {rate}, {steps} {where}")
+    talk.say(prepared.fast_path.summary())
     talk.say(f"to resume: {record.resume_command(folder)}")
 
 

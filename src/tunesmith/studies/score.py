@@ -18,8 +18,8 @@ from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.studies import probe
 from tunesmith.tasks import Task
+from tunesmith.training import dataset
 from tunesmith.training import evaluate as evaluation
-from tunesmith.training import examples
 
 
 def evaluate(
@@ -51,7 +51,7 @@ def evaluate(
             chosen, notes = _split(tuned, Path(run), split), list[str]()
         else:
             data = _in_folder(Path(data), split, tuned.task)
-            chosen, notes = examples.read_other(data, tuned.task, tuned.data.model_copy(update={"limit": None}))
+            chosen, notes = dataset.read_other(data, tuned.task, tuned.data.model_copy(update={"limit": None}))
         encoded = _encode(tuned, chosen)
     about = {"run": str(run), "split": str(data or split), "base": base, "examples": len(encoded), "notes": notes}
     about["metric"] = tuned.bound.metrics().primary
@@ -101,8 +101,8 @@ def _as_it_came(
     return _scores(model, tuned, encoded, talk, "scoring the untouched base")
 
 
-def _split(tuned: predict.Tuned, run: Path, split: str) -> examples.Split:
-    read = examples.read(tuned.task, tuned.data, tuned.recipe.train.seed)
+def _split(tuned: predict.Tuned, run: Path, split: str) -> dataset.Split:
+    read = dataset.read(tuned.task, tuned.data, tuned.recipe.train.seed)
     if split not in read.splits:
         known = ", ".join(sorted(read.splits))
         raise RecipeError(f"the run has no {split} split", where=str(run), hint=f"it has {known}; or give --data FILE")
@@ -116,6 +116,6 @@ def _split(tuned: predict.Tuned, run: Path, split: str) -> examples.Split:
     return read.splits[split]
 
 
-def _encode(tuned: predict.Tuned, split: examples.Split) -> Encoded:
+def _encode(tuned: predict.Tuned, split: dataset.Split) -> Encoded:
     cache = sources.cache_home() / "encoded"
-    return examples.encode_split(split, tuned.bound, models.processor_hash(tuned.processor), cache)
+    return dataset.encode_split(split, tuned.bound, models.processor_hash(tuned.processor), cache)

@@ -14,8 +14,8 @@ from transformers import GenerationConfig, TextStreamer
 from tunesmith.data.batches import Batch, Ragged
 from tunesmith.data.formats import Row
 from tunesmith.data.text.conversations import conversation
-from tunesmith.kernels.logits import logits_at
-from tunesmith.kernels.padding_free import with_padding
+from tunesmith.kernels.chunked_loss import logits_at
+from tunesmith.kernels.fast_path import fast_path
 from tunesmith.models.load import UNBOUNDED, length_limit
 from tunesmith.models.quiet import quiet
 from tunesmith.recipe.fields import Generation
@@ -77,7 +77,7 @@ class PromptGenerator:
             (text,) = self._generate(model, batch)
             say(text)
             return text
-        return self._generate(model, batch, streamer=PieceStreamer(self.processor, say))[0]
+        return self._generate(model, batch, streamer=CallbackStreamer(self.processor, say))[0]
 
     def reference_pair(self, row: Row) -> tuple[str, str]:
         """The prompt of a row, and the reference for its answer."""
@@ -96,7 +96,7 @@ class PromptGenerator:
         offers, pad = self._options(batch), self.processor.pad_token_id
         for number, (prompt, options) in enumerate(zip(prompts, offers, strict=True)):
             if options and len(prompt):
-                chosen = options[likeliest(model, prompt, options, pad)]
+                chosen = options[most_likely(model, prompt, options, pad)]
                 texts[number] = self.processor.decode(chosen, skip_special_tokens=True).strip()
         free = [number for number, prompt in enumerate(prompts) if len(prompt) and not offers[number]]
         if free:
@@ -152,18 +152,18 @@ class SourceGenerator:
 
 
 SEED = 0
-"""Of what is drawn: the same prompts in the same batch get the same texts."""
+"""Sampling seed: the same prompts in the same batch get the same texts."""
 
 
-class PieceStreamer(TextStreamer):  # type: ignore[misc]
-    """Tells what is written behind one prompt, word by word."""
+class CallbackStreamer(TextStreamer):  # type: ignore[misc]
+    """Pass the generated text of one prompt to a callback, word by word."""
 
     def __init__(self, processor: Any, say: Callable[[str], None]) -> None:
         super().__init__(processor, skip_prompt=True, skip_special_tokens=True)
         self._say = say
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """What is certain by now."""
+        """Pass on finished words."""
         if text:
             self._say(text)
 
@@ -171,18 +171,18 @@ class PieceStreamer(TextStreamer):  # type: ignore[misc]
 def generate_tokens(
     model: Any, prompts: Ragged, how: Generation, *, pad: int, stop: Collection[int], limit: int, **more: Any
 ) -> list[list[int]]:
-    """The tokens that a model writes behind each prompt (an encoder-decoder: for each text), up to the first of `stop`.
+    """Generate tokens for each prompt (an encoder-decoder: for each source text), up to the first of `stop`.
 
-    `limit`: how many tokens the model takes, prompt and all (an encoder-decoder: how many it writes); `more` goes to
+    `limit` is the maximum number of tokens with the prompt (an encoder-decoder: of generated tokens); `more` goes to
     transformers' `generate`.
     """
-    reader = bool(model.config.is_encoder_decoder)
-    ids, mask = _rectangle(prompts, pad, left=not reader)
-    begin = 1 if reader else ids.shape[1]  # a decoder starts from one token, which may be that which ends a text
+    encoder_decoder = bool(model.config.is_encoder_decoder)
+    ids, mask = _pad(prompts, pad, left=not encoder_decoder)
+    begin = 1 if encoder_decoder else ids.shape[1]  # the decoder start token, which may be the end token
     room = min(how.max_new_tokens, limit - begin)
     if room < 1:
         return [[] for _ in range(len(ids))]
-    drawn = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
+    sampling = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
     settings = GenerationConfig(
         max_new_tokens=room,
         num_beams=how.num_beams,
@@ -190,17 +190,17 @@ def generate_tokens(
         eos_token_id=list(stop) or None,
         repetition_penalty=1.0,
         use_cache=True,
-        **(drawn if how.temperature > 0 else {"do_sample": False}),
+        **(sampling if how.temperature > 0 else {"do_sample": False}),
     )
     devices = [ids.device] if ids.device.type == "cuda" else []
-    with quiet(), with_padding(model), torch.random.fork_rng(devices=devices):
+    with quiet(), fast_path(model).with_padding(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(SEED)
         written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
-    return [_up_to(row, stop) for row in written[:, begin:].tolist()]
+    return [_cut_at_stop(row, stop) for row in written[:, begin:].tolist()]
 
 
-def likeliest(model: Any, prompt: Tensor, options: Sequence[Tensor], pad: int) -> int:
-    """Which of some answers has the highest probability behind a prompt, with what ends it."""
+def most_likely(model: Any, prompt: Tensor, options: Sequence[Tensor], pad: int) -> int:
+    """Return the index of the option with the highest probability after a prompt, end token included."""
     lengths = torch.tensor([len(option) for option in options], device=prompt.device)
     text = torch.repeat_interleave(torch.arange(len(options), device=prompt.device), lengths)
     within = torch.cat([torch.arange(len(option), device=prompt.device) for option in options])
@@ -209,13 +209,13 @@ def likeliest(model: Any, prompt: Tensor, options: Sequence[Tensor], pad: int) -
         torch.cat([lengths.new_zeros(1), (lengths + len(prompt)).cumsum(0)]),
     )
     inputs = {"input_ids": rows.padded(pad), "attention_mask": rows.mask()}
-    said = logits_at(model, inputs, text, len(prompt) - 1 + within).log_softmax(-1)
-    each = said.gather(1, torch.cat(list(options))[:, None])[:, 0]
+    log_probabilities = logits_at(model, inputs, text, len(prompt) - 1 + within).log_softmax(-1)
+    each = log_probabilities.gather(1, torch.cat(list(options))[:, None])[:, 0]
     return int(each.new_zeros(len(options)).index_add(0, text, each).argmax())
 
 
-def _rectangle(rows: Ragged, fill: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Rows padded so that they end, or begin, together; and 1 where there is a token."""  # each (rows, longest)
+def _pad(rows: Ragged, fill: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Pad rows on the left or right; return ids and attention mask."""  # each (rows, longest)
     if not left:
         return rows.padded(fill), rows.mask()
     lengths = rows.lengths
@@ -226,5 +226,5 @@ def _rectangle(rows: Ragged, fill: int, *, left: bool) -> tuple[Tensor, Tensor]:
     return ids, mask.long()
 
 
-def _up_to(row: list[int], stop: Collection[int]) -> list[int]:
-    return row[: next((place for place, token in enumerate(row) if token in stop), len(row))]
+def _cut_at_stop(row: list[int], stop: Collection[int]) -> list[int]:
+    return row[: next((index for index, token in enumerate(row) if token in stop), len(row))]

@@ -30,7 +30,7 @@ from tunesmith.data.text.texts import (
     tokenize_truncated,
     unknown_notes,
 )
-from tunesmith.kernels.vocabulary import token_loss, token_shares
+from tunesmith.kernels.chunked_loss import token_log_probs, token_loss
 from tunesmith.metrics.language import PerplexityMetrics
 from tunesmith.metrics.texts import TextMetrics
 from tunesmith.recipe.fields import Generation
@@ -173,7 +173,7 @@ class EncoderDecoderTranslation(BoundTask):
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-probabilities of each token of the targets, and of the likeliest one in its place."""  # (tokens, 2)
-        return token_shares(model, *self._at_labels(batch), batch.ragged("label").values)
+        return token_log_probs(model, *self._at_labels(batch), batch.ragged("label").values)
 
     def metrics(self) -> Metrics:
         """Loss, perplexity, accuracy of the next token; BLEU and chrF."""

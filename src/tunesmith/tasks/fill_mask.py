@@ -29,8 +29,7 @@ from tunesmith.data.text.blocks import Segment, make_blocks
 from tunesmith.data.text.masking import MaskingVocabulary, mask_tokens
 from tunesmith.data.text.texts import inspect_texts, preview_tokens, spell, token_costs, unknown_notes
 from tunesmith.errors import RecipeError
-from tunesmith.kernels.logits import logits_at
-from tunesmith.kernels.vocabulary import token_loss
+from tunesmith.kernels.chunked_loss import logits_at, token_loss
 from tunesmith.metrics.language import MaskedTokenMetrics
 from tunesmith.models.snippets import fetch_general, general_files
 from tunesmith.models.sources import cache_home

@@ -48,8 +48,8 @@ from tunesmith.data.text.texts import (
     unknown_notes,
 )
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.kernels.padding_free import computes_without_padding
-from tunesmith.kernels.vocabulary import token_loss, token_shares
+from tunesmith.kernels.chunked_loss import token_log_probs, token_loss
+from tunesmith.kernels.fast_path import fast_path
 from tunesmith.metrics.language import PerplexityMetrics
 from tunesmith.metrics.texts import TextMetrics
 from tunesmith.models.snippets import fetch_general, general_files
@@ -226,10 +226,10 @@ class BoundTextGeneration(BoundTask):
         if "input_ids" in rows[0].values:
             return [_block(row) for row in rows]
         if "text" in rows[0].values and self.task.form == "text":
-            return [self._continued(row) for row in rows]
+            return [_continued(row, self.processor) for row in rows]
         chats = self._chats()
         if "asked" in rows[0].values:
-            return [self._prompt(row) for row in rows]
+            return [_prompt(row, chats) for row in rows]
         read = [(row.place, conversation(row, system=self.task.system)) for row in rows]
         fields = chats.encode(read, self.data.max_length, skip=self.data.on_bad_row == "skip")
         return [
@@ -238,19 +238,6 @@ class BoundTextGeneration(BoundTask):
             | chats.encode_choices(messages[:-1], choices_of(row))
             for one, row, (_, messages) in zip(fields, rows, read, strict=True)
         ]
-
-    def _prompt(self, row: Row) -> Fields:
-        messages: Any = row.values["asked"]
-        choices: Any = row.values["choices"]
-        return self._chats().encode_prompt(messages) | self._chats().encode_choices(messages, choices)
-
-    def _continued(self, row: Row) -> Fields:
-        """A text to continue."""
-        text = str(row.values["text"])
-        ids = self.processor(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        first = first_token(self.processor)
-        ids = [*([] if first is None else [first]), *ids]
-        return {"input_ids": ids, "prompt": len(ids)}
 
     def costs(self, encoded: Encoded) -> NDArray[np.int64]:
         """Tokens of each conversation or block."""
@@ -310,13 +297,13 @@ class BoundTextGeneration(BoundTask):
         """Log-probabilities of each token with loss, and of the likeliest one in its place."""  # (tokens, 2)
         labels = _labels(batch)
         outputs = torch.empty(len(labels), 2, device=labels.device)
-        for which, inputs in self._groups(batch, padded=not computes_without_padding(model)):
-            outputs[which] = token_shares(model, *inputs, labels[which])
+        for which, inputs in self._groups(batch, padded=not fast_path(model).unpadded):
+            outputs[which] = token_log_probs(model, *inputs, labels[which])
         return outputs
 
     def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor]) -> Tensor:
         """This batch's share of the mean over the step's tokens with loss."""
-        labels, groups = _labels(batch), self._groups(batch, padded=not computes_without_padding(model))
+        labels, groups = _labels(batch), self._groups(batch, padded=not fast_path(model).unpadded)
         losses = [token_loss(model, *inputs, labels[which], self.label_smoothing) for which, inputs in groups]
         return torch.stack(losses).sum() / normalizers["tokens"].clamp_min(1)  # all answers may be cut away
 
@@ -346,7 +333,7 @@ class BoundTextGeneration(BoundTask):
     def metrics(self) -> Metrics:
         """Loss, perplexity, accuracy; and scores of generated texts."""
         if self.task.generate is None:
-            return PerplexityMetrics()
+            return PerplexityMetrics(of_answers=SCORES)
         return PerplexityMetrics(TextMetrics(SCORES), max_texts=self.task.generate.rows)
 
     def baseline(self, train: Encoded) -> Baseline:
@@ -367,6 +354,20 @@ class BoundTextGeneration(BoundTask):
         spelled = spell(fields["input_ids"], self.processor)
         targets = [text if place in learned else None for place, text in enumerate(spelled)]
         return preview_tokens(fields, self.processor, targets=targets)
+
+
+def _prompt(row: Row, chats: ChatEncoder) -> Fields:
+    messages: Any = row.values["asked"]
+    choices: Any = row.values["choices"]
+    return chats.encode_prompt(messages) | chats.encode_choices(messages, choices)
+
+
+def _continued(row: Row, processor: Any) -> Fields:
+    """A text to continue."""
+    ids = processor(str(row.values["text"]), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    first = first_token(processor)
+    ids = [*([] if first is None else [first]), *ids]
+    return {"input_ids": ids, "prompt": len(ids)}
 
 
 def _block(row: Row) -> dict[str, Any]:

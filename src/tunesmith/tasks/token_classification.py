@@ -40,7 +40,7 @@ from tunesmith.data.text.tags import (
     tags_of_types,
 )
 from tunesmith.data.text.texts import inspect_texts, model_inputs, preview_tokens, token_costs
-from tunesmith.data.text.words import Sentence, encode_words, inner_marks, words_notes
+from tunesmith.data.text.words import encode_words, inner_marks, words_notes
 from tunesmith.errors import DataError, counted, shorten
 from tunesmith.metrics.entities import EntityMetrics
 from tunesmith.recipe import Data
@@ -191,17 +191,13 @@ class BoundTokenClassification(BoundTask):
 
     objective: LabelObjective
 
-    @property
-    def _names(self) -> Sequence[str]:
-        return self.objective.names
-
     def encode(self, rows: Sequence[Row]) -> list[Fields]:
         """The fields of the words (`encode_words`), a hash of each word, and its tag where there are labels."""
         assert self.data.max_length is not None, "the run resolves max_length"
-        sentences = [self._words_of(row).words for row in rows]
+        sentences = [words_of(row, self.task.inner_marks or "").words for row in rows]
         inside = self.task.sub_words == "all"
         fields = encode_words(sentences, self.processor, self.data.max_length, inside=inside)
-        codes = {name: index for index, name in enumerate(self._names)}
+        codes = {name: index for index, name in enumerate(self.objective.names)}
         weights = self.data.class_weights if isinstance(self.data.class_weights, dict) else {}
         for one, words, row in zip(fields, sentences, rows, strict=True):
             one["word"] = [_WORD(word.encode()) & 0x7FFFFFFF for word in words]
@@ -227,7 +223,7 @@ class BoundTokenClassification(BoundTask):
 
     def notes(self, encoded: Encoded) -> list[str]:
         """The scheme; windows, words cut or void, and unknown tokens above 5 %."""
-        types = TagSet(self._names).types
+        types = TagSet(self.objective.names).types
         shown = f"{', '.join(types[:10])}{' ...' if len(types) > 10 else ''}"
         return [
             f"tags are read as {self.task.scheme}, {counted(len(types), 'type')} ({shown})",
@@ -269,14 +265,14 @@ class BoundTokenClassification(BoundTask):
 
     def metrics(self) -> Metrics:
         """The metrics of entities."""
-        return EntityMetrics(self._names)
+        return EntityMetrics(self.objective.names)
 
     def baseline(self, train: Encoded) -> Baseline:
         """The tag that each word most often has in training, and of a word that is not there the most frequent tag.
 
         Log shares of each tag, mixed with one word's worth of the shares over all words.
         """
-        words, tags, count = train.column("word"), train.column("tags"), len(self._names)
+        words, tags, count = train.column("word"), train.column("tags"), len(self.objective.names)
         known, which = np.unique(words, return_inverse=True)
         table = np.bincount(which * count + tags, minlength=len(known) * count).reshape(len(known), count)
         shares = np.bincount(tags, minlength=count) / len(tags)
@@ -297,7 +293,7 @@ class BoundTokenClassification(BoundTask):
         lengths = batch.ragged("first").lengths.tolist()
         return [
             {
-                "tags": [self._names[tag] for tag in own.tolist()],
+                "tags": [self.objective.names[tag] for tag in own.tolist()],
                 "scores": [round(score, 6) for score in confidence.tolist()],
             }
             for own, confidence in zip(tags.cpu().split(lengths), scores.cpu().split(lengths), strict=True)
@@ -305,7 +301,7 @@ class BoundTokenClassification(BoundTask):
 
     def postprocess(self, answer: Answer, row: Row) -> Answer:
         """With the entities as they stand in the text, `text[start:end]`; a score is the mean over the words."""
-        sentence = self._words_of(row)
+        sentence = words_of(row, self.task.inner_marks or "")
         entities = [
             {
                 "text": sentence.text[sentence.offsets[first][0] : sentence.offsets[after - 1][1]],
@@ -314,7 +310,7 @@ class BoundTokenClassification(BoundTask):
                 "label": label,
                 "score": sum(answer["scores"][first:after]) / (after - first),
             }
-            for first, after, label in TagSet(self._names).spans(answer["tags"])
+            for first, after, label in TagSet(self.objective.names).spans(answer["tags"])
         ]
         read = {"text": sentence.text, "tokens": sentence.words}
         return {name: value for name, value in read.items() if row.values.get(name) != value} | {
@@ -326,7 +322,9 @@ class BoundTokenClassification(BoundTask):
         """Tokens, and the tag at each that carries loss."""
         tags = dict(zip(fields["first"], fields.get("tags", ()), strict="tags" in fields))
         tags |= dict(zip(fields.get("rest", ()), fields.get("rest_tags", ()), strict=False))
-        targets = [self._names[tags[place]] if place in tags else None for place in range(len(fields["input_ids"]))]
+        targets = [
+            self.objective.names[tags[place]] if place in tags else None for place in range(len(fields["input_ids"]))
+        ]
         return preview_tokens(fields, self.processor, targets=targets)
 
     def inspect(self, rows: Sequence[Row]) -> Inspection:
@@ -337,9 +335,6 @@ class BoundTokenClassification(BoundTask):
             for row, own in zip(rows, words, strict=True)
         ]
         return Inspection(*inspect_texts(texts, self.processor), None, "data.max_length")
-
-    def _words_of(self, row: Row) -> Sentence:
-        return words_of(row, self.task.inner_marks or "")
 
 
 def _inside(tag: str, codes: dict[str, int]) -> str:

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import CheckpointError, RecipeError, shorten
-from tunesmith.kernels.linears import Part, linears
-from tunesmith.kernels.lora import adapted_weight, lora_linear
-from tunesmith.kernels.packed import Bits, Packed, PackedLinear
+from tunesmith.kernels.ops.linear import LinearPart, adapted_weight, linears, lora_linear
+from tunesmith.kernels.ops.quantized import Bits, QuantizedLinear, QuantizedWeight
 from tunesmith.models.anatomy import LINEAR, Anatomy
 from tunesmith.techniques import (
     PEFT_PREFIX,
@@ -76,7 +75,7 @@ class LoraLinear(nn.Module):
     ) -> None:
         super().__init__()
         assert isinstance(linear, LINEAR), type(linear)
-        self.weight: Tensor | Packed = linear.weight
+        self.weight: Tensor | QuantizedWeight = linear.weight
         self.bias = linear.bias
         self.transposed = isinstance(linear, Conv1D)
         self.out_features, self.in_features = linear.weight.shape[:: -1 if self.transposed else 1]
@@ -95,7 +94,7 @@ class LoraLinear(nn.Module):
 
     def _init_pissa(self) -> None:
         """Set A0 and B0 so that s B0 A0 is the best rank-r approximation of W; in fp32, before any cast of W."""
-        assert not isinstance(self.weight, Packed)
+        assert not isinstance(self.weight, QuantizedWeight)
         weight = self.weight.detach().float()
         U, S, Vh = torch.linalg.svd(weight.t() if self.transposed else weight, full_matrices=False)
         root = (S[: self.r] / self.scaling).sqrt()
@@ -105,10 +104,10 @@ class LoraLinear(nn.Module):
 
     def quantize(self, bits: Bits) -> None:
         """Quantize the base weight."""
-        assert not isinstance(self.weight, Packed)
+        assert not isinstance(self.weight, QuantizedWeight)
         weight = self.weight.detach()
         del self.weight
-        self.weight = Packed(weight.t() if self.transposed else weight, bits)
+        self.weight = QuantizedWeight(weight.t() if self.transposed else weight, bits)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B of the equivalent LoRA: of rank r, or 2r with PiSSA."""
@@ -117,14 +116,14 @@ class LoraLinear(nn.Module):
             return A, B
         return torch.cat([A, A - self.pissa_A]), torch.cat([B - self.pissa_B, self.pissa_B], dim=1)
 
-    def part(self) -> Part | None:
+    def part(self) -> LinearPart | None:
         """Return the layer as operands of the fused kernel; None with a quantized base, DoRA or dropout."""
-        if isinstance(self.weight, Packed) or self.lora_magnitude_vector is not None:
+        if isinstance(self.weight, QuantizedWeight) or self.lora_magnitude_vector is not None:
             return None
         if self.dropout and self.training:
             return None
         weight = self.weight.t() if self.transposed else self.weight
-        return Part(weight, self.bias, *self.factors(), self.scaling)
+        return LinearPart(weight, self.bias, *self.factors(), self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the layer."""  # (..., in) -> (..., out)
@@ -266,8 +265,8 @@ class Lora(Technique):
         for path, adapted in list(_adapted(model)):
             model.set_submodule(path, adapted.merged())
         for path, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear):
-                weight = module.weight.decoded(module.weight.dtype)
+            if isinstance(module, QuantizedLinear):
+                weight = module.weight.dequantized(module.weight.dtype)
                 weight = weight.t().contiguous() if module.transposed else weight
                 model.set_submodule(path, plain_linear(weight, module.bias, transposed=module.transposed))
 
@@ -357,7 +356,7 @@ def _quantize(model: nn.Module, paths: Iterable[str], bits: Bits) -> None:
             module.quantize(bits)
         else:
             model.set_submodule(
-                path, PackedLinear(module.weight, module.bias, bits, transposed=isinstance(module, Conv1D))
+                path, QuantizedLinear(module.weight, module.bias, bits, transposed=isinstance(module, Conv1D))
             )
 
 

@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from tunesmith.errors import CheckpointError, RecipeError, did_you_mean, shorten
-from tunesmith.kernels import packed
+from tunesmith.kernels.ops import quantized
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.techniques import (
     PEFT_PREFIX,
@@ -207,7 +207,7 @@ def _library() -> Any:
         RecipeError: the extra `peft` is not installed.
     """
     try:
-        with packed.quiet_library():
+        with quantized.quiet_bitsandbytes():
             import peft
     except ImportError as error:
         raise RecipeError("PEFT is not installed", where="technique", hint="pip install 'tunesmith[peft]'") from error

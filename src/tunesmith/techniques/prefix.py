@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tunesmith.errors import CheckpointError, RecipeError
-from tunesmith.kernels.prefix import Seen, seen_by_attention, use_prefixes
+from tunesmith.kernels.prefix import AttentionInputs, attention_inputs, use_prefixes
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.models.load import first_position
 from tunesmith.techniques import (
@@ -163,11 +163,11 @@ class Prefix(Technique):
             for prefix in prefixes:
                 prefix.enabled = True
 
-    def _record(self, model: Any, body: Any, vocabulary: int, anatomy: Anatomy) -> list[Seen]:
+    def _record(self, model: Any, body: Any, vocabulary: int, anatomy: Anatomy) -> list[AttentionInputs]:
         """Record keys and values for random tokens in each attention layer that gets a prefix."""
         count = max(4, min(self.num_virtual_tokens, 64))
         ids = torch.randint(vocabulary, (1, count)) % model.get_input_embeddings().num_embeddings
-        recorded = seen_by_attention(model, body, ids)
+        recorded = attention_inputs(model, body, ids)
         if model.config.is_encoder_decoder:
             recorded = [call for call in recorded if call.queries == call.key.shape[1] == 3]
         recorded = list({call.path: call for call in reversed(recorded)}.values())[::-1]  # a shared module once

@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tunesmith.errors import CheckpointError, RecipeError
+from tunesmith.kernels.fast_path import fast_path
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.techniques import (
     OWN_TYPE,
@@ -108,16 +109,13 @@ class Prompt(Technique):
     @contextmanager
     def disabled(self, model: nn.Module) -> Iterator[None]:
         """Run the model without the vectors."""
-        prompt, tail = _prompt(model), getattr(model, "block_tail", None)
+        prompt = _prompt(model)
         prompt.enabled = False
-        if tail is not None:
-            tail.off = True  # its token positions include the vectors
         try:
-            yield
+            with fast_path(model).all_tokens():
+                yield
         finally:
             prompt.enabled = True
-            if tail is not None:
-                tail.off = False
 
     def _initial_tokens(self, embedding: Any, processor: Any) -> Tensor:
         """Return the tokens whose embeddings initialize the vectors."""

@@ -1,1 +1,1 @@
-"""The loop and what it stands on."""
+"""Training: examples, loop, optimizer, checkpoints, evaluation."""

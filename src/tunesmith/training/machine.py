@@ -1,4 +1,4 @@
-"""What this machine is and what fits on it: device, number format, memory, threads."""
+"""The machine: device, precision, memory, threads, and how many examples fit at once."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from tunesmith.models.anatomy import Anatomy
 from tunesmith.training import parallel
 
 ACTIVATION_BYTES = 96
-"""Bytes kept for backward per token, block and hidden unit: 16 values in fp32 and a third on top for attention."""
+"""Activation bytes per token, block and hidden unit: 16 fp32 values, and half as much again for attention."""
 
 ACTIVATION_SHARE = 0.4
-"""Share of the memory that activations may take."""
+"""Fraction of the memory that activations may take."""
 
 NEVER_CUT = sys.maxsize // 2
-"""Overhead at which a step is cut only where it does not fit."""
+"""Overhead at which a batch is cut into micro-batches only if it does not fit in memory."""
 
 OVERHEAD_TOKENS = {"cpu": 256, "cuda": 8192, "mps": 2048}
-"""What one more pass costs, in tokens: weight repacking and dispatch on a CPU, launches on a GPU."""
+"""Cost of one more forward pass, in tokens: weight repacking and dispatch on a CPU, kernel launches on a GPU."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A device and the number format that matrix products run in (`None`: that of the weights)."""
+    """A device, and the dtype of matrix products (`None`: the dtype of the weights)."""
 
     device: torch.device
     autocast_dtype: torch.dtype | None
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context that forward passes run in."""
+        """Return the autocast context for forward passes."""
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
     @property
     def precision(self) -> str:
-        """The recipe's word for the number format."""
+        """The precision as the recipe names it: bf16, fp16 or fp32."""
         return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.autocast_dtype, "fp32")  # type: ignore[arg-type]
 
     @property
     def is_slow(self) -> bool:
-        """Whether it is to multiply in a format that its processor only emulates."""
+        """True where the processor only emulates matrix products in this precision."""
         return self.device.type == "cpu" and self.autocast_dtype is torch.bfloat16 and not _has_bf16(self.device)
 
     @property
     def memory_bytes(self) -> int:
-        """All memory of the device, so that what follows from it does not change from run to run."""
+        """Total memory of the device; unlike the free memory, it is the same in every run."""
         if self.device.type == "cuda":
             return int(torch.cuda.get_device_properties(self.device).total_memory)
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -64,7 +64,7 @@ class Machine:
     def limits(
         self, anatomy: Anatomy, micro_batch_size: int | str, batch_size: int, *, padding_free: bool = False
     ) -> Limits:
-        """How many examples and tokens fit at once; without padding there is nothing to gain from smaller pieces."""
+        """Return how many examples and tokens fit at once; without padding, smaller micro-batches save no time."""
         per_token = ACTIVATION_BYTES * anatomy.hidden_size * max(len(anatomy.blocks), 1)
         max_cost = max(int(self.memory_bytes * ACTIVATION_SHARE / per_token), 1)
         if isinstance(micro_batch_size, int):
@@ -72,13 +72,13 @@ class Machine:
         overhead = NEVER_CUT if padding_free else OVERHEAD_TOKENS.get(self.device.type, 2048)
         return Limits(batch_size, max_cost, overhead)
 
-    def take(self) -> None:
-        """Let this GPU be the one that is meant where none is named: by seeds, by streams, by graphs."""
+    def select(self) -> None:
+        """Make this GPU the current device of seeds, streams and CUDA graphs."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def peak_memory_bytes(self) -> int:
-        """The most this process has held: resident memory, or the allocator's on a GPU."""
+        """Return the peak memory of this process: resident memory, or allocated memory on a GPU."""
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -86,17 +86,17 @@ class Machine:
 
 
 def find(device: str = "auto", precision: str = "auto", *, named: str = "train.device") -> Machine:
-    """The machine that a recipe's `train.device` and `train.precision` name; `named`: where else the device stands.
+    """Return the machine for a device and a precision of the recipe; `named` is the option that errors refer to.
 
     Raises:
-        ResourceError: the device is not there.
-        RecipeError: the processor cannot compute in that format.
+        ResourceError: the machine has no such device.
+        RecipeError: the device does not support the precision.
     """
     found = _device(device, named)
     if precision == "auto":
         return Machine(found, torch.bfloat16 if _has_bf16(found) else None)
     if precision == "fp16" and found.type == "cpu":
-        raise RecipeError("train.precision: fp16 does not train on a CPU", hint="use bf16, fp32 or auto")
+        raise RecipeError("train.precision: fp16 cannot be trained on a CPU", hint="use bf16, fp32 or auto")
     if precision == "bf16" and found.type == "cuda" and not _has_bf16(found):
         raise RecipeError("train.precision: this GPU has no bf16", hint="use fp16, fp32 or auto")
     return Machine(found, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
@@ -107,46 +107,47 @@ def _device(name: str, named: str) -> torch.device:
     if name == "auto":
         name = "cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(f"cuda:{parallel.local_rank()}" if name == "cuda" else name)  # each process its own
+        device = torch.device(f"cuda:{parallel.local_rank()}" if name == "cuda" else name)  # one GPU for each process
         there = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}[device.type]
     except (RuntimeError, KeyError):
-        raise RecipeError(f"{named}: no device is called '{name}'", hint="use auto, cpu, cuda, cuda:1, mps") from None
+        raise RecipeError(f"{named}: unknown device '{name}'", hint="use auto, cpu, cuda, cuda:1 or mps") from None
     if (device.index or 0) >= there:
-        raise ResourceError(f"{named}: there is no {device} on this machine", hint="use device=auto or cpu")
+        raise ResourceError(f"{named}: this machine has no {device}", hint="use auto or cpu")
     return device
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 are faster than in fp32 there."""
+    """Return True where matrix products in bf16 are faster than in fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator said no, that of a GPU, of torch on a CPU, or of Python."""
+    """Return True for an allocation failure on a GPU, in PyTorch on a CPU, or in Python."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def store_frozen(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Keep frozen matrices in the format they are multiplied in; what learns, norms and biases stay in fp32.
+    """Store frozen matrices in the autocast dtype; trainable parameters, norms and biases stay in fp32.
 
-    In one pass over memory a bf16 weight costs half of an fp32 one, and autocast has nothing to convert. Embeddings are
-    looked up, not multiplied: they stay as they are stored, for what they give out decides what all blocks add up in.
+    A bf16 weight takes half the memory traffic of an fp32 one, and autocast has nothing to convert. Embeddings are
+    looked up, not multiplied. They keep their dtype, because their output sets the dtype of the residual stream.
     """
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     with torch.no_grad():
-        for parameter in filter(Tensor.is_floating_point, model.parameters()):  # others are codes
+        for parameter in filter(Tensor.is_floating_point, model.parameters()):  # the others are quantized codes
             if parameter.requires_grad or parameter.ndim < 2 or dtype is None:
                 parameter.data = parameter.data.float()
             elif id(parameter) not in looked_up:
                 parameter.data = parameter.data.to(dtype)
 
 
-def store_for_answers(model: nn.Module, machine: Machine) -> None:
-    """Weights of a half precision in fp32, the same values, where a CPU only emulates products in it and they fit.
+def store_for_inference(model: nn.Module, machine: Machine) -> None:
+    """Store half-precision weights in fp32 (the same values) on a CPU that only emulates their products, if they fit.
 
-    Without AVX512-BF16, SmolLM2 in bf16 reads a prompt 3.3 times and writes 1.6 times as slowly as in fp32.
+    Without AVX512-BF16, SmolLM2 in bf16 takes 3.3 times as long as in fp32 to read a prompt, and 1.6 times as long to
+    generate.
     """
     emulated = (torch.float16,) if _has_bf16(machine.device) else (torch.float16, torch.bfloat16)
     halves = [one for one in (*model.parameters(), *model.buffers()) if one.dtype in emulated]
@@ -156,7 +157,7 @@ def store_for_answers(model: nn.Module, machine: Machine) -> None:
 
 
 def describe(machine: Machine) -> dict[str, Any]:
-    """For `run.json`: processor, memory, threads."""
+    """Return processor, memory and threads for `run.json`."""
     name = platform.processor() or platform.machine()
     if machine.device.type == "cuda":
         name = torch.cuda.get_device_name(machine.device)

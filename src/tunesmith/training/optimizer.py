@@ -1,16 +1,18 @@
-"""AdamW (fused) and SGD over groups of one rate each, the schedule of the rate, and their state as named tensors."""
+"""Fused AdamW and SGD, learning-rate schedules, and the optimizer state as named tensors."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels.embedding import Rows, zeros_like
+from tunesmith.kernels.fast_path import fast_path
+from tunesmith.kernels.ops.grad_buffers import LookedUpRows, zeros_like
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.recipe import Train
 from tunesmith.techniques import Technique
@@ -20,24 +22,27 @@ from tunesmith.training.machine import is_out_of_memory
 MOMENTUM = 0.9
 
 MOST_ROWS = 0.5
-"""Share of a table up to which its rows are moved apart from it: they are copied out and back."""
+"""Maximum fraction of a table's rows that are updated by copying them out and back."""
 
 MOMENTA = ("exp_avg", "exp_avg_sq")
 ROWS = "rows"
-"""Beside the momenta of a table: which of its rows they are of, one after another; None where they are of all."""
+"""State key of the row numbers whose momenta are stored, in order; None where the momenta cover the whole table."""
 
 
 class RowwiseAdamW(torch.optim.AdamW):
-    """Fused AdamW that passes over those rows of a looked-up table alone that any step has looked up.
+    """Fused AdamW that updates only those rows of an embedding table that any step has looked up.
 
-    The others have no gradient and no momentum, and tables do not decay, so that nothing would change: of 30,000 words
-    the texts of a task hold a few thousand.
+    The others have no gradient and no momentum, and tables have no weight decay, so that they would not change: of
+    30,000 words the texts of a task contain a few thousand.
     """
+
+    looked_up: Mapping[Tensor, LookedUpRows] = MappingProxyType({})
+    """Embedding table -> its rows with a gradient."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step."""
-        assert closure is None, "gradients are there already"
+        """Take one step."""
+        assert closure is None, "gradients are already computed"
         apart: list[tuple[Tensor, Tensor]] = []
         for group in self.param_groups:
             for table in group["params"]:
@@ -51,8 +56,8 @@ class RowwiseAdamW(torch.optim.AdamW):
             table.grad = grad
 
     def _rows(self, table: Any, group: dict[str, Any]) -> Tensor | None:
-        """The rows that are moved; None where all are. Their momentum stands in this order, one after another."""
-        known: Rows | None = getattr(table, "rows", None)
+        """Return the rows to update, in the order of their stored momenta; None for the whole table."""
+        known = self.looked_up.get(table)
         state = self.state[table]
         if table.grad is None or known is None or group["weight_decay"] or state.get(ROWS, known) is None:
             return None
@@ -60,18 +65,18 @@ class RowwiseAdamW(torch.optim.AdamW):
             if state["step"] > 0:
                 known.ever |= ((state["exp_avg"] != 0) | (state["exp_avg_sq"] != 0)).any(1)
             rows = known.ever.nonzero().flatten()
-            state.update({kind: _apart(state[kind], rows) for kind in MOMENTA} | {ROWS: rows})
+            state.update({kind: _compact(state[kind], rows) for kind in MOMENTA} | {ROWS: rows})
         new = known.ever.index_fill(0, state[ROWS], False).nonzero().flatten()
         rows = torch.cat([state[ROWS], new])
         if len(rows) <= MOST_ROWS * len(table):
             state[ROWS] = rows
             return rows
-        state.update({kind: _in_place(state[kind], state[ROWS]) for kind in MOMENTA} | {ROWS: None})
+        state.update({kind: _scatter(state[kind], state[ROWS]) for kind in MOMENTA} | {ROWS: None})
         return None
 
     def _move(self, table: Tensor, rows: Tensor, group: dict[str, Any]) -> None:
         state, grad = self.state[table], table.grad
-        assert grad is not None, "its rows were asked for"
+        assert grad is not None, "_rows returned rows of it"
         weights, gradients = table.index_select(0, rows), grad.index_select(0, rows)
         first, second = ([state[kind][: len(rows)]] for kind in MOMENTA)
         state["step"] += 1
@@ -96,24 +101,24 @@ class RowwiseAdamW(torch.optim.AdamW):
     grad_scale: Tensor | None = None
 
 
-def _apart(whole: Tensor, rows: Tensor) -> Tensor:
-    """Some rows of a table first, and then zeros, whose pages nobody has written."""
+def _compact(whole: Tensor, rows: Tensor) -> Tensor:
+    """Return a table with these rows first, then zeros, whose memory pages stay unwritten."""
     moved = zeros_like(whole)
     moved[: len(rows)] = whole.index_select(0, rows)
     return moved
 
 
-def _in_place(moved: Tensor, rows: Tensor) -> Tensor:
-    """The inverse of `_apart`."""
+def _scatter(moved: Tensor, rows: Tensor) -> Tensor:
+    """Return the inverse of `_compact`."""
     return zeros_like(moved).index_copy_(0, rows, moved[: len(rows)])
 
 
 def build(model: nn.Module, anatomy: Anatomy, technique: Technique, train: Train) -> torch.optim.Optimizer:
-    """An optimizer over what learns. Each group carries `base_lr`.
+    """Return an optimizer over the trainable parameters; each parameter group has a `base_lr`.
 
-    Vectors (norms, biases) do not decay, nor do tables: a row that no text looks up stays as it was.
+    Norms, biases and embedding tables have no weight decay: a row that is never looked up does not change.
     """
-    assert train.learning_rate and train.head_learning_rate, "the run resolves both rates"
+    assert train.learning_rate and train.head_learning_rate, "assemble sets both learning rates"
     groups: dict[tuple[float, float], list[Tensor]] = {}
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
@@ -129,37 +134,40 @@ def build(model: nn.Module, anatomy: Anatomy, technique: Technique, train: Train
     ]
     if train.optimizer == "sgd":
         return _allocated(torch.optim.SGD(listed, lr=train.learning_rate, momentum=MOMENTUM), ("momentum_buffer",))
-    return _allocated(RowwiseAdamW(listed, lr=train.learning_rate, fused=True), ("step", "exp_avg", "exp_avg_sq"))
+    adamw = RowwiseAdamW(listed, lr=train.learning_rate, fused=True)
+    adamw.looked_up = fast_path(model).looked_up
+    return _allocated(adamw, ("step", "exp_avg", "exp_avg_sq"), adamw.looked_up)
 
 
-def _allocated(optimizer: torch.optim.Optimizer, kinds: tuple[str, ...]) -> torch.optim.Optimizer:
-    """With the state that the first step would make: where it does not fit, that is known before any step is taken."""
+def _allocated(
+    optimizer: torch.optim.Optimizer, kinds: tuple[str, ...], looked_up: Collection[Tensor] = ()
+) -> torch.optim.Optimizer:
+    """Allocate the state of the first step now, so that a lack of memory shows before any weight has changed."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             zero = torch.zeros((), device=parameter.device)
-            like = (
-                zeros_like if hasattr(parameter, "rows") else torch.zeros_like
-            )  # rows that no text has stay unwritten
+            # memory pages of rows that no text contains stay unwritten
+            like = zeros_like if parameter in looked_up else torch.zeros_like
             state = {kind: zero if kind == "step" else like(parameter) for kind in kinds}
             optimizer.state[parameter] = state
     return optimizer
 
 
-def take_step(optimizer: torch.optim.Optimizer, share: float = 1.0) -> bool:
-    """One step by this share of the gradients; False where memory ran out before a weight had moved.
+def take_step(optimizer: torch.optim.Optimizer, clip: float = 1.0) -> bool:
+    """Take one step with the gradients multiplied by `clip`; return False if memory ran out before any weight changed.
 
-    Then the step may be repeated. Fused AdamW multiplies in passing, by the way that is there for fp16.
-    Groups are taken in order, and each counts its steps (fused AdamW) or gives its parameters a new version (SGD).
-    Of several processes the others have moved theirs.
+    Such a step may be repeated. Fused AdamW multiplies within its kernel, by its `grad_scale` for fp16. A changed
+    weight shows in the first parameter group: fused AdamW counts its steps, SGD increases the version of parameters.
+    With several processes a step is never repeated, because the others have changed their weights.
     """
     first = next(p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
     fused: Any = optimizer if optimizer.defaults.get("fused") else None
-    if share != 1.0 and fused is None:
+    if clip != 1.0 and fused is None:
         torch._foreach_mul_(
-            [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], share
+            [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], clip
         )
-    elif share != 1.0:
-        fused.grad_scale = torch.tensor(1 / share, device=first.device)
+    elif clip != 1.0:
+        fused.grad_scale = torch.tensor(1 / clip, device=first.device)
     version, count = first._version, optimizer.state[first].get("step", torch.zeros(())).clone()
     try:
         optimizer.step()
@@ -176,7 +184,7 @@ def take_step(optimizer: torch.optim.Optimizer, share: float = 1.0) -> bool:
 
 
 def schedule(train: Train, total_steps: int) -> Callable[[int], float]:
-    """The factor on the rate at each step (counted from 0): warm-up from 1/w to 1, then the schedule down to 0."""
+    """Return the learning-rate factor of each step (counted from 0): linear warmup to 1, then the schedule to 0."""
     warmup = math.ceil(train.warmup_ratio * total_steps)
 
     def factor(step: int) -> float:
@@ -191,27 +199,27 @@ def schedule(train: Train, total_steps: int) -> Callable[[int], float]:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Scale every group's base rate; returns what `learning_rate` is now."""
+    """Set the learning rate of every group to its `base_lr` times `factor`; return the main learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return float(optimizer.defaults["lr"]) * factor
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as `kind/parameter name` -> tensor."""
+    """Return the optimizer state as `kind/parameter name` -> tensor."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter, {})
         for kind, value in state.items():
             if kind in MOMENTA and state.get(ROWS) is not None:
-                value = _in_place(value, state[ROWS])
+                value = _scatter(value, state[ROWS])
             if kind != ROWS and isinstance(value, Tensor):
                 tensors[f"{kind}/{name}"] = value
     return tensors
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `state_tensors`. What is of another kind of optimizer is left out: this one starts afresh."""
+    """Load the result of `state_tensors`; state of another kind of optimizer is ignored."""
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         kind, _, name = key.partition("/")

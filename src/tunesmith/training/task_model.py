@@ -1,4 +1,4 @@
-"""What a task begins with: a base in its form, the head drawn from the seed, the tokens that it adds in place."""
+"""The model of a task before training: the base with the task's head (seeded) and its added tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tunesmith.tasks import Task
 def load_task_model(
     task: Task, source: Source, processor: Any, seed: int, *, folded: bool = False
 ) -> tuple[nn.Module, Anatomy]:
-    """The model and its map; `folded`: its tables hold the added tokens already, as in what a run leaves whole."""
+    """Load the model and its anatomy; `folded`: the embeddings already contain the added tokens, as in `model/`."""
     return models.load_model(
         source,
         model_class=task.auto_class,

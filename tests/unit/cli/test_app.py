@@ -364,6 +364,16 @@ def test_doctor(command: Command) -> None:
     assert [line.split(maxsplit=1) for line in said] == [[name, value] for name, value in report.items()]
 
 
+def test_doctor_shows_the_fast_paths_of_a_model(command: Command, tiny_bert: Path) -> None:
+    code, out, _ = command("doctor", "--model", str(tiny_bert), "--json")
+    paths = json.loads(out)["fast_path"]
+    assert code == 0 and paths["unpadded"]["on"] and paths["cuda_graphs"]["reason"]
+    lines = command("doctor", "--model", str(tiny_bert))[1].splitlines()
+    assert [line.split()[:2] for line in lines[-len(paths) :]] == [
+        [name, "on" if path["on"] else "off"] for name, path in paths.items()
+    ]
+
+
 def test_doctor_reports_missing_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "LIBRARIES", ("torch", "no-such-library"))
     assert doctor.examine()["no-such-library"] == "not installed"

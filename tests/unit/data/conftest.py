@@ -10,8 +10,8 @@ import pytest
 
 from tunesmith.recipe import Data
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.training import examples
-from tunesmith.training.examples import Examples
+from tunesmith.training import dataset
+from tunesmith.training.dataset import Examples
 
 Content = str | bytes
 Write = Callable[[Content, str], Path]
@@ -36,7 +36,7 @@ def read(write: Write) -> Callable[..., Examples]:
     def of(content: Content | Path, *, labels: Any = "auto", name: str = "train.csv", **data: Any) -> Examples:
         path = content if isinstance(content, Path) else write(content, name)
         given = {"train": str(path), "validation": None} | data
-        return examples.read(TextClassification(labels=labels), Data(**given), seed=0)
+        return dataset.read(TextClassification(labels=labels), Data(**given), seed=0)
 
     return of
 

@@ -24,7 +24,7 @@ from tunesmith.data.formats import read_table
 from tunesmith.data.formats.recognize import UNSUPPORTED_FORMATS
 from tunesmith.errors import DataError
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.training.examples import Examples
+from tunesmith.training.dataset import Examples
 
 Refuse = Callable[..., str]
 Read = Callable[..., Examples]
@@ -77,7 +77,7 @@ def test_a7_02_a_folder_that_does_not_tell_is_refused(refuse: Refuse, write: Any
     (tmp_path / "valid").mkdir()
     assert refuse(CSV, f"data.validation={tmp_path / 'valid'}").startswith("valid: a folder, not a file; ")
     write(CSV, "train.tsv")
-    assert refuse(tmp_path).endswith(": both train.csv and train.tsv are train; name the one to use")
+    assert refuse(tmp_path).endswith(": both train.csv and train.tsv are named train; set data.train to the one to use")
     assert (
         refuse(tmp_path / "valid")
         == "valid: no train file in this folder; name the file train.csv, or set data.train to a file"
@@ -294,8 +294,7 @@ def test_a7_15_rows_are_read_one_after_the_other(tmp_path: Path) -> None:
     """The first rows are there before the end of the file is seen: it is cut off."""
     whole = gzip.compress("".join([CSV, *(f"{os.urandom(20).hex()},pos\n" for _ in range(20_000))]).encode())
     (tmp_path / "cut.csv.gz").write_bytes(whole[:-50])
-    task = TextClassification()
-    rows = iter(read_table(tmp_path / "cut.csv.gz", task.columns, required=task.required))
+    rows = iter(read_table(tmp_path / "cut.csv.gz", TextClassification().columns))
     assert [next(rows).values["label"] for _ in range(10_000)][:4] == [label for _, label in ROWS]
     with pytest.raises(DataError, match="the gzip file is damaged"):
         list(rows)
@@ -306,13 +305,13 @@ import re, sys
 from pathlib import Path
 from tunesmith.recipe import Data
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.training import examples
+from tunesmith.training import dataset
 
 def peak_mb():
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 
 before = peak_mb()
-read = examples.read(TextClassification(), Data(train=sys.argv[1], validation=0.1), seed=0)
+read = dataset.read(TextClassification(), Data(train=sys.argv[1], validation=0.1), seed=0)
 assert sum(1 for _ in read.splits["validation"].rows()) == read.rows["validation"]
 print(sum(read.rows.values()), before, peak_mb())
 """

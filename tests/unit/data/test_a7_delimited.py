@@ -15,7 +15,7 @@ import pytest
 
 from tunesmith.data.formats import raw, read_table
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.training.examples import Examples
+from tunesmith.training.dataset import Examples
 
 Refuse = Callable[..., str]
 Read = Callable[..., Examples]
@@ -67,7 +67,7 @@ def test_a7_18_semicolons_with_decimal_commas_are_refused(refuse: Refuse) -> Non
         "train.csv: label: '0,5' and 19 others have a decimal comma; write 0.5, or set task.labels=single if"
     )
     said = refuse(_file(rows, delimiter=";"), "task.labels=regression")
-    assert said.startswith("train.csv:2: label: '0,5' is not a finite number; mend it (write 0.5), or ")
+    assert said.startswith("train.csv:2: label: '0,5' is not a finite number; correct it (write 0.5), or ")
 
 
 def test_a7_18_semicolons_with_decimal_points_are_numbers(read: Read) -> None:
@@ -95,7 +95,7 @@ def test_a7_19_and_20_a_ragged_row_is_refused_or_skipped(line: str, said: str, r
 
 def test_a7_20_a_ragged_row_without_a_header_is_refused(refuse: Refuse) -> None:
     said = refuse(_file(ROWS * 5, header="") + "so,warm,pos\n")
-    assert said.startswith("train.csv:21: 3 fields, but the first line has 2: 'so | warm | pos'; quote a field")
+    assert said.startswith("train.csv:21: 3 fields, but the first line has 2: 'so | warm | pos'; quote the field")
 
 
 OPEN = {
@@ -111,7 +111,9 @@ def test_a7_21_an_unclosed_quotation_mark_is_refused_and_costs_one_row(
     content: str, refuse: Refuse, read: Read
 ) -> None:
     said = refuse(content)
-    assert said.startswith(("train.csv:2: unclosed quotation mark: '\"so warm,pos'", "train.csv:2: quoting: ','"))
+    assert said.startswith(
+        ("train.csv:2: unclosed quotation mark: '\"so warm,pos'", "train.csv:2: invalid quoting: ','")
+    )
     assert said.endswith(f"; close it, or double it inside a quoted field, {SKIP}")
     found = read(content, on_bad_row="skip")
     assert _rows(found)[:2] == [("so dull", "neg"), ("so fine", "pos")]
@@ -139,7 +141,7 @@ def test_a7_21_in_a_tsv_with_quoting_an_open_one_is_refused(refuse: Refuse, read
     rows = [(f"{text}\nand\tmore", label) for text, label in ROWS]
     assert _rows(read(_file(rows, delimiter="\t"))) == rows  # by line, each has two fields too
     rows = [(f"{text}\nand more", label) for text, label in ROWS]
-    assert refuse(_file(rows, delimiter="\t") + '"so warm\tpos\n').startswith("train.csv:10: a quotation mark is left")
+    assert refuse(_file(rows, delimiter="\t") + '"so warm\tpos\n').startswith("train.csv:10: unclosed quotation mark")
 
 
 @pytest.mark.parametrize("delimiter", ("\t", ",", ";"))
@@ -260,7 +262,7 @@ WORDS = ("NA", "nan", "None", "null", "#N/A")
 def test_a7_30_a_word_for_a_missing_label_is_a_class_and_that_is_said(word: str, read: Read) -> None:
     found = read(_file([*ROWS, ("so far away", word), ("so very far", word)]))
     assert word in found.task.classes  # type: ignore[attr-defined]
-    assert found.notes == [f"2 train rows are labelled '{word}', taken for a class as any other"]
+    assert found.notes == [f"2 train rows are labeled '{word}', which is treated as a class"]
 
 
 def test_a7_30_the_same_words_as_texts_are_texts(read: Read) -> None:
@@ -280,7 +282,7 @@ def test_a7_31_a_text_column_of_numbers_is_taken_and_that_is_said(read: Read) ->
     rows = [(f"{n * 7}.5", "pos" if n % 2 else "neg") for n in range(20)]
     found = read(_file(rows))
     assert _rows(found) == rows
-    assert found.notes == ["text: every one is a number; data.columns.text=NAME if it is another column"]
+    assert found.notes == ["text: every value is a number; set data.columns.text=NAME if it is another column"]
     assert read(_file([*rows, ROWS[0]])).notes == []
 
 
@@ -295,7 +297,7 @@ def test_a7_32_a_huge_field_is_refused_in_bounded_memory(
     path.write_bytes(_file(ROWS).encode() + b"so very long " * (2**30 // 256 // 13) + rest.encode())
     said = refuse(path)
     assert said.startswith(
-        "huge.csv:6: over 65,536 characters in one line, 'so very long so very long so very long …'; is a"
+        "huge.csv:6: over 65,536 characters in one line, 'so very long so very long so very long …'; check for a"
     )
     tracemalloc.start()
     found = read(path, on_bad_row="skip")
@@ -324,8 +326,8 @@ def test_a7_34_columns_may_stand_in_another_order_in_another_split(read: Read, w
     assert _rows(found, "test")[:4] == _rows(found, "validation") and _rows(found)[:4] == ROWS
     told = sorted(note.rpartition("/")[2] for note in found.notes[:2])
     assert told == [
-        "test.csv: no header; assuming data.columns.text=1 and data.columns.label=0(set these keys to change it)",
-        "train.csv: no header; assuming data.columns.text=0 and data.columns.label=1(set these keys to change it)",
+        "test.csv: no header; assuming data.columns.text=1 and data.columns.label=0 (set these keys to change it)",
+        "train.csv: no header; assuming data.columns.text=0 and data.columns.label=1 (set these keys to change it)",
     ]
 
 
@@ -343,7 +345,7 @@ def test_a7_35_a_second_text_in_one_split_only_is_refused(lacking: str, refuse: 
     said = refuse(train, f"data.validation={write(valid, 'valid.csv')}")
     assert said == (
         f"{lacking}.csv: no column for text_pair, which {has} has ('sentence2'); "
-        f"data.columns.text_pair=NAME, or rename it in {has} if it is none"
+        f"set data.columns.text_pair=NAME, or rename the column in {has} if it is not a text_pair"
     )
 
 
@@ -376,7 +378,7 @@ def test_columns_are_named_by_number_with_and_without_a_header(read: Read, tmp_p
     swapped = [(label, text) for text, label in ROWS]
     for header in ("", "label,text", "a,b"):
         (tmp_path / "a.csv").write_text(_file(swapped * 3, header))
-        columns: dict[str, str | int] = {"text": 1, "label": 0}
-        table = read_table(tmp_path / "a.csv", task.columns, required=task.required, columns=columns)
+        named: dict[str, str | int] = {"text": 1, "label": 0}
+        table = read_table(tmp_path / "a.csv", task.columns, named=named)
         assert [(row.values["text"], row.values["label"]) for row in table] == ROWS * 3
         assert (table.note is None) == (header != "a,b")  # it may have been a row

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tunesmith.data.formats import json_array
-from tunesmith.training.examples import Examples
+from tunesmith.training.dataset import Examples
 
 Refuse = Callable[..., str]
 Read = Callable[..., Examples]
@@ -187,7 +187,9 @@ def test_a7_45_what_is_nested_100_000_deep_is_refused(opening: str, form: str, r
 def test_a7_46_a_number_of_5000_digits_is_refused_or_skipped(form: str, refuse: Refuse, read: Read) -> None:
     content = _with(f'{{"text": "so", "label": {"7" * 5000}}}', form)
     said = refuse(content)
-    assert said.startswith("train.csv:3: a number of 5,000 digits in '{") and "; put it in quotes if it is no" in said
+    assert (
+        said.startswith("train.csv:3: a number of 5,000 digits in '{") and "; quote it if it is an identifier" in said
+    )
     assert _is_skipped(read, content, "not valid JSON")
 
 
@@ -251,7 +253,7 @@ def test_a7_48_a_key_that_is_not_there_is_refused_or_skipped(
     missing: str, form: str, refuse: Refuse, read: Read
 ) -> None:
     content = _with(json.dumps({key: "so" for key in ("text", "label") if key != missing}), form)
-    assert refuse(content) == f"train.csv:3: {missing}: not there; fill it in or remove the row{SKIP}"
+    assert refuse(content) == f"train.csv:3: {missing}: missing; fill it in or remove the row{SKIP}"
     assert _is_skipped(read, content, f"empty {missing}")
 
 
@@ -303,7 +305,7 @@ def test_a7_49_to_56_a_conversation_taken_for_the_text_is_refused_or_skipped(
     objects[2] = json.dumps({"messages": chat, "label": "pos"})
     content = _file(objects, form)
     said = refuse(content, "data.columns.text=messages")
-    turns = f"a conversation of {len(chat):,} turns: '[{{'role'" if chat else "'[]' is not a text"
+    turns = f"expected a text, got a conversation of {len(chat):,} turns: '[{{'role'" if chat else "'[]' is not a text"
     assert said.startswith(f"train.csv:3: messages: {turns}") and said.endswith(SKIP)
     found = read(content, columns={"text": "messages"}, on_bad_row="skip")
     assert _rows(found) == [*ROWS[:2], ROWS[3]]

@@ -23,7 +23,7 @@ LENGTHS = [7, 1, 30, 4, 4, 12, 2, 9, 5, 16, 3, 8, 1]
 def encoded(tmp_path: Path) -> Encoded:
     """Thirteen examples of unequal length; a token says which example it is of."""
     rows = [{"input_ids": [number] * size, "label": number} for number, size in enumerate(LENGTHS)]
-    return encode(rows, lambda chunk: chunk, tmp_path / "encoded")
+    return encode(rows, lambda chunk: chunk, tmp_path / "encoded", lambda data: data.lengths("input_ids"))
 
 
 def _seen(batches: Batches, start: int, stop: int, limits: Limits = NO_LIMITS) -> list[list[list[int]]]:
@@ -97,12 +97,12 @@ def test_inside_of_a_step_examples_are_sorted_by_length(encoded: Encoded) -> Non
 
 
 def _cost(lengths: Any, runs: list[tuple[int, int]], limits: Limits) -> int:
-    return sum((stop - start) * lengths[stop - 1] + limits.overhead_tokens for start, stop in runs)
+    return sum((stop - start) * lengths[stop - 1] + limits.overhead for start, stop in runs)
 
 
 def _fits(lengths: Any, run: tuple[int, int], limits: Limits) -> bool:
     rows = run[1] - run[0]
-    return rows == 1 or (rows <= limits.max_examples and rows * lengths[run[1] - 1] <= limits.max_tokens)
+    return rows == 1 or (rows <= limits.max_examples and rows * lengths[run[1] - 1] <= limits.max_cost)
 
 
 def _groupings(items: list[int]) -> Iterator[list[list[int]]]:
@@ -119,12 +119,12 @@ def _groupings(items: list[int]) -> Iterator[list[list[int]]]:
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6).map(sorted),
     max_examples=st.integers(1, 7),
-    max_tokens=st.integers(1, 60),
+    max_cost=st.integers(1, 60),
     overhead=st.integers(0, 25),
 )
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_no_other_grouping_costs_less(lengths: list[int], max_examples: int, max_tokens: int, overhead: int) -> None:
-    limits = Limits(max_examples, max_tokens, overhead)
+def test_no_other_grouping_costs_less(lengths: list[int], max_examples: int, max_cost: int, overhead: int) -> None:
+    limits = Limits(max_examples, max_cost, overhead)
     runs = cut(np.array(lengths), limits)
     assert [place for start, stop in runs for place in range(start, stop)] == list(range(len(lengths)))
     assert all(_fits(lengths, run, limits) for run in runs)
@@ -144,16 +144,16 @@ def test_a_row_beyond_the_limit_stands_alone_and_nothing_is_cut_from_nothing() -
 
 def test_a_batch_holds_the_fields_of_its_examples(encoded: Encoded) -> None:
     batch = collate(encoded, np.array([5, 1, 3]))
-    assert (batch.size, batch.tokens) == (3, 12 + 1 + 4)
+    assert batch.size == 3 and encoded.costs[[5, 1, 3]].tolist() == [12, 1, 4]
     assert "label" in batch and "other" not in batch
-    assert batch.scalar("label").tolist() == [5, 1, 3] and batch.scalar("label").dtype == torch.int64
+    assert batch.tensor("label").tolist() == [5, 1, 3] and batch.tensor("label").dtype == torch.int64
     rows = batch.ragged("input_ids")
     assert rows.lengths.tolist() == [12, 1, 4] and rows.offsets.tolist() == [0, 12, 13, 17]
-    for wrong in (lambda: batch.ragged("label"), lambda: batch.scalar("input_ids")):
+    for wrong in (lambda: batch.ragged("label"), lambda: batch.tensor("input_ids")):
         with pytest.raises(AssertionError):
             wrong()
     moved = batch.to(torch.device("meta"))
-    assert moved.ragged("input_ids").values.device.type == "meta" == moved.scalar("label").device.type
+    assert moved.ragged("input_ids").values.device.type == "meta" == moved.tensor("label").device.type
 
 
 def test_ragged_rows_are_padded_on_the_right() -> None:

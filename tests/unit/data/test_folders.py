@@ -12,7 +12,7 @@ from tunesmith.errors import DataError
 from tunesmith.recipe import Data
 from tunesmith.tasks.fill_mask import FillMask
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.training import examples
+from tunesmith.training import dataset
 
 TABLE = "text,label\nso warm,pos\nvery dull,neg\nso fine,pos\nso bad,neg\n"
 TAGGED = "He\tO\nlives\tO\n\nin\tO\nNew\tB-LOC\nYork\tI-LOC\n"
@@ -80,7 +80,7 @@ def test_other_endings_are_told_by_what_is_in_them(folder: Path) -> None:
 
 def test_one_file_alone_is_train(folder: Path) -> None:
     _fill(folder, {"reviews.csv": TABLE, "SOURCE.txt": "from here", "licence": "free"})
-    found = examples.read(TextClassification(), Data(train=str(folder), validation=None), 0)
+    found = dataset.read(TextClassification(), Data(train=str(folder), validation=None), 0)
     assert found.rows == {"train": 4} and found.data.train == str(folder / "reviews.csv")
 
 
@@ -94,16 +94,16 @@ def test_one_file_alone_is_train(folder: Path) -> None:
         ),
         (
             ("a.csv", "b.csv", "photo.png", "readme.md"),
-            "no train file in this folder, but a.csv, b.csv; name one train.csv, others validation and test, or "
-            "data.train={}/a.csv",
+            "no train file in this folder, only a.csv, b.csv; name one train.csv (others validation and test), "
+            "or set data.train={}/a.csv",
         ),
         (
             ("train.de", "train.en"),
-            "no train file in this folder, and no readable data: train.de, train.en; task=translation reads ",
+            "no train file in this folder, and no readable data: train.de, train.en; set task=translation to read ",
         ),
         (
             tuple(f"{n}.tsv" for n in range(9)),
-            "no train file in this folder, but 0.tsv, 1.tsv, 2.tsv, 3.tsv, 4.tsv, 5.tsv ...; name one train.tsv, ",
+            "no train file in this folder, only 0.tsv, 1.tsv, 2.tsv, 3.tsv, 4.tsv, 5.tsv ...; name one train.tsv",
         ),
     ),
 )
@@ -111,7 +111,7 @@ def test_a_folder_without_train_is_told_what_it_holds(files: tuple[str, ...], sa
     contents = {"png": b"\x89PNG", "en": b"A film.\nA plot.\n", "de": b"Ein Film.\nEin Plan.\n"}
     _fill(folder, {name: contents.get(name.rpartition(".")[2], TABLE) for name in files})
     with pytest.raises(DataError) as caught:
-        examples.read(TextClassification(), Data(train=str(folder)), 0)
+        dataset.read(TextClassification(), Data(train=str(folder)), 0)
     assert str(caught.value).startswith(f"{folder}: {said.format(folder)}")
     assert str(no_train_error(folder)) == str(caught.value)
 
@@ -129,10 +129,10 @@ def test_texts_are_told_from_tables(folder: Path) -> None:
 def test_what_tells_about_a_folder_of_texts_is_no_text_of_it(folder: Path) -> None:
     _fill(folder, {"a.txt": PROSE, "LICENSE.txt": "free", "README.md": "about"})
     _fill(folder / "more", {"readme.md": "a story of that name"})
-    rows = examples.read(FillMask(), Data(train=str(folder), validation=None), 0).splits["train"].rows()
+    rows = dataset.read(FillMask(), Data(train=str(folder), validation=None), 0).splits["train"].rows()
     assert [row.place.removeprefix(f"{folder}/") for row in rows] == ["a.txt:1", "more/readme.md:1"]
     (folder / "a.txt").unlink()
     (folder / "more" / "readme.md").unlink()
     _fill(folder, {"reviews.csv": TABLE})
-    found = examples.read(FillMask(), Data(train=str(folder), validation=None), 0)
+    found = dataset.read(FillMask(), Data(train=str(folder), validation=None), 0)
     assert found.data.train == str(folder / "reviews.csv")

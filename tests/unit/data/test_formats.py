@@ -23,7 +23,7 @@ from tunesmith.data.formats import Row, Table, find_splits, read_lines, read_tab
 from tunesmith.errors import DataError
 from tunesmith.tasks.text_classification import TextClassification
 
-ROLES, REQUIRED = TextClassification.columns, TextClassification.required
+COLUMNS = TextClassification().columns
 ROWS = [
     ("the film was great, so great", "pos"),
     ("the plot was very bad", "neg"),
@@ -46,7 +46,7 @@ def _table(rows: Iterable[tuple[str, str]], kind: str, header: bool = True, quot
 
 
 def _read(path: Path, **options: Any) -> Table:
-    return read_table(path, ROLES, required=REQUIRED, **options)
+    return read_table(path, COLUMNS, **options)
 
 
 def _values(table: Table) -> list[tuple[object, object]]:
@@ -91,7 +91,7 @@ def test_a_damaged_parquet_file_is_refused(where: int, tmp_path: Path) -> None:
     content = bytearray((tmp_path / "a").read_bytes())
     content[where : where + 8] = b"\xff" * 8
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(DataError, match=r"a: a damaged Parquet file \(.+\); write or download it again"):
+    with pytest.raises(DataError, match=r"a: damaged Parquet file \(.+\); write or download it again"):
         list(_read(tmp_path / "a"))
 
 
@@ -128,7 +128,7 @@ def test_the_first_of_several_usual_names_is_taken(tmp_path: Path) -> None:
 
 def test_words_with_tags_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.conll").write_text("He\tO\nlives\tO\n\nin\tO\nNew\tB-LOC\nYork\tI-LOC\n")
-    with pytest.raises(DataError, match=r"a.conll:1: these are words with tags, one a line \('B-LOC, I-LOC, O'\)"):
+    with pytest.raises(DataError, match=r"a.conll:1: the file has one word and tag per line \('B-LOC, I-LOC, O'\)"):
         _read(tmp_path / "a.conll")
 
 
@@ -138,9 +138,11 @@ def test_a_table_of_words_with_tags_is_told_how_it_is_read(header: str, task: st
     first = "Sentence: 1," if header.startswith("S") else ""
     words = [f"{first}{word}" for word in ("He,O", "lives,O", "in,O", "New,B-LOC", "York,I-LOC")]
     (tmp_path / "a.csv").write_text(header + "\n".join([*words, "", *words, ""]))
-    told = registry.get("task", task)
-    with pytest.raises(DataError, match=r"a.csv:1: these are words with tags, one a line \('B-LOC, I-LOC, O'\).*CoNLL"):
-        read_table(tmp_path / "a.csv", told.columns, required=told.required)  # type: ignore[attr-defined]
+    columns = registry.get("task", task)().columns  # type: ignore[attr-defined]
+    with pytest.raises(
+        DataError, match=r"a.csv:1: the file has one word and tag per line \('B-LOC, I-LOC, O'\).*CoNLL"
+    ):
+        read_table(tmp_path / "a.csv", columns)
 
 
 @pytest.mark.parametrize("change", ("longer", "same size", "gone"))
@@ -181,7 +183,7 @@ def test_a_plain_text_is_a_row_a_line(tmp_path: Path) -> None:
     ("content", "said"),
     (
         (b"", "a.txt: the file is empty"),
-        (b"%PDF-1.7", "a.txt: this is a PDF"),
+        (b"%PDF-1.7", "a.txt: unsupported format: the content is a PDF"),
         (None, "a.txt: no such file; check the path"),
     ),
 )

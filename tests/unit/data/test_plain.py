@@ -14,14 +14,14 @@ from tunesmith.errors import DataError
 from tunesmith.recipe import Data
 from tunesmith.tasks.fill_mask import FillMask
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.training import examples
+from tunesmith.training import dataset
 
-ROLES = FillMask.columns
+COLUMNS = FillMask().columns
 PROSE = "It was, all in all, a fine day.\nNobody came; nothing | was said.\n"
 
 
 def _table(path: Path, **how: Any) -> Table:
-    return read_table(path, ROLES, required=frozenset({"text"}), plain_text=True, **how)
+    return read_table(path, COLUMNS, plain_text=True, **how)
 
 
 def _texts(path: Path) -> list[object]:
@@ -92,7 +92,7 @@ def test_what_cannot_be_read_is_named(write: Callable[..., Path], tmp_path: Path
     table = _table(path, on_bad_row="skip")
     assert [row.values["text"] for row in table] == ["one", "four"] and table.skipped == {"not UTF-8": 1}
     (tmp_path / "docs").mkdir()
-    with pytest.raises(DataError, match=r"no text \(.txt, .text, .md\) in this folder"):
+    with pytest.raises(DataError, match=r"no text files \(.txt, .text, .md\) in this folder"):
         _table(tmp_path / "docs")
     (tmp_path / "docs" / "empty.txt").write_text("\n")
     (tmp_path / "docs" / "full.txt").write_text("full")
@@ -106,7 +106,7 @@ def test_a_document_beyond_all_measure_is_refused(
 ) -> None:
     monkeypatch.setattr(plain, "MAX_CHARS", 20)
     path = write("0123456789\n" * 3 + "\nshort\n", "a.txt")
-    with pytest.raises(DataError, match="a.txt:1: over 20 characters in one document; divide it by blank lines"):
+    with pytest.raises(DataError, match="a.txt:1: over 20 characters in one document; split it by blank lines"):
         _texts(path)
     assert [row.values["text"] for row in _table(path, on_bad_row="skip")] == ["short"]
     (tmp_path / "docs").mkdir()
@@ -119,14 +119,14 @@ def test_a_folder_of_splits_is_still_that(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text(PROSE)
     (tmp_path / "test.txt").write_text("Something else, at last.\n")
     (tmp_path / "notes.txt").write_text("not this")
-    found = examples.read(FillMask(), Data(train=str(tmp_path), validation=None), seed=0)
+    found = dataset.read(FillMask(), Data(train=str(tmp_path), validation=None), seed=0)
     assert found.rows == {"train": 2, "test": 1}
     with pytest.raises(DataError, match="no train file in this folder"):
-        examples.read(TextClassification(), Data(train=str(tmp_path.parent)), seed=0)
+        dataset.read(TextClassification(), Data(train=str(tmp_path.parent)), seed=0)
 
 
 def test_documents_are_held_out_whole(tmp_path: Path) -> None:
     for number in range(10):
         (tmp_path / f"{number}.txt").write_text(f"text {number}\n\nof it\n")
-    found = examples.read(FillMask(), Data(train=str(tmp_path), validation=0.2), seed=0)
+    found = dataset.read(FillMask(), Data(train=str(tmp_path), validation=0.2), seed=0)
     assert found.rows == {"train": 8, "validation": 2} and found.notes == []

@@ -22,8 +22,9 @@ from tunesmith.data.splits import (
 from tunesmith.errors import DataError
 from tunesmith.recipe import Data
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.training import examples
+from tunesmith.training import dataset
 
+COLUMNS = TextClassification().columns
 COUNTS = st.lists(st.integers(1, 60), min_size=1, max_size=8)
 
 
@@ -77,11 +78,15 @@ def test_the_names_of_classes_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("counts", "fraction", "said"),
     (
-        ([20, 20], 0.01, "data.validation: 0.01 of 40 rows is none; a larger fraction, a file of its own, or "),
+        (
+            [20, 20],
+            0.01,
+            "data.validation: 0.01 of 40 rows is less than one row; set a larger fraction, a separate file, or ",
+        ),
         (
             [1, 1, 1],
             0.5,
-            "data.validation: every class has a single text, so no split can be drawn; a file of its own, or ",
+            "data.validation: every class has a single text, so no split can be drawn; set a separate file, or ",
         ),
     ),
 )
@@ -124,7 +129,9 @@ def test_a_text_too_often_to_be_drawn_stays_in_train_and_others_go_for_it() -> N
 
 def test_texts_too_few_to_draw_from_are_refused() -> None:
     strata, texts = np.arange(40) % 2, np.arange(40, dtype=np.uint64) % 4
-    with pytest.raises(DataError, match=r"^data.test: 0.1 of 40 rows is less than rows that say the same, which stay"):
+    with pytest.raises(
+        DataError, match=r"^data.test: 0.1 of 40 rows is less than the smallest group of rows that must stay"
+    ):
         stratified_split(strata, texts, 0.1, 0, "test")
     assert len(stratified_split(strata, texts, 0.25, 0)[1]) == 10
     with pytest.raises(DataError, match="every class has a single text, so no split can be drawn"):
@@ -140,7 +147,7 @@ def test_a_hundred_thousand_rows_are_drawn_at_once() -> None:
 
 
 def _digest(**values: object) -> int:
-    return digest(Row("here", values))
+    return digest(Row("here", values), COLUMNS)
 
 
 SAME = ("The café was great", "the CAFÉ was great", " the cafe\u0301  was\ngreat ", "the\u00a0café was great")
@@ -196,12 +203,12 @@ def test_rows_of_a_group_are_never_parted(seed: int, tmp_path: Path) -> None:
     path = tmp_path / "clauses.csv"
     path.write_text("\n".join(["n,text,label,contract", *GROUPED]))
     data = Data(train=str(path), validation=0.2, test=0.1, group="contract")
-    found = examples.read(TextClassification(), data, seed)
+    found = dataset.read(TextClassification(), data, seed)
     groups = {name: {row.values["group"] for row in split.rows()} for name, split in found.splits.items()}
     assert sum(map(len, groups.values())) == len(set().union(*groups.values())) == 23, "each is on one side"
     assert found.rows["validation"] == pytest.approx(92, abs=20) and found.rows["test"] == pytest.approx(46, abs=20)
     assert {row.values["label"] for row in found.splits["train"].rows()} == set("abcd")
-    without = examples.read(TextClassification(), data.model_copy(update={"group": None}), seed)
+    without = dataset.read(TextClassification(), data.model_copy(update={"group": None}), seed)
     parted = {name: {row.place for row in split.rows()} for name, split in without.splits.items()}
     assert parted["test"] != {row.place for row in found.splits["test"].rows()}
 
@@ -218,13 +225,13 @@ def _patients(shared: int) -> str:
 def test_groups_that_share_a_text_stay_together_as_long_as_they_are_not_most(shared: int, tmp_path: Path) -> None:
     path = tmp_path / "notes.csv"
     path.write_text(_patients(shared))
-    found = examples.read(TextClassification(), Data(train=str(path), validation=0.1, test=0.2, group="patient"), 0)
+    found = dataset.read(TextClassification(), Data(train=str(path), validation=0.1, test=0.2, group="patient"), 0)
     assert found.rows == {"train": 280, "validation": 40, "test": 80}
     sides = [name for name, split in found.splits.items() for row in split.rows() if row.values["text"] == "normal"]
     assert (len(set(sides)) == 1) == (shared == 20)
-    said = [note for note in found.notes if "stand word for word in train" in note]
+    said = [note for note in found.notes if "duplicate" in note]
     assert len(said) == (0 if shared == 20 else 2)
-    assert all("nearly all groups of patient share texts: remove such rows" in note for note in said)
+    assert all("groups of patient" in note and "data check" in note for note in said)
 
 
 def test_a_chain_of_groups_is_one() -> None:
@@ -239,11 +246,11 @@ def test_a_group_is_of_train_alone_and_no_text(tmp_path: Path) -> None:
     path, other = tmp_path / "clauses.csv", tmp_path / "other.csv"
     path.write_text("\n".join(["n,text,label,contract", *GROUPED, "1,same,a,contract 1", "2,same,a,contract 2"]))
     other.write_text("text,label\nsomething else,a\nand more,b\n")
-    found = examples.read(TextClassification(), Data(train=str(path), validation=str(other), group="contract"), 0)
+    found = dataset.read(TextClassification(), Data(train=str(path), validation=str(other), group="contract"), 0)
     assert found.rows == {"train": 462, "validation": 2}
-    assert any("1 of 462 train rows repeat an earlier text" in note for note in found.notes)
+    assert any("1 of 462 train rows repeat" in note for note in found.notes)
     with pytest.raises(DataError, match="no column 'contrakt'; did you mean 'contract'"):
-        examples.read(TextClassification(), Data(train=str(path), group="contrakt"), 0)
+        dataset.read(TextClassification(), Data(train=str(path), group="contrakt"), 0)
     path.write_text("text,label,contract\none,a,x\ntwo,b,\n")
     with pytest.raises(DataError, match="clauses.csv:3: contract: empty"):
-        examples.read(TextClassification(), Data(train=str(path), group="contract"), 0)
+        dataset.read(TextClassification(), Data(train=str(path), group="contract"), 0)

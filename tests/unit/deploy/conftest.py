@@ -1,8 +1,11 @@
-"""Base models of three families on disk, and the run folder that one of them leaves."""
+"""Base models of three families on disk, the run folder that one of them leaves, and a watch on what is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +39,33 @@ def finish(recipe_of: Any, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return tunesmith.train(recipe, talk=Talk(level=-1))
 
     return run
+
+
+_written: list[str] | None = None
+"""Paths that were opened for writing, made or renamed since the watch began; None: nobody watches."""
+
+
+def _note(event: str, args: tuple[Any, ...]) -> None:
+    if _written is None or event not in ("open", "os.mkdir", "os.rename"):
+        return
+    if event != "open" or args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        _written.append(str(args[0]))
+
+
+@pytest.fixture(scope="session")
+def no_writes() -> Callable[..., Any]:
+    """`with no_writes(home):` nothing is written to disk meanwhile, and there is no cache folder after it."""
+    sys.addaudithook(_note)  # it cannot be removed
+
+    @contextmanager
+    def watch(home: Path) -> Iterator[None]:
+        global _written
+        assert not home.exists()
+        written = _written = []
+        try:
+            yield
+        finally:
+            _written = None
+        assert written == [] and not home.exists()
+
+    return watch

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import tunesmith
+from tunesmith import registry
 from tunesmith.console import Talk
 from tunesmith.data.formats import Row
 from tunesmith.data.text.augment import Augmenter, texts_of
@@ -66,13 +67,16 @@ def test_a_text_that_is_nothing_stays_as_it_is(translators: Runs, tmp_path: Path
 
 
 def test_a_share_of_the_texts_is_said_otherwise_anew_in_each_epoch(translators: Runs) -> None:
-    augmenter = Augmenter.of([_step(translators)], 0, {"a b": "c d"})
+    classified, translated = (registry.get("task", name)().columns for name in ("text-classification", "translation"))
+    augmenter = Augmenter.of([_step(translators)], 0, classified, {"a b": "c d"})
     row = Row("a:1", {"text": "a b", "label": "x"})
     drawn = [[augmenter.row(row, epoch, index).values["text"] for index in range(100)] for epoch in range(2)]
     assert {text for texts in drawn for text in texts} == {"a b", "c d"} and drawn[0] != drawn[1]
     assert 30 < drawn[0].count("c d") < 70
     assert drawn[0] == [augmenter.row(row, 0, index).values["text"] for index in range(100)]
-    assert list(texts_of([Row("a:1", {"source": "a", "target": "b", "label": "c", "text_pair": "d"})])) == ["a", "d"]
+    every = {"text": "a", "text_pair": "b", "label": "c", "source": "d", "target": "e"}
+    assert list(texts_of([Row("a:1", every)], classified)) == ["a", "b"]
+    assert list(texts_of([Row("a:1", every)], translated)) == ["d"], "what is to be learned stays as it is"
 
 
 def test_a_run_learns_from_them_and_a_resume_goes_on_bit_for_bit(recipe_of: Any, translators: Runs) -> None:
@@ -103,4 +107,4 @@ def test_runs_that_are_none_are_refused(recipe_of: Any, tmp_path: Path, translat
         translated_back(["a"], [_step((Path(recipe.output), translators[1]))], tmp_path, say=str)
     tagged = Row("a:1", {"tokens": ["a"], "label": ["O"]})
     with pytest.raises(RecipeError, match=r"back-translation says a text otherwise, and tags of words cannot go along"):
-        Augmenter.of([_step(translators)], 0).row(tagged, 0, 0)
+        Augmenter.of([_step(translators)], 0, registry.get("task", "token-classification")().columns).row(tagged, 0, 0)

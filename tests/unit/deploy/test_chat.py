@@ -86,6 +86,14 @@ def test_predict_tells_a_single_text_as_it_is_written(chats: Path, command: Any)
     assert code == 0 and out.strip() == answer["generated_text"]
 
 
+def test_streamed_and_written_answers_write_nothing_to_disk(chats: Path, home: Path, no_writes: Any) -> None:
+    tuned, pieces = tunesmith.load(chats), list[str]()
+    with no_writes(home):
+        (answer,) = tuned.predict("say 3")
+        assert tuned.stream("say 3", pieces.append) == answer["generated_text"]
+    assert pieces
+
+
 def test_a_run_on_raw_text_does_not_converse(tmp_path: Path, tiny_bert: Path, recipe_of: Any) -> None:
     folder = _trained(tmp_path, [{"text": f"one two {n}"} for n in range(12)])
     with pytest.raises(RecipeError, match="this run has learned no conversations; `tunesmith predict` asks it"):

@@ -98,7 +98,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_one_run_is_merged_into_its_base(runs: Path, tmp_path: Path, command: Command) -> None:
     code, out, _ = command("merge", str(runs / "lora"), "--output", str(tmp_path / "alone"))
-    assert code == 0 and out.startswith(f"merged what {runs / 'lora'} has learned into {tmp_path / 'alone'}; ")
+    assert code == 0 and f"{runs / 'lora'} into {tmp_path / 'alone'}; " in out
 
 
 @pytest.mark.parametrize("name", ["lora", "full"])
@@ -136,7 +136,7 @@ def test_ties_and_dare_by_hand() -> None:
 
 
 def test_what_merging_refuses(runs: Path, tmp_path: Path, command: Command) -> None:
-    with pytest.raises(RecipeError, match="prompt cannot be merged: it is in the input"):
+    with pytest.raises(RecipeError, match="prompt cannot be merged"):
         merging.merge([runs / "lora", runs / "prompt"], tmp_path / "merged")
     code, _, said = command("merge", str(runs / "lora"), str(runs / "lora2"), "--output", "m", "--weights", "a,b")
     assert code == 2 and "--weights" in said
@@ -154,7 +154,7 @@ def test_the_verb_writes_a_run(runs: Path, tmp_path: Path, command: Command) -> 
     merged = tmp_path / "merged"
     words = ("merge", str(runs / "lora"), str(runs / "full"), "--method", "ties", "--output", str(merged))
     code, out, _ = command(*words)
-    assert code == 0 and out == f'merged 2 runs into {merged}; ask it: tunesmith predict {merged} "..."\n'
+    assert code == 0 and out == f'merged 2 runs into {merged}; try it: tunesmith predict {merged} "..."\n'
     card = (merged / "README.md").read_text(encoding="utf-8")
     assert f"- 0.5 x `{runs / 'lora'}`\n- 0.5 x `{runs / 'full'}`\n" in card and "- merge\n" in card
     assert "Sum (ties, 20% of its entries kept, seed 0)" in card and f"`tunesmith evaluate {merged}`" in card

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import tunesmith
 from tunesmith.console import Talk
+from tunesmith.data.formats import Row
 from tunesmith.errors import CheckpointError, DataError, RecipeError, UserError
 from tunesmith.testing import tiny_tokenizer
 
@@ -73,6 +75,14 @@ def test_what_can_be_asked(tuned: Any) -> None:
     assert tuned.predict([]) == []
 
 
+def test_answers_write_nothing_to_disk(tuned: Any, home: Path, no_writes: Any) -> None:
+    with no_writes(home):
+        answers = tuned.predict(TEXTS)
+        assert tuned.predict_rows([Row(f"input {n}", {"text": text}) for n, text in enumerate(TEXTS)]) == answers
+    with pytest.raises(AssertionError), no_writes(home):
+        tempfile.mkdtemp()
+
+
 @pytest.mark.parametrize("asked", (7, None, {"review": "a"}, {"text": 7}, ["a"]))
 def test_what_is_no_text_is_refused_by_its_number(asked: Any, tuned: Any) -> None:
     with pytest.raises(UserError, match="input 2 has no text; give a text, or a mapping with 'text'") as caught:
@@ -98,7 +108,7 @@ def test_the_command_line_answers_as_the_api(finish: Any, command: Any, tmp_path
     code, out, err = command(
         "predict", run, "--input", str(tmp_path / "asked.txt"), "--output", str(tmp_path / "answers.jsonl"), "--json"
     )
-    assert code == 0 and json.loads(out)["answers"] == 4 and "wrote 4 answers" in err
+    assert code == 0 and json.loads(out)["answers"] == 4 and "wrote 4 " in err
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [line.pop("text") for line in lines] == list(TEXTS) and _same(lines, wanted)
 
@@ -127,7 +137,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         _cut_short,
         "adapter_model.safetensors: cannot be read .*; `tunesmith train --resume .*` writes it anew",
     ),
-    "a tensor lost": (_lose_a_tensor, "the adapter lacks 1 of the"),
+    "a tensor lost": (_lose_a_tensor, "the adapter lacks 1 of "),
     "origin of old": (_an_old_origin, "tunesmith.json: cannot be read .it does not say what .*; .*anew"),
     "origin lost": (_forget_the_origin, "tunesmith.json: cannot be read .No such file or directory.; "),
 }

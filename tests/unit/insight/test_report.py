@@ -19,6 +19,7 @@ from tunesmith.insight import report
 from tunesmith.metrics import MEANINGS
 from tunesmith.recipe import load, to_yaml
 
+ERRORS = "Most confident errors"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = {
     "script": "<script>alert(1)</script>",
@@ -73,7 +74,7 @@ class Page(HTMLParser):
 
     @property
     def errors(self) -> list[list[str]]:
-        return self.table("Errors worth reading")[1:]
+        return self.table(ERRORS)[1:]
 
     def each(self, tag: str, attribute: str) -> list[str]:
         return [attributes[attribute] or "" for name, attributes in self.elements if name == tag]
@@ -139,15 +140,15 @@ def test_the_page_is_whole_and_needs_nothing_but_itself(finished: Path) -> None:
     assert policy == "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def test_scores_stand_beside_the_guess(finished: Path) -> None:
+def test_scores_stand_beside_the_baseline(finished: Path) -> None:
     metrics = json.loads((finished / "run.json").read_text())["metrics"]
     page = Page(finished)
     header, *rows = page.table("Scores")
-    assert header == ["", "validation", "test", "guess from the training labels"]
+    assert header == ["", "validation", "test", "majority-class baseline"]
     assert {row[0] for row in rows} == {name for name, value in metrics["test"].items() if isinstance(value, float)}
     for name, *cells in rows:
         assert cells == [f"{metrics[split][name]:.4f}" for split in ("validation", "test", "baseline")]
-    confusion = page.table("Which is taken for which")
+    confusion = page.table("Confusion matrix")
     assert confusion[0] == ["", "negative", "positive"]
     assert [[int(cell) for cell in row[1:]] for row in confusion[1:]] == metrics["test"]["confusion_matrix"]
     each = page.table("F1 of each class")
@@ -245,4 +246,4 @@ def test_at_most_twenty_errors_of_both_texts_cut_short(page: Any) -> None:
 
 def test_where_all_is_right_there_is_nothing_to_read(page: Any) -> None:
     found = page([_row("positive", ("positive", 0.9))])
-    assert found.errors == [] and "Errors worth reading" not in found.source
+    assert found.errors == [] and ERRORS not in found.source

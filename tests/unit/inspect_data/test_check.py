@@ -98,7 +98,7 @@ def test_texts_of_another_width_are_the_same_and_labels_of_near_ones_are_told(
     _write(tmp_path / "train.jsonl", [{"text": text, "label": label} for text, label in rows])
     _, report = checked(tmp_path)
     assert _only(report, "label-conflict")["faults"][0]["value"].startswith("neg here, pos there")
-    assert _only(report, "near-duplicate")["faults"][0]["see"].endswith("alike, neg here and pos there)")
+    assert _only(report, "near-duplicate")["faults"][0]["see"].endswith("similar, neg here and pos there)")
 
 
 def test_fields_classes_and_labels(sentences: list[str], checked: Checked, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_fields_classes_and_labels(sentences: list[str], checked: Checked, tmp_p
 def test_a_refusal_of_the_run_is_a_finding(sentences: list[str], checked: Checked, tmp_path: Path) -> None:
     path = _write(tmp_path / "train.jsonl", ({"text": text, "label": "a"} for text in sentences[:30]))
     code, report = checked(path)
-    assert code == 3 and "there is nothing to tell apart" in _only(report, "refused")["faults"][0]["value"]
+    assert code == 3 and "all 30 rows have the class" in _only(report, "refused")["faults"][0]["value"]
 
 
 @pytest.mark.parametrize("marks", ("B_", "B_ I_"))
@@ -138,7 +138,10 @@ def test_what_a_run_refuses_of_tags_is_told_before(
     code, report = checked(tmp_path)
     unsound = _only(report, "tags")
     assert code == 3 and unsound["count"] == 30 * len(marks.split())
-    assert unsound["faults"][0]["value"] == "'B_X' is not a BIO" and unsound["fix"] == "did you mean 'B-X'?"
+    assert (
+        unsound["faults"][0]["value"] == "'B_X' is not a tag of the BIO scheme"
+        and unsound["fix"] == "did you mean 'B-X'?"
+    )
 
 
 def test_tags_that_train_lacks_are_told(sentences: list[str], checked: Checked, tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def test_a_recipes_drawn_split_is_drawn_and_groups_torn_by_it_are_found(
     code, report = checked(recipe, "--group", "case")
     assert code == 3 and report["splits"]["train"]["drawn"] == {"validation": 10}
     assert _only(report, "group-leak")["count"] == 10
-    assert "for want of the model" in " ".join(report["notes"])
+    assert "the model cannot be loaded" in " ".join(report["notes"])
     code, report = checked(path, "--group", "case")
     assert code == 0 and _only(report, "group")["count"] == 50
 
@@ -237,7 +240,7 @@ def test_what_is_left_out_of_a_folder_is_said(sentences: list[str], checked: Che
     _write(tmp_path / "SOURCE.txt", ["about"])
     code, report = checked(tmp_path)
     assert code == 0 and set(report["splits"]) == {"train", "test"}
-    assert report["notes"] == [f"not looked at in {tmp_path}: more.jsonl, photo.png"]
+    assert report["notes"] == [f"skipped files in {tmp_path}: more.jsonl, photo.png"]
 
 
 def test_a_sentence_with_the_name_of_a_column_between_commas_is_no_header(checked: Checked, tmp_path: Path) -> None:
@@ -291,8 +294,8 @@ def test_the_page_for_a_person(command: Any, tmp_path: Path) -> None:
     assert code == 0 and err == ""
     assert "train: 7 rows of" in out and "2 classes (1 4, 0 3)" in out
     assert f"  {path}:3  'the same film again'  see {path}:2\n" in out and "  and 3 more" in out
-    assert "way out: correct one of the labels" in out and out.endswith(": 0 errors, 3 warnings\n")
-    assert "taken as data for text-classification; task=NAME says otherwise" in out
+    assert "  fix: correct one of the labels" in out and out.endswith(": 0 errors, 3 warnings\n")
+    assert "text-classification; set task=NAME" in out
     quiet = command("data", "check", str(path), "-q")[1]
     assert quiet.startswith("warning: ") and "train:" not in quiet and "found in" not in quiet
 
@@ -301,7 +304,7 @@ def test_unlike_faults_have_each_its_way_out(command: Any, tmp_path: Path) -> No
     path = _write(tmp_path / "train.csv", ["text,label", "fine film,1", "dull film", "a, b, c, 0", "warm film,0"])
     code, out, _ = command("data", "check", str(path))
     assert code == 3 and f"  {path}:3  1 field, but the header has 2" in out
-    assert out.count("    way out: ") == 2 and "    way out: quote the field that contains the delimiter" in out
+    assert out.count("    fix: ") == 2 and "    fix: quote the field that contains the delimiter" in out
 
 
 def test_a_conflict_of_tags_names_the_word(checked: Checked, tmp_path: Path) -> None:
@@ -359,7 +362,7 @@ def test_the_group_of_a_recipe_keeps_rows_together(sentences: list[str], checked
     rows = ({"text": text, "label": n % 2, "case": n // 4} for n, text in enumerate(sentences[:120]))
     path = _write(tmp_path / "all.jsonl", rows)
     assert _only(checked(path, "data.validation=0.2", "--group", "case")[1], "group-leak")["count"] > 0
-    code, report = checked(path, "data.validation=0.2", "set data.group=case")
+    code, report = checked(path, "data.validation=0.2", "data.group=case")
     assert code == 0 and report["findings"] == []
 
 

@@ -12,12 +12,13 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, PreTrainedTokenizerFast
 
 from tunesmith.data.formats import Row
+from tunesmith.data.text.texts import spell
 from tunesmith.inspect_data import show as data_show
 from tunesmith.recipe import Data
-from tunesmith.tasks.text_classification import TextClassification
+from tunesmith.tasks.token_classification import TokenClassification
 from tunesmith.testing import tiny_tokenizer
 
 Show = Callable[..., tuple[int, str, str]]
@@ -43,20 +44,20 @@ def test_tokens_and_target_of_each_row(show: Show, reviews_csv: Path) -> None:
 
 def test_what_is_cut_and_what_is_read_in_windows(show: Show) -> None:
     out = show("--row", "1", "data.max_length=5")[1]
-    assert "(5 tokens, the rest is cut off)" in out
+    assert "(5 tokens, truncated)" in out
     rows = json.loads(show("--row", "1", "data.max_length=5", "task.windows=3", "--json")[1])["rows"]
     assert len(rows[0]["windows"]) > 1 and all(len(window) <= 5 for window in rows[0]["windows"])
     assert [window[0]["text"] for window in rows[0]["windows"]] == ["[CLS]"] * len(rows[0]["windows"])
 
 
 def test_targets_of_tokens_are_marked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def encode(self: object, rows: Any, processor: Any, data: Data) -> list[dict[str, Any]]:
-        return [{"input_ids": [2, 5, 6, 3], "labels": [-100, 1, -100, -100]} for _ in rows]
-
-    monkeypatch.setattr(TextClassification, "encode", encode)
-    task = TextClassification(labels="single", classes=["O", "B-FILM"])
-    (shown,) = data_show.encode_rows([(0, Row("x:1", {"text": "the film"}))], task, tiny_tokenizer(), Data(), 0)
-    assert [token.target for token in shown.windows[0]] == [None, "B-FILM", None, None] and shown.target is None
+    task = TokenClassification(tags=["O", "B-FILM"])
+    bound = task.bind(tiny_tokenizer(), BertConfig(), Data(max_length=8))
+    monkeypatch.setattr(type(bound), "encode", lambda self, rows: [fields for _ in rows])
+    fields = {"input_ids": [2, 5, 6, 3], "windows": [4], "first": [1], "tags": [1]}
+    (shown,) = data_show.encode_rows([(0, Row("x:1", {"text": "the film"}))], bound, 0)
+    preview = shown.preview
+    assert [token.target for token in preview.windows[0]] == [None, "B-FILM", None, None] and preview.target is None
     page = data_show.page([shown], "a <title>")
     assert "a &lt;title&gt;" in page and 'class="token loss"' in page and "B-FILM" in page
 
@@ -80,7 +81,7 @@ def test_colour_only_where_it_is_wanted(show: Show, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("words", "code", "said"),
-    ((("--row", "999"), 2, "train has no row 999"), (("--split", "test"), 2, "there is no test split; there is train")),
+    ((("--row", "999"), 2, "train has no row 999"), (("--split", "test"), 2, "there is no test split; known: train")),
 )
 def test_what_cannot_be_shown(words: tuple[str, ...], code: int, said: str, show: Show) -> None:
     found, out, err = show(*words)
@@ -140,8 +141,7 @@ def test_what_a_run_would_not_change_is_not_shown_changed(
     words = ("--augmented", f"task={task}", "data.augment=[{name: typos, probability: 0.5}]")
     code, out, err = command("data", "show", str(data), "--model", str(tiny_bert), *words)
     assert (code, out) == (2, ""), err
-    way_out = "leave the key out" if task == "fill-mask" else "data convert makes words with tags of spans"
-    assert f"data.augment: {task} has no " in err and way_out in err
+    assert "data.augment" in err and ("data convert" in err) is (task == "token-classification")
 
 
 def test_a_character_of_several_tokens_stands_at_the_last_of_them() -> None:
@@ -150,10 +150,10 @@ def test_a_character_of_several_tokens_stands_at_the_last_of_them() -> None:
     backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
     processor = PreTrainedTokenizerFast(tokenizer_object=backend)
     ids = processor("ab 我é", add_special_tokens=False)["input_ids"]
-    assert data_show.spelled(ids, processor) == ["a", "b", "Ġ", "…", "…", "我", "…", "é"]
-    assert data_show.spelled(ids[3:5], processor) == ["…", "…"], "a character that is cut in two"
+    assert spell(ids, processor) == ["a", "b", "Ġ", "…", "…", "我", "…", "é"]
+    assert spell(ids[3:5], processor) == ["…", "…"], "a character that is cut in two"
     plain = tiny_tokenizer()
-    assert data_show.spelled(plain("the film")["input_ids"], plain) == ["[CLS]", "the", "film", "[SEP]"]
+    assert spell(plain("the film")["input_ids"], plain) == ["[CLS]", "the", "film", "[SEP]"]
 
 
 def test_a_run_that_left_an_adapter_has_a_tokenizer(
@@ -175,9 +175,9 @@ def test_both_sides_of_a_pair_are_shown_and_the_target_is_learned(tiny_marian: P
     (tmp_path / "train.de").write_text("a great film\na very bad plot\n")
     words = ("task={name: translation, target_lang: de}", "technique=full")
     first, second = data_show.show(str(tmp_path / "train"), words, model=str(tiny_marian))
-    source, target = second.windows
+    source, target = second.preview.windows
     assert len(source) == len(target) and [token.target for token in source] == [None] * 6
-    source, target = first.windows
+    source, target = first.preview.windows
     assert [token.text for token in source] == ["[CLS]", "the", "film", "was", "great", "[SEP]"]
     assert [token.target for token in source] == [None] * 6
     assert [token.target for token in target] == ["[CLS]", "a", "great", "film", "[SEP]"]

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerating import accelerated, unpadded
 from adapting import TECHNIQUES, adapt
 from torch import Tensor
 
 from tunesmith import registry
-from tunesmith.kernels import block_parts, padding_free
-from tunesmith.kernels.blocks import NormsAfter, NormsBefore, use_blocks
-from tunesmith.kernels.padding_free import use_padding_free_blocks, with_padding
+from tunesmith.kernels import block_pattern
+from tunesmith.kernels import unpadded as unpadded_module
+from tunesmith.kernels.fast_path import fast_path
+from tunesmith.kernels.fused_blocks import PostNorm, PreNorm
 from tunesmith.models.anatomy import anatomy
 from tunesmith.testing import tiny_model, tiny_tokenizer
 
@@ -64,14 +66,8 @@ def _answers_and_gradients(model: Any, lengths: tuple[list[int], list[int]]) -> 
     return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def _without_padding(model: Any) -> None:
-    assert use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
-
-
-def _taken(model: Any) -> bool:
-    found = anatomy(model)
-    blocks = [model.get_submodule(path) for path in found.blocks]
-    return use_blocks(model, blocks, [found.roles_in(path) for path in found.blocks])
+def _fused(model: Any) -> bool:
+    return accelerated(model).statuses["fused_blocks"].blocks == anatomy(model).blocks
 
 
 def _same(model: Any, padded: list[tuple[Tensor, Tensor]]) -> None:
@@ -83,7 +79,7 @@ def _same(model: Any, padded: list[tuple[Tensor, Tensor]]) -> None:
 
 def test_no_dropout_may_be_written_as_a_whole_number() -> None:
     none = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout"), 0)
-    assert _taken(tiny_model("marian", "AutoModelForSeq2SeqLM", **none))
+    assert _fused(tiny_model("marian", "AutoModelForSeq2SeqLM", **none))
 
 
 CASES = [*itertools.product(("marian", "bart", "mbart", "m2m_100"), TECHNIQUES)]
@@ -96,9 +92,10 @@ def test_answers_and_gradients_are_those_of_the_padded_model(family: str, techni
     model = _model(family)
     adapt(model, technique)
     padded = [_answers_and_gradients(model, lengths) for lengths in LENGTHS]
-    _without_padding(model)
+    path = unpadded(model)
     _same(model, padded)
-    assert _taken(model)
+    path.undo()
+    assert _fused(model)
     _same(model, padded)
 
 
@@ -106,21 +103,20 @@ def test_a_prefix_of_t5_keeps_its_padding() -> None:
     model = _model("t5")
     adapt(model, "prefix")
     padded = [_answers_and_gradients(model, lengths) for lengths in LENGTHS]
-    assert not use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
+    assert not accelerated(model).statuses["unpadded"].on
     _same(model, padded)
 
 
 def test_blocks_of_both_stacks_see_valid_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = _model("marian"), list[tuple[int, int]]()
-    _without_padding(model)
-    assert _taken(model)
-    attended = block_parts.Heads.attended
+    assert _fused(model)
+    attended = block_pattern.AttentionPart.__call__
 
     def watched(self: Any, asked: Tensor, x: Tensor, *args: Any) -> Tensor:
         seen.append((len(asked), len(x)))
         return attended(self, asked, x, *args)
 
-    monkeypatch.setattr(block_parts.Heads, "attended", watched)
+    monkeypatch.setattr(block_pattern.AttentionPart, "__call__", watched)
     with torch.no_grad():
         model(**_batch([30, 1, 2], [4, 24, 20]))
     assert seen == [(64, 64)] * 2 + [(64, 64), (64, 64)] * 2, "33 tokens and 48, rounded up to 64 each"
@@ -136,8 +132,7 @@ def test_a_classifier_on_both_answers_as_before(family: str) -> None:
     batch = {name: value for name, value in _batch([12, 3, 7], [1, 1, 1]).items() if "decoder" not in name}
     batch["input_ids"][torch.arange(3), torch.tensor([11, 2, 6])] = 3
     expected = model(**batch).logits
-    taken = use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
-    assert taken and _taken(model)
+    assert _fused(model)
     torch.testing.assert_close(model(**batch).logits, expected, atol=2e-5, rtol=2e-5)
 
 
@@ -145,14 +140,13 @@ def test_norms_before_and_after_are_told_by_the_answer(monkeypatch: pytest.Monke
     kinds: dict[str, set[type]] = {}
     for family in ("bart", "mbart"):
         model, ways = _model(family), list[Any]()
-        _without_padding(model)
-        for kind in (NormsAfter, NormsBefore):
+        for kind in (PostNorm, PreNorm):
             monkeypatch.setattr(kind, "__init__", _noted(kind.__init__, ways))
-        assert _taken(model)
+        assert _fused(model)
         monkeypatch.undo()
         model(**_batch([3, 2], [1, 2]))
         kinds[family] = {type(way) for way in ways[-4:]}
-    assert kinds == {"bart": {NormsAfter}, "mbart": {NormsBefore}}
+    assert kinds == {"bart": {PostNorm}, "mbart": {PreNorm}}
 
 
 def _noted(init: Any, ways: list[Any]) -> Any:
@@ -174,8 +168,7 @@ def test_dropout_falls_where_the_model_has_it(family: str, where: str) -> None:
     model.train()
     for taken in (False, True):
         if taken:
-            _without_padding(model)
-            assert _taken(model)
+            assert _fused(model)
         torch.manual_seed(0)
         with torch.no_grad():
             drawn = model(**batch).logits[batch["decoder_attention_mask"] == 1].view(800, 6, -1)[:, :, 1:]
@@ -190,8 +183,7 @@ def test_dropout_falls_where_the_model_has_it(family: str, where: str) -> None:
 @pytest.mark.parametrize("family", ["marian", "t5"])
 def test_what_is_computed_again_in_the_backward_pass_is_the_same(family: str, fast: bool) -> None:
     model, found = _model(family, **{"dropout_rate" if family == "t5" else "attention_dropout": 0.2}), []
-    _without_padding(model)
-    assert not fast or _taken(model)
+    assert _fused(model) if fast else unpadded(model)
     model.train()
     for checkpointing in (False, True):
         if checkpointing:
@@ -205,8 +197,8 @@ def test_what_is_computed_again_in_the_backward_pass_is_the_same(family: str, fa
 def test_long_texts_go_to_the_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model("bart")
     padded = [_answers_and_gradients(model, lengths) for lengths in LENGTHS]
-    monkeypatch.setattr(padding_free, "WRITTEN_OUT", 0)
-    _without_padding(model)
+    monkeypatch.setattr(unpadded_module, "MAX_EXPLICIT_LENGTH", 0)
+    unpadded(model)
     _same(model, padded)
 
 
@@ -216,21 +208,18 @@ def test_it_writes_as_it_did(family: str) -> None:
     batch = {name: value for name, value in _batch([7, 3], [1, 1]).items() if "decoder" not in name}
     how = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}
     expected = model.generate(**batch, **how)
-    _without_padding(model)
-    assert _taken(model)
-    with with_padding(model):
+    assert _fused(model)
+    with fast_path(model).with_padding(model):
         assert torch.equal(model.generate(**batch, **how), expected)
 
 
 def test_dropout_that_the_formula_has_no_place_for_keeps_a_block_its_own_way() -> None:
     model = _model("marian")
-    _without_padding(model)
     model.get_submodule(anatomy(model).blocks[-1]).more = torch.nn.Dropout(0.1)
-    assert not _taken(model)
+    assert not _fused(model)
     model = _model("marian")
-    _without_padding(model)
     model.get_submodule(anatomy(model).blocks[-1]).more_dropout = 0.1
-    assert not _taken(model)
+    assert not _fused(model)
 
 
 def test_hooks_keep_a_block_its_own_way_where_it_would_not_call_them() -> None:
@@ -238,9 +227,7 @@ def test_hooks_keep_a_block_its_own_way_where_it_would_not_call_them() -> None:
         model: Any = tiny_model("bert", "AutoModelForSequenceClassification", num_labels=3)
         technique: Any = registry.get("technique", "adapter")
         technique(kind=kind).apply(model, anatomy(model), tiny_tokenizer())
-        _without_padding(model)
-        assert _taken(model) == taken, kind
+        assert _fused(model) == taken, kind
     model = tiny_model("bert", "AutoModelForSequenceClassification", num_labels=3)
-    _without_padding(model)
     model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: None)
-    assert not _taken(model)
+    assert not _fused(model)

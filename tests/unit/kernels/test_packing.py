@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerating import accelerated, unpadded
 from torch import Tensor, nn
 
 from tunesmith import registry
-from tunesmith.kernels.padding_free import use_padding_free_blocks
 from tunesmith.models.anatomy import anatomy
 from tunesmith.testing import FAMILIES, tiny_model, tiny_tokenizer
 from tunesmith.testing import contract as testing
@@ -68,7 +68,7 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
 def _check(plain: Any) -> None:
     packed = copy.deepcopy(plain)
     blocks = [packed.get_submodule(path) for path in anatomy(packed).blocks]
-    assert use_padding_free_blocks(packed, blocks)
+    unpadded(packed)
     tokens = []
     blocks[-1].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[:2]))
     for lengths in LENGTHS:
@@ -113,7 +113,7 @@ def test_and_so_with_what_a_technique_adds(family: str, technique: str) -> None:
 def test_a_batch_padded_beyond_its_longest_text_is_not_flattened_twice() -> None:
     plain = tiny_model("llama", "AutoModelForCausalLM")
     packed = copy.deepcopy(plain)
-    assert use_padding_free_blocks(packed, [packed.get_submodule(path) for path in anatomy(packed).blocks])
+    unpadded(packed)
     ids = torch.randint(3, 64, (2, 32), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(32) < torch.tensor([10, 22])[:, None]).long()
     with torch.no_grad():
@@ -127,4 +127,5 @@ def test_attention_with_what_is_not_computed_here_keeps_padding() -> None:
         block.self_attn.register_forward_pre_hook(
             lambda _, args, kwargs: (args, kwargs | {"s_aux": torch.zeros(4)}), with_kwargs=True
         )
-    assert not use_padding_free_blocks(model, list(model.model.layers))
+    status = accelerated(model).statuses["unpadded"]
+    assert not status.on and "sinks" in status.reason

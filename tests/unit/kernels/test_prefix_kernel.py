@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels.prefix import attention, prefixed, seen_by_attention, takes_attention, use_prefixes
+from tunesmith.kernels.prefix import attention, attention_inputs, prefixed, supports_attention_functions, use_prefixes
 from tunesmith.testing import CLASSIFYING, tiny_model
 
 CLASSIFIER = "AutoModelForSequenceClassification"
@@ -131,7 +131,7 @@ def test_looking_at_a_model_leaves_it_as_it_was(family: str, modules: int, keys:
     """T5's three decoder blocks look twice: at three tokens of their own, and at the encoder's."""
     model = tiny_model(family, CLASSIFIER).train()
     before = model.config._attn_implementation
-    seen = seen_by_attention(model, model.base_model, TOKENS[:1])
+    seen = attention_inputs(model, model.base_model, TOKENS[:1])
     assert len(seen) == modules and seen[0].key.shape[1] == seen[0].queries == keys
     assert model.training and model.config._attn_implementation == before
     assert all(isinstance(model.get_submodule(one.path), nn.Module) for one in seen)
@@ -141,5 +141,5 @@ def test_looking_at_a_model_leaves_it_as_it_was(family: str, modules: int, keys:
 
 def test_an_attention_that_calls_no_function_shows_nothing() -> None:
     model = tiny_model("deberta", CLASSIFIER)
-    assert not takes_attention(model) and seen_by_attention(model, model.base_model, TOKENS[:1]) == []
-    assert not takes_attention(nn.Linear(2, 2))
+    assert not supports_attention_functions(model) and attention_inputs(model, model.base_model, TOKENS[:1]) == []
+    assert not supports_attention_functions(nn.Linear(2, 2))

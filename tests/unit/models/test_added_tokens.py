@@ -1,4 +1,4 @@
-"""Added tokens have rows of their own: they alone learn, the old ones answer as before, and folded they are plain."""
+"""Added tokens have separate rows: only these are trained, and a merge gives a plain model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(params=("beyond", "within"))
 def added(request: pytest.FixtureRequest) -> range:
-    """Ids beyond the table, and some that it has rows for already (a table padded to a round size)."""
+    """Ids beyond the embedding, and ids inside it (an embedding padded to a round size)."""
     return range(64, 66) if request.param == "beyond" else range(60, 62)
 
 
@@ -120,11 +120,11 @@ def test_the_tokenizer_reads_each_as_one() -> None:
 @pytest.mark.parametrize(
     ("tokens", "said"),
     (
-        (["great"], "'great' is a token of this model already; leave it out"),
-        (["new", "great"], "'great' is a token of this model already"),
-        (["new", "new"], "'new' is there twice; give each once"),
-        ([" new"], "' new' has blanks around; "),
-        ([""], "'' has blanks around|'' is there twice"),
+        (["great"], "'great'"),
+        (["new", "great"], "'great'"),
+        (["new", "new"], "'new'"),
+        ([" new"], "' new'"),
+        ([""], "''"),
     ),
 )
 def test_what_cannot_be_added_is_refused(tokens: list[str], said: str) -> None:
@@ -142,5 +142,5 @@ def test_a_tokenizer_that_is_already_too_large_is_refused() -> None:
 def test_two_vocabularies_are_refused() -> None:
     model = tiny_model("bart", SEQ2SEQ)
     model.model.decoder.embed_tokens.weight = torch.nn.Parameter(model.model.decoder.embed_tokens.weight.clone())
-    with pytest.raises(RecipeError, match="reads one vocabulary and writes another; leave the key out"):
+    with pytest.raises(RecipeError, match="task.add_tokens: "):
         added_tokens.extend(model, range(64, 65))

@@ -1,4 +1,4 @@
-"""How each family is told the languages, on tokenizers of its own class with a small vocabulary."""
+"""Languages of each translation family, with tokenizers of its class and a small vocabulary."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tunesmith.testing import tiny_tokenizer
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "▁", "a", "b", "▁a", "▁b"]
 PLAIN = Direction("", 2, None)
-"""The tiny tokenizer begins every text with [CLS], as BART's begins it with <s>."""
+"""The tiny tokenizer starts every text with [CLS], as BART's does with <s>."""
 
 
 def _unigram(kind: Any) -> Any:
@@ -39,9 +39,7 @@ def test_t5_is_told_in_words() -> None:
         == direction(tiny_tokenizer(), config, "en", "de", "").prefix
     )
     assert direction(tiny_tokenizer(), config, None, None, "say: ").prefix == "say: "
-    with pytest.raises(
-        RecipeError, match=r"task\.target_lang: missing, and a model of the kind t5 is told in words what to translate"
-    ):
+    with pytest.raises(RecipeError, match=r"task\.target_lang: missing"):
         direction(tiny_tokenizer(), config, "en", None, None)
 
 
@@ -54,7 +52,7 @@ def test_marian_of_several_targets_wants_a_mark() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([">>deu<<", ">>fra<<"])
     assert direction(tokenizer, MarianConfig(eos_token_id=3), "en", "de", None).prefix == ">>deu<< "
-    with pytest.raises(RecipeError, match=r"task\.target_lang: 'zh' is none of the 2 .*known: deu, fra"):
+    with pytest.raises(RecipeError, match=r"task\.target_lang: 'zh' .*known: deu, fra"):
         direction(tokenizer, MarianConfig(eos_token_id=3), "en", "zh", None)
 
 
@@ -67,9 +65,9 @@ def test_nllb_forces_the_code_of_the_target(legacy: bool) -> None:
     assert (tokenizer.src_lang, tokenizer.tgt_lang) == ("eng_Latn", "zho_Hans")
     assert english in tokenizer("a")["input_ids"] and german in tokenizer(text_target="a")["input_ids"]
     assert found == (Direction("", None, german) if legacy else Direction("", german, None))
-    with pytest.raises(RecipeError, match=r"task\.source_lang: missing, and NllbTokenizer marks each text"):
+    with pytest.raises(RecipeError, match=r"task\.source_lang: missing"):
         direction(tokenizer, M2M100Config(), None, "de", None)
-    with pytest.raises(RecipeError, match=r"task\.target_lang: NllbTokenizer has no language 'qq'; known: Afrikaans, "):
+    with pytest.raises(RecipeError, match=r"task\.target_lang: NllbTokenizer .*'qq'; known: Afrikaans, "):
         direction(tokenizer, M2M100Config(), "en", "qq", None)
 
 

@@ -1,4 +1,4 @@
-"""Models are read by transformers in their stored number format, and nothing that comes with them is run."""
+"""Models are loaded in their stored dtype, without running code that comes with them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLASSIFIER = "AutoModelForSequenceClassification"
 
 @pytest.fixture
 def model(tiny_bert: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny BERT to spoil."""
+    """Return a copy of the tiny BERT for one test."""
     return Path(shutil.copytree(tiny_bert, tmp_path / "my-model"))
 
 
@@ -131,7 +131,7 @@ def test_a_config_that_does_not_make_a_model(changes: dict[str, Any], model: Pat
 
 
 class _Evil:
-    """Would create a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -1,4 +1,4 @@
-"""The general text: drawn from a package that is fetched once, and the same each time."""
+"""The general text: deterministic, from a package that is downloaded once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_reviews_and_whole_editorials_evenly_from_all(index: StubIndex, home: Pa
     path = snippets.general_text(offline=False, say=lambda text: None)
     assert path == snippets.general_path() == home / "general.txt"
     documents = path.read_text(encoding="utf-8").strip().split("\n\n")
-    assert len(documents) == snippets.REVIEWS + snippets.EDITORIALS
+    assert len(documents) == snippets.NUM_REVIEWS + snippets.NUM_EDITORIALS
     assert documents[:2] == ["film 0", "film 2"] and documents[99] == "film 198"
     assert documents[100] == "sentence 1 of 1. sentence 2 of 1. sentence 3 of 1."
     asked = len(index.asked)
@@ -40,9 +40,9 @@ def test_reviews_and_whole_editorials_evenly_from_all(index: StubIndex, home: Pa
 def test_without_a_connection_nothing_is_asked_and_nothing_left(
     index: StubIndex, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ResourceError, match="is not on this machine yet"):
+    with pytest.raises(ResourceError, match="--offline"):
         snippets.general_text(offline=True, say=print)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ResourceError, match="is not on this machine yet"):
+    with pytest.raises(ResourceError, match="--offline"):
         snippets.general_text(offline=False, say=print)
     assert index.asked == [] and not snippets.general_path().exists()

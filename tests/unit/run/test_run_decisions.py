@@ -20,7 +20,7 @@ from tunesmith import recipe as recipes
 from tunesmith.console import Talk
 from tunesmith.data.batches import Batch
 from tunesmith.errors import NumericError, ResourceError
-from tunesmith.tasks.text_classification import TextClassification
+from tunesmith.tasks.text_classification import BoundTextClassification
 from tunesmith.testing import tiny_tokenizer
 from tunesmith.training import evaluate
 
@@ -209,7 +209,7 @@ def nan_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Batch]]:
     """`nan_at(3)`: the loss of the third step is not a number; what it was to learn from is noted."""
 
     def spoil(*steps: int) -> list[Batch]:
-        own, count, seen = TextClassification.loss, [0], list[Batch]()
+        own, count, seen = BoundTextClassification.loss, [0], list[Batch]()
 
         def loss(self: Any, model: Any, batch: Batch, *rest: Any) -> Tensor:
             count[0] += 1
@@ -218,7 +218,7 @@ def nan_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Batch]]:
             seen.append(batch)
             return own(self, model, batch, *rest) * math.nan
 
-        monkeypatch.setattr(TextClassification, "loss", loss)
+        monkeypatch.setattr(BoundTextClassification, "loss", loss)
         return seen
 
     return spoil
@@ -292,7 +292,7 @@ def test_rollback_before_the_first_checkpoint_leaves_the_step_out(
 
 def test_weights_that_are_not_finite_are_never_saved(recipe_of: Any, tmp_path: Path) -> None:
     wild = ("train.learning_rate=1e30", "train.weight_decay=1e10", "train.save_every=1")
-    with pytest.raises(NumericError, match=r"after step 1 .* is not finite, so it is not saved; a lower learning rate"):
+    with pytest.raises(NumericError, match=r"step 1: .*query.weight .*--resume"):
         tunesmith.train(recipe_of(*wild, "train.warmup_ratio=0.0", "train.on_nan=skip"))
     assert _saved(tmp_path / "run") == []
 
@@ -304,17 +304,17 @@ def test_a_smaller_micro_batch_is_kept_in_the_checkpoint(
     recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tunesmith.train(recipe_of(output=str(tmp_path / "clean")))
-    own = TextClassification.loss
+    own = BoundTextClassification.loss
 
     def loss(self: Any, model: Any, batch: Batch, *rest: Any) -> Tensor:
         if batch.size > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return own(self, model, batch, *rest)
 
-    monkeypatch.setattr(TextClassification, "loss", loss)
+    monkeypatch.setattr(BoundTextClassification, "loss", loss)
     tunesmith.train(recipe_of())
     run = tmp_path / "run"
-    assert "going on with at most 2 examples at once, same batch_size" in capsys.readouterr().out
+    assert "continuing with micro_batch_size 2, same batch_size" in capsys.readouterr().out
     assert json.loads((run / "checkpoints" / "step-000006" / "state.json").read_text())["max_examples"] == 2
     assert _lines(run, "loss") == pytest.approx(_lines(tmp_path / "clean", "loss"), abs=1e-5)
 
@@ -323,7 +323,7 @@ def test_a_run_that_does_not_fit_ends_with_advice(recipe_of: Any, tmp_path: Path
     def loss(*args: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(TextClassification, "loss", loss)
+    monkeypatch.setattr(BoundTextClassification, "loss", loss)
     with pytest.raises(
         ResourceError, match=r"one example at a time does not fit in memory; lower data\.max_length"
     ) as end:

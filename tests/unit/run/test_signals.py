@@ -10,7 +10,7 @@ import pytest
 
 from tunesmith.run.signals import SIGNALS, Signals, Stopped
 
-FIRST = "import os, signal\nfrom tunesmith.training.signals import Signals\nwith Signals() as signals:\n"
+FIRST = "import os, signal\nfrom tunesmith.run.signals import Signals\nwith Signals() as signals:\n"
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)

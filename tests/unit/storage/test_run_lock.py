@@ -182,7 +182,7 @@ def test_processes_that_take_over_a_stale_lock_at_once(tmp_path: Path) -> None:
     (tmp_path / "count").write_text("0")
     code = (
         "import os, sys, time\nfrom pathlib import Path\nfrom tunesmith.errors import CheckpointError\n"
-        "from tunesmith.training.run_lock import RunLock\n"
+        "from tunesmith.storage.run_lock import RunLock\n"
         "count, left, crashes = Path(sys.argv[1], 'count'), 50, {40, 30, 20, 10}\n"
         "while left:\n"
         "    if left in crashes:\n"  # the lock of a process that has ended: a zombie, until it is waited for

@@ -122,9 +122,10 @@ def test_what_the_command_prints(finished: Any, command: Any) -> None:
     assert code == 0 and out.count("\n") == 1 and {"run", "split", "examples", "metrics"} <= scored.keys()
     assert scored["metrics"] == result["metrics"]["validation"]
     code, out, _ = command("evaluate", str(folder), "--base")
-    before, own, guess = out.splitlines()
-    assert code == 0 and before.startswith("linear probe on the untouched base on test (12 examples): accuracy ")
-    assert own.startswith(f"{folder} on test (12 examples): accuracy {accuracy:.4f}  ") and guess.startswith("a guess ")
+    before, own, baseline = out.splitlines()
+    assert code == 0 and before.startswith("linear probe on the base model on test (12 examples): accuracy ")
+    assert own.startswith(f"{folder} on test (12 examples): accuracy {accuracy:.4f}  ")
+    assert baseline.startswith("majority-class baseline: accuracy 0.5000  ")
 
 
 def test_a_run_without_a_test_split_is_scored_on_validation(recipe_of: Any, tmp_path: Path) -> None:

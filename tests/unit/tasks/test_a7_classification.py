@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import Row
 from tunesmith.recipe import Data
+from tunesmith.tasks import BoundTask
 from tunesmith.tasks.text_classification import TextClassification
-from tunesmith.testing import tiny_tokenizer
-from tunesmith.training import examples
-from tunesmith.training.examples import Examples
+from tunesmith.testing import tiny_model, tiny_tokenizer
+from tunesmith.training import dataset
+from tunesmith.training.dataset import Examples
 
 Rows = Iterable[tuple[object, object]]
 Refuse = Callable[..., str]
@@ -56,34 +58,45 @@ def refuse(command: Any, tiny_bert: Path, written: Any, tmp_path: Path) -> Refus
 
 def _read(path: str, *, labels: str = "auto", **data: Any) -> Examples:
     task = TextClassification(labels=labels)  # type: ignore[arg-type]
-    return examples.read(task, Data(**{"train": path, "validation": None, "max_length": 64} | data), seed=0)
+    return dataset.read(task, Data(**{"train": path, "validation": None, "max_length": 64} | data), seed=0)
+
+
+def _place(said: str, place: str, *parts: str) -> bool:
+    """Whether a message begins with its place, and has these parts in their order."""
+    return said.startswith(place) and re.search(".*".join(map(re.escape, parts)), said.removeprefix(place)) is not None
+
+
+def _bind(read: Examples) -> BoundTask:
+    return read.task.bind(tiny_tokenizer(), tiny_model("bert", read.task.auto_class).config, read.data)
 
 
 def _encode(read: Examples, folder: Path) -> dict[str, Encoded]:
-    return examples.encode_splits(read, tiny_tokenizer(), "tiny", folder)
+    return dataset.encode_splits(read, _bind(read), "tiny", folder)
 
 
 def test_a7_69_one_class_only(refuse: Refuse) -> None:
     said = refuse([(text, "pos") for text, _ in _reviews(20)])
-    assert said.startswith("train.jsonl: label: every one of the 20 rows is labelled 'pos'") and "shuffle it" in said
+    assert _place(said, "train.jsonl: label: ", "20", "'pos'") and "; " in said
 
 
 def test_a7_70_a_class_of_one_row_stays_in_train_and_that_is_said(written: Any) -> None:
     read = _read(written([*_reviews(40), ("the plot was very poor", "odd")]), validation=0.2)
     labels = [row.values["label"] for row in read.splits["train"].rows()]
     assert labels.count("odd") == 1 and read.rows == {"train": 33, "validation": 8}
-    assert read.notes == ["1 class has a single text, which stays in train where no score sees it: 'odd'"]
+    (note,) = read.notes
+    assert _place(note, "1 class ", "train", "'odd'")
 
 
 def test_a7_71_ten_thousand_classes_are_identifiers(refuse: Refuse) -> None:
     said = refuse((f"{GOOD} {n}", f"id-{n}") for n in range(10_000))
-    assert said == "train.jsonl: label: 10000 classes in 10000 rows look like identifiers; set data.columns.label"
+    assert _place(said, "train.jsonl: label: 10000 ", "10000 rows", "; ", "data.columns.label")
 
 
 def test_a7_71_texts_and_labels_in_each_others_column_are_told(refuse: Refuse, written: Any) -> None:
     said = refuse((label, f"{text} {n}") for n, (text, label) in enumerate(_reviews(30)))
-    told = "label: 30 different ones of 30, and 2 different texts: they look exchanged"
-    assert said == f"train.jsonl: {told}; data.columns.text=label data.columns.label=text"
+    what, _, fix = said.partition("; ")
+    assert re.findall(r"\d+", what) == ["30", "30", "2"] and what.startswith("train.jsonl: label: ")
+    assert fix == "data.columns.text=label data.columns.label=text"
     numbers = written((text, n / 7) for n, (text, _) in enumerate(_reviews(30)[:4] * 8))
     assert _read(numbers).task.labels == "regression"  # type: ignore[attr-defined]
 
@@ -94,8 +107,7 @@ def test_a7_72_and_73_a_label_that_train_lacks_is_refused_before_a_model_is_soug
 ) -> None:
     other = written([(f"{GOOD} this", "pos"), (f"{BAD} this", "nge")], split)
     said = refuse(_reviews(20), f"data.{split}={other}", "model=./none")
-    what = "label: 'nge' is none of the 2 classes that are learned; did you mean 'neg'?"
-    assert said == f"{split}.jsonl:2: {what}"
+    assert _place(said, f"{split}.jsonl:2: label: 'nge' ", "2 classes", "; ", "'neg'")
 
 
 def test_a7_72_such_a_row_can_be_skipped(written: Any) -> None:
@@ -107,12 +119,12 @@ def test_a7_72_such_a_row_can_be_skipped(written: Any) -> None:
 
 def test_a7_72_a_row_outside_the_classes_of_the_recipe_is_refused(refuse: Refuse) -> None:
     said = refuse([*_reviews(20), (GOOD, "meh")], "task.classes=[neg, pos]")
-    assert said.startswith("train.jsonl:21: label: 'meh' is none of the 2 classes")
+    assert _place(said, "train.jsonl:21: label: 'meh' ", "2 classes")
 
 
 def test_a7_74_joined_labels_beside_single_ones_are_refused(refuse: Refuse) -> None:
     said = refuse([*_reviews(20), ("so so", "pos;neg")])
-    assert said.startswith("train.jsonl: label: 'pos;neg' combines classes that also occur alone; set task.labels=multi")
+    assert _place(said, "train.jsonl: label: 'pos;neg' ", "; ", "task.labels=multi", "task.labels=single")
 
 
 def test_a7_74_joined_labels_can_be_meant_either_way(written: Any) -> None:
@@ -131,12 +143,12 @@ def test_a7_74_lists_beside_texts_are_several_labels_each(written: Any, tmp_path
 
 def test_a7_74_a_list_where_one_class_is_asked_for_is_refused(refuse: Refuse) -> None:
     said = refuse([*_reviews(20), (GOOD, ["pos", "neg"])], "task.labels=single")
-    assert said.startswith("train.jsonl:21: label: '['pos', 'neg']' is a list")
+    assert _place(said, "train.jsonl:21: label: '['pos', 'neg']' ", "; ", "task.labels=multi")
 
 
 def test_a7_75_a_list_written_as_text_is_refused(refuse: Refuse) -> None:
     said = refuse([*_reviews(4), (GOOD, "['pos', 'neg']")])
-    assert said == "train.jsonl:5: label: '['pos', 'neg']' is a list written as text; set task.labels=multi"
+    assert _place(said, "train.jsonl:5: label: '['pos', 'neg']' ", "; ", "task.labels=multi")
 
 
 def test_a7_75_a_list_written_as_text_is_read_where_several_labels_are_asked_for(written: Any) -> None:
@@ -146,13 +158,13 @@ def test_a7_75_a_list_written_as_text_is_read_where_several_labels_are_asked_for
 
 def test_a7_76_one_text_for_all_rows_is_refused(refuse: Refuse) -> None:
     said = refuse([(GOOD, label) for _, label in _reviews(20)])
-    what = "text: every one of the 20 rows says the same; there is nothing to tell apart"
-    assert said == f"train.jsonl: {what}; data.columns.text=NAME if it is another column"
+    assert _place(said, "train.jsonl: text: ", "20 rows", "; data.columns.text=NAME ")
 
 
 def test_a7_77_rows_given_twice_are_counted_and_stay_on_one_side(written: Any) -> None:
     read = _read(written(_reviews(20) * 2), validation=0.5)
-    assert read.notes == ["20 of 40 train rows repeat an earlier text word for word"]
+    (note,) = read.notes
+    assert _place(note, "20 of 40 train rows ")
     assert read.rows == {"train": 20, "validation": 20}
     train, validation = ({row.values["text"] for row in read.splits[name].rows()} for name in ("train", "validation"))
     assert len(train) == len(validation) == 10 and not train & validation
@@ -160,9 +172,8 @@ def test_a7_77_rows_given_twice_are_counted_and_stay_on_one_side(written: Any) -
 
 def test_a7_78_texts_with_two_labels_are_counted(written: Any) -> None:
     rows = [*_reviews(20), (GOOD + " .", "pos"), (GOOD.upper() + "  .", "neg"), (BAD + " .", "neg")]
-    assert _read(written(rows)).notes == [
-        "3 of 23 train rows repeat an earlier text word for word; 1 of the texts stand there with different labels"
-    ]
+    (note,) = _read(written(rows)).notes
+    assert _place(note, "3 of 23 train rows ", "; 1 of the texts ", "labels")
 
 
 TEXTS = {
@@ -177,18 +188,19 @@ TEXTS = {
 def test_a7_79_unusual_characters_are_taken_as_they_are(text: str, written: Any, tmp_path: Path) -> None:
     read = _read(written([*_reviews(6), (text, "pos")]))
     encoded = _encode(read, tmp_path)["train"]
-    assert len(encoded) == 7 and encoded.lengths[-1] > 2 and read.notes == []
+    assert len(encoded) == 7 and encoded.costs[-1] > 2 and read.notes == []
 
 
 def test_a7_79_half_an_emoji_is_refused(refuse: Refuse) -> None:
-    assert refuse([*_reviews(4), ("great \ud83d", "pos")]).startswith("train.jsonl:5: text: a lone surrogate")
+    assert refuse([*_reviews(4), ("great \ud83d", "pos")]).startswith("train.jsonl:5: text: ")
 
 
 def test_a7_79_accents_coded_in_two_ways_are_one_class_and_one_text(written: Any) -> None:
     rows = [("tr\u00e8s bon", "\u00e9l\u00e8ve"), ("tre\u0300s bon", "e\u0301le\u0300ve"), (BAD, "pos")]
     read = _read(written(rows))
     assert read.task.classes == ["pos", "\u00e9l\u00e8ve"]  # type: ignore[attr-defined]
-    assert read.notes == ["1 of 3 train rows repeat an earlier text word for word"]
+    (note,) = read.notes
+    assert _place(note, "1 of 3 train rows ")
 
 
 def test_a7_79_a_label_with_invisible_characters_is_the_same_label(written: Any) -> None:
@@ -198,35 +210,34 @@ def test_a7_79_a_label_with_invisible_characters_is_the_same_label(written: Any)
 
 def test_a7_79_a_label_of_nothing_but_invisible_characters_is_refused(refuse: Refuse) -> None:
     said = refuse([*_reviews(4), (GOOD, "\u200b")])
-    assert said.startswith("train.jsonl:5: label: nothing but invisible characters")
+    assert said.startswith("train.jsonl:5: label: ")
 
 
 def test_a7_79_a_text_of_nothing_but_invisible_characters_is_refused(refuse: Refuse) -> None:
     said = refuse([*_reviews(20), ("\u200b\ufeff", "pos")])
-    assert said == "train.jsonl:21: text: the text has no tokens; remove the row"
+    assert _place(said, "train.jsonl:21: text: ", "; ")
 
 
 @pytest.mark.parametrize("text", ("great " * 900_000, "great" * 1_000_000), ids=("words", "one word"))
 def test_a7_80_a_text_of_5_mb_is_cut_and_that_is_said(text: str, written: Any, tmp_path: Path) -> None:
     read = _read(written([*_reviews(6), (text, "pos")]))
     encoded = _encode(read, tmp_path)["train"]
-    assert encoded.lengths[-1] <= 64
-    assert read.task.notes(encoded, tiny_tokenizer()) == [
-        "1 of 7 texts are truncated (set task.windows=N to read more)"
-    ]
+    assert encoded.costs[-1] <= 64
+    (note,) = _bind(read).notes(encoded)
+    assert note.startswith("1 of 7 texts ") and "task.windows=N" in note
 
 
 def test_a7_80_blanks_before_a_text_do_not_push_it_out(written: Any, tmp_path: Path) -> None:
     read = _read(written([*_reviews(6), (GOOD, "pos"), (" " * 5_000_000 + GOOD, "pos")]))
     encoded = _encode(read, tmp_path)["train"]
     plain, padded = (encoded.take([index])["input_ids"][0].tolist() for index in (6, 7))
-    assert padded == plain and read.task.notes(encoded, tiny_tokenizer()) == []
+    assert padded == plain and _bind(read).notes(encoded) == []
 
 
 def test_a7_80_the_second_text_of_a_pair_may_be_huge_too(tmp_path: Path) -> None:
     values = {"text": GOOD, "text_pair": "great " * 900_000, "label": "pos"}
     task = TextClassification(labels="single", classes=["neg", "pos"])
-    (fields,) = task.encode([Row("pairs.csv:2", values)], tiny_tokenizer(), Data(max_length=64))
+    (fields,) = task.bind(tiny_tokenizer(), None, Data(max_length=64)).encode([Row("pairs.csv:2", values)])
     assert len(fields["input_ids"]) == 64 and fields["cut"] == 1
 
 
@@ -234,21 +245,21 @@ def test_a7_80_the_second_text_of_a_pair_may_be_huge_too(tmp_path: Path) -> None
 def test_a7_99_a_target_that_is_no_finite_number_is_refused(label: object, refuse: Refuse) -> None:
     rows = [(text, n / 10) for n, (text, _) in enumerate(_reviews(20))]
     said = refuse([*rows, (GOOD, label)], "task.labels=regression")
-    assert said.startswith("train.jsonl:21: label: '") and "is not a finite number; " in said and "mend it" in said
-    assert ("task.labels=single if these are classes" in said) == (label not in ("1,5", [1, 2]))
+    assert _place(said, "train.jsonl:21: label: '", "; ")
+    assert ("task.labels=single" in said) == (label not in ("1,5", [1, 2]))
 
 
 def test_a7_99_words_for_numbers_are_not_to_be_skipped_all(refuse: Refuse) -> None:
     said = refuse(_reviews(20), "task.labels=regression", "data.on_bad_row=skip")
-    why = "no row can be used, left out: 20 rows (unusable label), the first for label: 'pos' is not a finite number"
-    assert said == f"train.jsonl: {why}; task.labels=single if these are classes, else mend it"
+    assert _place(said, "train.jsonl: ", "20 rows (unusable label)", "label: 'pos' ", "; task.labels=single ")
+    assert "data.on_bad_row" not in said, "there is no use in skipping all"
 
 
 def test_a7_99_one_word_among_numbers_makes_no_classes_of_them(written: Any, refuse: Refuse) -> None:
     rows: list[tuple[object, object]] = [(text, n / 10 + 0.05) for n, (text, _) in enumerate(_reviews(20))]
     assert _read(written(rows)).task.labels == "regression"  # type: ignore[attr-defined]
     said = refuse([*rows, (GOOD, "inf")])
-    assert said.startswith("train.jsonl: label: 'inf' is no number, but 20 other labels are; set task.labels=")
+    assert _place(said, "train.jsonl: label: 'inf' ", "(20 ", "; ", "task.labels=regression")
     assert _read(written([*rows, (GOOD, "inf")]), labels="single").task.labels == "single"  # type: ignore[attr-defined]
 
 
@@ -256,7 +267,7 @@ def test_a7_99_one_word_among_numbers_makes_no_classes_of_them(written: Any, ref
 def test_a7_100_an_outlier_is_refused(labels: str, refuse: Refuse) -> None:
     rows = [(text, n / 10 + 0.05) for n, (text, _) in enumerate(_reviews(20))]
     said = refuse([*rows, (GOOD, 1e30)], f"task.labels={labels}")
-    assert said.startswith("train.jsonl:21: label: '1e+30' is out of any scale; mend it")
+    assert _place(said, "train.jsonl:21: label: '1e+30' ", "; ")
 
 
 def test_a7_99_and_100_such_rows_can_be_skipped(written: Any, tmp_path: Path) -> None:
@@ -273,8 +284,8 @@ def test_a7_99_and_100_such_rows_can_be_skipped(written: Any, tmp_path: Path) ->
 def test_a7_140_rows_that_also_stand_in_train_are_counted(written: Any) -> None:
     twins = [(f"  {GOOD.upper()} .", "pos"), ("the film was fine", "pos"), (f"{BAD} .", "neg")]
     read = _read(written(_reviews(20)), test=written(twins, "test"))
-    said = "2 of 3 test rows stand word for word in train: scores will flatter; remove them from one of the files, or "
-    assert read.notes == [f"{said}data.test=0.1 draws rows that train lacks"]
+    (note,) = read.notes
+    assert note.startswith("2 of 3 test rows ") and "data.test=0.1" in note
 
 
 @pytest.mark.parametrize("split", ("validation", "test"))
@@ -282,7 +293,7 @@ def test_a7_140_the_training_file_as_another_split_is_refused(split: str, refuse
     (tmp_path / "other.jsonl").symlink_to(tmp_path / "train.jsonl")
     for name in ("train.jsonl", "./train.jsonl", "other.jsonl"):
         said = refuse(_reviews(20), f"data.{split}={tmp_path}/{name}")
-        assert said.endswith(f"data.{split} is the training file; set another file, or data.{split}=0.1")
+        assert _place(said, said.partition(": ")[0], f"data.{split} ", "; ", f"data.{split}=0.1")
 
 
 @pytest.mark.parametrize("content", ("", "text,label\n", "\n\n"), ids=("nothing", "header", "blank lines"))
@@ -295,15 +306,15 @@ def test_a7_140_an_empty_validation_file_is_refused(content: str, refuse: Refuse
 def test_a7_140_a_validation_file_of_which_nothing_is_left_is_refused(refuse: Refuse, written: Any) -> None:
     valid = written([(GOOD, "other")], "valid")
     said = refuse(_reviews(20), f"data.validation={valid}", "data.on_bad_row=skip")
-    assert said.startswith("valid.jsonl: no row can be used, left out: 1 row (unusable label), the first for label: 'o")
+    assert _place(said, "valid.jsonl: ", "1 row (unusable label)", "label: 'o")
 
 
 @pytest.mark.parametrize("split", ("validation", "test"))
 def test_a7_140_a_fraction_of_no_row_is_refused(split: str, refuse: Refuse) -> None:
     said = refuse(_reviews(20), "data.validation=null", f"data.{split}=0.02")
-    assert said.startswith(f"data.{split}: 0.02 of 20 rows is none; a larger fraction, a file of its own, or ")
+    assert _place(said, f"data.{split}: 0.02 of 20 rows ", "; ", f"data.{split}=null")
 
 
 def test_a7_140_classes_of_one_row_each_leave_nothing_to_draw(refuse: Refuse) -> None:
     said = refuse([(f"{GOOD} {n}", f"class {n}") for n in range(20)], "data.test=0.2")
-    assert said.startswith("data.test: every class has a single text, so no split can be drawn")
+    assert _place(said, "data.test: ", "; ", "data.test=null")

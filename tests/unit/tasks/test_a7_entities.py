@@ -14,7 +14,7 @@ from tunesmith.errors import DataError
 from tunesmith.recipe import Data
 from tunesmith.tasks.token_classification import TokenClassification
 from tunesmith.testing import tiny_tokenizer
-from tunesmith.training import examples
+from tunesmith.training import dataset
 
 Command = Callable[..., tuple[int, str, str]]
 SOUND = "\n\n".join(
@@ -36,22 +36,30 @@ BAD: dict[str, tuple[str, str, int]] = {
     ),
     "82 I without B": (
         f"{OTHERS}\n\nx\tO\ny\tI-X\n",
-        "train.any:62: label: 'I-X' after 'O': in BIO entity cannot begin like this",
+        "train.any:62: label: 'I-X' after 'O': a BIO entity cannot begin like this",
         1,
     ),
     "82 I of another type": (f"{OTHERS}\n\nx\tB-Y\ny\tI-X\n", "train.any:62: label: 'I-X' after 'B-Y'", 1),
     "82 BIOES, no end": (
         OTHERS.replace("B-X", "S-X") + "\n\nx\tB-X\ny\tO\n",
-        "train.any:62: label: 'O' after 'B-X', which is left open",
+        "train.any:62: label: 'O' after 'B-X': unfinished entity",
         1,
     ),
-    "83 another scheme": (f"{OTHERS}\n\nx\tO\ny\tU-X\n", "train.any:62: label: 'U-X' is not a BIO", 1),
-    "83 a type alone": (f"{OTHERS}\n\nx\tO\ny\tX\n", "train.any:62: label: 'X' is not a BIO", 1),
+    "83 another scheme": (
+        f"{OTHERS}\n\nx\tO\ny\tU-X\n",
+        "train.any:62: label: 'U-X' is not a tag of the BIO scheme",
+        1,
+    ),
+    "83 a type alone": (f"{OTHERS}\n\nx\tO\ny\tX\n", "train.any:62: label: 'X' is not a tag of the BIO scheme", 1),
     "84 a tag on a blank line": (f"{OTHERS}\n\nx\tO\n\tO\n", "train.any:62: a tag without a word", 1),
     "85 three columns": (f"{OTHERS}\n\nx\tO\ny\tNN\tO\n", "train.any:62: 3 columns, but the other lines have 2", 1),
     "86 blanks among tabs": (f"{OTHERS}\n\nx\tO\nNew B-X\n", "train.any:62: 1 column", 1),
-    "88 a typo": (f"{OTHERS}\n\nx\tO\ny\tB_X\n", "train.any:62: label: 'B_X' is not a BIO; did you mean 'B-X'?", 1),
-    "91 unaligned": (_text([[1, 3, "X"]]), "train.any:11: spans: the span 1-3 'oë' splits the word 'Zoë' in two", 1),
+    "88 a typo": (
+        f"{OTHERS}\n\nx\tO\ny\tB_X\n",
+        "train.any:62: label: 'B_X' is not a tag of the BIO scheme; did you mean 'B-X'?",
+        1,
+    ),
+    "91 unaligned": (_text([[1, 3, "X"]]), "train.any:11: spans: the span 1-3 'oë' splits the word 'Zoë'", 1),
     "92 overlap": (_text([[0, 3, "X"], [0, 9, "X"]]), "train.any:11: spans: the spans 0-3 'Zoë' and 0-9", 1),
     "93 beyond": (_text([[0, 99, "X"]]), "train.any:11: spans: the span 0-99 exceeds the text of 17", 1),
     "94 bytes": (_text([[14, 19, "X"]]), "train.any:11: spans: the span 14-19 lies beyond the text", 1),
@@ -86,7 +94,7 @@ def test_bad_inputs(content: str, said: str, skipped: int, command: Command, tmp
     assert code == 3 and said in err and err.count("\n") <= 2 and not (tmp_path / "run").exists(), err
     if skipped:
         data = Data(train=str(path), validation=0.2, on_bad_row="skip")
-        found = examples.read(TokenClassification(), data, seed=0)
+        found = dataset.read(TokenClassification(), data, seed=0)
         assert any(note.startswith(f"train: skipped {skipped} row") for note in found.notes), found.notes
 
 
@@ -102,7 +110,7 @@ def test_87_documents_and_83_schemes_are_read(tmp_path: Path) -> None:
         body = "\n\n".join(f"a{n} O\nx {first}\ny {second}" for n in range(10))
         path = tmp_path / f"{scheme}.conll"
         path.write_text(f"-DOCSTART- O\n\n{body}\n")
-        found = examples.read(TokenClassification(), Data(train=str(path), validation=0.2), seed=0)
+        found = dataset.read(TokenClassification(), Data(train=str(path), validation=0.2), seed=0)
         assert (found.task.scheme, sum(found.rows.values())) == (scheme, 10)  # type: ignore[attr-defined]
 
 
@@ -110,12 +118,11 @@ def test_89_and_90_words_of_nothing_and_long_sentences_are_counted(tmp_path: Pat
     task = TokenClassification(tags=["O", "B-X"], scheme="BIO")
     words = ["film", "\u200b", *["great"] * 40]
     row = Row("a:1", {"tokens": words, "label": ["O"] * len(words)})
-    (fields,) = task.encode([row], tiny_tokenizer(), Data(max_length=16))
+    (fields,) = task.bind(tiny_tokenizer(), None, Data(max_length=16)).encode([row])
     assert len(fields["first"]) == len(fields["tags"]) == 42 and fields["void"] == 1 and len(fields["windows"]) > 2
 
 
 def test_a_row_without_words_is_refused_where_it_stands() -> None:
-    with pytest.raises(DataError, match="^input 1: the row has no words"):
-        TokenClassification(tags=["O", "B-X"]).encode(
-            [Row("input 1", {"text": " "})], tiny_tokenizer(), Data(max_length=9)
-        )
+    bound = TokenClassification(tags=["O", "B-X"]).bind(tiny_tokenizer(), None, Data(max_length=9))
+    with pytest.raises(DataError, match="^input 1: "):
+        bound.encode([Row("input 1", {"text": " "})])

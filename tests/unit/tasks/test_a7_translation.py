@@ -12,11 +12,11 @@ from tunesmith.inspect_data.check import check
 from tunesmith.recipe import Data
 from tunesmith.tasks.translation import Translation
 from tunesmith.testing import sample_row
-from tunesmith.training import examples
+from tunesmith.training import dataset
 
 Command = Callable[..., tuple[int, str, str]]
 PAIRS = [(f"the dog number {n} runs", f"der Hund Nummer {n} rennt") for n in range(30)]
-LANGUAGES = ("set task.source_lang=en", "task.target_lang=de")
+LANGUAGES = ("task.source_lang=en", "task.target_lang=de")
 
 
 def _parallel(folder: Path, rows: list[tuple[str, str]] = PAIRS, missing: int = 0) -> str:
@@ -63,7 +63,7 @@ def test_a7_97_an_empty_target_is_refused_by_its_line(empty: str, command: Comma
 def test_a7_97_or_is_skipped_and_counted(tmp_path: Path) -> None:
     name = _parallel(tmp_path, _with(7, ("the dog", "")))
     task = Translation(source_lang="en", target_lang="de")
-    read = examples.read(task, Data(train=str(tmp_path / name), validation=None, on_bad_row="skip"), seed=0)
+    read = dataset.read(task, Data(train=str(tmp_path / name), validation=None, on_bad_row="skip"), seed=0)
     assert read.rows == {"train": 29} and read.notes == ["train: skipped 1 row (empty target)"]
 
 
@@ -121,7 +121,7 @@ def test_languages_that_are_not_said(command: Command, tmp_path: Path) -> None:
 
 
 def test_a_language_that_is_not_there(command: Command, tmp_path: Path) -> None:
-    said = _refused(command, tmp_path, _parallel(tmp_path), "set task.source_lang=en", "task.target_lang=fr")
+    said = _refused(command, tmp_path, _parallel(tmp_path), "task.source_lang=en", "task.target_lang=fr")
     assert said.startswith("train:1: no column for target among: de, en; data.columns.target=NAME")
 
 
@@ -137,14 +137,14 @@ def test_a_language_that_is_not_there(command: Command, tmp_path: Path) -> None:
 )
 def test_a_language_that_nobody_knows(named: str, said: str, command: Command, tmp_path: Path) -> None:
     data, base = tmp_path / _parallel(tmp_path), "model=./none"
-    words = base, f"data.train={data}", "set task.source_lang=en", f"task.target_lang={named}"
+    words = base, f"data.train={data}", "task.source_lang=en", f"task.target_lang={named}"
     code, _, err = command("train", "task=translation", *words)
     assert code == 2 and said in err
 
 
 def test_the_other_way_round_is_seen_by_the_script(command: Command, tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("".join(f"number {n}\t第{n}号\n" for n in range(30)))
-    said = _refused(command, tmp_path, "a.tsv", "set task.source_lang=zh", "task.target_lang=en")
+    said = _refused(command, tmp_path, "a.tsv", "task.source_lang=zh", "task.target_lang=en")
     assert said.startswith(
         "a.tsv: most sources are in the script of en, and targets in that of zh; exchange data.columns"
     )

@@ -1,4 +1,4 @@
-"""Writing behind prompts: many at once as one alone, ends and limits, beams, and what is drawn."""
+"""Batched generation equals single prompts; stop tokens, limits, beams and sampling."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerating import unpadded
 
 from tunesmith.data.batches import Ragged
-from tunesmith.kernels.padding_free import use_padding_free_blocks
-from tunesmith.models.anatomy import anatomy
 from tunesmith.recipe.fields import Generation
 from tunesmith.tasks._generation import generate_tokens
 from tunesmith.testing import tiny_model
@@ -56,7 +55,7 @@ def test_a_model_that_computes_without_padding_writes_the_same() -> None:
     model = tiny_model("llama", "AutoModelForCausalLM")
     expected = _written(model, PROMPTS)
     mask, ids = torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.tensor([[5, 9, 0], [7, 8, 9]])
-    assert use_padding_free_blocks(model, [model.get_submodule(path) for path in anatomy(model).blocks])
+    unpadded(model)
     logits = model(input_ids=ids, attention_mask=mask).logits
     assert _written(model, PROMPTS) == expected
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, logits), "and goes on without padding"

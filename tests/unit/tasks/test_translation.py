@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.recipe import Data
-from tunesmith.run import train as run
 from tunesmith.studies import score
+from tunesmith.tasks import BoundTask
+from tunesmith.tasks._translators import translation_metrics
 from tunesmith.tasks.translation import Translation
 from tunesmith.techniques.full import Full
-from tunesmith.testing import KEYS, Case, case, sample_row, tiny_model, tiny_tokenizer
+from tunesmith.testing import Case, case, sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training import evaluate
 from tunesmith.training.machine import Machine
 
@@ -38,6 +40,11 @@ SEQ2SEQ = ("t5", "bart", "marian")
 
 def _batch(trial: Case, rows: list[int]) -> Batch:
     return collate(trial.encoded, np.array(rows))
+
+
+def _generate(bound: BoundTask, model: Any, batch: Batch) -> list[str]:
+    assert bound.generator is not None
+    return bound.generator.generate(model, batch)
 
 
 def _labels(batch: Batch) -> torch.Tensor:
@@ -54,14 +61,14 @@ def test_the_loss_is_that_of_transformers(family: str, tmp_path: Path, monkeypat
     ids = batch.ragged("input_ids")
     with torch.no_grad():
         theirs = trial.base(input_ids=ids.padded(0), attention_mask=ids.mask(), labels=_labels(batch))
-        ours = trial.task.loss(trial.base, batch, trial.task.normalizers(batch))
-        found = trial.task.forward(trial.base, batch)
+        ours = trial.bound.loss(trial.base, batch, trial.bound.normalizers(batch))
+        found = trial.bound.outputs(trial.base, batch)
     assert float(ours) == pytest.approx(float(theirs.loss), abs=1e-5)
     wanted = theirs.logits.log_softmax(-1)[_labels(batch) != -100]
     own = wanted.gather(1, batch.ragged("label").values[:, None])[:, 0]
     torch.testing.assert_close(found, torch.stack([own, wanted.amax(1)], 1), atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        smoothed = trial.task.loss(trial.base, batch, trial.task.normalizers(batch), label_smoothing=0.1)
+        smoothed = replace(trial.bound, label_smoothing=0.1).loss(trial.base, batch, trial.bound.normalizers(batch))
     expected = torch.nn.functional.cross_entropy(
         theirs.logits.flatten(0, 1), _labels(batch).flatten(), label_smoothing=0.1
     )
@@ -73,13 +80,13 @@ def test_the_loss_is_that_of_transformers(family: str, tmp_path: Path, monkeypat
 def test_what_is_written_is_what_transformers_generates_for_each_alone(
     family: str, num_beams: int, tmp_path: Path
 ) -> None:
-    task = {"name": "translation", "num_beams": num_beams, "max_new_tokens": 9, "prefix": "", **KEYS["translation"]}
+    task = {"name": "translation", "num_beams": num_beams, "max_new_tokens": 9, "prefix": "", **Translation.sample_keys}
     trial = case("full", task, family, tmp_path)
     trial.train(trial.engine(), 0, 60, total=60)  # a random model writes no words
     trial.model.eval()
     batch, tokenizer = _batch(trial, [3, 14, 5, 9]), tiny_tokenizer()
     with torch.no_grad():
-        texts = trial.task.written(trial.model, batch)
+        texts = _generate(trial.bound, trial.model, batch)
         for text, ids in zip(
             texts, batch.ragged("input_ids").values.split(batch.ragged("input_ids").lengths.tolist()), strict=True
         ):
@@ -98,9 +105,9 @@ def test_fields_have_both_sides_the_end_and_the_reference_as_written(tmp_path: P
         Row("a:3", {"source": "the plot", "target": "the plot"}),
     ]
     tokenizer, model = tiny_tokenizer(), tiny_model("t5", "AutoModelForSeq2SeqLM")
-    task = Translation(source_lang="en", target_lang="de", prefix="so ").for_processor(tokenizer, model.config)
-    data = Data(max_length=12)
-    first, second, third = task.encode(rows, tokenizer, data)
+    task = Translation(source_lang="en", target_lang="de", prefix="so ")
+    bound = task.bind(tokenizer, model.config, Data(max_length=12))
+    first, second, third = bound.encode(rows)
     assert tokenizer.convert_ids_to_tokens(first["input_ids"]) == [
         "[CLS]",
         "so",
@@ -118,16 +125,20 @@ def test_fields_have_both_sides_the_end_and_the_reference_as_written(tmp_path: P
     assert len(second["input_ids"]) == 12 == len(second["label"]) and second["cut"] == 1 == second["cut_target"]
     assert second["label"][-1] == 3 == second["input_ids"][-1], "what is cut ends as all do"
     assert third["same"] == 1
-    encoded = encode(rows, lambda part: task.encode(part, tokenizer, data), tmp_path / "encoded")
-    assert encoded.lengths.tolist() == [first["length"], 24, third["length"]]
-    assert collate(encoded, np.array([0, 2])).tokens == first["length"] + third["length"]
-    assert [note.partition(" (")[0] for note in task.notes(encoded, tokenizer)][:3] == [
-        "1 of 3 sources are longer than is read and were cut",
-        "1 of 3 targets are longer than is written and were cut",
-        "1 of 3 targets are their sources word for word",
-    ]
-    asked = task.encode([task.asked(row) for row in rows], tokenizer, data)
+    encoded = encode(rows, bound.encode, tmp_path / "encoded", bound.costs)
+    assert encoded.costs.tolist() == [first["length"], 24, third["length"]]
+    sources, targets, same, *_ = bound.notes(encoded)
+    assert all(note.startswith("1 of 3 ") for note in (sources, targets, same))
+    assert "sources" in sources and "targets" in targets and "data.max_length" in sources and "sources" in same
+    asked = bound.encode([bound.as_prompt(row) for row in rows])
     assert asked[0]["input_ids"] == first["input_ids"] and "label" not in asked[0]
+    source, target = bound.preview(second).windows
+    assert bound.preview(second).cut and not bound.preview(first).cut and len(source) == len(target) == 12
+    assert [token.target for token in source] == [None] * 12
+    assert [token.target for token in target] == tokenizer.convert_ids_to_tokens(second["label"])
+    found = bound.inspect(rows)
+    assert found is not None and found.limit == 12 and len(found.sizes) == 3 == len(found.unknown)
+    assert [(fault.kind, fault.place) for fault in found.faults] == [("target-cut", "a:2")]
 
 
 def test_a_tokenizer_that_adds_no_end_gets_one() -> None:
@@ -135,17 +146,20 @@ def test_a_tokenizer_that_adds_no_end_gets_one() -> None:
 
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()  # adds nothing
-    task = Translation().for_processor(tokenizer, tiny_model("marian", "AutoModelForSeq2SeqLM").config)
+    config = tiny_model("marian", "AutoModelForSeq2SeqLM").config
+    bound = Translation().bind(tokenizer, config, Data(max_length=8))
     rows = [Row("a:1", {"source": "the film", "target": target}) for target in ("a plot", "a plot " * 9)]
-    ends = [fields["label"] for fields in task.encode(rows, tokenizer, Data(max_length=8))]
+    ends = [fields["label"] for fields in bound.encode(rows)]
     assert [ids[-1] for ids in ends] == [3, 3] and [len(ids) for ids in ends] == [3, 8]
 
 
 def test_a_text_that_is_nothing_to_the_tokenizer_is_refused_by_its_side() -> None:
-    tokenizer = tiny_tokenizer()
-    task = Translation().for_processor(tokenizer, tiny_model("bart", "AutoModelForSeq2SeqLM").config)
-    with pytest.raises(DataError, match="a:2: target: the text has no tokens"):
-        task.encode([Row("a:2", {"source": "a", "target": "\u200b\ufeff"})], tokenizer, Data(max_length=8))
+    config = tiny_model("bart", "AutoModelForSeq2SeqLM").config
+    bound = Translation().bind(tiny_tokenizer(), config, Data(max_length=8))
+    for side in ("source", "target"):
+        row = Row("a:2", {"source": "a", "target": "a"} | {side: "\u200b\ufeff"})
+        with pytest.raises(DataError, match=f"^a:2: {side}: "):
+            bound.encode([row])
 
 
 def test_a_decoder_translates_as_it_answers(tmp_path: Path) -> None:
@@ -156,44 +170,49 @@ def test_a_decoder_translates_as_it_answers(tmp_path: Path) -> None:
     learned = batch.ragged("learned").values
     said = tokenizer.decode(ids[learned], skip_special_tokens=True)
     assert said == row["target"] and int(ids[learned][-1]) == tokenizer.eos_token_id
-    prompt = tokenizer.decode(ids[: int(batch.scalar("prompt"))])
+    prompt = tokenizer.decode(ids[: int(batch.tensor("prompt"))])
     assert str(row["source"]) in prompt and "[UNK]" in prompt, "Translate, from and to are no words of this tokenizer"
-    asked = trial.task.encode([trial.task.asked(Row("a:1", row))], tokenizer, Data(max_length=32))[0]
-    assert asked["input_ids"] == ids[: int(batch.scalar("prompt"))].tolist()
-    texts = trial.task.written(trial.base, _batch(trial, [0, 7, 2]))
+    asked = trial.bound.encode([trial.bound.as_prompt(Row("a:1", row))])[0]
+    assert asked["input_ids"] == ids[: int(batch.tensor("prompt"))].tolist()
+    texts = _generate(trial.bound, trial.base, _batch(trial, [0, 7, 2]))
     assert len(texts) == 3 and all(isinstance(text, str) for text in texts)
 
 
 def test_scores_are_sacrebleus_with_its_signature(tmp_path: Path) -> None:
     trial = case("full", "translation", "marian", tmp_path)
-    scores, said = evaluate.scored(trial.base, trial.task, trial.encoded, CPU)
+    scores, answers = evaluate.scores_and_answers(trial.base, trial.bound, trial.encoded, CPU)
+    said = [answer["translation"] for answer in answers]
     meant = [str(sample_row("translation", n)["target"]) for n in range(40)]
-    assert scores["bleu"] == pytest.approx(BLEU().corpus_score([said[n] for n in range(40)], [meant]).score)
+    assert scores["bleu"] == pytest.approx(BLEU().corpus_score(said, [meant]).score)
     assert scores["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert {"loss", "perplexity", "accuracy", "chrf", "chrf_signature"} <= scores.keys()
-    assert "bleu" not in evaluate.scores(trial.base, trial.task, trial.encoded, CPU), "nothing is written unless asked"
-    assert Translation(target_lang="zho_Hans").metrics().compute()["loss"] == 0.0
-    some = Translation(**trial.task.model_dump() | {"scored_rows": 3})
-    assert some.rows_written(trial.encoded) == 3
+    plain = evaluate.scores(trial.base, trial.bound, trial.encoded, CPU)
+    assert "bleu" not in plain, "nothing is generated unless answers are asked for"
+    assert translation_metrics(Translation(target_lang="zho_Hans")).compute()["loss"] == 0.0
+    some = replace(trial.bound, task=trial.bound.task.model_copy(update={"scored_rows": 3}))
+    assert (
+        some.metrics().answers_needed(trial.encoded) == 3 and trial.bound.metrics().answers_needed(trial.encoded) == 40
+    )
 
 
 def test_chinese_is_divided_as_sacrebleu_divides_it() -> None:
-    metrics: Any = Translation(source_lang="en", target_lang="zh").metrics()
+    metrics = translation_metrics(Translation(source_lang="en", target_lang="zh"))
     field = torch.tensor(list("今天天气很好。".encode()))
     from tunesmith.data.batches import Ragged
 
-    batch = Batch({"reference": Ragged(field, torch.tensor([0, len(field)]))}, 1, 0)
-    metrics.update_texts(["今天天气很好。"], batch)
+    batch = Batch({"reference": Ragged(field, torch.tensor([0, len(field)]))}, 1)
+    metrics.update(batch, answers=[{"translation": "今天天气很好。"}])
     assert metrics.compute()["bleu"] == pytest.approx(100.0) and "tok:zh" in metrics.compute()["bleu_signature"]
 
 
-def test_the_guess_knows_how_frequent_tokens_are(tmp_path: Path) -> None:
+def test_the_baseline_knows_how_frequent_tokens_are(tmp_path: Path) -> None:
     trial = case("full", "translation", "t5", tmp_path)
-    prior, batch = trial.task.prior(trial.encoded), _batch(trial, [0, 5])
-    assert prior.exp().sum() == pytest.approx(1.0, abs=1e-5)
-    guess = trial.task.guess(prior, batch)
-    assert guess.shape == (trial.task.num_outputs(batch), 2)
-    assert torch.equal(guess[:, 0], prior[batch.ragged("label").values]) and bool((guess[:, 1] == prior.max()).all())
+    counts = np.bincount(trial.encoded.column("label"), minlength=trial.base.config.vocab_size) + 1.0
+    prior, batch = torch.from_numpy(counts / counts.sum()).log().float(), _batch(trial, [0, 5])
+    found = trial.bound.baseline(trial.encoded)(batch)
+    labels = batch.ragged("label").values
+    assert found.shape == (len(labels), 2)
+    torch.testing.assert_close(found, torch.stack([prior[labels], prior.max().expand(len(labels))], 1))
 
 
 def test_positions_that_are_computed_never_learn(tmp_path: Path) -> None:
@@ -229,7 +248,7 @@ def _recipe(tiny_marian: Path, pairs: Path, output: Path, *words: str, **values:
 
 @pytest.mark.parametrize("technique", ["full", "lora", "prompt"])
 def test_a_run_from_files_to_answers(technique: str, tiny_marian: Path, pairs: Path, tmp_path: Path) -> None:
-    result = run.train(_recipe(tiny_marian, pairs, tmp_path / "run", f"technique={technique}"), talk=QUIET)
+    result = tunesmith.train(_recipe(tiny_marian, pairs, tmp_path / "run", f"technique={technique}"), talk=QUIET)
     scores = result["metrics"]
     assert {"loss", "bleu", "chrf", "bleu_signature"} <= scores["test"].keys() and "bleu" in scores["before"][
         "validation"
@@ -252,7 +271,7 @@ def test_a_run_from_files_to_answers(technique: str, tiny_marian: Path, pairs: P
 
 
 def test_transformers_alone_writes_the_same(tiny_marian: Path, pairs: Path, tmp_path: Path) -> None:
-    run.train(_recipe(tiny_marian, pairs, tmp_path / "run"), talk=QUIET)
+    tunesmith.train(_recipe(tiny_marian, pairs, tmp_path / "run"), talk=QUIET)
     ours = tunesmith.load(tmp_path / "run").predict("the film was great")[0]["translation"]
     folder = tmp_path / "run" / "model"
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -263,7 +282,7 @@ def test_transformers_alone_writes_the_same(tiny_marian: Path, pairs: Path, tmp_
 
 def test_the_best_epoch_may_be_chosen_by_bleu(tiny_marian: Path, pairs: Path, tmp_path: Path) -> None:
     words = ("train.metric=bleu", "train.evaluate_every=6")
-    result = run.train(_recipe(tiny_marian, pairs, tmp_path / "run", *words), talk=QUIET)
+    result = tunesmith.train(_recipe(tiny_marian, pairs, tmp_path / "run", *words), talk=QUIET)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     found = {line["step"]: line["validation/bleu"] for line in lines if "validation/bleu" in line}
     assert found.keys() == {6, 12} and result["best_step"] in found
@@ -272,8 +291,8 @@ def test_the_best_epoch_may_be_chosen_by_bleu(tiny_marian: Path, pairs: Path, tm
 def test_keys_that_mean_nothing_here_are_refused(
     tiny_marian: Path, pairs: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    with pytest.raises(RecipeError, match=r"data\.class_weights: translation has no classes"):
-        run.train(_recipe(tiny_marian, pairs, tmp_path / "run", "data.class_weights=balanced"), talk=QUIET)
+    with pytest.raises(RecipeError, match=r"data\.class_weights: .*translation"):
+        tunesmith.train(_recipe(tiny_marian, pairs, tmp_path / "run", "data.class_weights=balanced"), talk=QUIET)
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
-    with pytest.raises(RecipeError, match=r"bleu: sacrebleu, .*pip install 'tunesmith\[text\]'"):
-        run.train(_recipe(tiny_marian, pairs, tmp_path / "run"), talk=QUIET)
+    with pytest.raises(RecipeError, match=r"^bleu: .*pip install 'tunesmith\[text\]'"):
+        tunesmith.train(_recipe(tiny_marian, pairs, tmp_path / "run"), talk=QUIET)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import tunesmith
 from tunesmith.console import Talk
 from tunesmith.deploy import merge as merging
-from tunesmith.kernels.packed import Packed, PackedLinear
+from tunesmith.kernels.ops.quantized import QuantizedLinear, QuantizedWeight
 from tunesmith.models.anatomy import anatomy
 from tunesmith.techniques.lora import Lora, LoraLinear
 from tunesmith.testing import tiny_model, tiny_tokenizer
@@ -52,7 +52,9 @@ def _answers(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("family", ("bert", "gpt2", "llama"))
 def test_all_maps_of_the_blocks_are_packed_and_nothing_else(family: str, bits: int) -> None:
     model, map_ = _applied(family, bits=bits)
-    packed = {path.removesuffix(".weight") for path, module in model.named_modules() if isinstance(module, Packed)}
+    packed = {
+        path.removesuffix(".weight") for path, module in model.named_modules() if isinstance(module, QuantizedWeight)
+    }
     assert packed == set(map_.targets("all-linear"))
     assert {path for path, m in model.named_modules() if isinstance(m, LoraLinear)} == set(
         map_.targets(["query", "value"])
@@ -61,7 +63,7 @@ def test_all_maps_of_the_blocks_are_packed_and_nothing_else(family: str, bits: i
     for path in packed:
         module, weight = model.get_submodule(path), plain.get_submodule(path).weight
         was = weight.t() if isinstance(plain.get_submodule(path), Conv1D) else weight
-        assert 1e-4 < (module.weight.decoded() - was).norm() / was.norm() < (0.12 if bits == 4 else 0.02)
+        assert 1e-4 < (module.weight.dequantized() - was).norm() / was.norm() < (0.12 if bits == 4 else 0.02)
 
 
 @pytest.mark.parametrize("keys", ({"dora": True}, {"init": "pissa", "r": 4}, {"rslora": True}), ids=str)
@@ -82,7 +84,7 @@ def test_merged_in_place_it_answers_as_it_did(family: str) -> None:
     before = _answers(model)
     Lora(bits=4).merge(model)
     torch.testing.assert_close(_answers(model), before, atol=1e-4, rtol=1e-4)
-    assert not any(isinstance(module, Packed | PackedLinear | LoraLinear) for module in model.modules())
+    assert not any(isinstance(module, QuantizedWeight | QuantizedLinear | LoraLinear) for module in model.modules())
     assert sum(isinstance(module, Conv1D) for module in model.modules()) == (12 if family == "gpt2" else 0)
 
 
@@ -114,7 +116,7 @@ def trained(bert: Path, reviews_csv: Path, tmp_path_factory: pytest.TempPathFact
 def test_what_is_scored_is_the_adapter_over_the_packed_base(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, result = trained
     assert tunesmith.evaluate(folder)["metrics"] == result["metrics"]["test"]
-    assert any(isinstance(module, Packed) for module in tunesmith.load(folder).model.modules())
+    assert any(isinstance(module, QuantizedWeight) for module in tunesmith.load(folder).model.modules())
     sizes = [p.numel() for p in tiny_model("bert", CLASSIFIER, hidden_size=64, intermediate_size=128).parameters()]
     assert result["total_parameters"] - result["trainable_parameters"] < sum(sizes) < result["total_parameters"]
     learned = json.loads((folder / "run.json").read_text())["learned"]

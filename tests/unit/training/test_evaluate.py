@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import Row
 from tunesmith.errors import ResourceError
 from tunesmith.metrics.classification import ClassificationMetrics
-from tunesmith.tasks import WritingTask
-from tunesmith.tasks.text_classification import TextClassification
+from tunesmith.tasks.text_classification import BoundTextClassification
 from tunesmith.testing import Case, case, sample_row
 from tunesmith.training import evaluate
 from tunesmith.training.machine import Machine
@@ -45,26 +45,28 @@ def _flat(scores: dict[str, Any]) -> dict[str, float]:
 
 
 def test_scores_are_those_of_all_examples_at_once(trial: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, batch = trial.task.metrics(), collate(trial.encoded, np.arange(40))
+    whole, batch = trial.bound.metrics(), collate(trial.encoded, np.arange(40))
     with torch.no_grad():
-        whole.update(trial.task.forward(trial.model.eval(), batch), batch)
+        whole.update(batch, trial.bound.outputs(trial.model.eval(), batch))
     expected = whole.compute()
     for chunk, limits in ((512, None), (7, Limits(3, 40, 0)), (40, Limits(1, 1, 0)), (1, Limits(64, 4096, 64))):
         monkeypatch.setattr(evaluate, "CHUNK_EXAMPLES", chunk)
         if limits is not None:
             monkeypatch.setitem(evaluate.LIMITS, "cpu", limits)
-        found = evaluate.scores(trial.model, trial.task, trial.encoded, CPU)
+        found = evaluate.scores(trial.model, trial.bound, trial.encoded, CPU)
         assert found.keys() == expected.keys()
         assert _flat(found) == pytest.approx(_flat(expected), abs=1e-5), (chunk, limits)
 
 
 def test_answers_come_in_the_order_of_the_examples(trial: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [collate(trial.encoded, np.array([index])) for index in range(40)]
-    one_by_one = [one for n, batch in enumerate(batches) for one in trial.task.answers(_outputs(trial, [n]), batch)]
+    one_by_one = [
+        one for n, batch in enumerate(batches) for one in trial.bound.predict(trial.model, batch, _outputs(trial, [n]))
+    ]
     monkeypatch.setattr(evaluate, "CHUNK_EXAMPLES", 16)
-    given = evaluate.answers(trial.model, trial.task, trial.encoded, CPU)
-    scores, again = evaluate.scores_and_answers(trial.model, trial.task, trial.encoded, CPU)
-    assert again == given and scores == evaluate.scores(trial.model, trial.task, trial.encoded, CPU)
+    given = evaluate.answers(trial.model, trial.bound, trial.encoded, CPU)
+    scores, again = evaluate.scores_and_answers(trial.model, trial.bound, trial.encoded, CPU)
+    assert again == given and scores == evaluate.scores(trial.model, trial.bound, trial.encoded, CPU)
     assert len(given) == 40
     for answer, alone in zip(given, one_by_one, strict=True):
         probabilities, wanted = answer.pop("probabilities", {}), alone.pop("probabilities", {})
@@ -75,12 +77,12 @@ def test_answers_come_in_the_order_of_the_examples(trial: Case, monkeypatch: pyt
 
 def _outputs(trial: Case, rows: list[int]) -> Tensor:
     with torch.no_grad():
-        return trial.task.forward(trial.model.eval(), collate(trial.encoded, np.asarray(rows)))
+        return trial.bound.outputs(trial.model.eval(), collate(trial.encoded, np.asarray(rows)))
 
 
 def test_some_rows_only(trial: Case) -> None:
     rows = np.asarray([31, 2, 2, 17])
-    found = {int(i): o for at, output, _ in evaluate.outputs(trial.model, trial.task, trial.encoded, CPU, rows)
+    found = {int(i): o for at, output, _ in evaluate.outputs(trial.model, trial.bound, trial.encoded, CPU, rows)
              for i, o in zip(at, output, strict=True)}  # fmt: skip
     assert found.keys() == {31, 2, 17}
     for index, output in found.items():
@@ -88,11 +90,11 @@ def test_some_rows_only(trial: Case) -> None:
 
 
 def test_the_baseline_knows_the_targets_of_train_alone(trial: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = trial.task.labels  # type: ignore[attr-defined]
+    kind = trial.bound.task.labels
     labels = [LABELS[kind](n) for n in range(40)]
-    found = evaluate.baseline(trial.task, trial.encoded, trial.encoded)
+    found = evaluate.baseline(trial.bound, trial.encoded, trial.encoded)
     monkeypatch.setattr(evaluate, "CHUNK_EXAMPLES", 7)
-    assert _flat(evaluate.baseline(trial.task, trial.encoded, trial.encoded)) == pytest.approx(_flat(found), abs=1e-6)
+    assert _flat(evaluate.baseline(trial.bound, trial.encoded, trial.encoded)) == pytest.approx(_flat(found), abs=1e-6)
     if kind == "single":
         counts = Counter(labels)
         assert found["accuracy"] == pytest.approx(max(counts.values()) / 40)
@@ -110,31 +112,31 @@ def test_no_gradient_no_dropout_and_nothing_left_behind(tmp_path: Path) -> None:
     trial = case("full", "text-classification", "bert", tmp_path, config={"hidden_dropout_prob": 0.5})
     before = {name: value.clone() for name, value in trial.model.state_dict().items()}
     trial.model.train()
-    first, second = (evaluate.scores(trial.model, trial.task, trial.encoded, CPU) for _ in range(2))
+    first, second = (evaluate.scores(trial.model, trial.bound, trial.encoded, CPU) for _ in range(2))
     assert first == second and all(parameter.grad is None for parameter in trial.model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in trial.model.state_dict().items())
-    outputs = evaluate.outputs(trial.model, trial.task, trial.encoded, CPU)
+    outputs = evaluate.outputs(trial.model, trial.bound, trial.encoded, CPU)
     next(outputs)
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), "between two batches all is as before"
 
 
 def _fits(most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    own, tried = TextClassification.forward, list[int]()
+    own, tried = BoundTextClassification.outputs, list[int]()
 
-    def forward(self: Any, model: Any, batch: Batch) -> Tensor:
+    def outputs(self: Any, model: Any, batch: Batch) -> Tensor:
         tried.append(batch.size)
         if batch.size > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return own(self, model, batch)
 
-    monkeypatch.setattr(TextClassification, "forward", forward)
+    monkeypatch.setattr(BoundTextClassification, "outputs", outputs)
     return tried
 
 
 def test_out_of_memory_cuts_the_batch(trial: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = evaluate.scores(trial.model, trial.task, trial.encoded, CPU)
+    expected = evaluate.scores(trial.model, trial.bound, trial.encoded, CPU)
     tried = _fits(3, monkeypatch)
-    found = evaluate.scores(trial.model, trial.task, trial.encoded, CPU)
+    found = evaluate.scores(trial.model, trial.bound, trial.encoded, CPU)
     assert _flat(found) == pytest.approx(_flat(expected), abs=1e-5)
     assert max(tried) > 3 and sum(size for size in tried if size <= 3) == 40, "each example was scored once"
 
@@ -142,32 +144,47 @@ def test_out_of_memory_cuts_the_batch(trial: Case, monkeypatch: pytest.MonkeyPat
 def test_one_example_that_does_not_fit_ends_with_advice(trial: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     _fits(0, monkeypatch)
     with pytest.raises(ResourceError, match=r"one example at a time does not fit.*data\.max_length") as refused:
-        evaluate.scores(trial.model, trial.task, trial.encoded, CPU)
+        evaluate.scores(trial.model, trial.bound, trial.encoded, CPU)
     assert refused.value.exit_code == 4
 
 
-class Repeats(WritingTask, TextClassification):
+class Repeats:
     """Writes how many tokens it read."""
 
-    text_scores = frozenset({"long"})
-
-    def rows_written(self, encoded: Encoded) -> int:
-        return 7
-
-    def written(self, model: nn.Module, batch: Batch) -> list[str]:
+    def generate(self, model: nn.Module, batch: Batch) -> list[str]:
         return [str(length) for length in batch.ragged("input_ids").lengths.tolist()]
 
-    def told(self, row: Row) -> tuple[str, str]:
+    def stream(self, model: nn.Module, batch: Batch, say: Callable[[str], None]) -> str:
         raise NotImplementedError
 
+    def reference_pair(self, row: Row) -> tuple[str, str]:
+        raise NotImplementedError
+
+
+class Repeating(BoundTextClassification):
+    """Classifies, and answers by texts."""
+
+    def predict(self, model: nn.Module, batch: Batch, outputs: Tensor | None = None) -> list[dict[str, Any]]:
+        assert self.generator is not None and torch.is_inference_mode_enabled()
+        return [{"generated_text": text} for text in self.generator.generate(model, batch)]
+
     def metrics(self) -> Any:
-        return _Lengths(self.classes or [])
+        return _Lengths(self.task.classes)
 
 
 class _Lengths(ClassificationMetrics):
     long, rows = 0, 0
+    of_answers = frozenset({"long"})
 
-    def update_texts(self, texts: list[str], batch: Batch) -> None:
+    def answers_needed(self, encoded: Encoded) -> int:
+        return 7
+
+    def update(self, batch: Batch, outputs: Tensor | None = None, answers: Any = None) -> None:
+        assert (outputs is None) is (answers is not None), "either, each by its own call"
+        if outputs is not None:
+            super().update(batch, outputs)
+            return
+        texts = [answer["generated_text"] for answer in answers]
         assert texts == [str(length) for length in batch.ragged("input_ids").lengths.tolist()]
         self.long, self.rows = self.long + sum(map(int, texts)), self.rows + len(texts)
 
@@ -177,18 +194,19 @@ class _Lengths(ClassificationMetrics):
 
 def test_a_task_that_writes_is_scored_by_texts_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = case("full", {"name": "text-classification"}, "bert", tmp_path)
-    task = Repeats(**trial.task.model_dump())
-    plain = evaluate.scores(trial.model, trial.task, trial.encoded, CPU)
-    assert evaluate.scores(trial.model, task, trial.encoded, CPU) == plain, "nothing is written unless asked"
-    lengths = trial.encoded.lengths.tolist()
+    known = {name: getattr(trial.bound, name) for name in ("task", "processor", "config", "data", "objective")}
+    bound = Repeating(**known, generator=Repeats())
+    plain = evaluate.scores(trial.model, trial.bound, trial.encoded, CPU)
+    assert evaluate.scores(trial.model, bound, trial.encoded, CPU) == plain, "nothing is written unless asked"
+    lengths = trial.encoded.lengths("input_ids").tolist()
     rows = [round(39 * n / 6) for n in range(7)]
     monkeypatch.setattr(evaluate, "CHUNK_EXAMPLES", 3)
-    found, _ = evaluate.scored(trial.model, task, trial.encoded, CPU)
+    found = evaluate.scores(trial.model, bound, trial.encoded, CPU, answers=True)
     assert (found["long"], found["rows"]) == (sum(lengths[row] for row in rows), 7)
-    scores, given = evaluate.scores_and_answers(trial.model, task, trial.encoded, CPU)
+    scores, given = evaluate.scores_and_answers(trial.model, bound, trial.encoded, CPU)
     assert scores == found
     assert given == [{"generated_text": str(lengths[row])} if row in rows else {} for row in range(40)]
-    assert evaluate.answers(trial.model, task, trial.encoded, CPU) == [
+    assert evaluate.answers(trial.model, bound, trial.encoded, CPU) == [
         {"generated_text": str(length)} for length in lengths
     ]
 

@@ -9,16 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerating import accelerated
 
 import tunesmith
 from tunesmith.console import Talk
-from tunesmith.kernels import attention, fused, layout
-from tunesmith.kernels.graphs import Graphs
-from tunesmith.models.anatomy import anatomy
-from tunesmith.run import prepare
+from tunesmith.kernels import layout
+from tunesmith.kernels.ops import attention, elementwise
 from tunesmith.techniques.lora import LoraLinear
 from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
-from tunesmith.training.machine import Machine
 
 TRIALS: list[tuple[str, str, Any]] = [
     ("bert", "text-classification", "full"),
@@ -56,7 +54,7 @@ def test_first_fifty_losses(
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     rows = "".join(json.dumps(sample_row(task, number)) + "\n" for number in range(64))
     (tmp_path / "train.jsonl").write_text(rows)
-    recipe = {
+    recipe: dict[str, Any] = {
         "task": task,
         "model": str(tmp_path / "base"),
         "technique": technique,
@@ -65,8 +63,7 @@ def test_first_fifty_losses(
     }
 
     ours = _losses(recipe, tmp_path / "ours")
-    monkeypatch.setattr(prepare, "use_padding_free_blocks", lambda *_: False)
-    monkeypatch.setattr(prepare, "use_chunked_loss", lambda *_: False)
+    recipe["train"]["fast_path"] = "off"
     monkeypatch.setattr(LoraLinear, "part", lambda *_: None)
     assert len(ours) == 50 and ours == pytest.approx(_losses(recipe, tmp_path / "plain"), abs=1e-5)
 
@@ -87,8 +84,8 @@ def test_on_a_gpu_only_half_precision_without_dropout_in_attention(
 ) -> None:
     dropouts = {dropout: 0.1} if dropout else {}
     model = tiny_model(family, "AutoModelForSequenceClassification", num_labels=2, **dropouts)
-    assert prepare._speed_up(model, anatomy(model), Machine(torch.device("cuda"), dtype), 64) is taken
-    assert isinstance(model.forward, Graphs) is not taken
+    path = accelerated(model, dtype, device="cuda")
+    assert path.unpadded is taken and path.statuses["cuda_graphs"].on is not taken
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at it
@@ -118,9 +115,9 @@ def test_the_way_of_a_gpu_played_here_gives_the_same_losses(tmp_path: Path, monk
 
     torch.compiler.reset()
     monkeypatch.setattr(attention, "VARLEN_ATTN", varlen)
-    monkeypatch.setattr(layout, "SEQUENCES_ON", ("cpu",))
-    monkeypatch.setattr(fused, "FUSED_ON", ("cpu",))
-    monkeypatch.setattr(fused, "BACKEND", "aot_eager")
-    monkeypatch.setattr(fused, "_has_compiler", lambda: True)
+    monkeypatch.setattr(layout, "VARLEN_DEVICES", ("cpu",))
+    monkeypatch.setattr(elementwise, "COMPILED_DEVICES", ("cpu",))
+    monkeypatch.setattr(elementwise, "COMPILE_BACKEND", "aot_eager")
+    monkeypatch.setattr(elementwise, "_has_compiler", lambda: True)
     assert _losses(recipe, tmp_path / "gpu") == pytest.approx(ours, abs=0.02)
     assert called == {(-1, 0)}

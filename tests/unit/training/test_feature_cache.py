@@ -10,6 +10,7 @@ import pytest
 
 import tunesmith
 from tunesmith.console import Talk
+from tunesmith.kernels.accelerate import switched_off
 from tunesmith.models import sources
 from tunesmith.run import prepare
 from tunesmith.run import train as run
@@ -52,17 +53,17 @@ def _run(tmp_path: Path, name: str, family: str, task: Any, technique: Any, **mo
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
-    """What `keep_features` answered, in a cache of its own."""
+    """What `cache_features` answered, in a cache of its own."""
     monkeypatch.setattr(sources, "cache_home", lambda: tmp_path / "cache")
     monkeypatch.setattr(prepare.sources, "cache_home", lambda: tmp_path / "cache")
     answers: list[bool] = []
-    keep = feature_cache.keep_features
+    keep = feature_cache.cache_features
 
     def kept(*args: Any) -> bool:
         answers.append(keep(*args))
         return answers[-1]
 
-    monkeypatch.setattr(feature_cache, "keep_features", kept)
+    monkeypatch.setattr(feature_cache, "cache_features", kept)
     return answers
 
 
@@ -87,7 +88,7 @@ def test_losses_and_scores_are_those_without(
 def test_padded_models_have_the_same_losses_too(
     family: str, technique: str, watched: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_speed_up", lambda *_: False)
+    monkeypatch.setattr(prepare, "_accelerate", lambda *_: switched_off("on trial"))
     _run(tmp_path, "with", family, "text-classification", TECHNIQUES[technique])
     assert watched == [True, True]
     monkeypatch.setattr(feature_cache, "use_features", lambda *_: None)
@@ -101,7 +102,7 @@ def test_a_frozen_encoder_is_computed_once(
     family: str, fast: bool, watched: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fast:
-        monkeypatch.setattr(prepare, "_speed_up", lambda *_: False)
+        monkeypatch.setattr(prepare, "_accelerate", lambda *_: switched_off("on trial"))
     task = {"name": "translation", "source_lang": "en", "target_lang": "de", "scored_rows": 1}
     technique = {"name": "freeze", "last_n_blocks": 1}
     _run(tmp_path, "with", family, task, technique)
@@ -117,7 +118,7 @@ def test_masks_are_drawn_a_few_times_and_kept(
 ) -> None:
     monkeypatch.setattr(feature_cache, "DRAWS", 2)
     if not fast:
-        monkeypatch.setattr(prepare, "_speed_up", lambda *_: False)
+        monkeypatch.setattr(prepare, "_accelerate", lambda *_: switched_off("on trial"))
     task = {"name": "fill-mask", "general": "none", "head_warmup": 0.0}
     _run(tmp_path, "with", "bert", task, TECHNIQUES["last"], epochs=6)
     assert watched == [True] * 3, "two draws of train, and validation"

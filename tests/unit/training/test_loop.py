@@ -18,7 +18,7 @@ from transformers import BertForSequenceClassification
 
 from tunesmith.data.batches import Batch, Batches, collate
 from tunesmith.errors import ResourceError
-from tunesmith.tasks.text_classification import TextClassification
+from tunesmith.tasks.text_classification import BoundTextClassification
 from tunesmith.testing import Case, case, sample_row
 from tunesmith.training import loop
 from tunesmith.training.machine import Machine
@@ -76,7 +76,7 @@ def _pairs() -> list[Any]:
 @pytest.mark.parametrize(("family", "kind"), _pairs())
 def test_accumulation_is_exact(family: str, kind: str, tmp_path: Path) -> None:
     trial = _trial(tmp_path, family=family, **KINDS[kind])
-    assert len(set(trial.encoded.lengths)) > 3, "lengths are unequal"
+    assert len(set(trial.encoded.costs)) > 3, "lengths are unequal"
     engine, (whole,) = _run(trial, stop=1)
     update = _moved(trial, engine)
     for micro in (4, 2, 1):
@@ -108,7 +108,7 @@ def test_a_step_is_that_of_plain_pytorch(tmp_path: Path) -> None:
         input_ids=rows.padded(0),
         attention_mask=rows.mask(),
         token_type_ids=batch.ragged("token_type_ids").padded(0),
-        labels=batch.scalar("label"),
+        labels=batch.tensor("label"),
     ).loss.backward()
     torch.optim.SGD(plain.parameters(), lr=0.1, weight_decay=0.0).step()
     engine, _ = _run(trial, micro=3, stop=1)
@@ -121,7 +121,7 @@ def test_what_a_step_says(tmp_path: Path) -> None:
     assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6, 7]
     assert [step.epoch for step in steps[4:]] == [1.0, 1.2, 1.4]
     batches = Batches(trial.encoded, 8, 0)
-    assert [step.tokens for step in steps] == [int(trial.encoded.lengths[batches.indices(n)].sum()) for n in range(7)]
+    assert [step.cost for step in steps] == [int(trial.encoded.costs[batches.indices(n)].sum()) for n in range(7)]
     assert all(step.finite and step.seconds > 0 and step.learning_rate == 0.1 for step in steps)
 
 
@@ -139,7 +139,7 @@ def test_clipping(limit: float | None, tmp_path: Path) -> None:
 
 def _spoil(where: str, value: float, trial: Case, monkeypatch: pytest.MonkeyPatch, at: int = 3) -> None:
     """Let `value` turn up in the loss, in one gradient, or in the input of the at-th step (one pass each)."""
-    own, count = TextClassification.loss, [0]
+    own, count = BoundTextClassification.loss, [0]
 
     def loss(self: Any, model: Any, *rest: Any) -> Tensor:
         count[0] += 1
@@ -154,7 +154,7 @@ def _spoil(where: str, value: float, trial: Case, monkeypatch: pytest.MonkeyPatc
         spoilt = bias[:1].sum() * 0 if where == "loss" else Spoilt.apply(bias[:1], value).sum() * 0
         return own(self, model, *rest) + (value if where == "loss" else 0) + spoilt
 
-    monkeypatch.setattr(TextClassification, "loss", loss)
+    monkeypatch.setattr(BoundTextClassification, "loss", loss)
 
 
 class Spoilt(torch.autograd.Function):
@@ -212,7 +212,7 @@ class Boom(torch.autograd.Function):
 
 def _run_out(where: str, most: int, error: Callable[[], BaseException], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let memory run out wherever more than `most` examples are at work; the sizes that were tried."""
-    own, own_step, tried = TextClassification.loss, torch.optim.SGD.step, []
+    own, own_step, tried = BoundTextClassification.loss, torch.optim.SGD.step, []
 
     def loss(self: Any, model: Any, batch: Batch, *rest: Any) -> Tensor:
         tried.append(batch.size)
@@ -226,7 +226,7 @@ def _run_out(where: str, most: int, error: Callable[[], BaseException], monkeypa
             raise error()
         return own_step(self, *args)
 
-    monkeypatch.setattr(TextClassification, "loss", loss)
+    monkeypatch.setattr(BoundTextClassification, "loss", loss)
     monkeypatch.setattr(torch.optim.SGD, "step", step)
     return tried
 
@@ -244,7 +244,7 @@ def test_out_of_memory_repeats_the_same_step_in_smaller_pieces(
     assert [step.loss for step in steps] == pytest.approx([step.loss for step in expected], abs=1e-6)
     assert [step.examples for step in steps] == [8, 8, 8, 8] and engine.limits.max_examples == most
     assert len(said) == int(math.log2(8 / most))
-    assert said[-1] == f"out of memory: going on with at most {most} examples at once, same batch_size"
+    assert said[-1] == f"out of memory: continuing with micro_batch_size {most}, same batch_size"
 
 
 @pytest.mark.parametrize("kind", GONE)
@@ -271,7 +271,7 @@ def test_where_one_example_does_not_fit_it_ends_with_advice(
     with pytest.raises(ResourceError, match=r"one example at a time does not fit.*max_length.*lora") as refused:
         list(loop.steps(engine, Batches(trial.encoded, 8, 0), lambda _: 1.0, total=1))
     assert refused.value.exit_code == 4 and _same(engine.model, trial.model), "no weight has moved"
-    assert said[-1] == "out of memory: going on with gradient checkpointing"
+    assert said[-1] == "out of memory: continuing with gradient checkpointing"
 
 
 def test_gradient_checkpointing_changes_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +381,7 @@ def test_batchnorm_keeps_its_statistics(tmp_path: Path) -> None:
     mean, var = norm.running_mean.clone().fill_(0.3), norm.running_var.clone().fill_(2.0)
     norm.load_state_dict(norm.state_dict() | {"running_mean": mean, "running_var": var})
     before = norm.weight.detach().clone()
-    engine = replace(trial.engine(model), modes_are_for=())
+    engine = replace(trial.engine(model), modes_set_for=())
     list(loop.steps(engine, Batches(trial.encoded, 8, 0), lambda _: 1.0, total=3))
     assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, var)
     assert norm.num_batches_tracked == 0 and not torch.equal(norm.weight, before), "but its weight learns"

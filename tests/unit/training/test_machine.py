@@ -57,7 +57,7 @@ def test_answers_are_computed_in_fp32_where_the_stored_format_is_only_emulated(
     _processor(monkeypatch, has_bf16=has_bf16)
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).to(stored)
     before = model[0].weight.clone()
-    machine.store_for_answers(model, Machine(CPU, None))
+    machine.store_for_inference(model, Machine(CPU, None))
     assert {one.dtype for one in model.state_dict().values()} - {torch.int64} == {answers_in}
     assert torch.equal(model[0].weight.to(stored), before)
 
@@ -66,7 +66,7 @@ def test_a_model_that_would_not_fit_in_fp32_stays_as_it_is_stored(monkeypatch: p
     _processor(monkeypatch, has_bf16=False)
     monkeypatch.setattr(Machine, "memory_bytes", 2 * 4 * 8)
     model = nn.Linear(3, 2).bfloat16()
-    machine.store_for_answers(model, Machine(CPU, None))
+    machine.store_for_inference(model, Machine(CPU, None))
     assert model.weight.dtype == torch.bfloat16
 
 
@@ -77,7 +77,7 @@ def test_only_a_cpu_emulates_bf16(device: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_fp16_does_not_train_on_a_cpu() -> None:
-    with pytest.raises(RecipeError, match=r"train\.precision: fp16 does not train on a CPU; use bf16, fp32 or auto"):
+    with pytest.raises(RecipeError, match=r"train\.precision: fp16 cannot be trained on a CPU; use bf16, fp32 or auto"):
         machine.find("cpu", "fp16")
 
 
@@ -100,10 +100,10 @@ def test_a_device_that_is_not_there(device: str, gpus: int, monkeypatch: pytest.
 
 @pytest.mark.parametrize("device", ("gpu", "cuda:x", "cuda:-1", "meta", "xla", ""))
 def test_a_word_that_is_no_device_we_train_on(device: str) -> None:
-    with pytest.raises(RecipeError, match=rf"train\.device: no device is called '{device}'; use auto") as refused:
+    with pytest.raises(RecipeError, match=rf"train\.device: unknown device '{device}'; use auto") as refused:
         machine.find(device)
     assert refused.value.exit_code == 2
-    with pytest.raises(RecipeError, match=rf"^--device: no device is called '{device}'"):
+    with pytest.raises(RecipeError, match=rf"^--device: unknown device '{device}'"):
         machine.find(device, named="--device")
 
 
@@ -158,7 +158,7 @@ def test_a_larger_model_leaves_room_for_less() -> None:
     small, large = (
         anatomy(tiny_model("bert", "AutoModelForSequenceClassification", num_hidden_layers=n)) for n in (2, 6)
     )
-    tokens = [Machine(CPU, None).limits(found, "auto", 16).max_tokens for found in (small, large)]
+    tokens = [Machine(CPU, None).limits(found, "auto", 16).max_cost for found in (small, large)]
     assert tokens[0] // tokens[1] == 3
 
 

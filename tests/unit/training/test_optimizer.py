@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerating import sparse_embeddings
 from torch import nn
 
-from tunesmith.kernels import embedding
+from tunesmith.kernels import accelerate
 from tunesmith.recipe import Train
 from tunesmith.testing import Case, case
 from tunesmith.training import optimizer
@@ -201,12 +202,11 @@ def _take(model: nn.Module, built: torch.optim.Optimizer) -> bool:
 def test_rows_that_were_looked_up_move_as_the_whole_table_would(
     clipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding, "WORTH_IT", 1)
+    monkeypatch.setattr(accelerate, "MIN_TABLE", 1)
     trial = _trial(tmp_path, learning_rate=0.01)
     plain = copy.deepcopy(trial.model)
-    embedding.use_kept_gradients(trial.model)
-    table: Any = trial.model.get_input_embeddings()
-    assert isinstance(table, embedding.Embedding)
+    table = trial.model.get_input_embeddings().weight
+    rows = sparse_embeddings(trial.model).looked_up[table]
     built, of_plain = _build(trial), optimizer.build(plain, trial.anatomy, trial.technique, trial.recipe.train)
     moved = []
     move = optimizer.RowwiseAdamW._move
@@ -222,25 +222,25 @@ def test_rows_that_were_looked_up_move_as_the_whole_table_would(
             (10 * model(input_ids=ids).logits).square().sum().backward()
             optimizer.take_step(own, 0.25 if clipped else 1.0)
             own.zero_grad(set_to_none=True)
-    assert moved and max(moved) < len(table.weight) / 2
+    assert moved and max(moved) < len(table) / 2
     for (name, ours), theirs in zip(trial.model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5, msg=name)
     again = optimizer.build(trial.model, trial.anatomy, trial.technique, trial.recipe.train)
     optimizer.load_state_tensors(again, trial.model, optimizer.state_tensors(built, trial.model))
-    ever = table.rows.ever.clone()
-    table.rows.ever.zero_()
+    ever = rows.ever.clone()
+    rows.ever.zero_()
     trial.model(input_ids=torch.tensor([[5]])).logits.sum().backward()
     optimizer.take_step(again)
-    assert torch.equal(table.rows.ever, ever), "a resumed run knows the rows by their momentum"
+    assert torch.equal(rows.ever, ever), "a resumed run knows the rows by their momentum"
 
 
 def test_momenta_are_those_of_the_whole_table_wherever_they_stand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding, "WORTH_IT", 1)
+    monkeypatch.setattr(accelerate, "MIN_TABLE", 1)
     trial = _trial(tmp_path, learning_rate=0.01)
     models = [copy.deepcopy(trial.model) for _ in range(2)]
-    embedding.use_kept_gradients(models[0])
+    sparse_embeddings(models[0])
     ours, plain = (optimizer.build(one, trial.anatomy, trial.technique, trial.recipe.train) for one in models)
     count = models[0].get_input_embeddings().weight.shape[0]
     for step, share in enumerate((0.1, 0.2, 0.1, 0.9, 0.1)):  # from the fourth on most rows have been looked up

@@ -1,4 +1,4 @@
-"""Each recipe given as JSON, run by two processes with the variables that torchrun sets.
+"""Run each recipe given as JSON in two processes with the variables that torchrun sets.
 
 The processes are forked from this one, which has imported everything once. With `"out_of_memory": k` beside the recipe
 the second process, and only that, runs out of memory on more than k examples at once.
@@ -20,27 +20,27 @@ import torch
 import transformers.models.bert.modeling_bert  # noqa: F401 - before the fork, not in each child
 
 import tunesmith
-from tunesmith.tasks.text_classification import TextClassification
+from tunesmith.tasks.text_classification import BoundTextClassification
 from tunesmith.techniques import adapter, bitfit, freeze, full, ia3, lora, prefix, prompt  # noqa: F401
 
 torch.set_num_threads(1)  # a fork after threads were started may hang
 
 
 def _port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as free_port:
+        free_port.bind(("127.0.0.1", 0))
+        return int(free_port.getsockname()[1])
 
 
 def _run_out_of_memory(most: int) -> None:
-    own = TextClassification.loss
+    own = BoundTextClassification.loss
 
     def loss(self: Any, model: Any, batch: Any, *rest: Any) -> torch.Tensor:
         if batch.size > most:
             raise torch.OutOfMemoryError(f"{batch.size} examples")
         return own(self, model, batch, *rest)
 
-    TextClassification.loss = loss  # type: ignore[method-assign]
+    BoundTextClassification.loss = loss  # type: ignore[method-assign]
 
 
 def _start(rank: int, port: int, job: dict[str, Any]) -> int:

@@ -102,7 +102,7 @@ def _pairs(tags: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _transition_fault(before: str, tag: str, scheme: Scheme) -> tuple[str, str] | None:
     """Return (what is wrong with a tag after the previous one, hint), or None."""
     if tag != "O" and not is_tag_of(tag, scheme):
-        return f"{shorten(tag)} is not a {scheme} tag", _suggest_tag(tag, scheme)
+        return f"{shorten(tag)} is not a tag of the {scheme} scheme", _suggest_tag(tag, scheme)
     if scheme == "IO" or (before != "O" and not is_tag_of(before, scheme)):
         return None
     (part_before, type_before), (part, type_) = split_tag(before), split_tag(tag)

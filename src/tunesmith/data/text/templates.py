@@ -58,7 +58,8 @@ TEMPLATES: dict[str, str] = {
     "zephyr": _delimited("<|{{ message['role'] }}|>\n", "{{ eos_token }}", "<|assistant|>\n"),
     "llama2": _turns(
         "[INST] <<SYS>>\n" + _CONTENT + "\n<</SYS>>\n\n",
-        "{% if loop.first or messages[loop.index0 - 1]['role'] != 'system' %}[INST] {% endif %}" + _CONTENT + " [/INST]",
+        "{% if loop.first or messages[loop.index0 - 1]['role'] != 'system' %}[INST] {% endif %}"
+        + _CONTENT + " [/INST]",
         " " + _CONTENT + "{{ eos_token }}{% if not loop.last %}{{ bos_token }}{% endif %}",
         "",
     ),

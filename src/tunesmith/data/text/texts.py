@@ -215,13 +215,14 @@ def unknown_notes(encoded: Encoded, processor: Any) -> list[str]:
 def model_inputs(batch: Batch, pad_token_id: int) -> dict[str, Tensor]:
     """Return a batch of texts, or of all their windows, as model arguments."""  # each (texts or windows, tokens)
     ids = batch.ragged("input_ids")
-    offsets = ids.offsets
+    offsets, on_host = ids.offsets, ids.host_offsets
     if "windows" in batch:
+        on_host = None
         offsets = F.pad(batch.ragged("windows").values.cumsum(0), (1, 0))
-    rows = Ragged(ids.values, offsets)
+    rows = Ragged(ids.values, offsets, on_host)
     inputs = {"input_ids": rows.padded(pad_token_id), "attention_mask": rows.mask()}
     if "token_type_ids" in batch:
-        inputs["token_type_ids"] = Ragged(batch.ragged("token_type_ids").values, offsets).padded(0)
+        inputs["token_type_ids"] = Ragged(batch.ragged("token_type_ids").values, offsets, on_host).padded(0)
     return inputs
 
 

@@ -21,9 +21,12 @@ from tunesmith.data.text.augment import (
 )
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe.fields import Augmentation
+from tunesmith.tasks.text_classification import TextClassification
+from tunesmith.tasks.token_classification import TokenClassification
 
 TEXT = "The  film, shot in Rome,\nwas a warm and moving story of two brothers"
 EACH = [Augmentation(name=name, probability=0.3) for name in ("word-dropout", "word-swap", "typos")]
+TEXT_COLUMNS, WORD_COLUMNS = TextClassification().columns, TokenClassification().columns
 CHANGES = (drop_words, swap_words, misspell)
 
 
@@ -33,15 +36,15 @@ def _draw(seed: int = 0) -> np.random.Generator:
 
 def test_the_same_seed_epoch_and_index_give_the_same_and_others_give_others() -> None:
     row = Row("x:1", {"text": TEXT, "label": "good"})
-    one = Augmenter.of(EACH, seed=3)
-    assert one.row(row, 1, 7) == Augmenter.of(EACH, seed=3).row(row, 1, 7)
+    one = Augmenter.of(EACH, 3, TEXT_COLUMNS)
+    assert one.row(row, 1, 7) == Augmenter.of(EACH, 3, TEXT_COLUMNS).row(row, 1, 7)
     others = {one.row(row, 1, 7).values["text"], one.row(row, 2, 7).values["text"], one.row(row, 1, 8).values["text"]}
-    others.add(Augmenter.of(EACH, seed=4).row(row, 1, 7).values["text"])
+    others.add(Augmenter.of(EACH, 4, TEXT_COLUMNS).row(row, 1, 7).values["text"])
     assert len(others) == 4 and all(one.row(row, epoch, 7).values["label"] == "good" for epoch in range(9))
 
 
 def test_a_text_to_which_nothing_happens_stays_as_it_is() -> None:
-    rare = Augmenter.of([Augmentation(name="typos", probability=1e-9)], 0)
+    rare = Augmenter.of([Augmentation(name="typos", probability=1e-9)], 0, TEXT_COLUMNS)
     assert rare.row(Row("x:1", {"text": f" {TEXT} "}), 0, 0).values["text"] == f" {TEXT} "
 
 
@@ -79,7 +82,10 @@ def test_a_slip_is_one_key_from_the_word() -> None:
 def test_chinese_is_changed_by_character_and_stays_without_blanks() -> None:
     text = "这部电影很温暖 and moving"
     assert split_words(text) == [*"这部电影很温暖", "and", "moving"]
-    seen = {Augmenter.of(EACH, 0).row(Row("x:1", {"text": text}), 0, index).values["text"] for index in range(30)}
+    seen = {
+        Augmenter.of(EACH, 0, TEXT_COLUMNS).row(Row("x:1", {"text": text}), 0, index).values["text"]
+        for index in range(30)
+    }
     assert len(seen) > 20 and not any(" 部" in str(one) or "影 " in str(one)[:3] for one in seen)
 
 
@@ -93,30 +99,38 @@ def test_synonyms_of_a_list(tmp_path: Path) -> None:
     kept = replace_synonyms(Words.of('"Warm," they put up with it'.split(), keep), 0.999, _draw(), synonyms)
     assert kept.words[1:] == ("they", "put", "up", "with", "it")
     step = Augmentation(name="synonyms", probability=0.999, file=str(path))
-    changed = Augmenter.of([step], 0).row(Row("x:1", {"text": "这部电影 I bear it"}), 0, 0)
+    changed = Augmenter.of([step], 0, TEXT_COLUMNS).row(Row("x:1", {"text": "这部电影 I bear it"}), 0, 0)
     assert changed.values["text"] == "这部片子 I put up with it"
 
 
 def test_tags_go_along_and_entities_stay() -> None:
     row = Row("x:1", {"tokens": TEXT.split(), "label": ["O"] * 4 + ["B-CITY"] + ["O"] * 9})
     for index in range(50):
-        after = Augmenter.of(EACH, 0).row(row, 0, index).values
+        after = Augmenter.of(EACH, 0, WORD_COLUMNS).row(row, 0, index).values
         assert after["tokens"][after["label"].index("B-CITY")] == "Rome,"  # type: ignore[attr-defined,index]
         assert len(after["tokens"]) == len(after["label"])  # type: ignore[arg-type]
-    with pytest.raises(RecipeError, match="each has its tag"):
-        Augmenter.of(EACH, 0).row(Row("x:1", {"tokens": ["a", "b"], "label": [{"start": 0}]}), 0, 0)
+    with pytest.raises(RecipeError, match="each has a tag"):
+        Augmenter.of(EACH, 0, WORD_COLUMNS).row(Row("x:1", {"tokens": ["a", "b"], "label": [{"start": 0}]}), 0, 0)
 
 
 def test_a_word_that_parts_two_entities_stays() -> None:
     row = Row("x:1", {"tokens": "ann and the bob O".split(), "label": ["I-PER", "O", "O", "I-PER", "O"]})
     for index in range(50):
-        after = Augmenter.of([Augmentation(name="word-dropout", probability=0.9)], 0).row(row, 0, index).values
+        after = (
+            Augmenter.of([Augmentation(name="word-dropout", probability=0.9)], 0, WORD_COLUMNS)
+            .row(row, 0, index)
+            .values
+        )
         assert "the" in after["tokens"] and after["label"].index("O") == 1  # type: ignore[attr-defined,operator]
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    (("alone\n", "one word alone"), ("a, b c d e f\n", "more than 4 words"), ("\n", "there are no synonyms")),
+    (
+        ("alone\n", "a line with a single word"),
+        ("a, b c d e f\n", "more than 4 words"),
+        ("\n", "the synonym list is empty"),
+    ),
 )
 def test_a_list_that_cannot_be_meant(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "synonyms.txt").write_text(text)

@@ -175,7 +175,8 @@ def test_jieba_tells_chinese_words(home: Path, capfd: pytest.CaptureFixture[str]
     jieba = pytest.importorskip("jieba")
     jieba.dt.initialized = False
     text = "我们去北京大学,好"
-    rows = list(FillMask(segmenter="jieba").pieces(_rows(text), _bert_zh(), Data(max_length=16)))
+    bound = FillMask(segmenter="jieba").bind(_bert_zh(), None, Data(max_length=16))
+    rows = list(bound.chunks(_rows(text)))
     assert [row.values["words"] for row in rows] == [[-1, 0, 0, 1, 2, 2, 2, 2, 3, 4, -1]]
     assert (home / "jieba.cache").exists(), "not in a folder that everybody may write to"
     assert capfd.readouterr().err == ""

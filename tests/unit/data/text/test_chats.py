@@ -160,7 +160,7 @@ REFUSED = {
     "the system message comes last": (
         "{% for m in messages %}{% if m['role'] != 'system' %}<|im_start|>{{ m['content'] }}<|im_end|>{% endif %}"
         "{% endfor %}{{ messages|length }}",
-        "what it writes before a message changes",
+        "its rendering of earlier messages changes",
     ),
     "no beginning of an answer": (
         CHATML.partition("{% if add")[0],
@@ -241,7 +241,7 @@ def test_a_template_is_a_name_a_file_or_itself(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=r"'chatlm' is neither a readable file nor one of plain, alpaca, .*chatml"):
         template_text("chatlm")
     file.write_text("hello")
-    with pytest.raises(ValueError, match="no Jinja template (it has no {{ message }} in it; give a Jinja template"):
+    with pytest.raises(ValueError, match="no Jinja template"):
         template_text(str(file))
     file.write_text("{{ x }}" * 10_000)
     with pytest.raises(ValueError, match="over 65,536 characters"):

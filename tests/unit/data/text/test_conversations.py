@@ -94,7 +94,7 @@ def _csv(path: Path, row: dict[str, Any]) -> None:
 
 
 def _table(path: Path, **options: Any) -> Table:
-    return read_table(path, TASK.columns, required=TASK.required, plain_text=True, **options)
+    return read_table(path, TASK.columns, plain_text=True, **options)
 
 
 @pytest.mark.parametrize("write", [_json_lines, _json, _parquet, _csv], ids=lambda write: write.__name__)
@@ -108,7 +108,7 @@ def test_every_layout_in_every_format(layout: str, write: Callable[..., None], t
     write(tmp_path / "data", given)
     (row,) = _table(tmp_path / "data")
     assert is_conversation(row) and conversation(row) == wanted
-    assert TASK.target(row) == "chat"
+    assert TASK.parse_target(row) == "chat"
 
 
 def test_a_system_message_of_the_recipe_is_for_those_without_one() -> None:
@@ -128,7 +128,7 @@ def test_what_is_asked_needs_no_answer_and_has_none() -> None:
 
 def test_a_fault_names_the_column_as_the_file_does(tmp_path: Path) -> None:
     for given, told in (
-        ({"conversations": [{"from": "narrator", "value": "x"}]}, "conversations[0].from: 'narrator'"),
+        ({"conversations": [{"from": "narrator", "value": "x"}]}, "conversations[0].from: unknown role 'narrator'"),
         ({"instruction": "Is it?", "output": True}, "output: 'True' is not a text"),
     ):
         _json_lines(tmp_path / "data", given)
@@ -143,39 +143,48 @@ def _chat(*messages: Any, **more: Any) -> dict[str, Any]:
 
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown role": (_chat(_said("narrator", "x")), r"\[0\]\.role: 'narrator'; one of system, user, assist"),
+    "unknown role": (
+        _chat(_said("narrator", "x")),
+        r"\[0\]\.role: unknown role 'narrator'; set one of system, user, assist",
+    ),
     "misspelt role": (_chat(USER, _said("asistant", "x")), r"'asistant'; did you mean 'assistant'"),
     "no role": (_chat({"content": "x"}), r"messages\[0\]: no role in"),
     "no content": (_chat(USER, {"role": "assistant"}), r"messages\[1\]: no content in .*fill it in"),
     "content is null": (_chat(USER, _said("assistant", None)), r"messages\[1\]: no content in"),
     "content is an object": (_chat(_said("user", {"a": 1}), ASSISTANT), r"\[0\]\.content: .* is not a text"),
     "content is true": (_chat(_said("user", True), ASSISTANT), r"'True' is not a text"),
-    "a picture": (_chat(_said("user", [{"type": "image", "url": "x"}]), ASSISTANT), r"is no text; give texts only"),
+    "a picture": (_chat(_said("user", [{"type": "image", "url": "x"}]), ASSISTANT), r"is not a text; give texts only"),
     "no messages": (_chat(), r"messages: empty; remove the row"),
-    "only a system message": (_chat(SYSTEM), r"messages: there is none"),
+    "only a system message": (_chat(SYSTEM), r"messages: no messages"),
     "messages are a text": ({"messages": "hello"}, r"messages: 'hello' is not a list of messages; give \[\{"),
     "a message is a text": (_chat("hello"), r"messages\[0\]: 'hello' is not a message"),
-    "assistant first": (_chat(ASSISTANT, USER), r"message 1 is from assistant, with nothing before it.*put a question"),
+    "assistant first": (_chat(ASSISTANT, USER), r"message 1 is from assistant, with nothing before it.*add a question"),
     "assistant behind system": (_chat(SYSTEM, ASSISTANT), r"message 2 is from assistant, after one from system"),
-    "two users in a row": (_chat(USER, USER, ASSISTANT), r"message 2 is from user, after one from user.*assistant"),
+    "two users in a row": (_chat(USER, USER, ASSISTANT), r"message 2 is from user, after one from user.*join the two"),
     "two answers in a row": (_chat(USER, ASSISTANT, ASSISTANT), r"message 3 is from assistant, .*assistant"),
     "system in the middle": (
         _chat(USER, ASSISTANT, SYSTEM, USER, ASSISTANT),
-        r"message 3 is from system, which speaks",
+        r"message 3 is a system message, which must be",
     ),
-    "system twice": (_chat(SYSTEM, USER, ASSISTANT, system="Other."), r"system: there is a system message among the"),
+    "system twice": (
+        _chat(SYSTEM, USER, ASSISTANT, system="Other."),
+        r"system: the messages have a system message too",
+    ),
     "no answer at the end": (_chat(USER, ASSISTANT, USER), r"the last message is from user and has no answer: 'Is it"),
     "a tool's result at the end": (_chat(USER, ASSISTANT, _said("tool", "x")), r"the last message is from tool"),
     "a tool unasked": (_chat(USER, _said("tool", "x"), ASSISTANT), r"message 2 is from tool, after one from user"),
-    "a tool call": (_chat(USER, CALL), r"messages\[1\]\.tool_calls: calls are not read.*write the call into content"),
-    "empty answer": ({"instruction": "Is it?", "output": ""}, r"no answer: the column for answer is empty or not"),
+    "a tool call": (_chat(USER, CALL), r"messages\[1\]\.tool_calls: not supported.*write the call into content"),
+    "empty answer": ({"instruction": "Is it?", "output": ""}, r"no answer: the column for answer is empty or missing"),
     "blank answer": (_chat(USER, _said("assistant", " \n")), r"messages\[1\]\.content: empty answer"),
-    "blank question": (_chat(_said("user", ""), ASSISTANT), r"messages\[0\]\.content: what user"),
+    "blank question": (_chat(_said("user", ""), ASSISTANT), r"messages\[0\]\.content: empty message from user"),
     "no question": ({"instruction": " ", "output": "x"}, r"no question: the column for prompt is empty or missing"),
-    "two instances": ({"instruction": "x", "instances": [{"output": "a"}] * 2}, r"instances: 2, not one; give each"),
+    "two instances": (
+        {"instruction": "x", "instances": [{"output": "a"}] * 2},
+        r"instances: 2 instances, not one; give each",
+    ),
     "a choice too far": (
         {"question": "x", "choices": ["a", "b"], "answer": 2},
-        r"answer: '2' is none .*0 to 1, or as A",
+        r"answer: '2' is not among .*0 to 1, or A",
     ),
     "no such choice": (
         {"question": "x", "choices": ["a", "b"], "answer": "see"},
@@ -196,7 +205,7 @@ def test_what_is_wrong_is_said_with_its_place(fault: str, tmp_path: Path) -> Non
     path.write_text("\n".join(json.dumps(row) for row in ({"messages": [USER, ASSISTANT]} | {}, given)) + "\n")
     bad = list(_table(path))[1]
     with pytest.raises(DataError, match=said) as caught:
-        TASK.target(bad)
+        TASK.parse_target(bad)
     assert caught.value.exit_code == 3 and str(caught.value).startswith(f"{path}:2: ") and len(str(caught.value)) < 400
 
 
@@ -211,10 +220,10 @@ def test_a_file_without_any_such_column_is_refused_at_its_header(tmp_path: Path)
     path.write_text("id,one,two\n1,Is it?,It is.\n")
     with pytest.raises(DataError, match=r"data\.columns\.ROLE=NAME"):
         _table(path)
-    (row,) = _table(path, columns={"prompt": "one", "answer": "two"})
+    (row,) = _table(path, named={"prompt": "one", "answer": "two"})
     assert conversation(row) == [USER, ASSISTANT]
 
 
 def test_a_row_without_conversation_or_text() -> None:
     with pytest.raises(DataError, match="x:1: no messages, no question with an answer, and no text in it"):
-        TASK.target(Row("x:1", {"system": "Be short."}))
+        TASK.parse_target(Row("x:1", {"system": "Be short."}))

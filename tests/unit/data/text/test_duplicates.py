@@ -60,7 +60,7 @@ def test_a_thousand_of_a_kind_are_linked_and_not_compared_pair_by_pair() -> None
 def test_keys_do_not_depend_on_what_stands_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = _texts(20)
     together = duplicates.band_keys(texts)
-    monkeypatch.setattr(duplicates, "BLOCK", 100)
+    monkeypatch.setattr(duplicates, "BLOCK_CHARS", 100)
     assert np.array_equal(together, duplicates.band_keys(texts))
     assert np.array_equal(together[7], duplicates.band_keys(texts[7:8])[0])
 

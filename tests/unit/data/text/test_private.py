@@ -1,4 +1,4 @@
-"""What identifies a person is told by its form and its checksum, is shown mask_value, and is looked for in linear time."""
+"""What identifies a person is told by its form and its checksum, is shown masked, and is looked for in linear time."""
 
 from __future__ import annotations
 

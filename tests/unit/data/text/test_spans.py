@@ -60,9 +60,9 @@ EMOJI = "Hi 👋🏽 Zoë in Köln"
 WRONG: dict[str, tuple[Row, str]] = {
     "unaligned": (
         _row([ANN | {"start": 1}]),
-        "the span 1-3 'nn' splits the word 'Ann' in two; count characters from 0",
+        "the span 1-3 'nn' splits the word 'Ann'; count characters from 0",
     ),
-    "off by one": (_row([YORK | {"end": 20}]), "the span 13-20 'New Yor' splits the word 'York' in two"),
+    "off by one": (_row([YORK | {"end": 20}]), "the span 13-20 'New Yor' splits the word 'York'"),
     "overlap": (_row([YORK, YORK | {"start": 17}]), "the spans 13-21 'New York' and 17-21 'York' overlap; keep one"),
     "twice": (_row([ANN, ANN]), "overlap; keep one of them"),
     "beyond": (_row([ANN | {"end": 99}]), "the span 0-99 exceeds the text of 22 characters"),
@@ -72,7 +72,7 @@ WRONG: dict[str, tuple[Row, str]] = {
     "another text": (_row([ANN | {"text": "Bob"}]), "the span 0-3 is 'Ann', not 'Bob'; count characters from 0"),
     "bytes": (
         _row([[EMOJI.encode().find("Zoë".encode()), 16, "PER"]], EMOJI),
-        "the spans appear to count UTF-8 bytes?",
+        "the spans appear to count UTF-8 bytes",
     ),
     "UTF-16": (_row([[8, 11, "PER"]], EMOJI), "the spans appear to count UTF-16 units: count characters"),
     "no label": (_row([{"start": 0, "end": 3}]), "is not a span; give {"),
@@ -83,9 +83,9 @@ WRONG: dict[str, tuple[Row, str]] = {
     "no tag": (_row(["O", None], None, tokens=["a", "b"]), "None' is not a tag; use O for a word outside entities"),
     "numbers without names": (
         _row([0, 1], None, tokens=["a", "b"]),
-        "0 has no name; task.tags=",
+        "0 has no name; set task.tags=",
     ),
-    "no words": (_row(["O"], None), "neither text nor tokens; data.columns.text=NAME"),
+    "no words": (_row(["O"], None), "neither text nor tokens; set data.columns.text=NAME"),
     "spans without text": (
         _row([ANN], None, tokens=["Ann"]),
         "spans need a text, which is missing",

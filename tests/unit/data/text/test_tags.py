@@ -39,22 +39,22 @@ def test_a_misspelt_prefix_is_no_type_of_its_own() -> None:
     assert scheme_of([["B_A", "I-A"], ["B_A", "O"], ["O", "B_B"]]) == "BIO"
     assert scheme_of([["cell_line", "O"], ["DNA", "O"], ["S1", "O"]]) == "IO"
     (fault,) = tag_faults(["b:A"], "IO")
-    assert fault.what == "'b:A' is not a IO"
+    assert fault.what == "'b:A' is not a tag of the IO scheme"
 
 
 WRONG = {
-    "I begins": ("BIO", "O I-A O", 1, "'I-A' after 'O': in BIO entity cannot begin like this", "begin it with B-A"),
+    "I begins": ("BIO", "O I-A O", 1, "'I-A' after 'O': a BIO entity cannot begin like this", "begin it with B-A"),
     "I begins a sentence": ("BIO", "I-A O", 0, "'I-A' after 'O'", "B-A"),
     "another type": ("BIO", "B-A I-B O", 1, "'I-B' after 'B-A'", "B-B"),
-    "typo": ("BIO", "O B_A O", 1, "'B_A' is not a BIO", "did you mean 'B-A'?"),
-    "small letter": ("BIO", "O b-A O", 1, "'b-A' is not a BIO", "did you mean 'B-A'?"),
-    "of another scheme": ("BIO", "O U-A O", 1, "'U-A' is not a BIO", "its tags are O and B-TYPE, I-TYPE"),
-    "a type alone": ("BIO", "O A O", 1, "'A' is not a BIO", "its tags are O"),
+    "typo": ("BIO", "O B_A O", 1, "'B_A' is not a tag of the BIO scheme", "did you mean 'B-A'?"),
+    "small letter": ("BIO", "O b-A O", 1, "'b-A' is not a tag of the BIO scheme", "did you mean 'B-A'?"),
+    "of another scheme": ("BIO", "O U-A O", 1, "'U-A' is not a tag of the BIO scheme", "use O or B-TYPE, I-TYPE"),
+    "a type alone": ("BIO", "O A O", 1, "'A' is not a tag of the BIO scheme", "use O"),
     "B in IOB1": ("IOB1", "O B-A O", 1, "'B-A' after 'O': IOB1 uses B only after another A", "I-A"),
-    "left open": ("BIOES", "B-A O O", 1, "'O' after 'B-A', which is left open", "in BIOES entities end"),
-    "open at the end": ("BILOU", "O B-A", 1, "'O' after 'B-A', which is left open", "L-A"),
+    "left open": ("BIOES", "B-A O O", 1, "'O' after 'B-A': unfinished entity", "in BIOES, end it"),
+    "open at the end": ("BILOU", "O B-A", 1, "'O' after 'B-A': unfinished entity", "L-A"),
     "E begins": ("BIOES", "O E-A", 1, "'E-A' after 'O'", "B-A"),
-    "S inside": ("BIOES", "B-A S-A", 1, "'S-A' after 'B-A', which is left open", "E-A"),
+    "S inside": ("BIOES", "B-A S-A", 1, "'S-A' after 'B-A': unfinished entity", "E-A"),
 }
 
 
