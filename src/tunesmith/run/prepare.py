@@ -157,7 +157,7 @@ class Prepared:
             "processor_sha256": models.processor_hash(self.base.processor),
         }
         if self.recipe.data.augment:
-            hashes["synonyms_sha256"] = augment.fingerprints(self.recipe.data.augment)
+            hashes["synonyms_sha256"] = augment.synonym_hashes(self.recipe.data.augment)
             hashes |= {"translators_sha256": runs} if (runs := translators(self.recipe.data.augment)) else {}
         return tree | hashes | {"world_size": parallel.world_size()}
 

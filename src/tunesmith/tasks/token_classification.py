@@ -32,11 +32,11 @@ from tunesmith.data.text.spans import has_spans, read_tags, unknown_tag, words_o
 from tunesmith.data.text.tags import (
     Scheme,
     TagSet,
-    belongs,
-    faults,
-    faults_of_rows,
+    is_tag_of,
+    row_faults,
     scheme_of,
     split_tag,
+    tag_faults,
     tags_of_types,
 )
 from tunesmith.data.text.texts import inspect_texts, model_inputs, preview_tokens, token_costs
@@ -96,7 +96,7 @@ class TokenClassification(Task):
         """Return the tag of each word. Once scheme and tags are known, check the tags against them."""
         tags = read_tags(row, self.tags)
         if self.scheme != "auto":
-            for fault in faults(tags, self.scheme):
+            for fault in tag_faults(tags, self.scheme):
                 raise row.fault("label", fault.what, fault.hint, fault.index)
         if self.tags is not None:
             for index, tag in enumerate(tags):
@@ -125,9 +125,9 @@ class TokenClassification(Task):
             what = f"all {counts.total()} words have the tag O; there are no entities"
             raise DataError(what, where=where, hint="set data.columns.label=N if the tags are in another column")
         bare = scheme == "IO" and not any(tag.startswith("I-") for tag in counts)
-        types = {split_tag(tag)[1] for tag in counts if tag != "O" and belongs(tag, scheme)}
+        types = {split_tag(tag)[1] for tag in counts if tag != "O" and is_tag_of(tag, scheme)}
         if not types:
-            fault = faults([next(tag for tag in counts if tag != "O")], scheme)[0]
+            fault = tag_faults([next(tag for tag in counts if tag != "O")], scheme)[0]
             raise DataError(f"label: {fault.what}, and no other tag is valid", where=where, hint=fault.hint)
         tags = self.tags or tags_of_types(types, scheme, bare)
         weights = class_weights(data.class_weights, "single", tags, counts)
@@ -176,11 +176,11 @@ class TokenClassification(Task):
         scheme = scheme_of(tags for _, tags in read) if self.scheme == "auto" else self.scheme
         if scheme is None:
             return
-        for place, fault in faults_of_rows(read, scheme):
+        for place, fault in row_faults(read, scheme):
             yield findings.Fault("tags", f"a tag is invalid in {scheme}", place, fault.what, fault.hint, "error")
         for row, tags in read:
             for index, tag in enumerate(tags):
-                if self.tags and tag not in self.tags and belongs(tag, scheme):
+                if self.tags and tag not in self.tags and is_tag_of(tag, scheme):
                     lacks = unknown_tag(tag, index, row, self.tags)
                     yield findings.Fault(
                         "unknown-label", "a tag is not in train", lacks.where, tag, lacks.hint, "error"

@@ -75,4 +75,4 @@ def test_it_is_shown(command: Any, tiny_bert: Path, reviews_csv: Path) -> None:
     code, out, _ = command(*words, CHANGES)
     assert code == 0 and out.count(" in epoch ") == 3 and out.count("target:") == 4
     code, _, err = command(*words)
-    assert code == 2 and "data.augment is not given" in err
+    assert code == 2 and "data.augment is not set" in err
