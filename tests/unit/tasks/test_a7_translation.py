@@ -146,7 +146,7 @@ def test_the_other_way_round_is_seen_by_the_script(command: Command, tmp_path: P
     (tmp_path / "a.tsv").write_text("".join(f"number {n}\t第{n}号\n" for n in range(30)))
     said = _refused(command, tmp_path, "a.tsv", "task.source_lang=zh", "task.target_lang=en")
     assert said.startswith(
-        "a.tsv: most sources are in the script of en, and most targets in that of zh: columns appear to be swapped; swap data.columns"
+        "a.tsv: most sources are in the script of en, and most targets in that of zh: columns appear to be swapped"
     )
 
 
