@@ -103,7 +103,7 @@ def test_runs_that_are_none_are_refused(recipe_of: Any, tmp_path: Path, translat
         back_translation.fingerprints([_step((tmp_path / "nowhere", tmp_path))])
     recipe = recipe_of("train.max_steps=1", "train.epochs=null")
     tunesmith.train(recipe, console=QUIET)
-    with pytest.raises(RecipeError, match=r"is a run of text-classification, and a text is translated there and back"):
+    with pytest.raises(RecipeError, match=r"is a run of text-classification, not of translation"):
         back_translate(["a"], [_step((Path(recipe.output), translators[1]))], tmp_path, say=str)
     tagged = Row("a:1", {"tokens": ["a"], "label": ["O"]})
     with pytest.raises(RecipeError, match=r"back-translation says a text otherwise, and tags of words cannot go along"):
