@@ -144,12 +144,12 @@ def compare_masks(given: argparse.Namespace, rows: list[dict[str, Any]]) -> dict
     import datasets
     import trl
 
-    from tunesmith.data.text.chats import Chats
+    from tunesmith.data.text.chats import ChatEncoder
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
     chats = [row["messages"] for row in rows]
     chats += [one + two for one, two in zip(chats[::2], chats[1::2], strict=True)]
-    ours = Chats.of(tokenizer, None, "answers", None).answered([("", chat) for chat in chats], MAX_LENGTH)
+    ours = ChatEncoder.of(tokenizer, None, "answers", None).encode([("", chat) for chat in chats], MAX_LENGTH)
     tokenizer.chat_template = tokenizer.chat_template.replace(TURN, MARKED)
     assert "generation" in tokenizer.chat_template, "this model's template is another"
     with tempfile.TemporaryDirectory() as folder:

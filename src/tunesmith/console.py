@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich import console as rich_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["Talk", "command", "scores_line"]
+__all__ = ["Console", "command", "scores_line"]
 
 REWRITE_S = 0.2
 """Minimum time between two updates of a notebook's progress line."""
@@ -35,13 +35,13 @@ PATIENCE_S = 5.0
 
 
 @dataclass
-class Talk:
+class Console:
     """Messages for the user at a verbosity level. Only the first process of a group prints."""
 
     level: int = 0
     """-1 quiet, 0 normal, 1 verbose."""
     to_stderr: bool = False
-    console: Console = field(init=False)
+    rich: rich_console.Console = field(init=False)
     _warned: set[str] = field(default_factory=set, init=False, repr=False)
     _line: str = field(default="", init=False, repr=False)
     _written_s: float = field(default=0.0, init=False, repr=False)
@@ -49,7 +49,7 @@ class Talk:
     def __post_init__(self) -> None:
         silent = os.environ.get("RANK", "0") not in ("", "0")
         as_is = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True, "force_jupyter": False}
-        self.console = Console(stderr=self.to_stderr, quiet=silent, **as_is)  # type: ignore[arg-type]
+        self.rich = rich_console.Console(stderr=self.to_stderr, quiet=silent, **as_is)  # type: ignore[arg-type]
 
     def say(self, text: str) -> None:
         """Print a message, unless quiet."""
@@ -89,17 +89,15 @@ class Talk:
 
     def _print(self, text: str, **style: Any) -> None:
         self._rewrite("")
-        self.console.print(text, **style)
+        self.rich.print(text, **style)
 
     @contextmanager
     def progress(
         self, total: int, done: int = 0, *, of: str = "training", unit: str = "step"
     ) -> Iterator[Callable[[int, str], None]]:
         """Show progress: yield a function to call with (units done, text)."""
-        drawn = self.level >= 0 and not self.console.quiet and not os.environ.get("CI")
-        if (
-            drawn and self.console.is_terminal and self.console.file.isatty()
-        ):  # FORCE_COLOR does not make a file a terminal
+        drawn = self.level >= 0 and not self.rich.quiet and not os.environ.get("CI")
+        if drawn and self.rich.is_terminal and self.rich.file.isatty():  # FORCE_COLOR does not make a file a terminal
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -107,7 +105,7 @@ class Talk:
                 TextColumn(f"{unit}s"),
                 TimeRemainingColumn(),
             )
-            with Progress(*columns, console=self.console, transient=True) as bar:
+            with Progress(*columns, console=self.rich, transient=True) as bar:
                 task = bar.add_task(of, total=total, completed=done)
                 yield lambda completed, text: bar.update(task, completed=completed, description=text)
         elif drawn and hasattr(builtins, "get_ipython"):  # a notebook
@@ -139,8 +137,8 @@ class Talk:
         """Replace the notebook's progress line by `text`."""
         if text or self._line:
             blank = " " * len(self._line)
-            self.console.file.write(f"\r{blank}\r{text}")
-            self.console.file.flush()
+            self.rich.file.write(f"\r{blank}\r{text}")
+            self.rich.file.flush()
             self._line, self._written_s = text, time.monotonic()
 
 

@@ -1,1 +1,1 @@
-"""From files to batches."""
+"""Data pipeline: formats, columns, splits, encoded examples, batches."""

@@ -1,7 +1,7 @@
-"""Ragged batches in a global order that is a function of (seed, epoch, index), and their cut into micro-batches.
+"""Ragged batches in a global order that depends on (seed, epoch, index) alone, and their split into micro-batches.
 
-Batches stay uniformly random; only inside one optimizer step are examples sorted by length before they are cut into
-micro-batches, which changes no gradient (losses are sums over the step's normalizers) and saves padding.
+Batches are uniformly random. Inside one optimizer step, examples are sorted by length before they are split into
+micro-batches. This saves padding and leaves the gradient unchanged: losses are sums over the step's normalizers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tunesmith.data.encoded import Encoded
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of unequal length, flat: row i is `values[offsets[i]:offsets[i + 1]]`."""
+    """Rows of unequal length, stored flat: row i is `values[offsets[i]:offsets[i + 1]]`."""
 
     values: Tensor  # (sum of lengths, ...)
     offsets: Tensor  # (rows + 1,)
@@ -43,13 +43,13 @@ class Ragged:
         return mask
 
     def padded(self, fill: int | float) -> Tensor:
-        """Rows as a rectangle, padded on the right."""  # (rows, longest, ...)
+        """Rows padded on the right to equal length."""  # (rows, longest, ...)
         mask, width = self.mask().bool(), self.values.shape[1:]
         inside = mask.view(*mask.shape, *[1] * len(width))
         return self.values.new_full((*mask.shape, *width), fill).masked_scatter_(inside, self.values)
 
     def to(self, device: torch.device) -> Ragged:
-        """The same rows on another device."""
+        """Copy to a device."""
         offsets = self.offsets.to(device, non_blocking=True)
         return Ragged(self.values.to(device, non_blocking=True), offsets, self._offsets_on_host())
 
@@ -70,7 +70,7 @@ def host_lengths(mask: Tensor) -> NDArray[np.int64] | None:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some examples, field by field: `Ragged` where lengths differ, else a tensor of (examples, ...)."""
+    """Fields of several examples: `Ragged` where lengths differ, else a tensor of (examples, ...)."""
 
     fields: Mapping[str, Ragged | Tensor]
     size: int
@@ -91,7 +91,7 @@ class Batch:
         return value
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """Copy to a device."""
         moved: dict[str, Any] = {name: value.to(device) for name, value in self.fields.items()}
         return replace(self, fields=moved)
 
@@ -108,7 +108,7 @@ def collate(encoded: Encoded, indices: NDArray[np.int64]) -> Batch:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much fits at once, in the cost units of the task (tokens, pixels).
+    """Limits of one micro-batch, in the cost units of the task (tokens, pixels).
 
     `overhead` is the cost of one more forward and backward pass, in padded units.
     """
@@ -128,10 +128,10 @@ class Batches:
     rank: int = 0
     world: int = 1
     augmented: Callable[[int], Encoded] | None = None
-    """The same examples as they are in an epoch, where they change from one to the next."""
+    """Epoch -> the augmented examples of that epoch; None without augmentation."""
 
     def examples(self, step: int) -> Encoded:
-        """What the indices of a step point into."""
+        """Examples that the indices of a step refer to."""
         return self.encoded if self.augmented is None else self.augmented(step // self.steps_per_epoch)
 
     @property
@@ -146,7 +146,7 @@ class Batches:
         return order[within * self.batch_size : (within + 1) * self.batch_size]
 
     def micro_batches(self, step: int, limits: Limits) -> list[NDArray[np.int64]]:
-        """This process's share of a step, cut so that padding is least within the limits."""
+        """This process's share of a step, split within the limits so that padding is minimal."""
         share = self.indices(step)[self.rank :: self.world]
         costs = self.examples(step).costs[share]
         order = np.argsort(costs, kind="stable")
@@ -159,9 +159,9 @@ def _order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
 
 
 def cut(lengths: NDArray[np.int64], limits: Limits) -> list[tuple[int, int]]:
-    """Cut ascending lengths into runs so that sum(rows x longest + overhead) is least; each run within the limits.
+    """Split ascending lengths into runs within the limits so that sum(rows x longest + overhead) is minimal.
 
-    Dynamic programming over the end of each run; a single row that exceeds `max_cost` stands alone.
+    Uses dynamic programming over the end of each run. A row that exceeds `max_cost` gets a run of its own.
     """
     if not len(lengths):
         return []

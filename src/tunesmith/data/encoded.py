@@ -1,16 +1,16 @@
-"""Encoded examples: one array for each field, with offsets where the first dimension differs from example to example.
+"""Encoded examples: one array per field, with offsets where the first dimension varies between examples.
 
-The same class holds them in memory (to answer a request) and as memory-mapped files (to train). On disk one mechanism
-gives the cache (a folder named by a hash of its content), data larger than memory, and resuming at any example. A
-folder is complete or absent: it is written beside its place and renamed, and one that a power cut has emptied is
-written again.
+The same class holds examples in memory (for inference) and in memory-mapped files (for training). The files serve as
+cache (the folder is named by a hash of its content), allow data larger than memory, and allow resuming at any example.
+A folder is written under a temporary name and renamed, so it is complete or absent. A folder whose files were
+truncated by a power failure is written again.
 
-A field is what `encode_rows` returns for it:
+`encode_rows` returns a field as one of:
 
-    7, 0.5                    one number an example: an index (int64 in a batch), or float32
+    7, 0.5                    one number per example: an index (int64 in a batch), or float32
     [3, 1, 4], [0.5, 1.0]     a list: ragged, indices or float32
     np.ndarray                an array of the same shape for every example, in its own dtype (uint8 stays uint8)
-    VariableLength(array)     an array whose first dimension differs from example to example, in its own dtype
+    VariableLength(array)     an array whose first dimension varies between examples, in its own dtype
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ Fields = dict[str, Any]
 
 
 class VariableLength(NamedTuple):
-    """An array whose first dimension differs from example to example."""
+    """An array whose first dimension varies between examples."""
 
     array: Array
 
 
 @dataclass(frozen=True)
 class Field:
-    """The layout of one field: `shape` is that of one element of a ragged field, else that of one example."""
+    """The layout of a field. `shape` is the shape of one element if the field is ragged, else of one example."""
 
     dtype: str
     shape: tuple[int, ...] = ()
     ragged: bool = False
     is_index: bool = False
-    """Whether a batch holds it as int64, the dtype in which PyTorch indexes."""
+    """True if the field holds indices, which a batch converts to int64 as PyTorch requires."""
 
 
 class Encoded:
-    """A read-only set of encoded examples.
+    """Read-only set of encoded examples.
 
-    `key` names their content (the folder's name); it is empty for examples in memory. `costs` are the cost units of
-    each example (tokens, pixels), as its task states them.
+    `key` identifies the content (the folder's name) and is empty for examples in memory. `costs` has the cost units
+    of each example (tokens, pixels), as computed by the task.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Encoded:
 
     @classmethod
     def open(cls, folder: Path) -> Encoded:
-        """Map the files of a folder that `encode` wrote."""
+        """Memory-map the files of a folder written by `encode`."""
         about = json.loads((folder / "fields.json").read_text(encoding="utf-8"))
         fields = {name: Field(**{**field, "shape": tuple(field["shape"])}) for name, field in about["fields"].items()}
         values, offsets = {}, {}
@@ -91,7 +91,7 @@ class Encoded:
         return self._values[name]
 
     def offsets(self, name: str) -> Array:
-        """The places at which the examples of a ragged field begin, and its end."""  # (examples + 1,)
+        """Start of each example in a ragged field, and the end of the last."""  # (examples + 1,)
         return self._offsets[name]
 
     def lengths(self, name: str) -> Array:
@@ -135,8 +135,8 @@ def encode(
     folder: Path,
     costs: Costs | None = None,
 ) -> Encoded:
-    """Encode `rows` in chunks into `folder`, or open the folder where it is there already."""
-    if not _is_whole(folder):
+    """Encode `rows` in chunks into `folder`, or open the folder if it already exists."""
+    if not _is_complete(folder):
         writing = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
@@ -168,8 +168,8 @@ def encode_in_memory(
     return _with_costs(Encoded(size, fields, joined, offsets), costs)
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether all files are there in the sizes that were written."""
+def _is_complete(folder: Path) -> bool:
+    """Return whether all files exist with the sizes that were written."""
     try:
         sizes = json.loads((folder / "fields.json").read_text(encoding="utf-8"))["bytes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -178,13 +178,13 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _put_in_place(writing: Path, folder: Path) -> None:
-    if _is_whole(folder):  # another process was faster
+    if _is_complete(folder):  # another process was faster
         return
     shutil.rmtree(folder, ignore_errors=True)
     try:
         writing.rename(folder)
     except OSError:
-        if not _is_whole(folder):
+        if not _is_complete(folder):
             raise
 
 
@@ -231,7 +231,7 @@ def _field(value: Any, column: list[Any]) -> Field:
 
 
 def _packed(name: str, field: Field, column: list[Any]) -> tuple[Array, list[int]]:
-    """The values of some examples as one array, and the length of each where the field is ragged."""
+    """The values of a chunk as one array, and the length of each example if the field is ragged."""
     if isinstance(column[0], VariableLength):
         arrays = [value.array for value in column]
         _check_same_layout(name, field, ((array.dtype.name, array.shape[1:]) for array in arrays))
@@ -240,7 +240,7 @@ def _packed(name: str, field: Field, column: list[Any]) -> tuple[Array, list[int
         _check_same_layout(name, field, ((array.dtype.name, array.shape) for array in column))
         return np.stack(column), []
     else:
-        assert field.dtype == _dtype(column) or field.dtype == "float32", f"{name} has fractions only now"
+        assert field.dtype == _dtype(column) or field.dtype == "float32", f"{name}: floats after a chunk of integers"
         arrays = column
         flat = np.concatenate([np.asarray(value) for value in column]) if field.ragged else np.asarray(column)
     return flat.astype(field.dtype, copy=False), [len(value) for value in arrays] if field.ragged else []
@@ -252,7 +252,7 @@ def _check_same_layout(name: str, field: Field, found: Iterable[tuple[str, tuple
 
 
 def _dtype(values: list[Any]) -> str:
-    """float32 where a number or an element of a list has a fraction, else int32."""
+    """float32 if any number is a float, else int32."""
     kinds = {np.asarray(value).dtype.kind for value in values if np.size(value)}
     return "float32" if "f" in kinds else "int32"
 
@@ -275,7 +275,7 @@ def file_sha256(path: Path) -> str:
 
 
 def known_sha256(path: Path) -> str:
-    """`file_sha256`, computed once in this process for a file that stays as it is."""
+    """Return `file_sha256`, cached in this process while size and modification time stay the same."""
     about = path.stat()
     return _sha256_of(path, about.st_size, about.st_mtime_ns)
 

@@ -1,4 +1,4 @@
-"""What is wrong with data: faults of rows, and faults of one kind together."""
+"""Faults in data, and findings: faults of the same kind grouped together."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any, Literal
 
 from tunesmith.errors import CONTROL, shorten
 
-LONGEST = 160
-"""Characters of what is shown of a value; of a text 80."""
+MAX_VALUE_CHARS = 160
+"""Characters shown of a message; other values are cut to 80."""
 Level = Literal["error", "warning"]
-"""An error stops a run or falsifies its scores."""
+"""An error stops a run or invalidates its scores."""
 ERROR_KINDS = frozenset({"bad-row", "bad-label", "refused", "unreadable"})
-"""Kinds whose value is what an error says, with quotation marks of its own."""
+"""Kinds whose value is an error message, which has its own quotation marks."""
 MAX_FAULTS = 10_000
-"""Of one finding so many faults are kept; the rest is counted."""
+"""Faults kept per finding; the rest are only counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One row, column or file: what is wrong with which value, and the way out. `see` is a place to compare with.
+    """Fault of a row, column or file: what is wrong, the value, and the fix. `see` is a related place to compare.
 
-    Faults of the same kind that say the same are one finding.
+    Faults with the same level, kind and description (`what`) form one finding.
     """
 
     kind: str
@@ -35,23 +35,23 @@ class Fault:
     see: str = ""
 
     def dump(self) -> dict[str, Any]:
-        """File, line (None where the fault is not of one row), value cut to a line, fix."""
+        """The fault as plain values: file, line (None if it concerns no single row), shortened value, fix."""
         file, _, line = self.place.rpartition(":")
-        at = {"file": file, "line": int(line)} if line.isdigit() else {"file": self.place, "line": None}
+        place = {"file": file, "line": int(line)} if line.isdigit() else {"file": self.place, "line": None}
         value = str(self.value) if self.kind in ERROR_KINDS else shorten(self.value)[1:-1]
-        told = at | {"value": CONTROL.sub("?", value[:LONGEST]), "fix": self.fix}
-        return told | ({"see": self.see} if self.see else {})
+        fault = place | {"value": CONTROL.sub("?", value[:MAX_VALUE_CHARS]), "fix": self.fix}
+        return fault | ({"see": self.see} if self.see else {})
 
 
 @dataclass
 class Findings:
-    """Faults as they come in."""
+    """Faults collected so far, grouped by level, kind and description."""
 
     faults: dict[tuple[Level, str, str], list[Fault]] = field(default_factory=dict)
     counts: Counter[tuple[Level, str, str]] = field(default_factory=Counter)
 
     def add(self, faults: Iterable[Fault]) -> None:
-        """Take in some more."""
+        """Add faults."""
         for fault in faults:
             key = (fault.level, fault.kind, fault.what)
             self.counts[key] += 1
@@ -60,7 +60,7 @@ class Findings:
                 kept.append(fault)
 
     def dump(self) -> list[dict[str, Any]]:
-        """Each finding as plain values, errors first, then by kind."""
+        """The findings as plain values, errors first, then by kind."""
         return [
             {
                 "kind": kind,

@@ -1,7 +1,7 @@
-"""Languages: how files, models and people name them, and in which script they are written.
+"""Language codes, language names and scripts.
 
-One row a language: its code in ISO 639-1 (M2M-100), in ISO 639-3 (Marian), in mBART-50 and in NLLB, whose code says the
-script too, and its name (T5). `-` where a family does not know it.
+Each entry of the table has the code in ISO 639-1 (M2M-100), ISO 639-3 (Marian), mBART-50 and NLLB (which includes the
+script), and the English name (T5). `-`: the model family does not support the language.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ _SCRIPTS = {
     "Gujr": "GUJARATI", "Taml": "TAMIL", "Telu": "TELUGU", "Mlym": "MALAYALAM", "Sinh": "SINHALA", "Khmr": "KHMER",
     "Mymr": "MYANMAR", "Geor": "GEORGIAN", "Armn": "ARMENIAN", "Ethi": "ETHIOPIC",
 }  # fmt: skip
-"""Unicode's word for a script; Japanese is CJK, kana included."""
+"""NLLB's script code -> the script in Unicode character names. Japanese, including kana, is CJK."""
 
 CODE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z]{2,4})?")
-"""What a code may look like that the table does not know."""
+"""Pattern of a language code that is not in the table."""
 
 SCRIPT_SAMPLE_LETTERS = 64
 
 
 @dataclass(frozen=True)
 class Language:
-    """One language under the names that it goes by."""
+    """Codes and name of one language."""
 
     two: str
     three: str
@@ -76,9 +76,9 @@ class Language:
 
     @property
     def codes(self) -> tuple[str, ...]:
-        """All of them, the shortest first."""
-        found = (self.two, self.three, self.mbart, self.nllb, self.name)
-        return (*(code for code in found if code != "-"), *_OTHER_NAMES.get(self.two, ()))
+        """All codes and names, the shortest first."""
+        codes = (self.two, self.three, self.mbart, self.nllb, self.name)
+        return (*(code for code in codes if code != "-"), *_OTHER_NAMES.get(self.two, ()))
 
 
 LANGUAGES = [Language(*entry.split()) for line in _TABLE.strip().splitlines() for entry in line.split("|")]
@@ -86,55 +86,55 @@ _BY_CODE = {code.lower(): language for language in LANGUAGES for code in languag
 
 
 def language(code: str) -> Language | None:
-    """What a code or name means, whatever region it adds (`en-GB`); None where it is not known."""
+    """The language of a code or name, with or without a region (`en-GB`); None if it is unknown."""
     plain = code.strip().lower().replace("-", "_")
     return _BY_CODE.get(plain) or _BY_CODE.get(plain.partition("_")[0])
 
 
 def validate_code(code: str) -> str:
-    """The code, where it is known or looks like one that some model may know.
+    """Return the code if it is known or has the form of a language code.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it has not.
     """
     if language(code) is None and not CODE.fullmatch(code):
-        raise ValueError(f"no language is called {shorten(code)}; a code as en, deu or zh_CN, or its English name")
+        raise ValueError(f"unknown language {shorten(code)}; give a code such as en, deu or zh_CN, or its English name")
     return code
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two codes mean one language."""
+    """Return whether two codes mean the same language."""
     known = language(one)
     return one == other or (known is not None and known is language(other))
 
 
 def name_of(code: str) -> str:
-    """Its English name, or the code itself."""
+    """The English name, or the code itself if it is unknown."""
     known = language(code)
     return known.name if known else code
 
 
 def spellings(code: str) -> tuple[str, ...]:
-    """The code and all others that mean the same."""
+    """The code and all other codes and names of the language."""
     known = language(code)
     return tuple(dict.fromkeys((code, *(known.codes if known else ()))))
 
 
 def column_names(code: str) -> tuple[str, ...]:
-    """What a column of that language may be called, in plain spelling."""
+    """Names that a column of that language may have, in lower case with underscores."""
     plain = (name.lower().replace("-", "_").replace(" ", "_") for name in spellings(code))
     return tuple(dict.fromkeys(plain))
 
 
 def script_of_language(code: str) -> str | None:
-    """Unicode's word for the script that it is written in; None where it is not known."""
+    """Unicode name of the script of a language; None if it is unknown."""
     tail = code.rpartition("_")[2]
     known = language(code)
     return _SCRIPTS.get(tail) or (_SCRIPTS[known.nllb.rpartition("_")[2]] if known else None)
 
 
 def script_of(text: str) -> str:
-    """Unicode's word for the script that most of the first letters of a text are in; empty where there is no letter."""
+    """Unicode name of the most frequent script among the first letters of a text; empty if it has no letter."""
     letters = [character for character in text[: 4 * SCRIPT_SAMPLE_LETTERS] if character.isalpha()][
         :SCRIPT_SAMPLE_LETTERS
     ]

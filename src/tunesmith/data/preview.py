@@ -1,4 +1,4 @@
-"""One encoded example as a person reads it: what `data show` prints."""
+"""Human-readable form of one encoded example, for `data show`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Token:
-    """One token as the model reads it. `target`: what is to be predicted there; None where no loss is computed."""
+    """One input token. `target` is the prediction target at this position; None if no loss is computed there."""
 
     text: str
     special: bool
@@ -17,10 +17,10 @@ class Token:
 
 @dataclass(frozen=True)
 class Preview:
-    """An example after encoding.
+    """An encoded example.
 
-    `windows` are its tokens, a list for each forward row; `lines` describe inputs of another kind (the size of a
-    picture); `target` is that of the whole example, where it has one; `cut`: whether a part of it is not read.
+    `windows` has its tokens, one list per sequence in the batch. `lines` describe other inputs (the size of a picture).
+    `target` is the target of the whole example, if there is one. `cut`: whether the example was truncated.
     """
 
     target: str | None = None
@@ -29,5 +29,5 @@ class Preview:
     lines: list[str] = field(default_factory=list)
 
     def dump(self) -> dict[str, Any]:
-        """Plain values."""
+        """The preview as plain values."""
         return asdict(self)

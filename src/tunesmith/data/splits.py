@@ -1,4 +1,4 @@
-"""Splits that can be trusted: in proportion, seeded, and not the same text on two sides."""
+"""Train, validation and test splits: stratified, seeded, with identical texts kept in one split."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ Digests = NDArray[np.uint64]
 def stratified_split(
     strata: Indices, digests: Digests, fraction: float, seed: int, name: str = "validation"
 ) -> tuple[Indices, Indices]:
-    """(kept, drawn) indices, ascending: each class gives its share, rows that say the same stay on one side.
+    """Draw a stratified split; return (kept, drawn) indices, ascending. Rows with equal digests stay together.
 
-    The shares are rounded so that together they make `fraction` of all rows (largest remainders); every class keeps a
-    text. Equal rows that are more than what is still missing are not drawn: others are in their place.
+    The shares of the classes are rounded by largest remainder to sum to `fraction` of all rows. Every class keeps at
+    least one text. A group of equal rows that would exceed the remaining share is skipped.
 
     Raises:
-        DataError: the fraction is less than one row, or no rows can be drawn.
+        DataError: the fraction is less than one row, or no row can be drawn.
     """
     _, classes, counts = np.unique(strata, return_inverse=True, return_counts=True)
     wanted = round(fraction * len(strata))
     if wanted < 1:
-        rows = f"{fraction:g} of {counted(len(strata), 'row')} is none"
-        hint = f"a larger fraction, a file of its own, or data.{name}=null"
-        raise DataError(rows, where=f"data.{name}", hint=hint)
+        what = f"{fraction:g} of {counted(len(strata), 'row')} is less than one row"
+        hint = f"set a larger fraction, a separate file, or data.{name}=null"
+        raise DataError(what, where=f"data.{name}", hint=hint)
     can_give = counts - _smallest_text(classes, digests, len(counts))
     ideal = fraction * counts * (can_give > 0)
     shares = np.minimum(np.floor(ideal).astype(np.int64), can_give)
@@ -45,20 +45,20 @@ def stratified_split(
             break
         shares[code] += shares[code] < can_give[code]
     if not shares.any():
-        what = "every class has a single text: no split is possible"
-        raise DataError(what, where=f"data.{name}", hint=f"a file of its own, or data.{name}=null")
+        what = "every class has a single text, so no split can be drawn"
+        raise DataError(what, where=f"data.{name}", hint=f"set a separate file, or data.{name}=null")
     order = np.random.default_rng([seed, len(strata)]).permutation(len(strata))
     by_class = order[np.argsort(classes[order], kind="stable")]
     drawn = _whole_texts(by_class, classes, digests, shares.tolist(), can_give.tolist())
     if not len(drawn):
-        what = f"{fraction:g} of {len(strata)} rows is less than rows that say the same, which stay together"
-        hint = f"a larger fraction, a file of its own, or data.{name}=null"
+        what = f"{fraction:g} of {len(strata)} rows is less than the smallest group of rows that must stay together"
+        hint = f"set a larger fraction, a separate file, or data.{name}=null"
         raise DataError(what, where=f"data.{name}", hint=hint)
     return np.setdiff1d(np.arange(len(strata)), drawn), np.sort(drawn)
 
 
 def _smallest_text(classes: Indices, digests: Digests, num_classes: int) -> Indices:
-    """In how few rows of each class one text stands: what at least is left of it when texts are drawn whole."""
+    """For each class, the number of rows of its least frequent text: at least this many must be kept."""
     pairs, rows = np.unique(np.stack([classes.astype(np.uint64), digests]), axis=1, return_counts=True)
     fewest = np.full(num_classes, len(classes))
     np.minimum.at(fewest, pairs[0].astype(np.int64), rows)
@@ -68,8 +68,9 @@ def _smallest_text(classes: Indices, digests: Digests, num_classes: int) -> Indi
 def _whole_texts(
     by_class: Indices, classes: Indices, digests: Digests, shares: list[int], can_give: list[int]
 ) -> Indices:
-    """Rows in the order given, each with all that say the same, as long as they fit into the shares of their classes;
-    then such as fit into what is missing from all shares together.
+    """Draw rows in the given order, each with all rows of the same text.
+
+    The first pass keeps within the shares of the classes. The second pass fills up what is missing in total.
     """
     texts: dict[int, list[int]] = {}
     for row, key in zip(by_class.tolist(), digests[by_class].tolist(), strict=True):
@@ -91,15 +92,16 @@ def _whole_texts(
 
 
 def digest(row: Row, columns: Columns, form: Literal["NFC", "NFKC"] = "NFC") -> int:
-    """64 bits of a row's inputs, without regard to case, white space and the way accents are coded; by NFKC also
-    without regard to the width of characters.
+    """Return a 64-bit hash of a row's inputs that ignores case, white space and Unicode composition.
+
+    With NFKC it also ignores the width of characters.
     """
     texts = [str(row.values[name]) for name in sorted(c.name for c in inputs_of(columns)) if name in row.values]
     return _digest("\0".join(texts), form)
 
 
 def group_digest(row: Row) -> int:
-    """64 bits of the group that a row belongs to."""
+    """Return a 64-bit hash of the group that a row belongs to."""
     return _digest(str(row.values["group"]))
 
 
@@ -109,42 +111,43 @@ def _digest(text: str, form: Literal["NFC", "NFKC"] = "NFC") -> int:
 
 
 def join_groups(groups: Digests, digests: Digests) -> Digests:
-    """What stays on one side: each group with those that share a text with it; the groups alone, where more than half
-    of all rows would hang together so and little could be drawn.
-    """
-    above: dict[int, int] = {}
+    """Merge groups that share a text (union-find), so that they stay in one split.
 
-    def top(group: int) -> int:
-        while (up := above.setdefault(group, group)) != group:
-            above[group] = group = above[up]
+    Returns the original groups if a merged group would have more than half of all rows.
+    """
+    parents: dict[int, int] = {}
+
+    def root(group: int) -> int:
+        while (parent := parents.setdefault(group, group)) != group:
+            parents[group] = group = parents[parent]
         return group
 
     first: dict[int, int] = {}
     for group, digest in zip(groups.tolist(), digests.tolist(), strict=True):
-        above[top(group)] = top(first.setdefault(digest, group))
-    found = np.array([top(group) for group in groups.tolist()], dtype=np.uint64)
-    return found if np.unique(found, return_counts=True)[1].max() <= len(found) / 2 else groups
+        parents[root(group)] = root(first.setdefault(digest, group))
+    merged = np.array([root(group) for group in groups.tolist()], dtype=np.uint64)
+    return merged if np.unique(merged, return_counts=True)[1].max() <= len(merged) / 2 else groups
 
 
 def count_overlap(train: Digests, other: Digests) -> int:
-    """How many rows of `other` say what a row of `train` says."""
+    """Return the number of rows of `other` that duplicate a row of `train`."""
     return int(np.isin(other, train).sum())
 
 
 def count_duplicates(digests: Digests, strata: Indices) -> tuple[int, int]:
-    """How many rows say what an earlier one says, and how many texts stand there in several classes."""
+    """Return the number of duplicate rows, and the number of texts that occur in several classes."""
     distinct = np.unique(digests)
     in_classes = np.unique(np.stack([digests, strata.astype(np.uint64)]), axis=1)[0]
     return len(digests) - len(distinct), int((np.unique(in_classes, return_counts=True)[1] > 1).sum())
 
 
 def refuse_same_file(train: Path, other: Path, name: str) -> None:
-    """A split that is the training file would measure nothing.
+    """Refuse a split that is the training file.
 
     Raises:
-        DataError: they are one file.
+        DataError: both paths are the same file.
     """
     if train == other or (train.exists() and other.exists() and train.samefile(other)):
         raise DataError(
-            f"data.{name} is the training file", where=str(other), hint=f"give other rows, or data.{name}=0.1"
+            f"data.{name} is the training file", where=str(other), hint=f"set another file, or data.{name}=0.1"
         )

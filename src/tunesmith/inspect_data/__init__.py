@@ -1,1 +1,1 @@
-"""Looks at data before a run does."""
+"""Inspection of data before a run: check, show, convert."""

@@ -1,7 +1,7 @@
-"""What is wrong with data, row by row, before a run is spent on it: `tunesmith data check PATH|RECIPE`.
+"""Faults of data before training: `tunesmith data check PATH|RECIPE`.
 
-Each file is read as a stream, twice: once for all that a row or a count can show, once for the texts that may be near
-duplicates and for a sample to count tokens in. What is kept of a row is some hundred bytes.
+Each file is streamed twice: first for faults of single rows and counts, then for the texts of near-duplicate
+candidates and a sample of rows whose tokens are counted. About a hundred bytes are kept per row.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +26,28 @@ from tunesmith.data.text import duplicates
 from tunesmith.data.text.spans import words_of
 from tunesmith.data.text.texts import inspect_texts
 from tunesmith.errors import DataError, RecipeError, UserError, did_you_mean, shorten
-from tunesmith.inspect_data.faults import Fields, class_faults, private_faults, size_faults, spread, unknown_labels
-from tunesmith.inspect_data.files import (
-    Asked,
-    File,
-    asked,
-    find_files,
-    guessed_task,
-    left_out,
-    open_file,
-    shown,
-    source_of,
-    text,
-    texts,
+from tunesmith.inspect_data.faults import (
+    ColumnScan,
+    class_faults,
+    length_summary,
+    private_faults,
+    size_faults,
+    unknown_labels,
 )
+from tunesmith.inspect_data.files import (
+    File,
+    ResolvedTarget,
+    display_text,
+    find_files,
+    guess_task,
+    open_file,
+    resolve_target,
+    row_text,
+    row_texts,
+    skipped_files,
+    source_of,
+)
+from tunesmith.inspect_data.row_index import RowIndex
 from tunesmith.models import load as models
 from tunesmith.run.prepare import max_length
 from tunesmith.tasks import Inspection, Task
@@ -49,10 +56,10 @@ from tunesmith.training import dataset
 from tunesmith.training.notes import merge_notes
 
 CHUNK_ROWS = 1024
-LEAK = 0.01
-"""Near duplicates of train that are this share of a split falsify its scores."""
-TOKENIZED = 10_000
-"""Rows of each file whose tokens are counted."""
+MAX_LEAK_SHARE = 0.01
+"""Share of near duplicates of train in a split from which on its scores are invalid."""
+MAX_TOKENIZED_ROWS = 10_000
+"""Rows per file whose tokens are counted."""
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
 
 
@@ -66,87 +73,56 @@ def check(
     offline: bool = False,
     allow_pickle: bool = False,
 ) -> dict[str, Any]:
-    """Findings about a file, a folder or what a recipe names, and counts; `errors` stop a run or falsify its scores.
+    """Check a file, a folder or the data of a recipe; return findings and counts.
 
-    `group` names a column whose values must not stand on both sides of a split, `model` the one whose tokens count.
+    Errors stop a run or invalidate its scores. `group`: column whose values must not occur in two splits. `model`:
+    model whose tokens are counted.
 
     Raises:
-        RecipeError: a recipe that cannot be meant, or no column of that name.
-        DataError: there is no such file.
+        RecipeError: the recipe is invalid, or there is no column `group`.
+        DataError: the file does not exist.
     """
     began = time.perf_counter()
-    looked = _Check(asked(target, overrides, model, stage), group, {"offline": offline, "allow_pickle": allow_pickle})
-    looked.read()
-    looked.compare()
-    found = looked.findings.dump()
-    counts = Counter(finding["level"] for finding in found)
+    check = _Check(
+        resolve_target(target, overrides, model, stage), group, {"offline": offline, "allow_pickle": allow_pickle}
+    )
+    check.read()
+    check.compare()
+    findings = check.findings.dump()
+    counts = Counter(finding["level"] for finding in findings)
     return {
-        "data": target or str(looked.data.train),
-        "task": looked.task.name if looked.task else None,
-        "guessed": looked.guess,
-        "splits": {file.name: file.dump() for file in looked.files},
-        "notes": looked.notes,
-        "findings": found,
+        "data": target or str(check.data.train),
+        "task": check.task.name if check.task else None,
+        "guessed": check.guess,
+        "splits": {file.name: file.dump() for file in check.files},
+        "notes": check.notes,
+        "findings": findings,
         "errors": counts["error"],
         "warnings": counts["warning"],
         "seconds": round(time.perf_counter() - began, 3),
     }
 
 
-@dataclass
-class _Seen:
-    """What is kept of every good row of all files, in their order."""
-
-    file: array[int] = field(default_factory=lambda: array("H"))
-    line: array[int] = field(default_factory=lambda: array("q"))
-    target: array[int] = field(default_factory=lambda: array("q"))
-    """Code of the row's target; -1 where it has none."""
-    group: array[int] = field(default_factory=lambda: array("q"))
-    text: dict[int, str] = field(default_factory=dict)
-    """Row -> its text within a folder of texts."""
-    by_digest: dict[int, int] = field(default_factory=dict)
-    """Digest of what a row says -> number of the first that says it."""
-    targets: dict[Any, int] = field(default_factory=dict)
-    groups: dict[str, int] = field(default_factory=dict)
-    distinct: array[int] = field(default_factory=lambda: array("q"))
-    """Numbers of the rows that are looked at for near duplicates, with their keys in the same order."""
-    keys: list[duplicates.Keys] = field(default_factory=list)
-
-    def hash(self, chunk: list[tuple[int, str]]) -> None:
-        """Take in some rows (number, plain text) to be looked at for near duplicates."""
-        if chunk:
-            self.keys.append(duplicates.band_keys([text for _, text in chunk]))
-            self.distinct.extend(number for number, _ in chunk)
-            chunk.clear()
-
-    def candidates(self, parts: splits.Indices) -> splits.Indices:
-        """Pairs of rows that may be near duplicates."""
-        distinct = np.frombuffer(self.distinct, dtype=np.int64)
-        if not self.keys:
-            return np.empty((0, 2), dtype=np.int64)
-        return distinct[duplicates.candidates(np.concatenate(self.keys), parts[distinct])]
-
-
 class _Check:
-    """One look at some files."""
+    """State of one check."""
 
-    def __init__(self, asked: Asked, group: str | None, allowed: dict[str, bool]) -> None:
-        recipe, guess, self.model, note = asked
+    def __init__(self, target: ResolvedTarget, group: str | None, allowed: dict[str, bool]) -> None:
+        recipe, guess, self.model, note = target
         assert isinstance(recipe.task, Task)
         self.recipe, self.group, self.allowed = recipe, group or recipe.data.group, allowed
-        self.findings, self.notes, self.seen = Findings(), [note] if note else list[str](), _Seen()
+        self.findings, self.notes, self.index = Findings(), [note] if note else list[str](), RowIndex()
         self.data, named, self.are_splits = find_files(recipe.data, recipe.task, guess=guess)
         first = next(iter(named.values()))
         self.guess = guess
-        self.task, misfit = guessed_task(recipe.task, first, self.data) if guess else (recipe.task, None)
+        self.task, misfit = guess_task(recipe.task, first, self.data) if guess else (recipe.task, None)
         self.fitted: Task | None = None
         self.files = list(self._opened(named))
         if misfit is not None and self.files:
-            self.notes.append(f"taken as rows without a task: {misfit.what}; {misfit.hint}; or task=NAME says which")
+            self.notes.append(f"no task fits these columns: {misfit.what}; {misfit.hint}, or set task=NAME")
         noted = [(str(file.path), file.note) for file in self.files if file.note]
         self.notes += merge_notes((path, note.removeprefix(path)) for path, note in noted)
-        if is_folder(folder := str(recipe.data.train)) and (left := left_out(Path(folder), named)):
-            self.notes.append(f"not looked at in {folder}: {', '.join(left)}")
+        if is_folder(folder := str(recipe.data.train)) and (left := skipped_files(Path(folder), named)):
+            self.notes.append(f"skipped files in {folder}: {', '.join(left)}")
         self.row_level: Level = "warning" if self.data.on_bad_row == "skip" else "error"
 
     def _opened(self, named: dict[str, Path]) -> Iterator[File]:
@@ -160,7 +136,7 @@ class _Check:
                 )
 
     def read(self) -> None:
-        """All that can be seen in one pass."""
+        """Read all files once and collect faults of single rows and columns."""
         for number, file in enumerate(self.files):
             if self.group is not None and self.group not in map(str, file.names):
                 hint = did_you_mean(self.group, map(str, file.names))
@@ -168,48 +144,48 @@ class _Check:
             self._read(number, file)
 
     def _read(self, number: int, file: File) -> None:
-        fields, chunk, lengths = Fields(file), list[tuple[int, str]](), array("q")
+        fields, chunk, lengths = ColumnScan(file), list[tuple[int, str]](), array("q")
         for raw in file.raw_rows():
             fields.take(raw)
             row = file.parse_row(raw)
             if isinstance(row, BadRow):
                 file.bad_rows += 1
-                place, fix = f"{file.path / row.file}:{row.line}", row.hint or "mend it"
+                place, fix = f"{file.path / row.file}:{row.line}", row.hint or "correct it"
                 self.findings.add([Fault("bad-row", row.reason, place, row.what, fix, self.row_level)])
                 continue
             assert isinstance(raw, RawRow)
-            says = text(row, file.schema)
-            lengths.append(len(says.split()) + (0 if says.isascii() else len(_CJK.findall(says))))
+            text = row_text(row, file.schema)
+            lengths.append(len(text.split()) + (0 if text.isascii() else len(_CJK.findall(text))))
             self.findings.add(private_faults(row, file.schema))
-            is_first, plain = self._note(number, file, raw, row), duplicates.plain(says)
+            is_first, plain = self._index(number, file, raw, row), duplicates.normalize(text)
             if is_first and len(plain) >= duplicates.MIN_CHARS:
-                chunk.append((len(self.seen.file) - 1, plain))
+                chunk.append((len(self.index.file) - 1, plain))
             if len(chunk) == CHUNK_ROWS:
-                self.seen.hash(chunk)
+                self.index.hash(chunk)
             file.rows += 1
             if file.rows == file.limit:
                 break
-        self.seen.hash(chunk)
+        self.index.hash(chunk)
         self.findings.add(fields.faults())
         if lengths:
-            file.lengths = {"unit": "words", **spread(np.frombuffer(lengths, dtype=np.int64))}
+            file.lengths = {"unit": "words", **length_summary(np.frombuffer(lengths, dtype=np.int64))}
 
-    def _note(self, number: int, file: File, raw: RawRow, row: Row) -> bool:
-        """Keep what is kept of a good row; whether no earlier one says the same."""
-        seen, mine = self.seen, len(self.seen.file)
+    def _index(self, number: int, file: File, raw: RawRow, row: Row) -> bool:
+        """Add a good row to the index; return whether it is the first with these inputs."""
+        index, mine = self.index, len(self.index.file)
         target = self._target(file, row)
-        code = -1 if target is None else seen.targets.setdefault(target, len(seen.targets))
+        code = -1 if target is None else index.targets.setdefault(target, len(index.targets))
         value = raw.values.get(self.group, raw.values.get(_number(self.group))) if self.group is not None else None
         group = "" if value is None else str(value).strip()
-        seen.file.append(number)
-        seen.line.append(raw.line)
+        index.file.append(number)
+        index.line.append(raw.line)
         if raw.file:
-            seen.text[mine] = raw.file
-        seen.target.append(code)
-        seen.group.append(seen.groups.setdefault(group, len(seen.groups)) if group else -1)
-        earlier = seen.by_digest.setdefault(splits.digest(row, file.schema, "NFKC"), mine)
+            index.text[mine] = raw.file
+        index.target.append(code)
+        index.group.append(index.groups.setdefault(group, len(index.groups)) if group else -1)
+        earlier = index.by_digest.setdefault(splits.digest(row, file.schema, "NFKC"), mine)
         if earlier != mine:
-            self.findings.add(self._repeats(file, row, target, earlier))
+            self.findings.add(self._duplicate_faults(file, row, target, earlier))
         return earlier == mine
 
     def _target(self, file: File, row: Row) -> Any:
@@ -218,9 +194,9 @@ class _Check:
         try:
             target = self.task.parse_target(row)
         except DataError as error:
-            kind, what = "bad-row", "nothing can be learned"
+            kind, what = "bad-row", "the row cannot be used for training"
             if self._labeled:
-                kind, what = "bad-label", "a label cannot be read"
+                kind, what = "bad-label", "invalid label"
             self.findings.add([Fault(kind, what, row.place, error.what, error.hint, self.row_level)])
             return None
         if target == IGNORED:  # a run leaves it out
@@ -229,24 +205,24 @@ class _Check:
             file.classes.update([target] if isinstance(target, str) else target)
         return target
 
-    def _repeats(self, file: File, row: Row, target: Any, earlier: int) -> Iterator[Fault]:
-        """A row that says what an earlier one says, and what is worse if their labels differ."""
-        see, other = self._place(earlier), self.files[self.seen.file[earlier]]
+    def _duplicate_faults(self, file: File, row: Row, target: Any, earlier: int) -> Iterator[Fault]:
+        """Yield the faults of a row that duplicates an earlier one: duplicate or leak, and conflicting labels."""
+        see, other = self._place_of(earlier), self.files[self.index.file[earlier]]
         if other is file:
-            what = f"a row of {file.name} says word for word what an earlier one says"
-            yield Fault("duplicate", what, row.place, shown(row, file.schema), "keep one of them", see=see)
+            what = f"a row of {file.name} duplicates an earlier one"
+            yield Fault("duplicate", what, row.place, display_text(row, file.schema), "keep one of them", see=see)
         else:
-            what, level = f"a row of {file.name} stands word for word in {other.name}", self._leak_level
+            what, level = f"a row of {file.name} duplicates a row of {other.name}", self._leak_level
             kind, fix = "leak" if self.are_splits else "duplicate", "remove it from one of the two"
-            yield Fault(kind, what, row.place, shown(row, file.schema), fix, level, see)
-        there = self.seen.target[earlier]
-        if self._labeled and target is not None and there not in (self.seen.targets[target], -1):
-            labels = self._differing(row, target, list(self.seen.targets)[there])
-            what, fix = "the same text has different labels", "decide on one of them"
-            yield Fault("label-conflict", what, row.place, f"{labels}: {shown(row, file.schema)}", fix, see=see)
+            yield Fault(kind, what, row.place, display_text(row, file.schema), fix, level, see)
+        there = self.index.target[earlier]
+        if self._labeled and target is not None and there not in (self.index.targets[target], -1):
+            labels = self._label_difference(row, target, list(self.index.targets)[there])
+            what, fix = "identical texts have different labels", "correct one of the labels"
+            yield Fault("label-conflict", what, row.place, f"{labels}: {display_text(row, file.schema)}", fix, see=see)
 
-    def _differing(self, row: Row, here: Any, there: Any) -> str:
-        """Two targets of one text; of tags the first that differ, with their word."""
+    def _label_difference(self, row: Row, here: Any, there: Any) -> str:
+        """Describe two different targets of one text; for tags, the first word whose tags differ."""
         if self._tagged and len(here) == len(there):
             at = next(at for at, (mine, other) in enumerate(zip(here, there, strict=True)) if mine != other)
             return f"{words_of(row).words[at]} is {here[at]} here, {there[at]} there"
@@ -254,7 +230,7 @@ class _Check:
 
     @property
     def _labeled(self) -> bool:
-        """Whether there are classes, numbers or tags; a text may have several translations."""
+        """True if targets are classes, numbers or tags; a text may have several valid translations."""
         return self.task is not None and predicts_labels(self.task.columns)
 
     @property
@@ -265,35 +241,35 @@ class _Check:
     def _leak_level(self) -> Level:
         return "error" if self.are_splits else "warning"
 
-    def _place(self, number: int) -> str:
-        path = self.files[self.seen.file[number]].path / self.seen.text.get(number, "")
-        return f"{path}:{self.seen.line[number]}"
+    def _place_of(self, number: int) -> str:
+        path = self.files[self.index.file[number]].path / self.index.text.get(number, "")
+        return f"{path}:{self.index.line[number]}"
 
     def compare(self) -> None:
-        """What several rows show together, and what a run would refuse."""
-        parts = np.array(self.seen.file, dtype=np.int64)
+        """Collect faults that concern several rows, and those for which a run would stop."""
+        parts = np.array(self.index.file, dtype=np.int64)
         names = [file.name for file in self.files]
         if self.task is not None and names[:1] == ["train"] and self.files[0].rows:
-            self._rehearse(self.task, parts, names)
+            self._fit_and_split(self.task, parts, names)
         if (task := self.fitted or self.task) is not None:
             for file in self.files:
                 self.findings.add(task.faults(file.good_rows()))
-        self._near(parts, names)
+        self._near_duplicates(parts, names)
         if self.group is not None:
-            self.findings.add(self._torn(parts, names))
+            self.findings.add(self._group_faults(parts, names))
 
-    def _rehearse(self, task: Task, parts: splits.Indices, names: list[str]) -> None:
-        """Fit the task and draw the splits as a run does; `parts` and `names` then tell the drawn rows apart."""
+    def _fit_and_split(self, task: Task, parts: splits.Indices, names: list[str]) -> None:
+        """Fit the task and draw the splits as a run does; mark the drawn rows in `parts` and `names`."""
         train = self.files[0]
         files = {"train": str(train.named or train.path), "on_bad_row": "skip"}
         files |= {file.name: str(file.named or file.path) for file in self.files}
         drawn = {name: None for name in files.keys() & {"validation", "test"}}
-        read = self._tried(task, files | drawn)
+        read = self._try_reading(task, files | drawn)
         if read is None:
             return
         self.fitted = read.task
         if drawn:
-            self._tried(task, files)
+            self._try_reading(task, files)
         for name, split in read.splits.items():
             if name not in names and split.indices is not None:
                 parts[split.indices] = len(names)
@@ -301,91 +277,93 @@ class _Check:
                 names.append(name)
         if train.classes and read.task.strata(()) is not None:
             self.findings.add(class_faults(self.files))
-            targets, number = [*self.seen.targets, ()], train.rows
+            targets, number = [*self.index.targets, ()], train.rows
             for file in self.files[1:]:
                 numbers = range(number, number := number + file.rows)
-                rows = ((self._place(row), targets[self.seen.target[row]]) for row in numbers)
+                rows = ((self._place_of(row), targets[self.index.target[row]]) for row in numbers)
                 self.findings.add(unknown_labels(file, set(train.classes), rows, self.row_level))
         else:  # numbers, or a tag for each word
             for file in self.files:
                 file.classes.clear()
 
-    def _tried(self, task: Task, keys: dict[str, Any]) -> dataset.Examples | None:
-        """What a run would read; None where it would refuse."""
+    def _try_reading(self, task: Task, keys: dict[str, Any]) -> dataset.Examples | None:
+        """Read the data as a run does; None if the run would stop."""
         try:
             return dataset.read(task, self.data.model_copy(update=keys), self.recipe.train.seed)
         except DataError as error:
             place = error.where or str(keys["train"])
-            self.findings.add([Fault("refused", "a run stops here", place, error.what, error.hint, "error")])
+            self.findings.add([Fault("refused", "the run would stop here", place, error.what, error.hint, "error")])
             return None
 
-    def _near(self, parts: splits.Indices, names: list[str]) -> None:
-        """Near duplicates: candidates from the bands, then judged by their texts."""
-        pairs = self.seen.candidates(parts)
-        texts = self._second_look(set(pairs.ravel().tolist()))
-        plain = {number: duplicates.plain(says) for number, says in texts.items()}
-        found = [
-            (later, earlier, likeness) if parts[later] < parts[earlier] else (earlier, later, likeness)
-            for earlier, later, likeness in duplicates.alike(pairs, plain, parts)
+    def _near_duplicates(self, parts: splits.Indices, names: list[str]) -> None:
+        """Add faults for near duplicates: candidates by MinHash, then exact similarity of their texts."""
+        pairs = self.index.candidates(parts)
+        candidates = self._read_again(set(pairs.ravel().tolist()))
+        normalized = {number: duplicates.normalize(text) for number, text in candidates.items()}
+        similar = [
+            (later, earlier, similarity) if parts[later] < parts[earlier] else (earlier, later, similarity)
+            for earlier, later, similarity in duplicates.near_duplicates(pairs, normalized, parts)
         ]
-        leaks = Counter(int(parts[later]) for earlier, later, _ in found if parts[earlier] != parts[later])
+        leaks = Counter(int(parts[later]) for earlier, later, _ in similar if parts[earlier] != parts[later])
         share = {part: count / np.count_nonzero(parts == part) for part, count in leaks.items()}
-        for earlier, later, likeness in found:
+        for earlier, later, similarity in similar:
             mine, other = names[parts[later]], names[parts[earlier]]
             kind, level, fix = "near-duplicate", "warning", "keep one of them"
-            what = f"a row of {mine} is nearly the same as {'an earlier one' if mine == other else f'one of {other}'}"
+            what = f"a row of {mine} nearly duplicates {'an earlier one' if mine == other else f'a row of {other}'}"
             if mine != other and self.are_splits:
-                kind, fix = "near-leak", "keep such rows on one side, or remove one of them"
-                level = "error" if share[int(parts[later])] >= LEAK else "warning"
-                what += " (as the recipe draws them)" if {mine, other} & self.files[0].drawn.keys() else ""
-            see = f"{self._place(earlier)} ({likeness:.0%} alike{self._other_label(later, earlier)})"
-            self.findings.add([Fault(kind, what, self._place(later), texts[later], fix, level, see)])  # type: ignore[arg-type]
+                kind, fix = "near-leak", "keep such rows in one split, or remove one of them"
+                level = "error" if share[int(parts[later])] >= MAX_LEAK_SHARE else "warning"
+                what += " (splits drawn by the recipe)" if {mine, other} & self.files[0].drawn.keys() else ""
+            see = f"{self._place_of(earlier)} ({similarity:.0%} similar{self._other_label(later, earlier)})"
+            self.findings.add([Fault(kind, what, self._place_of(later), candidates[later], fix, level, see)])  # type: ignore[arg-type]
 
     def _other_label(self, row: int, other: int) -> str:
-        """The labels of two rows that are nearly the same, where they differ."""
-        here, there = self.seen.target[row], self.seen.target[other]
+        """Describe the labels of two near duplicates if they differ."""
+        here, there = self.index.target[row], self.index.target[other]
         if not self._labeled or self._tagged or here == there:
             return ""
-        names = list(self.seen.targets)
+        names = list(self.index.targets)
         return f", {_label(names[here])} here and {_label(names[there])} there" if min(here, there) >= 0 else ""
 
     def _is_train(self, parts: splits.Indices, row: int, other: int) -> bool:
-        """Whether the first of two rows on two sides is the one that is learned from."""
+        """Return whether `row` is a training row and `other` is not."""
         return self.files[0].name == "train" and parts[row] == 0 != parts[other]
 
-    def _second_look(self, wanted: set[int]) -> dict[int, str]:
-        """The texts of some rows, by their number; and the tokens of a sample on the way."""
-        tokens, found, number = self._tokenizer(), dict[int, str](), 0
+    def _read_again(self, wanted: set[int]) -> dict[int, str]:
+        """Read all files again: return the texts of the wanted rows, and count the tokens of a sample."""
+        tokens, wanted_texts, number = self._tokenizer(), dict[int, str](), 0
         for file in self.files if wanted or tokens else ():
-            every, sample = -(-file.rows // TOKENIZED), list[Row]()
+            every, sample = -(-file.rows // MAX_TOKENIZED_ROWS), list[Row]()
             for index, row in enumerate(file.good_rows()):
                 if number in wanted:
-                    found[number] = text(row, file.schema)
-                if tokens and index % every == 0 and text(row, file.schema):
+                    wanted_texts[number] = row_text(row, file.schema)
+                if tokens and index % every == 0 and row_text(row, file.schema):
                     sample.append(row)
                 number += 1
             if tokens and sample:
-                self._look_at_tokens(file, sample, *tokens)
-        return found
+                self._inspect_tokens(file, sample, *tokens)
+        return wanted_texts
 
-    def _look_at_tokens(self, file: File, rows: list[Row], processor: Any, limit: int | None, config: Any) -> None:
-        """Count the tokens of some rows, as the task makes them."""
+    def _inspect_tokens(self, file: File, rows: list[Row], processor: Any, limit: int | None, config: Any) -> None:
+        """Add the faults of rows after tokenization by the task."""
         task, data = self.fitted or self.task, self.data.model_copy(update={"max_length": limit})
         try:
             if task is None:
-                sizes = inspect_texts([texts(row, file.schema) for row in rows], processor)
-                measured: Inspection | None = Inspection(*sizes, limit, "data.max_length")
+                sizes = inspect_texts([row_texts(row, file.schema) for row in rows], processor)
+                inspection: Inspection | None = Inspection(*sizes, limit, "data.max_length")
             else:
-                measured = task.bind(processor, config, data).inspect(rows)
+                inspection = task.bind(processor, config, data).inspect(rows)
         except UserError as error:
-            self.findings.add([Fault("refused", "a run stops here", str(file.path), error.what, error.hint, "error")])
+            self.findings.add(
+                [Fault("refused", "the run would stop here", str(file.path), error.what, error.hint, "error")]
+            )
             return
-        if measured is not None:
-            self.findings.add(measured.faults)
-            self.findings.add(size_faults(file, rows, measured, task.unit if task else Task.unit))
+        if inspection is not None:
+            self.findings.add(inspection.faults)
+            self.findings.add(size_faults(file, rows, inspection, task.unit if task else Task.unit))
 
     def _tokenizer(self) -> tuple[Any, int | None, Any] | None:
-        """The model's tokenizer, how many tokens are read, its config; None where no model is named or to be had."""
+        """The model's tokenizer, its maximum length and its config; None if no model is named or available."""
         task, technique = self.task or self.recipe.task, self.recipe.technique
         assert isinstance(task, Task) and isinstance(technique, Technique)
         if self.model is None:
@@ -396,14 +374,14 @@ class _Check:
             shape = models.load_shape(source, task.auto_class, processor)
             return processor, max_length(self.data.max_length, shape, processor, technique, task), shape.config
         except UserError as error:
-            self.notes.append(f"lengths are in words, for want of the model ({error})")
+            self.notes.append(f"lengths are in words because the model cannot be loaded ({error})")
             return None
 
-    def _torn(self, parts: splits.Indices, names: list[str]) -> Iterator[Fault]:
-        """Values of the group column that stand on two sides, or would if a split were drawn."""
-        groups, first = list(self.seen.groups), dict[int, int]()
+    def _group_faults(self, parts: splits.Indices, names: list[str]) -> Iterator[Fault]:
+        """Yield a fault for each group value that occurs in two splits, or would if a split were drawn."""
+        groups, first = list(self.index.groups), dict[int, int]()
         undrawn = self.are_splits and len(names) == 1
-        for number, (code, part) in enumerate(zip(self.seen.group, parts.tolist(), strict=True)):
+        for number, (code, part) in enumerate(zip(self.index.group, parts.tolist(), strict=True)):
             earlier = first.setdefault(code, number)
             if code < 0 or earlier == number or not (undrawn or part != parts[earlier]):
                 continue
@@ -411,12 +389,12 @@ class _Check:
                 number, earlier = earlier, number
             kind, level = ("group", "warning") if undrawn else ("group-leak", self._leak_level)
             what = f"a row of {names[parts[number]]} shares its {self.group} with {names[parts[earlier]]}"
-            fix = f"put all rows of a {self.group} on one side"
+            fix = f"put all rows of a {self.group} in one split"
             if undrawn:
-                what = f"a row shares its {self.group} with an earlier one: a split drawn by rows would tear them apart"
-                fix = f"data.group={self.group} keeps them together in what is drawn"
+                what = f"a row shares its {self.group} with an earlier one; a random split could separate them"
+                fix = f"set data.group={self.group} to keep them in one split"
             value = f"{self.group}={groups[code]}"
-            yield Fault(kind, what, self._place(number), value, fix, level, self._place(earlier))  # type: ignore[arg-type]
+            yield Fault(kind, what, self._place_of(number), value, fix, level, self._place_of(earlier))  # type: ignore[arg-type]
 
 
 def _number(column: str) -> int | None:
@@ -424,5 +402,5 @@ def _number(column: str) -> int | None:
 
 
 def _label(target: Any) -> str:
-    told = ", ".join(target) if isinstance(target, tuple) else str(target)
-    return told if len(told) <= 24 else f"{told[:23]}…"
+    label = ", ".join(target) if isinstance(target, tuple) else str(target)
+    return label if len(label) <= 24 else f"{label[:23]}…"

@@ -1,7 +1,7 @@
-"""One format into another: `tunesmith data convert reviews.csv reviews.jsonl`.
+"""Conversion between formats: `tunesmith data convert reviews.csv reviews.jsonl`.
 
-Sentences with their entities are written in two ways: as words with a tag each (what CoNLL holds), or as a text with
-spans of its characters. Either is made from the other.
+Entities are written as words with one tag each (as in CoNLL), or as a text with character spans. Each form can be
+converted to the other.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ def convert(
     skip: bool = False,
     spans: bool = False,
 ) -> dict[str, Any]:
-    """Rows written, columns, what was skipped and which columns were `left_out`. `header`: whether the first line names
-    the columns (default: seen). `spans`: entities as spans of a text instead of a tag for each word.
+    """Convert a file; return the number of rows, the columns, the skipped rows and the columns `left_out`.
 
-    Columns without a name are called `column_0` and so on. A row that cannot be read stops it, unless `skip`.
+    `header`: whether the first line is a header (default: detected). `spans`: write entities as character spans
+    instead of tags. Columns without a name become `column_0` and so on. A bad row raises, unless `skip`.
 
     Raises:
-        RecipeError: no such format, or there is a file already.
-        DataError: the source or a row of it cannot be read, or the format cannot hold it.
+        RecipeError: the format is unknown, or the output exists.
+        DataError: the source or one of its rows cannot be read, or the format cannot represent a row.
     """
     kind = to or format_by_name(output)
     if kind not in WRITERS:
-        raise RecipeError(f"--to: no format {kind}", hint=did_you_mean(kind, WRITERS))
+        raise RecipeError(f"--to: unknown format {kind}", hint=did_you_mean(kind, WRITERS))
     if spans and kind == "conll":
-        raise RecipeError("--spans: CoNLL holds a tag for each word", hint="write jsonl, or leave it out")
+        raise RecipeError("--spans: CoNLL cannot represent spans", hint="write jsonl, or remove --spans")
     if output.exists():
-        raise RecipeError("there is a file already, and it is not overwritten", where=str(output), hint="name another")
+        raise RecipeError("the file exists and is not overwritten", where=str(output), hint="choose another name")
     if not output.absolute().parent.is_dir():
-        raise RecipeError("there is no such folder", where=str(output.parent), hint="make it first")
-    read = _entities(Path(source), spans) if spans or kind == "conll" else _as_it_stands(Path(source), header)
+        raise RecipeError("the folder does not exist", where=str(output.parent), hint="create it first")
+    read = _open_entities(Path(source), spans) if spans or kind == "conll" else _open_as_is(Path(source), header)
     skipped, count = Counter[str](), 0
 
     def rows() -> Iterator[tuple[str, Values]]:
@@ -72,18 +72,18 @@ def convert(
                     count += 1
                     yield place, values
                     continue
-            assert isinstance(bad, BadRow), "a good one is written"
+            assert isinstance(bad, BadRow), "good rows are written above"
             if not skip:
-                raise DataError(bad.what, where=place, hint=f"{bad.hint or 'mend it'}, or --skip-bad-rows")
+                raise DataError(bad.what, where=place, hint=f"{bad.hint or 'correct it'}, or set --skip-bad-rows")
             skipped[bad.reason] += 1
 
     writing = output.with_name(f".tmp-{os.getpid()}-{output.name}")
     try:
         write_table(writing, kind, read.names, rows)
-        output.open("x").close()  # unlike a rename it fails where there is a file by now
+        output.open("x").close()  # unlike a rename, it fails if the file exists by now
         writing.replace(output)
     except FileExistsError:
-        raise RecipeError("there is a file by now, and it is not overwritten", where=str(output)) from None
+        raise RecipeError("the file exists by now and is not overwritten", where=str(output)) from None
     except DataError as error:
         raise DataError(error.what, where=error.where or str(source), hint=error.hint) from None
     except OSError as error:
@@ -96,7 +96,7 @@ def convert(
 
 @dataclass(frozen=True)
 class _Source:
-    """Names of what is written, a reader of rows, and what is written of one."""
+    """Names of the output columns, a reader of rows, and a function from a row to its output values."""
 
     names: Sequence[str]
     rows: Rows
@@ -104,28 +104,30 @@ class _Source:
     left_out: list[str] = field(default_factory=list)
 
 
-def _as_it_stands(path: Path, header: bool | None) -> _Source:
+def _open_as_is(path: Path, header: bool | None) -> _Source:
     columns, rows = read_raw(path, header)
     names = {column: _name(column) for column in columns}
-    lists = _of_lists(rows)
+    lists = _list_columns(rows)
 
     def values(raw: RawRow) -> Values:
-        found = {**raw.values, **{column: parse_json(raw.values.get(column)) for column in lists}}
-        return {names[column]: value for column, value in found.items()}
+        decoded = {**raw.values, **{column: parse_json(raw.values.get(column)) for column in lists}}
+        return {names[column]: value for column, value in decoded.items()}
 
     return _Source(list(names.values()), rows, values)
 
 
-def _entities(path: Path, spans: bool) -> _Source:
-    """Sentences with their entities, however these are written; other columns as far as they go with that: beside tags
-    those that have a value for each word, beside a text those that have one for all of it.
+def _open_entities(path: Path, spans: bool) -> _Source:
+    """Open sentences with entities in any annotation.
+
+    Other columns are kept if they fit: beside tags, those with one value per word; beside a text, those with one
+    value per row.
     """
     task = registry.get("task", "token-classification")
     assert isinstance(task, type) and issubclass(task, Task)
     try:
         table = read_table(path, task().columns)
     except DataError as error:
-        hint = "words with their tags are wanted (tokens, tags), or a text with spans"
+        hint = "give words with tags (tokens, tags), or a text with spans"
         raise DataError(error.what, where=error.where, hint=hint) from None
     first = next((raw for raw in table.raw_rows() if isinstance(raw, RawRow)), RawRow(1, {}))
     others = [column for column in first.values if column not in table.columns.values()]
@@ -137,14 +139,14 @@ def _entities(path: Path, spans: bool) -> _Source:
         if isinstance(row, BadRow):
             raise DataError(row.what, hint=row.hint)
         sentence, tags = words_of(row), read_tags(row, None)
-        found: Values = {_name(column): parse_json(raw.values.get(column)) for column in kept}
+        other_values: Values = {_name(column): parse_json(raw.values.get(column)) for column in kept}
         if not spans:
-            return {own[0]: sentence.words, **found, own[1]: list(tags)}
-        marked = [
+            return {own[0]: sentence.words, **other_values, own[1]: list(tags)}
+        entities = [
             {"start": sentence.offsets[begin][0], "end": sentence.offsets[end - 1][1], "label": label}
             for begin, end, label in TagSet(sorted(set(tags))).spans(tags)
         ]
-        return {own[0]: sentence.text, own[1]: marked, **found}
+        return {own[0]: sentence.text, own[1]: entities, **other_values}
 
     names = [_name(column) for column in kept]
     ordered = [*own, *names] if spans else [own[0], *names, own[1]]
@@ -155,11 +157,11 @@ def _name(column: str | int) -> str:
     return f"column_{column}" if isinstance(column, int) else column
 
 
-def _of_lists(rows: Rows) -> list[Any]:
-    """The columns whose cells are lists or objects written as JSON, as they stand in a table of texts."""
-    found: dict[Any, bool] = {}
+def _list_columns(rows: Rows) -> list[Any]:
+    """The columns whose non-empty cells are all JSON lists or objects written as text."""
+    is_json: dict[Any, bool] = {}
     for raw in rows():
         for column, value in raw.values.items() if isinstance(raw, RawRow) else ():
-            if value and found.get(column, True):
-                found[column] = isinstance(value, str) and not isinstance(parse_json(value), str)
-    return [column for column, is_list in found.items() if is_list]
+            if value and is_json.get(column, True):
+                is_json[column] = isinstance(value, str) and not isinstance(parse_json(value), str)
+    return [column for column, all_json in is_json.items() if all_json]

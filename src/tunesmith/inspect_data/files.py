@@ -1,4 +1,4 @@
-"""What `data check` and `data show` are pointed at: a file, a folder or a recipe, as files with readers of rows."""
+"""The data of `data check` and `data show`: a file, a folder or a recipe, opened as files with readers of rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tunesmith.data.formats.parallel import sides_of
 from tunesmith.data.formats.plain import texts_in
 from tunesmith.data.formats.raw import BadRow, RawRow, Rows
 from tunesmith.data.formats.recognize import format_of
-from tunesmith.data.text.conversations import said
+from tunesmith.data.text.conversations import all_content, has_conversation_columns
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import sources
 from tunesmith.recipe import Data, Recipe, Stages
@@ -27,13 +27,13 @@ from tunesmith.run.record import STAGES
 from tunesmith.tasks import Task
 from tunesmith.training import dataset
 
-SAMPLE = 1000
+SAMPLE_ROWS = 1000
 Column = str | int
 
 
 @dataclass
 class File:
-    """One file, read as a split; a row is a good one if it has what the task needs."""
+    """File read as one split. A good row has every value that the task requires."""
 
     name: str
     path: Path
@@ -42,11 +42,11 @@ class File:
     parse_row: Callable[[RawRow | BadRow], Row | BadRow]
     columns: dict[str, Column]
     schema: schema.Columns
-    """The columns of the task, or those that rows without a task have."""
+    """The task's columns, or TASKLESS_COLUMNS."""
     limit: int | None
     note: str | None = None
     named: Path | None = None
-    """As a recipe names it, where `path` shows more: both files of a pair."""
+    """The path in the recipe, if `path` differs: for a parallel pair it shows both files."""
     rows: int = 0
     bad_rows: int = 0
     classes: Counter[str] = field(default_factory=Counter)
@@ -55,21 +55,19 @@ class File:
     """Rows of the splits that the recipe draws from this file."""
 
     def good_rows(self) -> Iterator[Row]:
-        """The rows that a run would read."""
-        judged = (self.parse_row(raw) for raw in self.raw_rows())
-        return islice((row for row in judged if isinstance(row, Row)), self.limit)
+        """The rows that a run reads."""
+        parsed = (self.parse_row(raw) for raw in self.raw_rows())
+        return islice((row for row in parsed if isinstance(row, Row)), self.limit)
 
     def dump(self) -> dict[str, Any]:
-        """What is in it, as plain values."""
+        """The summary of the file as plain values."""
         about = {"file": str(self.path), "rows": self.rows, "bad_rows": self.bad_rows, "columns": self.columns}
         about |= {"classes": dict(self.classes.most_common()), "lengths": self.lengths}
         return about | ({"drawn": self.drawn} if self.drawn else {})
 
 
-class Asked(NamedTuple):
-    """What is to be looked at: the recipe that is meant, whether its task is a guess, and the model, if one is named;
-    `note` says what else there is.
-    """
+class ResolvedTarget(NamedTuple):
+    """Recipe of the data to inspect, whether its task is a guess, the model if one is named, and a note."""
 
     recipe: Recipe
     guess: bool
@@ -77,53 +75,55 @@ class Asked(NamedTuple):
     note: str = ""
 
 
-def asked(target: str | None, overrides: Sequence[str], model: str | None, stage: int | None = None) -> Asked:
-    """What is meant by data, a recipe or a run, and words of the command line; of stages the last, or `stage` from 1.
+def resolve_target(
+    target: str | None, overrides: Sequence[str], model: str | None, stage: int | None = None
+) -> ResolvedTarget:
+    """Resolve data, a recipe or a run folder, with `key=value` overrides; of stages the last, or `stage` (from 1).
 
     Raises:
-        RecipeError: a recipe that cannot be meant, or no such stage.
+        RecipeError: the recipe is invalid, or there is no such stage.
     """
     kept = (Path(target or "") / name for name in (STAGES, "recipe.yaml"))
     target = next((str(path) for path in kept if target and path.exists()), target)
     if target is None or target.lower().endswith((".yaml", ".yml")):
         if (stages := recipes.load_stages(target, overrides)) is not None:
-            found = _of_stages(stages, stage)
-            return found if model is None else found._replace(model=model)
+            resolved = _of_stages(stages, stage)
+            return resolved if model is None else resolved._replace(model=model)
         _refuse_stage(stage)
         recipe = recipes.load(target, overrides)
-        return Asked(recipe, False, model or recipe.model)
+        return ResolvedTarget(recipe, False, model or recipe.model)
     _refuse_stage(stage)
     given = {"task": "text-classification", "model": "none", "data": {"train": target, "validation": None}}
     recipe = recipes.load(None, overrides, given)
     guess = not any(word.startswith(("task=", "task.")) for word in overrides)
-    return Asked(recipe, guess, model or (recipe.model if recipe.model != "none" else None))
+    return ResolvedTarget(recipe, guess, model or (recipe.model if recipe.model != "none" else None))
 
 
 def _refuse_stage(stage: int | None) -> None:
     if stage is not None:
-        raise RecipeError("--stage: there are no stages here", hint="leave it out")
+        raise RecipeError("--stage: the recipe has no stages", hint="remove --stage")
 
 
-def _of_stages(stages: Stages, stage: int | None) -> Asked:
-    """One of them; its model is the run before it if that is there already, else what that begins with."""
+def _of_stages(stages: Stages, stage: int | None) -> ResolvedTarget:
+    """Resolve one stage; its model is the run of the previous stage if it exists, else that stage's model."""
     count = len(stages.recipes)
     number = stage or count
     if number > count:
         raise RecipeError(f"--stage: there is no stage {number}", hint=f"1 to {count}")
     chosen = base = number - 1
-    while base and stages.recipes[base].model == stages.recipes[base - 1].output and not _is_there(stages, base):
+    while base and stages.recipes[base].model == stages.recipes[base - 1].output and not _has_run(stages, base):
         base -= 1
     recipe = stages.recipes[chosen]
-    note = f"stage {number} of {count}, {recipe.task.name}, is looked at; --stage N names another"
-    return Asked(recipe, False, stages.recipes[base].model, note if count > 1 else "")
+    note = f"inspecting stage {number} of {count} ({recipe.task.name}); set --stage N for another"
+    return ResolvedTarget(recipe, False, stages.recipes[base].model, note if count > 1 else "")
 
 
-def _is_there(stages: Stages, number: int) -> bool:
+def _has_run(stages: Stages, number: int) -> bool:
     return (Path(stages.recipes[number].model) / "run.json").exists()
 
 
 def source_of(spec: str, *, offline: bool, allow_pickle: bool) -> sources.Source:
-    """Where tokenizer and shape of a model are: of a run that left an adapter in its `base/`."""
+    """Resolve the source of a model's tokenizer and config; for a run with an adapter it is the `base/` folder."""
     base = Path(spec).expanduser() / "base"
     if (base / "config.json").exists():
         return sources.Source(spec, "run", base)
@@ -131,14 +131,15 @@ def source_of(spec: str, *, offline: bool, allow_pickle: bool) -> sources.Source
 
 
 def find_files(data: Data, task: Task, *, guess: bool = False) -> tuple[Data, dict[str, Path], bool]:
-    """The data keys with the files filled in; name -> file, train first; and whether these are splits of one whole.
-    With a `guess` at the task, files of two languages are one too.
+    """Return the data keys with the files filled in, name -> file (train first), and whether these are splits.
+
+    If the task is a `guess`, parallel files of two languages are accepted too.
 
     Raises:
-        DataError: there is no such file or folder, or nothing in it that can be read.
+        DataError: the file or folder does not exist, or has no readable data.
     """
     if data.train is None:
-        raise RecipeError("data.train: missing", hint="name a file, a folder or a recipe")
+        raise RecipeError("data.train: missing", hint="give a file, a folder or a recipe")
     named, pairs = {"train": Path(data.train)}, guess or predicts_text(task.columns)
     plain = reads_plain_text(task.columns)
     of_texts = is_folder(data.train) and (holds_text(Path(data.train)) if guess else plain)
@@ -158,14 +159,14 @@ def find_files(data: Data, task: Task, *, guess: bool = False) -> tuple[Data, di
     return data, {name: named[name] for name in ("train", "validation", "test") if name in named}, True
 
 
-def left_out(folder: Path, named: Mapping[str, Path]) -> list[str]:
-    """The files of a folder that are not among those that are read."""
+def skipped_files(folder: Path, named: Mapping[str, Path]) -> list[str]:
+    """The files of a folder that are not read."""
     read = {file for path in named.values() for file in files_of(path)}
     return [path.name for path in files_in(folder) if path not in read]
 
 
-def fits(task: Task, path: Path, data: Data) -> DataError | None:
-    """Why a file has not what a task needs."""
+def fit_error(task: Task, path: Path, data: Data) -> DataError | None:
+    """Return why a file does not fit a task, or None if it fits."""
     try:
         dataset.open_split(path, task, data)
     except DataError as error:
@@ -173,11 +174,12 @@ def fits(task: Task, path: Path, data: Data) -> DataError | None:
     return None
 
 
-def guessed_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataError | None]:
-    """A task that the file has all for: the given one, translation of files of two languages, fill-mask of raw text,
-    text-generation of conversations, token-classification; else why not the given one.
+def guess_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataError | None]:
+    """Return the first task that fits a file, or None and the error of the given task.
 
-    Words with tags, one a line, are a table of texts and classes too: what looks so is taken for sentences first.
+    Tried are translation (parallel files), fill-mask (plain text), text-generation (conversations) and
+    token-classification besides the given task. CoNLL files could also be read as texts with classes, so
+    token-classification comes first for them.
     """
     if data.columns:
         return task, None
@@ -188,41 +190,41 @@ def guessed_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataE
         return registry.get("task", "fill-mask")(), None  # type: ignore[return-value]
     tagged = registry.get("task", "token-classification")()
     assert isinstance(tagged, Task)
-    misfit = fits(task, path, data)
+    misfit = fit_error(task, path, data)
     if misfit is not None and _holds_conversations(path, data):
         return registry.get("task", "text-generation")(), None  # type: ignore[return-value]
     first_tagged = misfit is not None or format_of(path, tagged=True) == "conll"
-    if first_tagged and fits(tagged, path, data) is None:
+    if first_tagged and fit_error(tagged, path, data) is None:
         return tagged, None
     return (task, None) if misfit is None else (None, misfit)
 
 
 def _holds_conversations(path: Path, data: Data) -> bool:
-    """Whether a file has columns for messages, or for questions and answers."""
+    """Return whether a file has columns for messages, or for questions and answers."""
     chats = registry.get("task", "text-generation")()
     assert isinstance(chats, Task)
     try:
-        found = dataset.open_split(path, chats, data).table.columns.keys()
+        names = dataset.open_split(path, chats, data).table.columns
     except DataError:
         return False
-    return "messages" in found or {"prompt", "answer"} <= found or {"prompt", "instances"} <= found
+    return has_conversation_columns(names)
 
 
 def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
-    """A file as rows of a task; without one, as rows of which nobody has said what they are for.
+    """Open a file as rows of a task, or as rows without a task.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     if task is None:
-        return _open_whole(name, path, data)
+        return _open_without_task(name, path, data)
     table = dataset.open_split(path, task, data).table
     names: Sequence[Column] = list(table.columns.values())
     if table.format not in ("text", "conll", "parallel"):
         names, _ = read_raw(path, header=all(isinstance(column, str) for column in names))
     return File(
         name,
-        table.shown,
+        table.display_path,
         names,
         table.raw_rows,
         table.parse_row,
@@ -234,59 +236,59 @@ def open_file(name: str, path: Path, task: Task | None, data: Data) -> File:
     )
 
 
-WHOLE = (schema.Column("text", "text", required=False), schema.Column("rest", "value", required=False))
+TASKLESS_COLUMNS = (schema.Column("text", "text", required=False), schema.Column("rest", "value", required=False))
 """The columns of rows without a task."""
 
 
-def _open_whole(name: str, path: Path, data: Data) -> File:
+def _open_without_task(name: str, path: Path, data: Data) -> File:
     names, rows = read_raw(path)
-    words = _columns_of_words(rows)
-    return File(name, path, names, rows, lambda raw: _whole(path, raw, words), {}, WHOLE, data.limit)
+    words = _text_columns(rows)
+    return File(name, path, names, rows, lambda raw: _taskless_row(path, raw, words), {}, TASKLESS_COLUMNS, data.limit)
 
 
-def _columns_of_words(rows: Rows) -> frozenset[Column]:
-    """Columns that hold texts: of some length, and most of them different."""
-    sample = [raw.values for raw in islice(rows(), SAMPLE) if isinstance(raw, RawRow)]
-    found = set()
+def _text_columns(rows: Rows) -> frozenset[Column]:
+    """Return the columns of longer texts that mostly differ from row to row."""
+    sample = [raw.values for raw in islice(rows(), SAMPLE_ROWS) if isinstance(raw, RawRow)]
+    text_columns = set()
     for name in {name for values in sample for name in values}:
-        texts = [_words(values[name]) for values in sample if values.get(name)]
+        texts = [_as_text(values[name]) for values in sample if values.get(name)]
         long_enough = sum(map(len, texts)) >= 4 * len(texts)
         if long_enough and len(set(texts)) >= 0.2 * len(texts) and not all(text.isdigit() for text in texts):
-            found.add(name)
-    return frozenset(found)
+            text_columns.add(name)
+    return frozenset(text_columns)
 
 
-def _words(value: object) -> str:
+def _as_text(value: object) -> str:
     return str(value) if isinstance(value, str | list | dict) else ""
 
 
-def _whole(path: Path, raw: RawRow | BadRow, words: frozenset[Column]) -> Row | BadRow:
-    """A row of which nobody has said what it is for: its words are the text, all else is `rest`."""
+def _taskless_row(path: Path, raw: RawRow | BadRow, words: frozenset[Column]) -> Row | BadRow:
+    """Convert a row without a task: its text columns are joined into `text`, all others into `rest`."""
     if isinstance(raw, BadRow):
         return raw
-    text = "\n".join(found for name, value in raw.values.items() if name in words and (found := _words(value)))
+    text = "\n".join(part for name, value in raw.values.items() if name in words and (part := _as_text(value)))
     rest = " | ".join(str(value) for name, value in raw.values.items() if name not in words and value is not None)
     if not text.strip() and not rest.strip(" |"):
-        return BadRow(raw.line, "holds nothing", "remove the row", "a row without a value")
+        return BadRow(raw.line, "empty row", "remove the row", "empty row")
     return Row(f"{path}:{raw.line}", {role: value for role, value in (("text", text), ("rest", rest)) if value})
 
 
-def texts(row: Row, columns: schema.Columns) -> list[str]:
-    """The inputs of a row as texts, as a model reads them."""
+def row_texts(row: Row, columns: schema.Columns) -> list[str]:
+    """The inputs of a row as texts."""
     words = schema.of_kind(columns, "words")
     if words is not None and isinstance(given := row.values.get(words.name), list):
         return [" ".join(map(str, given))]
-    if schema.of_kind(columns, "messages") is not None and (everything := said(row)) is not None:
-        return [everything]
+    if schema.of_kind(columns, "messages") is not None and (content := all_content(row)) is not None:
+        return [content]
     named = (column.name for column in inputs_of(columns) if column.kind == "text")
     return [str(row.values[name]) for name in named if name in row.values]
 
 
-def text(row: Row, columns: schema.Columns) -> str:
-    """The same as one text."""
-    return "\n".join(texts(row, columns))
+def row_text(row: Row, columns: schema.Columns) -> str:
+    """The inputs of a row as one text."""
+    return "\n".join(row_texts(row, columns))
 
 
-def shown(row: Row, columns: schema.Columns) -> str:
-    """The same, or whatever else is in the row, for a person to see."""
-    return text(row, columns) or " | ".join(str(value) for value in row.values.values())
+def display_text(row: Row, columns: schema.Columns) -> str:
+    """The inputs of a row as one text, or all its values if it has no text."""
+    return row_text(row, columns) or " | ".join(str(value) for value in row.values.values())

@@ -1,4 +1,4 @@
-"""What a model sees of a row, token by token, and what of it carries loss: `tunesmith data show PATH|RECIPE`."""
+"""Model inputs of single rows, token by token, with the loss targets: `tunesmith data show PATH|RECIPE`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tunesmith.data.preview import Preview
 from tunesmith.data.text.augment import Augmenter, texts_of
 from tunesmith.deploy.back_translation import back_translate
 from tunesmith.errors import CONTROL, RecipeError, counted
-from tunesmith.inspect_data.files import asked, find_files, guessed_task, source_of
+from tunesmith.inspect_data.files import find_files, guess_task, resolve_target, source_of
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.run.prepare import max_length
@@ -27,20 +27,20 @@ from tunesmith.techniques import Technique
 from tunesmith.training import dataset
 from tunesmith.training.augmented import check_augmentable
 
-EPOCHS = 3
+SHOWN_EPOCHS = 3
 
 _PAGE = Path(__file__).with_name("show.html.jinja")
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One row as it is encoded."""
+class EncodedRow:
+    """Place and preview of one encoded row."""
 
     place: str
     preview: Preview
 
     def dump(self) -> dict[str, Any]:
-        """Plain values."""
+        """The row as plain values."""
         return {"place": self.place, **self.preview.dump()}
 
 
@@ -56,25 +56,25 @@ def show(
     stage: int | None = None,
     offline: bool = False,
     allow_pickle: bool = False,
-) -> list[Shown]:
-    """The first `rows` of a split, or the one numbered `row` (from 1), as they are encoded for a run.
+) -> list[EncodedRow]:
+    """Encode the first `rows` of a split, or the row with number `row` (from 1), as for training.
 
-    With `augmented` each row is followed by what `data.augment` makes of it in the first EPOCHS epochs.
+    With `augmented`, each row is followed by its augmented forms in the first SHOWN_EPOCHS epochs.
 
     Raises:
         RecipeError: no model is named, or there is no such split or row.
         DataError: the data cannot be read.
     """
-    recipe, guess, spec, _ = asked(target, overrides, model, stage)
+    recipe, guess, spec, _ = resolve_target(target, overrides, model, stage)
     if spec is None:
-        raise RecipeError("a model is needed: its tokenizer says what it sees", hint="--model NAME, or name a recipe")
+        raise RecipeError("no model, whose tokenizer is needed", hint="set --model NAME, or give a recipe")
     assert isinstance(recipe.task, Task) and isinstance(recipe.technique, Technique)
     data, named, _ = find_files(recipe.data, recipe.task, guess=guess)
-    wanted = guessed_task(recipe.task, next(iter(named.values())), data)[0] if guess else None
+    wanted = guess_task(recipe.task, next(iter(named.values())), data)[0] if guess else None
     read = dataset.read(wanted or recipe.task, data, recipe.train.seed)
     if split not in read.splits:
         raise RecipeError(
-            f"there is no {split} split", where="--split", hint=f"there is {', '.join(sorted(read.splits))}"
+            f"there is no {split} split", where="--split", hint=f"known: {', '.join(sorted(read.splits))}"
         )
     source = source_of(spec, offline=offline, allow_pickle=allow_pickle)
     task = read.task
@@ -87,34 +87,33 @@ def show(
     chunks = bound.chunks(read.splits[split].rows())
     numbered = list(islice(enumerate(chunks), first, first + (rows if row is None else 1)))
     if row is not None and not numbered:
-        raise RecipeError(
-            f"--row: {split} has no row {row}", hint=f"it is made of {counted(read.rows[split], 'row')} of data"
-        )
+        raise RecipeError(f"--row: {split} has no row {row}", hint=f"it has {counted(read.rows[split], 'row')} of data")
     seed = recipe.train.seed
     if not augmented:
-        return encoded(numbered, bound, seed if split == "train" else 0)
+        return encode_rows(numbered, bound, seed if split == "train" else 0)
     if not data.augment or split != "train":
-        what = "only train is changed" if data.augment else "data.augment is not given"
-        raise RecipeError(f"--augmented: {what}", hint="data.augment='[{name: word-dropout, probability: 0.1}]'")
+        what = "only train is augmented" if data.augment else "data.augment is not set"
+        hint = "set data.augment='[{name: word-dropout, probability: 0.1}]' and --split train"
+        raise RecipeError(f"--augmented: {what}", hint=hint)
     check_augmentable(read, bound)
     texts = texts_of((one for _, one in numbered), task.columns)
-    kept = sources.cache_home() / "translated-back"
-    otherwise = back_translate(texts, data.augment, kept, offline=offline, say=lambda _: None)
-    augmenter = Augmenter.of(data.augment, seed, task.columns, otherwise)
+    cache = sources.cache_home() / "translated-back"
+    paraphrases = back_translate(texts, data.augment, cache, offline=offline, say=lambda _: None)
+    augmenter = Augmenter.of(data.augment, seed, task.columns, paraphrases)
     changed = []
     for index, one in numbered:
         changed.append((index, one))
-        for epoch in range(EPOCHS):
+        for epoch in range(SHOWN_EPOCHS):
             values = augmenter.row(one, epoch, index).values
             changed.append((index, Row(f"{one.place} in epoch {epoch + 1}", values)))
-    return encoded(changed, bound, seed)
+    return encode_rows(changed, bound, seed)
 
 
-def encoded(rows: Sequence[tuple[int, Row]], bound: BoundTask, seed: int) -> list[Shown]:
-    """Rows and their numbers as they are after encoding, with what is drawn in the first epoch."""
+def encode_rows(rows: Sequence[tuple[int, Row]], bound: BoundTask, seed: int) -> list[EncodedRow]:
+    """Encode numbered rows, with the random draws of the first epoch."""
     fields = bound.encode([row for _, row in rows])
     return [
-        Shown(row.place, bound.preview(_transformed(index, one, bound, seed)))
+        EncodedRow(row.place, bound.preview(_transformed(index, one, bound, seed)))
         for (index, row), one in zip(rows, fields, strict=True)
     ]
 
@@ -131,8 +130,8 @@ def _transformed(index: int, fields: Fields, bound: BoundTask, seed: int) -> Fie
     }
 
 
-def page(rows: Sequence[Shown], title: str) -> str:
-    """The same as one static page of HTML, without scripts."""
+def page(rows: Sequence[EncodedRow], title: str) -> str:
+    """Render encoded rows as a static HTML page without scripts."""
 
     def printable(value: object) -> object:
         return CONTROL.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value

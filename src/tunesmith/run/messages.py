@@ -18,7 +18,7 @@ from tunesmith.training import loop
 
 def introduce(run: Run) -> None:
     """Print model, technique, rows, new head, trainable parameters, fast paths and the resuming command."""
-    prepared, recipe, talk = run.prepared, run.recipe, run.talk
+    prepared, recipe, console = run.prepared, run.recipe, run.console
     counts = sorted(prepared.examples.rows.items(), reverse=True)
     rows = "  ".join(f"{name} {count:,}" for name, count in counts) + " rows"
     if not prepared.bound.rows_are_examples:
@@ -26,29 +26,29 @@ def introduce(run: Run) -> None:
             f"{name} {counted(count, 'text')} in {counted(len(prepared.encoded[name]), 'block')}"
             for name, count in counts
         )
-    talk.say(f"model {recipe.model}  technique {recipe.technique.name}  {rows}")
+    console.say(f"model {recipe.model}  technique {recipe.technique.name}  {rows}")
     _introduce_head(run)
     trainable = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
     total = numbers_in(prepared.model)
     rate = f"learning rate {recipe.train.learning_rate:.1e}"
     steps = counted(prepared.total_steps, "step")
     where = f"on {prepared.machine.device} in {prepared.machine.precision}"
-    talk.say(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%}), {rate}, {steps} {where}")
-    talk.say(prepared.fast_path.summary())
-    talk.say(f"to resume: {record.resume_command(run.folder)}")
+    console.say(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%}), {rate}, {steps} {where}")
+    console.say(prepared.fast_path.summary())
+    console.say(f"to resume: {record.resume_command(run.folder)}")
 
 
 def _introduce_head(run: Run) -> None:
     """Print added tokens, a new head, and the checkpoint weights that the model does not use."""
-    prepared, talk = run.prepared, run.talk
+    prepared, console = run.prepared, run.console
     if prepared.anatomy.added:
         added = counted(len(prepared.task.added_tokens), "token")
-        talk.say(f"{added} added, initialized with the mean embedding, trainable")
+        console.say(f"{added} added, initialized with the mean embedding, trainable")
     new, unused = (_modules(names) for names in (prepared.anatomy.new, prepared.anatomy.unused))
     if new and prepared.continued is None:
         warmup = f", head-only warmup: {counted(count, 'step')}" if (count := prepared.head_warmup_steps) else ""
         dropped = f"; unused checkpoint weights: {', '.join(unused)}" if unused else ""
-        talk.say(f"new head ({', '.join(new)}){warmup}{dropped}")
+        console.say(f"new head ({', '.join(new)}){warmup}{dropped}")
 
 
 def _modules(parameters: Iterable[str]) -> list[str]:
@@ -70,21 +70,21 @@ def epoch_line(steps: Sequence[loop.Step], loss: float, score: str) -> str:
 
 def conclude(run: Run, metrics: dict[str, Any]) -> None:
     """Print the final scores beside the baseline, hints, and the next command."""
-    prepared, metric, talk = run.prepared, run.metric, run.talk
+    prepared, metric, console = run.prepared, run.metric, run.console
     before = metrics.get("before", {})
     for name in (*prepared.task.extra_eval_sets(), "validation", "test"):
         if name in metrics:
-            talk.say(f"{name}: {scores_line(metrics[name], metric, before.get(name))}")
+            console.say(f"{name}: {scores_line(metrics[name], metric, before.get(name))}")
     gain, sign = math.inf, -1 if metric in LOWER_IS_BETTER else 1
     was, now = (scores.get("validation", {}).get(metric, math.nan) for scores in (before, metrics))
     if sign * now < sign * was:
         hint = f"try a train.learning_rate below {run.recipe.train.learning_rate:.1e}"
-        talk.warn(f"validation {metric} is worse than before training ({now:.4f}, before: {was:.4f}); {hint}")
+        console.warn(f"validation {metric} is worse than before training ({now:.4f}, before: {was:.4f}); {hint}")
     if metric in (baseline := metrics.get("baseline", {})):
         gain = (metrics[baseline["split"]][metric] - baseline[metric]) * sign
         score = f"{metric} {baseline[metric]:.4f} on {baseline['split']}"
         verdict = " (the run is no better)" if gain <= 0 else ""
-        talk.say(f"{prepared.task.baseline_name}: {score}{verdict}")
+        console.say(f"{prepared.task.baseline_name}: {score}{verdict}")
     if (hint_text := hints.longer(run.folder / "metrics.jsonl", run.recipe.train, gain)) is not None:
-        talk.say(hint_text)
-    talk.say(f'written to {run.folder}; next: {command("predict", run.folder)} "..."')
+        console.say(hint_text)
+    console.say(f'written to {run.folder}; next: {command("predict", run.folder)} "..."')

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.batches import Batches
 from tunesmith.data.encoded import Encoded, fingerprint
 from tunesmith.data.text import augment
@@ -122,7 +122,7 @@ class Prepared:
         """Number of different random draws of the inputs; None where every epoch has its own."""
         return feature_cache.draws_of(self.bound, feature_cache.level_of(self.anatomy, self.learned))
 
-    def cache_features(self, talk: Talk) -> float:
+    def cache_features(self, console: Console) -> float:
         """Cache the features of the frozen blocks if examples are used more than once; return the seconds taken."""
         began, features = time.perf_counter(), feature_cache.features_of(self.model)
         epochs, draws = self.total_steps / self.batches.steps_per_epoch, self.draws
@@ -137,8 +137,8 @@ class Prepared:
             if (encoded := self.encoded.get(name)) is None:
                 continue
             folder = home / fingerprint(encoded.key, of_model, seed, draw)
-            with talk.during(f"caching frozen features for {name}"), parallel.main_process_first():
-                args = self.model, self.bound, encoded, self.machine, folder, talk.say, seed, draw
+            with console.during(f"caching frozen features for {name}"), parallel.main_process_first():
+                args = self.model, self.bound, encoded, self.machine, folder, console.say, seed, draw
                 cached = feature_cache.cache_features(*args)
             if parallel.all_reduce_max(
                 int(not cached), self.machine.device
@@ -157,42 +157,44 @@ class Prepared:
             "processor_sha256": models.processor_hash(self.base.processor),
         }
         if self.recipe.data.augment:
-            hashes["synonyms_sha256"] = augment.fingerprints(self.recipe.data.augment)
+            hashes["synonyms_sha256"] = augment.synonym_hashes(self.recipe.data.augment)
             hashes |= {"translators_sha256": runs} if (runs := translators(self.recipe.data.augment)) else {}
         return tree | hashes | {"world_size": parallel.world_size()}
 
 
-def prepare(recipe: Recipe, machine: Machine, *, offline: bool, allow_pickle: bool, talk: Talk) -> Prepared:
+def prepare(recipe: Recipe, machine: Machine, *, offline: bool, allow_pickle: bool, console: Console) -> Prepared:
     """Prepare a run: first the data, then the model, then the technique."""
     recipe, run = continue_adapter.resolve(recipe) if recipe.continues else (recipe, None)
-    read = read_data(recipe, offline=offline, talk=talk)
-    base = load_base(recipe, read.task, run, offline=offline, allow_pickle=allow_pickle, talk=talk)
-    return assemble(recipe, read, base, machine, run, offline=offline, talk=talk)
+    read = read_data(recipe, offline=offline, console=console)
+    base = load_base(recipe, read.task, run, offline=offline, allow_pickle=allow_pickle, console=console)
+    return assemble(recipe, read, base, machine, run, offline=offline, console=console)
 
 
-def read_data(recipe: Recipe, *, offline: bool, talk: Talk) -> dataset.Examples:
+def read_data(recipe: Recipe, *, offline: bool, console: Console) -> dataset.Examples:
     """Read rows and targets, fit the task to the training targets, and draw the splits."""
     task = recipe.task
-    missing = task.fetch(talk.say, offline=offline)
-    with talk.during(f"reading {recipe.data.train}"):
+    missing = task.fetch(console.say, offline=offline)
+    with console.during(f"reading {recipe.data.train}"):
         read = dataset.read(task, recipe.data, recipe.train.seed)
     read = replace(read, notes=[*missing, *read.notes])
     for note in read.notes:
-        talk.warn(note)
+        console.warn(note)
     if recipe.train.early_stopping_patience and "validation" not in read.splits:
         what = "train.early_stopping_patience: needs a validation split"
         raise RecipeError(what, hint="set data.validation=0.1, or leave the key out")
     return read
 
 
-def load_base(recipe: Recipe, task: Task, run: Path | None, *, offline: bool, allow_pickle: bool, talk: Talk) -> Base:
+def load_base(
+    recipe: Recipe, task: Task, run: Path | None, *, offline: bool, allow_pickle: bool, console: Console
+) -> Base:
     """Load model and processor of the recipe; `run` is the run whose adapter is trained further."""
     if run is None:
-        _merge_earlier_adapter(recipe.model, offline, allow_pickle, talk)
+        _merge_earlier_adapter(recipe.model, offline, allow_pickle, console)
     else:
-        talk.say(f"continuing the adapter of {run}")
+        console.say(f"continuing the adapter of {run}")
     with parallel.main_process_first():  # it downloads and converts, the others use the result
-        source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
+        source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=console.say)
     snapshot = source if run is None else continue_adapter.with_snapshot(source, run)
     processor = models.load_processor(snapshot, task.auto_class, task.added_tokens, kind=task.processor)
     model, anatomy = load_task_model(task, source, processor, recipe.train.seed)
@@ -209,7 +211,7 @@ def assemble(
     run: Path | None = None,
     *,
     offline: bool,
-    talk: Talk,
+    console: Console,
 ) -> Prepared:
     """Bind the task, apply the technique to the base's model (in place), accelerate it, and encode the splits."""
     technique, model, anatomy, processor = recipe.technique, base.model, base.anatomy, base.processor
@@ -229,8 +231,8 @@ def assemble(
     model.to(machine.device)
     fast_path = _accelerate(model, anatomy, recipe, machine, longest or UNBOUNDED)
     feature_cache.use_features(model, anatomy, feature_cache.level_of(anatomy, learned))
-    encoded = _encode(read, bound, talk)
-    augmented = _augment(read, bound, recipe, offline, talk) if data.augment else None
+    encoded = _encode(read, bound, console)
+    augmented = _augment(read, bound, recipe, offline, console) if data.augment else None
     _check_metric(recipe.train.metric, bound, encoded)
     resolved = _resolve(recipe, read, bound, technique, anatomy, machine)
     return Prepared(resolved, bound, technique, read, encoded, base, machine, learned, fast_path, augmented, run)
@@ -249,14 +251,14 @@ def _check_metric(metric: str | None, bound: BoundTask, encoded: dict[str, Encod
         )
 
 
-def _merge_earlier_adapter(model: str, offline: bool, allow_pickle: bool, talk: Talk) -> None:
+def _merge_earlier_adapter(model: str, offline: bool, allow_pickle: bool, console: Console) -> None:
     """Merge the adapter of an earlier run into its `model/`, once, so that this run can start from it."""
     run = Path(model).expanduser()
     if (run / "adapter" / "adapter_config.json").exists() and not (run / "model").exists():
         with parallel.main_process_first():
             if not (run / "model").exists():
                 merge.merge_adapter(run, offline=offline, allow_pickle=allow_pickle)
-                talk.say(f"merged the adapter of {run} into {run / 'model'}")
+                console.say(f"merged the adapter of {run} into {run / 'model'}")
 
 
 def _accelerate(model: nn.Module, anatomy: Anatomy, recipe: Recipe, machine: Machine, longest: int) -> FastPath:
@@ -272,24 +274,24 @@ def _accelerate(model: nn.Module, anatomy: Anatomy, recipe: Recipe, machine: Mac
     )
 
 
-def _encode(read: dataset.Examples, bound: BoundTask, talk: Talk) -> dict[str, Encoded]:
+def _encode(read: dataset.Examples, bound: BoundTask, console: Console) -> dict[str, Encoded]:
     cache = sources.cache_home() / "encoded"
     processor_hash = models.processor_hash(bound.processor)
     rows = counted(sum(read.rows.values()), "row")
-    with talk.during(f"encoding {rows}"), parallel.main_process_first():  # it encodes, the others open the files
+    with console.during(f"encoding {rows}"), parallel.main_process_first():  # it encodes, the others open the files
         encoded = dataset.encode_splits(read, bound, processor_hash, cache)
     notes = ((name, f": {note}") for name, split in encoded.items() for note in bound.notes(split))
     for note in merge_notes(notes):
-        talk.warn(note)
+        console.warn(note)
     return encoded
 
 
-def _augment(read: dataset.Examples, bound: BoundTask, recipe: Recipe, offline: bool, talk: Talk) -> Augmented:
+def _augment(read: dataset.Examples, bound: BoundTask, recipe: Recipe, offline: bool, console: Console) -> Augmented:
     cache, steps = sources.cache_home(), read.data.augment or []
     with parallel.main_process_first():  # it translates, the others read the file
         texts, device = augment.texts_of(read.splits["train"].rows(), read.task.columns), recipe.train.device
         folder = cache / "translated-back"
-        translations = back_translate(texts, steps, folder, device=device, offline=offline, say=talk.say)
+        translations = back_translate(texts, steps, folder, device=device, offline=offline, say=console.say)
     return Augmented(read, bound, recipe.train.seed, cache / "encoded", translations)
 
 

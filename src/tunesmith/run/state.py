@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.recipe import Recipe
 from tunesmith.run.prepare import Prepared
 from tunesmith.training import loop
@@ -53,7 +53,7 @@ class Run:
     engine: loop.Engine
     state: TrainState
     folder: Path
-    talk: Talk
+    console: Console
 
     @property
     def recipe(self) -> Recipe:

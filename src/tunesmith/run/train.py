@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tunesmith import recipe as recipes
-from tunesmith.console import Talk, scores_line
+from tunesmith.console import Console, scores_line
 from tunesmith.deploy import artifact, card, predict
 from tunesmith.errors import Interrupted, NumericError, ResourceError, UserError, counted
 from tunesmith.insight import report
@@ -44,7 +44,7 @@ def train(
     override: Collection[str] = (),
     offline: bool = False,
     allow_pickle: bool = False,
-    talk: Talk | None = None,
+    console: Console | None = None,
     recipe_file: Path | None = None,
 ) -> dict[str, Any]:
     """Train one run and return its result, the object that `tunesmith train --json` prints.
@@ -55,12 +55,12 @@ def train(
     Raises:
         UserError: what the user can fix, with its exit code.
     """
-    talk = talk or Talk()
+    console = console or Console()
     folder = Path(resume or recipe.output)
     target = machine.find(recipe.train.device, recipe.train.precision)
     target.select()
     if target.is_slow:
-        talk.warn(f"train.precision: this CPU emulates {target.precision}, many times slower than fp32; use auto")
+        console.warn(f"train.precision: this CPU emulates {target.precision}, many times slower than fp32; use auto")
     with parallel.group(target.device.type), RunLock(folder, enabled=parallel.rank() == 0):
         if parallel.rank() == 0:
             needed = (recipe_file, *recipes.paths_needed(recipe))
@@ -70,9 +70,9 @@ def train(
         begun = resume is not None
         try:
             with Signals() as signals:
-                prepared = prepare(recipe, target, offline=offline, allow_pickle=allow_pickle, talk=talk)
+                prepared = prepare(recipe, target, offline=offline, allow_pickle=allow_pickle, console=console)
                 begun = True
-                run = Run(prepared, _engine(prepared, talk), TrainState(), folder, talk)
+                run = Run(prepared, _engine(prepared, console), TrainState(), folder, console)
                 return _run(run, resume is not None, override, signals)
         except (UserError, Stopped, MemoryError, RuntimeError, OSError, SafetensorError) as error:
             reported = _as_user_error(error, folder, begun)
@@ -109,12 +109,12 @@ def _run(run: Run, resumed: bool, override: Collection[str], signals: Signals) -
         files.atomic_write(run.folder / "recipe.yaml", recipes.to_yaml(written))
         record.write_run(run.folder, run.prepared, run.state, {"outcome": "running"})
     messages.introduce(run)
-    run.state.seconds += run.prepared.cache_features(run.talk)
+    run.state.seconds += run.prepared.cache_features(run.console)
     _fit(run, signals)
     return _finish(run)
 
 
-def _engine(prepared: Prepared, talk: Talk) -> loop.Engine:
+def _engine(prepared: Prepared, console: Console) -> loop.Engine:
     train = prepared.recipe.train
     engine = loop.Engine(
         model=prepared.model,
@@ -129,7 +129,7 @@ def _engine(prepared: Prepared, talk: Talk) -> loop.Engine:
         max_grad_norm=train.max_grad_norm,
         draws=prepared.draws,
         may_checkpoint=train.gradient_checkpointing == "auto",
-        say=talk.warn,
+        say=console.warn,
     )
     if train.gradient_checkpointing is True:
         loop.checkpoint_activations(engine)
@@ -138,7 +138,7 @@ def _engine(prepared: Prepared, talk: Talk) -> loop.Engine:
 
 def _fit(run: Run, signals: Signals) -> None:
     """Run the loop with logging, evaluation, checkpoints and early stopping."""
-    prepared, engine, state, folder, talk = run.prepared, run.engine, run.state, run.folder, run.talk
+    prepared, engine, state, folder, console = run.prepared, run.engine, run.state, run.folder, run.console
     batches, total, train = prepared.batches, prepared.total_steps, prepared.recipe.train
     factor = optimizer.schedule(train, total)
     since_evaluation: list[loop.Step] = []
@@ -146,7 +146,7 @@ def _fit(run: Run, signals: Signals) -> None:
     _score_base(run)
     if _patience_exhausted(train, state):  # the run was killed after early stopping
         return
-    with signals.deferred(), talk.progress(total, state.step) as show:
+    with signals.deferred(), console.progress(total, state.step) as show:
         for step in loop.steps(engine, batches, factor, start=state.step, total=total):
             _update_state(run, step)
             record.log(folder, record.step_metrics(step, prepared.machine, prepared.task.unit))
@@ -154,7 +154,7 @@ def _fit(run: Run, signals: Signals) -> None:
                 _handle_non_finite(run, step)
             since_evaluation.append(step)
             show(step.number, f"loss {step.loss:.4f}")
-            talk.detail(f"step {step.number}  loss {step.loss:.4f}  gradient norm {step.grad_norm:.3g}")
+            console.detail(f"step {step.number}  loss {step.loss:.4f}  gradient norm {step.grad_norm:.3g}")
             last = step.number == total
             improved = False
             if last or _due(train.evaluate_every, step.number, batches.steps_per_epoch):
@@ -172,20 +172,20 @@ def _fit(run: Run, signals: Signals) -> None:
                 raise Interrupted(f"stopped after step {step.number} of {total}; to resume: {again}")
             if stop:
                 why = f"{train.metric} has not improved in {counted(state.stale, 'evaluation')}"
-                talk.say(f"early stopping at step {step.number} of {total}: {why}")
+                console.say(f"early stopping at step {step.number} of {total}: {why}")
                 return
 
 
 def _score_base(run: Run) -> None:
     """Score the base before training, for a task whose head it has; a new head is warmed up first."""
-    prepared, state, folder, talk = run.prepared, run.state, run.folder, run.talk
+    prepared, state, folder, console = run.prepared, run.state, run.folder, run.console
     if not prepared.task.base_has_head or state.before is not None or state.step != prepared.head_warmup_steps:
         return
     model, bound, metric = prepared.model, prepared.bound, run.metric
     held_out = [name for name in ("validation", *prepared.task.extra_eval_sets()) if name in prepared.encoded]
     when = messages.before_training(run)
     scored = {}
-    with talk.during(f"scoring {' and '.join(held_out)} {when}"), prepared.technique.disabled(model):
+    with console.during(f"scoring {' and '.join(held_out)} {when}"), prepared.technique.disabled(model):
         for name in held_out:
             scored[name] = evaluate.scores_and_answers(model, bound, prepared.encoded[name], prepared.machine)
     state.before = {name: scores for name, (scores, _) in scored.items()}
@@ -195,7 +195,7 @@ def _score_base(run: Run) -> None:
         numbers = {score: value for score, value in scores.items() if isinstance(value, float)}
         line = {f"before/{name}/{score}": record.json_number(value) for score, value in numbers.items()}
         record.log(folder, {"step": state.step, **line})
-        talk.say(f"{name} {when}: {scores_line(scores, metric)}")
+        console.say(f"{name} {when}: {scores_line(scores, metric)}")
 
 
 def _patience_exhausted(train: Train, state: TrainState) -> bool:
@@ -222,7 +222,7 @@ def _update_state(run: Run, step: loop.Step) -> None:
 
 def _handle_non_finite(run: Run, step: loop.Step) -> None:
     """Handle a step that was not taken, as train.on_nan says: stop, skip, or return to the last checkpoint."""
-    prepared, state, folder, talk = run.prepared, run.state, run.folder, run.talk
+    prepared, state, folder, console = run.prepared, run.state, run.folder, run.console
     train = prepared.recipe.train
     indices = prepared.batches.indices(step.number - 1)
     rows = f"training blocks {', '.join(map(str, indices[:16]))}"
@@ -234,24 +234,24 @@ def _handle_non_finite(run: Run, step: loop.Step) -> None:
         hint = f"use a learning rate below {step.learning_rate:.1e}, precision=fp32, or on_nan=skip"
         raise NumericError(what, hint=hint)
     with parallel.main_process_first():  # it moves damaged checkpoints aside before the others read
-        saved = checkpoint.newest(folder / "checkpoints", talk.warn) if train.on_nan == "rollback" else None
+        saved = checkpoint.newest(folder / "checkpoints", console.warn) if train.on_nan == "rollback" else None
     if saved is not None:
         _load_tensors(run, saved.tensors)
-        talk.warn(f"{what}: skipped; restored the weights of step {saved.step}")
+        console.warn(f"{what}: skipped; restored the weights of step {saved.step}")
         return
-    talk.warn(f"{what}: skipped ({state.skips} of at most {train.max_skips})")
+    console.warn(f"{what}: skipped ({state.skips} of at most {train.max_skips})")
 
 
 def _evaluate(run: Run, steps: list[loop.Step]) -> bool:
     """Score the validation split and print the epoch line; return True for the best score so far."""
-    prepared, state, folder, talk = run.prepared, run.state, run.folder, run.talk
+    prepared, state, folder, console = run.prepared, run.state, run.folder, run.console
     metric = run.metric
     step = steps[-1]
     loss = state.loss_sum / state.loss_steps if state.loss_steps else math.nan
     state.loss_sum, state.loss_steps = 0.0, 0
     shown, better = "", False
     if "validation" in prepared.encoded:
-        with talk.during("scoring validation"):
+        with console.during("scoring validation"):
             split, bound = prepared.encoded["validation"], prepared.bound
             answers = metric in bound.metrics().of_answers
             scores = evaluate.scores(prepared.model, bound, split, prepared.machine, answers=answers)
@@ -270,7 +270,7 @@ def _evaluate(run: Run, steps: list[loop.Step]) -> bool:
         }
         record.log(folder, {"step": step.number, "epoch": round(step.epoch, 6), **line})
         shown = f"{'validation ' if metric == 'loss' else ''}{metric} {score:.4f}"
-    talk.say(messages.epoch_line(steps, loss, shown))
+    console.say(messages.epoch_line(steps, loss, shown))
     return better
 
 
@@ -292,12 +292,12 @@ def _save(run: Run) -> None:
 
 def _restore(run: Run, override: Collection[str]) -> TrainState:
     """Restore the newest intact checkpoint; without one, training starts from the beginning."""
-    prepared, engine, folder, talk = run.prepared, run.engine, run.folder, run.talk
+    prepared, engine, folder, console = run.prepared, run.engine, run.folder, run.console
     where = folder / "checkpoints"
     with parallel.main_process_first():
-        saved = checkpoint.newest(where, talk.warn)
+        saved = checkpoint.newest(where, console.warn)
     if saved is None:
-        talk.say("no checkpoint: starting from the beginning")
+        console.say("no checkpoint: starting from the beginning")
         files.truncate_metrics(folder / "metrics.jsonl", -1)
         return TrainState()
     read = {f"data_sha256.{name}": str(split.table.path) for name, split in prepared.examples.splits.items()}
@@ -324,9 +324,9 @@ def _restore(run: Run, override: Collection[str]) -> TrainState:
         ):  # a kill may have come before these were written
             if step is not None and checkpoint.path_of(where, step).exists():
                 checkpoint.write_pointer(where, name, checkpoint.path_of(where, step))
-    talk.say(f"resumed after step {saved.step} of {prepared.total_steps}")
+    console.say(f"resumed after step {saved.step} of {prepared.total_steps}")
     if state.threads != torch.get_num_threads():
-        talk.say(f"using {state.threads} threads, as before, so that results are identical")
+        console.say(f"using {state.threads} threads, as before, so that results are identical")
     return state
 
 
@@ -338,13 +338,13 @@ def _load_tensors(run: Run, tensors: dict[str, dict[str, Tensor]]) -> None:
 
 def _finish(run: Run) -> dict[str, Any]:
     """Write the artifact of the best step, reload it from disk, and score it."""
-    prepared, engine, state, folder, talk = run.prepared, run.engine, run.state, run.folder, run.talk
+    prepared, engine, state, folder, console = run.prepared, run.engine, run.state, run.folder, run.console
     engine.optimizer.state.clear()  # frees its memory for the reloaded model
-    best = checkpoint.best(folder / "checkpoints", talk.warn) if state.best_step is not None else None
+    best = checkpoint.best(folder / "checkpoints", console.warn) if state.best_step is not None else None
     if best is not None:
         artifact.load_trained(prepared.model, best.tensors["learned"])
         if best.step < state.step:
-            talk.say(f"best step on validation: {best.step} of {state.step}")
+            console.say(f"best step on validation: {best.step} of {state.step}")
     if parallel.rank() == 0:
         _write_artifact(run)
     parallel.barrier()
@@ -357,7 +357,7 @@ def _finish(run: Run) -> dict[str, Any]:
     samples: list[dict[str, str]] = []
     for name in held_out:
         split = prepared.encoded[name]
-        with talk.during(f"scoring the saved artifact on {name}"):
+        with console.during(f"scoring the saved artifact on {name}"):
             metrics[name], answers = evaluate.scores_and_answers(tuned.model, tuned.bound, split, tuned.machine)
             samples = record.samples(prepared, state, answers) if name == "validation" else samples
         baseline = evaluate.baseline(prepared.bound, prepared.encoded["train"], split)

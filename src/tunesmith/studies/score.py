@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.columns import predicts_text
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import find_splits, is_folder
@@ -31,7 +31,7 @@ def evaluate(
     device: str = "auto",
     offline: bool = False,
     allow_pickle: bool = False,
-    talk: Talk | None = None,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Return the scores of a run on one of its splits (default: test, else validation), or on another file.
 
@@ -43,10 +43,10 @@ def evaluate(
         DataError: the file cannot be read, or the split has changed since training.
         RecipeError: the run has no such split.
     """
-    talk = talk or Talk()
+    console = console or Console()
     tuned = predict.load(run, device=device, offline=offline, allow_pickle=allow_pickle)
     split = split or ("validation" if tuned.data.test is None else "test")
-    with talk.during(f"reading and encoding {data or split}"):
+    with console.during(f"reading and encoding {data or split}"):
         if data is None:
             chosen, notes = _split(tuned, Path(run), split), list[str]()
         else:
@@ -56,7 +56,7 @@ def evaluate(
     result = {"run": str(run), "split": str(data or split), "base": base, "examples": len(encoded), "notes": notes}
     result["metric"] = tuned.bound.metrics().primary
     try:
-        with talk.during("reading the training targets"):
+        with console.during("reading the training targets"):
             train = _encode(tuned, _split(tuned, Path(run), "train"))
             result["baseline"] = evaluation.baseline(tuned.bound, train, encoded)
             result["baseline_name"] = tuned.task.baseline_name
@@ -64,12 +64,12 @@ def evaluate(
         if base:
             raise
         notes.append(f"no baseline: the training targets cannot be read ({error})")
-    own = _scores(tuned.model, tuned, encoded, talk, f"scoring {data or split}")
+    own = _scores(tuned.model, tuned, encoded, console, f"scoring {data or split}")
     if base:
         source = sources.resolve(tuned.recipe.model, offline=offline, allow_pickle=allow_pickle)
-        scored = _base_scores(tuned, source, encoded, notes, talk) if tuned.task.base_has_head else None
+        scored = _base_scores(tuned, source, encoded, notes, console) if tuned.task.base_has_head else None
         result |= {"probe": scored is None, "run_metrics": own}
-        with talk.during("fitting a linear probe on the base model"):
+        with console.during("fitting a linear probe on the base model"):
             return result | {"metrics": scored or probe.scores(tuned, source, train, encoded)}
     return result | {"metrics": own}
 
@@ -83,22 +83,24 @@ def _in_folder(data: Path, split: str, task: Task) -> Path:
     return files.get(split, data)
 
 
-def _scores(model: nn.Module, tuned: predict.FineTunedModel, encoded: Encoded, talk: Talk, what: str) -> dict[str, Any]:
+def _scores(
+    model: nn.Module, tuned: predict.FineTunedModel, encoded: Encoded, console: Console, what: str
+) -> dict[str, Any]:
     answers = tuned.bound.metrics().answers_needed(encoded)
-    with talk.progress(len(encoded) + answers, of=what, unit="example") as show:
+    with console.progress(len(encoded) + answers, of=what, unit="example") as show:
         return evaluation.scores(
             model, tuned.bound, encoded, tuned.machine, answers=True, show=lambda done: show(done, what)
         )
 
 
 def _base_scores(
-    tuned: predict.FineTunedModel, source: sources.Source, encoded: Encoded, notes: list[str], talk: Talk
+    tuned: predict.FineTunedModel, source: sources.Source, encoded: Encoded, notes: list[str], console: Console
 ) -> dict[str, Any]:
     """Return the scores of the base model with its own head."""
     model, anatomy = predict.base_of(tuned, source)
     if anatomy.new:
         notes.append("the checkpoint of the base has no head for this task: these are the scores of a random head")
-    return _scores(model, tuned, encoded, talk, "scoring the base model")
+    return _scores(model, tuned, encoded, console, "scoring the base model")
 
 
 def _split(tuned: predict.FineTunedModel, run: Path, split: str) -> dataset.Split:

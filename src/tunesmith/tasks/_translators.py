@@ -23,10 +23,10 @@ from tunesmith.data.preview import Preview, Token
 from tunesmith.data.text.texts import (
     as_bytes,
     count_tokens,
-    cut_texts,
     preview_tokens,
     spell,
     token_costs,
+    tokenize_truncated,
     unknown_notes,
 )
 from tunesmith.kernels.chunked_loss import token_log_probs, token_loss
@@ -105,11 +105,11 @@ class EncoderDecoderTranslation(BoundTask):
         assert most is not None, "assemble sets max_length"
         places = [row.place for row in rows]
         sources = _texts(rows, "source", self.task.prefix or "")
-        coded = cut_texts(sources, self.processor, most, "source", places)
+        coded = tokenize_truncated(sources, self.processor, most, "source", places)
         fields: list[Fields] = [{"input_ids": ids, "cut": int(cut), "length": len(ids)} for ids, cut in coded]
         if targets := _texts(rows, "target"):
             end = self.config.eos_token_id
-            coded = cut_texts(targets, self.processor, most, "target", places, written=True)
+            coded = tokenize_truncated(targets, self.processor, most, "target", places, as_target=True)
             for one, (ids, cut) in zip(fields, coded, strict=True):
                 ids = ids if end in ids[-2:] else [*ids[: most - 1], end]
                 one |= {"label": ids, "length": one["length"] + len(ids), "cut_target": int(cut)}

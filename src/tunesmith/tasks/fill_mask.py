@@ -25,8 +25,8 @@ from tunesmith.data.columns import Column
 from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.formats import Row
 from tunesmith.data.preview import Preview
-from tunesmith.data.text.blocks import Segment, blocks
-from tunesmith.data.text.masking import Tokens, hide
+from tunesmith.data.text.blocks import Segment, make_blocks
+from tunesmith.data.text.masking import MaskingVocabulary, mask_tokens
 from tunesmith.data.text.texts import inspect_texts, preview_tokens, spell, token_costs, unknown_notes
 from tunesmith.errors import RecipeError
 from tunesmith.kernels.chunked_loss import logits_at, token_loss
@@ -119,7 +119,7 @@ class FillMask(Task):
             config,
             data,
             label_smoothing,
-            tokens=Tokens.of(processor),
+            tokens=MaskingVocabulary.of(processor),
             rows_are_examples=False,
             deterministic_inputs=False,
         )
@@ -133,14 +133,14 @@ class FillMask(Task):
 class BoundFillMask(BoundTask):
     """Masked language modeling bound to a tokenizer and a model config."""
 
-    tokens: Tokens
+    tokens: MaskingVocabulary
 
     def chunks(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yield blocks of `max_length` tokens."""
         segment = _segmenter(self.task.segmenter) if self.task.segmenter else None
         length, whole_words = self.data.max_length, self.task.whole_words
         assert length is not None, "assemble sets max_length"
-        return blocks(rows, "text", self.processor, length, whole_words=whole_words, segment=segment)
+        return make_blocks(rows, "text", self.processor, length, whole_words=whole_words, segment=segment)
 
     def encode(self, rows: Sequence[Row]) -> list[Fields]:
         """Return the tokens of a block with their word numbers; for a text with masks, the mask positions.
@@ -179,7 +179,7 @@ class BoundFillMask(BoundTask):
         seen, places = [ids[:0]], [ids[:0]]
         for index, start, stop in zip(indices.tolist(), ends[:-1], ends[1:], strict=True):
             part = slice(start, stop)
-            one = hide(ids[part], words[part], share, self.tokens, seed=seed, epoch=epoch, index=index)
+            one = mask_tokens(ids[part], words[part], share, self.tokens, seed=seed, epoch=epoch, index=index)
             seen.append(one[0])
             places.append(one[1])
         offsets = torch.from_numpy(np.cumsum([len(one) for one in places]))

@@ -25,9 +25,17 @@ from tunesmith.data.columns import Column
 from tunesmith.data.encoded import Encoded, Fields
 from tunesmith.data.formats import Row
 from tunesmith.data.preview import Preview
-from tunesmith.data.text.blocks import packed
+from tunesmith.data.text.blocks import pack_documents
 from tunesmith.data.text.chat_faults import chat_faults, text_faults
-from tunesmith.data.text.chats import ALL_CUT, NOT_WRITTEN, SOME_CUT, Chats, TrainOn, first_token, own_template
+from tunesmith.data.text.chats import (
+    ALL_CUT,
+    SOME_CUT,
+    TEMPLATE_REFUSED,
+    ChatEncoder,
+    TrainOn,
+    first_token,
+    own_template,
+)
 from tunesmith.data.text.conversations import CHAT_COLUMNS, Message, choices_of, conversation, is_conversation
 from tunesmith.data.text.templates import PLAIN, template_text
 from tunesmith.data.text.texts import (
@@ -159,9 +167,9 @@ def bind_generation(
         if task.chat_template is None and own_template(processor) is None:
             task = task.model_copy(update={"chat_template": PLAIN})
             template_notes = [f"the model has no chat template; using task.chat_template={PLAIN}"]
-        chats = Chats.of(processor, task.chat_template, task.train_on, task.system)
+        chats = ChatEncoder.of(processor, task.chat_template, task.train_on, task.system)
         processor.chat_template = chats.template
-        stop |= chats.end
+        stop |= chats.end_ids
     settings = task.generate or Generation.model_validate({})
     return BoundTextGeneration(
         task,
@@ -180,10 +188,10 @@ def bind_generation(
 class BoundTextGeneration(BoundTask):
     """Causal language modeling on conversations or raw text, bound to a tokenizer and a model config."""
 
-    chats: Chats | None
+    chats: ChatEncoder | None
     template_notes: list[str]
 
-    def _chats(self) -> Chats:
+    def _chats(self) -> ChatEncoder:
         assert self.chats is not None, "raw text has no conversations"
         return self.chats
 
@@ -206,12 +214,12 @@ class BoundTextGeneration(BoundTask):
             return
         every = chain([opening], rows)
         chat = self.task.form != "text" and is_conversation(opening)
-        yield from every if chat else packed(every, "text", self.processor, self.data.max_length, *edges)
+        yield from every if chat else pack_documents(every, "text", self.processor, self.data.max_length, *edges)
 
     def encode(self, rows: Sequence[Row]) -> list[Fields]:
         """Return `input_ids` and the positions with loss (`learned`).
 
-        Raw text has `windows`, the lengths of its documents. A conversation (`Chats.answered`) has `reference`, the
+        Raw text has `windows`, the lengths of its documents. A conversation (`ChatEncoder.encode`) has `reference`, the
         bytes of its last answer. A prompt has its length, `prompt`.
 
         Raises:
@@ -221,29 +229,18 @@ class BoundTextGeneration(BoundTask):
         if "input_ids" in rows[0].values:
             return [_block(row) for row in rows]
         if "text" in rows[0].values and self.task.form == "text":
-            return [self._continued(row) for row in rows]
+            return [_continued(row, self.processor) for row in rows]
         chats = self._chats()
         if "asked" in rows[0].values:
-            return [self._prompt(row) for row in rows]
+            return [_prompt(row, chats) for row in rows]
         read = [(row.place, conversation(row, system=self.task.system)) for row in rows]
-        fields = chats.answered(read, self.data.max_length, skip=self.data.on_bad_row == "skip")
+        fields = chats.encode(read, self.data.max_length, skip=self.data.on_bad_row == "skip")
         return [
-            one | {"reference": as_bytes(messages[-1]["content"])} | chats.offered(messages[:-1], choices_of(row))
+            one
+            | {"reference": as_bytes(messages[-1]["content"])}
+            | chats.encode_choices(messages[:-1], choices_of(row))
             for one, row, (_, messages) in zip(fields, rows, read, strict=True)
         ]
-
-    def _prompt(self, row: Row) -> Fields:
-        messages: Any = row.values["asked"]
-        choices: Any = row.values["choices"]
-        return self._chats().asked(messages) | self._chats().offered(messages, choices)
-
-    def _continued(self, row: Row) -> Fields:
-        """Return the fields of a text to continue."""
-        text = str(row.values["text"])
-        ids = self.processor(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        first = first_token(self.processor)
-        ids = [*([] if first is None else [first]), *ids]
-        return {"input_ids": ids, "prompt": len(ids)}
 
     def costs(self, encoded: Encoded) -> NDArray[np.int64]:
         """Return the number of tokens of each conversation or block."""
@@ -260,7 +257,7 @@ class BoundTextGeneration(BoundTask):
             return notes
         cut, size = encoded.column("cut"), len(encoded)
         whole, part = int((cut == ALL_CUT).sum()), int((cut == SOME_CUT).sum())
-        refused = int((cut == NOT_WRITTEN).sum())
+        refused = int((cut == TEMPLATE_REFUSED).sum())
         if whole + refused == size:
             what = "no answer is within data.max_length"
             raise DataError(what, where=encoded.key, hint="raise data.max_length")
@@ -270,7 +267,7 @@ class BoundTextGeneration(BoundTask):
             notes.append(f"{whole} of {size} conversations have no answer within data.max_length and have no loss")
         if part:
             notes.append(f"{part} of {size} conversations are longer than data.max_length; their answers are truncated")
-        if special := int(encoded.column("said").sum()):
+        if special := int(encoded.column("has_special_tokens").sum()):
             notes.append(
                 f"{special} of {size} conversations contain special tokens of this model, which are read as plain text"
             )
@@ -362,6 +359,20 @@ class BoundTextGeneration(BoundTask):
         spelled = spell(fields["input_ids"], self.processor)
         targets = [text if place in learned else None for place, text in enumerate(spelled)]
         return preview_tokens(fields, self.processor, targets=targets)
+
+
+def _prompt(row: Row, chats: ChatEncoder) -> Fields:
+    messages: Any = row.values["asked"]
+    choices: Any = row.values["choices"]
+    return chats.encode_prompt(messages) | chats.encode_choices(messages, choices)
+
+
+def _continued(row: Row, processor: Any) -> Fields:
+    """Return the fields of a text to continue."""
+    ids = processor(str(row.values["text"]), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    first = first_token(processor)
+    ids = [*([] if first is None else [first]), *ids]
+    return {"input_ids": ids, "prompt": len(ids)}
 
 
 def _block(row: Row) -> dict[str, Any]:

@@ -32,15 +32,15 @@ from tunesmith.data.text.spans import has_spans, read_tags, unknown_tag, words_o
 from tunesmith.data.text.tags import (
     Scheme,
     TagSet,
-    belongs,
-    faults,
-    faults_of_rows,
+    is_tag_of,
+    row_faults,
     scheme_of,
     split_tag,
+    tag_faults,
     tags_of_types,
 )
 from tunesmith.data.text.texts import inspect_texts, model_inputs, preview_tokens, token_costs
-from tunesmith.data.text.words import Sentence, encode_words, inner_marks, words_notes
+from tunesmith.data.text.words import encode_words, inner_marks, words_notes
 from tunesmith.errors import DataError, counted, shorten
 from tunesmith.metrics.entities import EntityMetrics
 from tunesmith.recipe import Data
@@ -96,7 +96,7 @@ class TokenClassification(Task):
         """Return the tag of each word. Once scheme and tags are known, check the tags against them."""
         tags = read_tags(row, self.tags)
         if self.scheme != "auto":
-            for fault in faults(tags, self.scheme):
+            for fault in tag_faults(tags, self.scheme):
                 raise row.fault("label", fault.what, fault.hint, fault.index)
         if self.tags is not None:
             for index, tag in enumerate(tags):
@@ -125,9 +125,9 @@ class TokenClassification(Task):
             what = f"all {counts.total()} words have the tag O; there are no entities"
             raise DataError(what, where=where, hint="set data.columns.label=N if the tags are in another column")
         bare = scheme == "IO" and not any(tag.startswith("I-") for tag in counts)
-        types = {split_tag(tag)[1] for tag in counts if tag != "O" and belongs(tag, scheme)}
+        types = {split_tag(tag)[1] for tag in counts if tag != "O" and is_tag_of(tag, scheme)}
         if not types:
-            fault = faults([next(tag for tag in counts if tag != "O")], scheme)[0]
+            fault = tag_faults([next(tag for tag in counts if tag != "O")], scheme)[0]
             raise DataError(f"label: {fault.what}, and no other tag is valid", where=where, hint=fault.hint)
         tags = self.tags or tags_of_types(types, scheme, bare)
         weights = class_weights(data.class_weights, "single", tags, counts)
@@ -176,11 +176,11 @@ class TokenClassification(Task):
         scheme = scheme_of(tags for _, tags in read) if self.scheme == "auto" else self.scheme
         if scheme is None:
             return
-        for place, fault in faults_of_rows(read, scheme):
+        for place, fault in row_faults(read, scheme):
             yield findings.Fault("tags", f"a tag is invalid in {scheme}", place, fault.what, fault.hint, "error")
         for row, tags in read:
             for index, tag in enumerate(tags):
-                if self.tags and tag not in self.tags and belongs(tag, scheme):
+                if self.tags and tag not in self.tags and is_tag_of(tag, scheme):
                     lacks = unknown_tag(tag, index, row, self.tags)
                     yield findings.Fault(
                         "unknown-label", "a tag is not in train", lacks.where, tag, lacks.hint, "error"
@@ -193,17 +193,13 @@ class BoundTokenClassification(BoundTask):
 
     objective: LabelObjective
 
-    @property
-    def _names(self) -> Sequence[str]:
-        return self.objective.names
-
     def encode(self, rows: Sequence[Row]) -> list[Fields]:
         """Return the fields of the words (`encode_words`), a hash of each word, and its tag if there are labels."""
         assert self.data.max_length is not None, "the run resolves max_length"
-        sentences = [self._words_of(row).words for row in rows]
+        sentences = [words_of(row, self.task.inner_marks or "").words for row in rows]
         inside = self.task.sub_words == "all"
         fields = encode_words(sentences, self.processor, self.data.max_length, inside=inside)
-        codes = {name: index for index, name in enumerate(self._names)}
+        codes = {name: index for index, name in enumerate(self.objective.names)}
         weights = self.data.class_weights if isinstance(self.data.class_weights, dict) else {}
         for one, words, row in zip(fields, sentences, rows, strict=True):
             one["word"] = [_WORD(word.encode()) & 0x7FFFFFFF for word in words]
@@ -229,7 +225,7 @@ class BoundTokenClassification(BoundTask):
 
     def notes(self, encoded: Encoded) -> list[str]:
         """Return notes on the scheme, windows, truncated or empty words, and unknown tokens above 5 %."""
-        types = TagSet(self._names).types
+        types = TagSet(self.objective.names).types
         shown = f"{', '.join(types[:10])}{' ...' if len(types) > 10 else ''}"
         return [
             f"tags are read as {self.task.scheme}, {counted(len(types), 'type')} ({shown})",
@@ -271,14 +267,14 @@ class BoundTokenClassification(BoundTask):
 
     def metrics(self) -> Metrics:
         """Return the entity metrics."""
-        return EntityMetrics(self._names)
+        return EntityMetrics(self.objective.names)
 
     def baseline(self, train: Encoded) -> Baseline:
         """Return a predictor of the most frequent tag of each word in train, or of all words for an unknown word.
 
         Its outputs are log tag frequencies of the word, smoothed by one pseudo-count of the frequencies over all words.
         """
-        words, tags, count = train.column("word"), train.column("tags"), len(self._names)
+        words, tags, count = train.column("word"), train.column("tags"), len(self.objective.names)
         known, which = np.unique(words, return_inverse=True)
         table = np.bincount(which * count + tags, minlength=len(known) * count).reshape(len(known), count)
         shares = np.bincount(tags, minlength=count) / len(tags)
@@ -299,7 +295,7 @@ class BoundTokenClassification(BoundTask):
         lengths = batch.ragged("first").lengths.tolist()
         return [
             {
-                "tags": [self._names[tag] for tag in own.tolist()],
+                "tags": [self.objective.names[tag] for tag in own.tolist()],
                 "scores": [round(score, 6) for score in confidence.tolist()],
             }
             for own, confidence in zip(tags.cpu().split(lengths), scores.cpu().split(lengths), strict=True)
@@ -307,7 +303,7 @@ class BoundTokenClassification(BoundTask):
 
     def postprocess(self, answer: Answer, row: Row) -> Answer:
         """Return the answer with its entities, `text[start:end]`; their scores are means over the words."""
-        sentence = self._words_of(row)
+        sentence = words_of(row, self.task.inner_marks or "")
         entities = [
             {
                 "text": sentence.text[sentence.offsets[first][0] : sentence.offsets[after - 1][1]],
@@ -316,7 +312,7 @@ class BoundTokenClassification(BoundTask):
                 "label": label,
                 "score": sum(answer["scores"][first:after]) / (after - first),
             }
-            for first, after, label in TagSet(self._names).spans(answer["tags"])
+            for first, after, label in TagSet(self.objective.names).spans(answer["tags"])
         ]
         read = {"text": sentence.text, "tokens": sentence.words}
         return {name: value for name, value in read.items() if row.values.get(name) != value} | {
@@ -328,7 +324,9 @@ class BoundTokenClassification(BoundTask):
         """Return the tokens, and the tag of each token with loss."""
         tags = dict(zip(fields["first"], fields.get("tags", ()), strict="tags" in fields))
         tags |= dict(zip(fields.get("rest", ()), fields.get("rest_tags", ()), strict=False))
-        targets = [self._names[tags[place]] if place in tags else None for place in range(len(fields["input_ids"]))]
+        targets = [
+            self.objective.names[tags[place]] if place in tags else None for place in range(len(fields["input_ids"]))
+        ]
         return preview_tokens(fields, self.processor, targets=targets)
 
     def inspect(self, rows: Sequence[Row]) -> Inspection:
@@ -339,9 +337,6 @@ class BoundTokenClassification(BoundTask):
             for row, own in zip(rows, words, strict=True)
         ]
         return Inspection(*inspect_texts(texts, self.processor), None, "data.max_length")
-
-    def _words_of(self, row: Row) -> Sentence:
-        return words_of(row, self.task.inner_marks or "")
 
 
 def _inside(tag: str, codes: dict[str, int]) -> str:

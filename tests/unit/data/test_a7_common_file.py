@@ -59,7 +59,7 @@ def test_a7_01_a_path_that_can_be_none_is_refused(
 ) -> None:
     write(CSV, "train.csv")
     line = refuse(tmp_path / name)
-    assert f": cannot be read ({said}); check path and rights" in line and len(line) < 300
+    assert f": cannot be read ({said}); check the path and its permissions" in line and len(line) < 300
 
 
 def test_a7_02_a_folder_with_files_named_as_splits_is_read(read: Read, write: Any, tmp_path: Path) -> None:
@@ -75,10 +75,13 @@ def test_a7_02_a_folder_with_files_named_as_splits_is_read(read: Read, write: An
 
 def test_a7_02_a_folder_that_does_not_tell_is_refused(refuse: Refuse, write: Any, tmp_path: Path) -> None:
     (tmp_path / "valid").mkdir()
-    assert refuse(CSV, f"data.validation={tmp_path / 'valid'}").startswith("valid: this is a folder, not a file; ")
+    assert refuse(CSV, f"data.validation={tmp_path / 'valid'}").startswith("valid: a folder, not a file; ")
     write(CSV, "train.tsv")
-    assert refuse(tmp_path).endswith(": both train.csv and train.tsv are train; name the one to use")
-    assert refuse(tmp_path / "valid") == "valid: no train file in this folder; name it train.csv, or give the file"
+    assert refuse(tmp_path).endswith(": both train.csv and train.tsv are named train; set data.train to the one to use")
+    assert (
+        refuse(tmp_path / "valid")
+        == "valid: no train file in this folder; name the file train.csv, or set data.train to a file"
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,28 +125,32 @@ def locked() -> Iterator[Path]:
 def test_a7_03_what_may_not_be_read_is_refused(name: str, locked: Path, read: Read) -> None:
     with pytest.raises(DataError) as caught:
         read(locked / name)
-    assert str(caught.value) == f"{locked / name}: cannot be read (Permission denied); check path and rights"
+    assert (
+        str(caught.value) == f"{locked / name}: cannot be read (Permission denied); check the path and its permissions"
+    )
 
 
 @pytest.mark.parametrize("content", (b"", b"\n", b" \r\n\t\n", b'""\n', gzip.compress(b"", mtime=0)))
 def test_a7_04_an_empty_file_is_refused(content: bytes, refuse: Refuse) -> None:
-    assert refuse(content).startswith(("train.csv: the file is empty; ", "train.csv: the file holds no value; "))
+    assert refuse(content).startswith(("train.csv: the file is empty; ", "train.csv: the file has no values; "))
 
 
 @pytest.mark.parametrize("mark", (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 def test_a7_05_a_byte_order_mark_alone_is_an_empty_file(mark: bytes, refuse: Refuse) -> None:
-    assert refuse(mark).startswith("train.csv: the file is empty; is it the right one, and did its download finish?")
+    assert refuse(mark).startswith(
+        "train.csv: the file is empty; check that it is the right file and that its download has finished"
+    )
 
 
 @pytest.mark.parametrize("content", ("text,label", "text\tlabel\n", "\ufefftext,label\r\n\r\n", "[]", " [\n]\n"))
 def test_a7_06_a_header_without_rows_is_refused(content: str, refuse: Refuse) -> None:
     said = refuse(content)
-    assert said.startswith(("train.csv: there is a header but no row below it; ", "train.csv: there is no row in it; "))
+    assert said.startswith(("train.csv: the file has a header but no rows; ", "train.csv: the file has no rows; "))
 
 
 def test_a7_06_a_parquet_file_without_rows_is_refused(refuse: Refuse, tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.string())}), tmp_path / "a")
-    assert refuse(tmp_path / "a") == "a: there is a header but no row below it; add rows"
+    assert refuse(tmp_path / "a") == "a: the file has a header but no rows; add rows"
 
 
 @each_format
@@ -162,7 +169,10 @@ def test_a7_08_utf_16_is_read(order: str, kind: str, read: Read) -> None:
 @pytest.mark.parametrize("encoding", ("utf-16-le", "utf-16-be", "utf-32"))
 def test_a7_08_utf_16_without_its_mark_and_utf_32_are_refused(encoding: str, kind: str, refuse: Refuse) -> None:
     said = refuse(FORMATS[kind].encode(encoding))
-    assert said == "train.csv:1: holds NUL bytes; it is binary, or UTF-16 without its mark: save it as UTF-8 text"
+    assert (
+        said
+        == "train.csv:1: contains NUL bytes; it is binary, or UTF-16 without a byte order mark: save it as UTF-8 text"
+    )
 
 
 def test_a7_08_damaged_utf_16_is_refused(refuse: Refuse) -> None:
@@ -172,7 +182,7 @@ def test_a7_08_damaged_utf_16_is_refused(refuse: Refuse) -> None:
 NOT_UTF_8 = "byte 0xe9 is not UTF-8 in 'the caf? was great"
 SAVE_IT = (
     "; save the file as UTF-8 (if it is from Windows: iconv -f cp1252 -t utf-8, if it is Chinese: iconv -f gb18030"
-    " -t utf-8), or data.on_bad_row=skip"
+    " -t utf-8), or set data.on_bad_row=skip"
 )
 
 
@@ -212,7 +222,7 @@ def test_a7_11_a_nul_byte_in_a_row_is_refused_or_skipped(kind: str, refuse: Refu
 
 def test_a7_11_a_nul_byte_in_the_header_is_refused(refuse: Refuse) -> None:
     said = refuse(CSV.replace("text,", "text\0,"))
-    assert said.startswith("train.csv:1: holds a NUL byte: 'text\\x00,label\\n'; save the file as UTF-8 text")
+    assert said.startswith("train.csv:1: contains a NUL byte: 'text\\x00,label\\n'; save the file as UTF-8 text")
 
 
 @pytest.mark.parametrize("ends", (("\r\n",), ("\r",), ("\r\n", "\n", "\r"), ("\n", "\n\n", "\r\n\r\n")))
@@ -252,17 +262,19 @@ def test_a7_14_an_excel_file_named_csv_is_refused(refuse: Refuse) -> None:
         file.writestr("xl/workbook.xml", CSV)
     said = refuse(packed.getvalue())
     what, hint = UNSUPPORTED_FORMATS[b"PK\x03\x04"]
-    assert said == f"train.csv: this is {what}, whatever its name says; {hint}" and "Excel" in what
+    assert said == f"train.csv: unsupported format: the content is {what}; {hint}" and "Excel" in what
 
 
 @pytest.mark.parametrize("magic", UNSUPPORTED_FORMATS, ids=lambda magic: UNSUPPORTED_FORMATS[magic][0])
 def test_a7_14_other_kinds_of_file_are_refused(magic: bytes, refuse: Refuse) -> None:
     what, hint = UNSUPPORTED_FORMATS[magic]
-    assert refuse(magic + b"\n" + CSV.encode()) == f"train.csv: this is {what}, whatever its name says; {hint}"
+    assert refuse(magic + b"\n" + CSV.encode()) == f"train.csv: unsupported format: the content is {what}; {hint}"
 
 
 def test_a7_14_a_page_in_place_of_a_download_is_refused(refuse: Refuse) -> None:
-    assert refuse("\n <HTML><body>log in</body>").startswith("train.csv: this is an HTML page, whatever its name says")
+    assert refuse("\n <HTML><body>log in</body>").startswith(
+        "train.csv: unsupported format: the content is an HTML page"
+    )
 
 
 def test_a7_14_a_text_that_begins_like_a_kind_of_file_is_a_text(read: Read) -> None:
@@ -337,7 +349,7 @@ def test_a7_16_a_loop_of_links_is_refused(refuse: Refuse, tmp_path: Path) -> Non
     (tmp_path / "a.csv").symlink_to(tmp_path / "b.csv")
     (tmp_path / "b.csv").symlink_to(tmp_path / "a.csv")
     said = refuse(tmp_path / "a.csv")
-    assert said == "a.csv: cannot be read (Too many levels of symbolic links); check path and rights"
+    assert said == "a.csv: cannot be read (Too many levels of symbolic links); check the path and its permissions"
 
 
 def test_a7_16_a_link_to_a_file_is_read_and_one_to_nothing_is_refused(

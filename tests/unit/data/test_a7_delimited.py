@@ -19,8 +19,8 @@ from tunesmith.training.dataset import Examples
 
 Refuse = Callable[..., str]
 Read = Callable[..., Examples]
-QUOTE = "quote a field that holds the delimiter"
-SKIP = "or data.on_bad_row=skip"
+QUOTE = "quote the field that contains the delimiter"
+SKIP = "or set data.on_bad_row=skip"
 ROWS = [
     (f"the film was {word}, so {word}", ("pos", "neg")[n % 2]) for n, word in enumerate("great bad fine dull".split())
 ]
@@ -56,7 +56,7 @@ def test_a7_17_an_unknown_delimiter_is_refused(delimiter: str, refuse: Refuse) -
     said = refuse("".join(f"{delimiter.join(row)}\n" for row in [("text", "label"), *((n, "pos") for n in "abcdef")]))
     assert said == (
         f"train.csv:1: no column for text and label among: text{delimiter}label; "
-        "columns are told apart by comma, tab, semicolon or |; is the delimiter another one?"
+        "separate the columns by comma, tab, semicolon or |"
     )
 
 
@@ -64,10 +64,10 @@ def test_a7_18_semicolons_with_decimal_commas_are_refused(refuse: Refuse) -> Non
     rows = [(f"{text} {n}", f"{n},5") for n, (text, _) in enumerate(ROWS * 5)]
     said = refuse(_file(rows, delimiter=";"))
     assert said.startswith(
-        "train.csv: label: '0,5' has a decimal comma, as have 19 others; write 0.5, or set task.labels=single if"
+        "train.csv: label: '0,5' and 19 others have a decimal comma; write 0.5, or set task.labels=single if"
     )
     said = refuse(_file(rows, delimiter=";"), "task.labels=regression")
-    assert said.startswith("train.csv:2: label: '0,5' is not a finite number; mend it (write 0.5), or ")
+    assert said.startswith("train.csv:2: label: '0,5' is not a finite number; correct it (write 0.5), or ")
 
 
 def test_a7_18_semicolons_with_decimal_points_are_numbers(read: Read) -> None:
@@ -79,7 +79,7 @@ def test_a7_18_semicolons_with_decimal_points_are_numbers(read: Read) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     (
-        ("so warm", "1 field, but the header has 2: 'so warm'; fill in what is missing"),
+        ("so warm", "1 field, but the header has 2: 'so warm'; add the missing fields"),
         ("so warm,fine,pos", f"3 fields, but the header has 2: 'so warm | fine | pos'; {QUOTE}"),
         (f"{'so ' * 400},warm,pos", f"3 fields, but the header has 2: '{'so ' * 26}s…'; {QUOTE}"),
     ),
@@ -95,7 +95,7 @@ def test_a7_19_and_20_a_ragged_row_is_refused_or_skipped(line: str, said: str, r
 
 def test_a7_20_a_ragged_row_without_a_header_is_refused(refuse: Refuse) -> None:
     said = refuse(_file(ROWS * 5, header="") + "so,warm,pos\n")
-    assert said.startswith("train.csv:21: 3 fields, but the first line has 2: 'so | warm | pos'; quote a field")
+    assert said.startswith("train.csv:21: 3 fields, but the first line has 2: 'so | warm | pos'; quote the field")
 
 
 OPEN = {
@@ -111,11 +111,13 @@ def test_a7_21_an_unclosed_quotation_mark_is_refused_and_costs_one_row(
     content: str, refuse: Refuse, read: Read
 ) -> None:
     said = refuse(content)
-    assert said.startswith(("train.csv:2: a quotation mark is left open: '\"so warm,pos'", "train.csv:2: quoting: ','"))
+    assert said.startswith(
+        ("train.csv:2: unclosed quotation mark: '\"so warm,pos'", "train.csv:2: invalid quoting: ','")
+    )
     assert said.endswith(f"; close it, or double it inside a quoted field, {SKIP}")
     found = read(content, on_bad_row="skip")
     assert _rows(found)[:2] == [("so dull", "neg"), ("so fine", "pos")]
-    assert found.notes == ["train: skipped 1 row (quotation mark left open)"]
+    assert found.notes == ["train: skipped 1 row (unclosed quotation mark)"]
 
 
 def test_a7_21_such_a_row_does_not_take_a_long_file_into_memory(
@@ -123,7 +125,7 @@ def test_a7_21_such_a_row_does_not_take_a_long_file_into_memory(
 ) -> None:
     monkeypatch.setattr("tunesmith.data.formats.delimited.MAX_CHARS", 10_000)
     content = _file(ROWS) + '"so warm,pos\n' + _file(ROWS * 5000, header="").replace('"', "").replace(", so", " so")
-    assert refuse(content).startswith("train.csv:6: a quotation mark is left open: '\"so warm,pos'; ")
+    assert refuse(content).startswith("train.csv:6: unclosed quotation mark: '\"so warm,pos'; ")
     found = read(content, on_bad_row="skip")
     assert found.rows == {"train": 20_004} and "skipped 1 row (" in found.notes[0]
 
@@ -139,7 +141,7 @@ def test_a7_21_in_a_tsv_with_quoting_an_open_one_is_refused(refuse: Refuse, read
     rows = [(f"{text}\nand\tmore", label) for text, label in ROWS]
     assert _rows(read(_file(rows, delimiter="\t"))) == rows  # by line, each has two fields too
     rows = [(f"{text}\nand more", label) for text, label in ROWS]
-    assert refuse(_file(rows, delimiter="\t") + '"so warm\tpos\n').startswith("train.csv:10: a quotation mark is left")
+    assert refuse(_file(rows, delimiter="\t") + '"so warm\tpos\n').startswith("train.csv:10: unclosed quotation mark")
 
 
 @pytest.mark.parametrize("delimiter", ("\t", ",", ";"))
@@ -157,24 +159,24 @@ def test_a7_22_a_text_of_thousands_of_lines_is_one_text(read: Read) -> None:
 
 def test_a7_23_a_column_given_twice_is_refused(refuse: Refuse) -> None:
     said = refuse(_file([(*row, "x") for row in ROWS], "text,label,text"))
-    assert said == "train.csv:1: the column 'text' is there twice; rename one of them"
+    assert said == "train.csv:1: two columns have the name 'text'; rename one of them"
 
 
 def test_a7_23_columns_that_differ_in_case_are_refused_until_one_is_named(refuse: Refuse, read: Read) -> None:
     content = _file([(text, label, "other") for text, label in ROWS], "Text,label,text")
-    assert refuse(content) == "train.csv:1: 'Text' and 'text' could both be text; data.columns.text=NAME says which"
+    assert refuse(content) == "train.csv:1: both 'Text' and 'text' match text; choose one with data.columns.text=NAME"
     assert _rows(read(content, columns={"text": "Text"})) == ROWS
 
 
 def test_a7_23_a_column_given_twice_in_parquet_is_refused(refuse: Refuse, tmp_path: Path) -> None:
     columns = [pa.array(["so warm", "so dull"]), pa.array(["pos", "neg"]), pa.array(["x", "y"])]
     pq.write_table(pa.Table.from_arrays(columns, ["text", "label", "text"]), tmp_path / "a.parquet")
-    assert refuse(tmp_path / "a.parquet") == "a.parquet:1: the column 'text' is there twice; rename one of them"
+    assert refuse(tmp_path / "a.parquet") == "a.parquet:1: two columns have the name 'text'; rename one of them"
 
 
 def test_a7_24_a_missing_text_column_is_refused(refuse: Refuse) -> None:
     said = refuse(_file([(n, label) for n, (_, label) in enumerate(ROWS)], "number,label"))
-    assert said == "train.csv:1: no column for text among: number, label; data.columns.text=NAME"
+    assert said == "train.csv:1: no column for text among: number, label; set data.columns.text=NAME"
 
 
 def test_a7_24_many_long_names_are_shortened(refuse: Refuse) -> None:
@@ -209,7 +211,7 @@ def test_a7_25_a_misspelt_name_in_the_recipe_is_refused_with_the_nearest(refuse:
 def test_a7_25_a_role_that_is_none_is_refused(command: Any, write: Any) -> None:
     given = ("task=text-classification", "model=./none", f"data.train={write(_file(ROWS), 'train.csv')}")
     code, _, err = command("train", *given, "data.columns.txt=0", f"output={write('', 'x')}-run")
-    assert code == 2 and "data.columns.txt: no such role; did you mean 'text'?" in err
+    assert code == 2 and "data.columns.txt: the task has no such column; did you mean 'text'?" in err
 
 
 @pytest.mark.parametrize("header", (",text,label", "Unnamed: 0,text,label", "id,text,label", ",,text,label", ""))
@@ -295,7 +297,7 @@ def test_a7_32_a_huge_field_is_refused_in_bounded_memory(
     path.write_bytes(_file(ROWS).encode() + b"so very long " * (2**30 // 256 // 13) + rest.encode())
     said = refuse(path)
     assert said.startswith(
-        "huge.csv:6: over 65,536 characters in one line, 'so very long so very long so very long …'; is a"
+        "huge.csv:6: over 65,536 characters in one line, 'so very long so very long so very long …'; check for a"
     )
     tracemalloc.start()
     found = read(path, on_bad_row="skip")
@@ -307,7 +309,7 @@ def test_a7_32_a_huge_field_is_refused_in_bounded_memory(
 def test_a7_32_a_huge_field_of_many_lines_is_refused(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunesmith.data.formats.delimited.MAX_CHARS", 10_000)
     said = refuse(_file([*ROWS, ("so\n" * 10_000, "pos")]))
-    assert said.startswith("train.csv:6: a quotation mark is left open: '\"so'; close it")
+    assert said.startswith("train.csv:6: unclosed quotation mark: '\"so'; close it")
 
 
 @pytest.mark.parametrize("cell", ("=1+1", "=HYPERLINK(A1)", "+so", "-so", "@SUM(A1:A2)", "=cmd|' /C calc'!A0"))
@@ -324,15 +326,15 @@ def test_a7_34_columns_may_stand_in_another_order_in_another_split(read: Read, w
     assert _rows(found, "test")[:4] == _rows(found, "validation") and _rows(found)[:4] == ROWS
     told = sorted(note.rpartition("/")[2] for note in found.notes[:2])
     assert told == [
-        "test.csv: no header, so read with data.columns.text=1 and data.columns.label=0; say so if it is otherwise",
-        "train.csv: no header, so read with data.columns.text=0 and data.columns.label=1; say so if it is otherwise",
+        "test.csv: no header; assuming data.columns.text=1 and data.columns.label=0 (set these keys to change it)",
+        "train.csv: no header; assuming data.columns.text=0 and data.columns.label=1 (set these keys to change it)",
     ]
 
 
 def test_a7_35_a_split_without_a_column_is_refused(refuse: Refuse, write: Any) -> None:
     valid = write(_file(ROWS, "text,topic"), "valid.csv")
     said = refuse(_file(ROWS), f"data.validation={valid}")
-    assert said == "valid.csv:1: no column for label among: text, topic; data.columns.label=NAME"
+    assert said == "valid.csv:1: no column for label among: text, topic; set data.columns.label=NAME"
 
 
 @pytest.mark.parametrize("lacking", ("train", "valid"))
@@ -355,8 +357,8 @@ def test_a7_35_columns_that_nobody_reads_may_differ(read: Read, write: Any) -> N
 @pytest.mark.parametrize("above", ("# made today", "# made today, by us", "Reviews of 2024\n\nfirst sheet"))
 def test_a7_36_lines_above_the_header_are_refused(above: str, refuse: Refuse) -> None:
     said = refuse(f"{above}\n{_file(ROWS)}")
-    what = "the names of the columns stand below something else: 'text, label'"
-    assert said == f"train.csv:1: {what}; remove the lines above them"
+    what = "the header is not on the first line: 'text, label'"
+    assert said == f"train.csv:1: {what}; remove the lines above it"
 
 
 def test_a7_36_a_comment_among_the_rows_is_refused_or_skipped(refuse: Refuse, read: Read) -> None:

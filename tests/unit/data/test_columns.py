@@ -11,7 +11,6 @@ from tunesmith.data.columns import (
     JSON_LIST_KINDS,
     LIST_KINDS,
     Column,
-    in_order,
     inputs_of,
     names_of,
     of_kind,
@@ -46,7 +45,6 @@ def test_inputs_and_targets_part_the_columns() -> None:
     assert names_of(inputs_of(PICTURES)) == ("image", "width") and names_of(targets_of(PICTURES)) == ("label",)
     assert required_of(PICTURES) == {"image", "label"}
     assert of_kind(PICTURES, "number") is PICTURES[1] and of_kind(PICTURES, "boxes") is None
-    assert [column.name for column in in_order(PICTURES, ["label", "image", "other"])] == ["image", "label"]
 
 
 SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[bool, bool, bool]]] = {

@@ -92,9 +92,9 @@ def test_columns_can_be_chosen_by_number(tmp_path: Path) -> None:
     text = "He\tO\tPRP\nlives\tO\tVB\n\nin\tO\tO\nYork\tB-LOC\tO\n"
     table = _read(tmp_path / "a.conll", text, named={"label": 1})
     assert [label for _, label in _sentences(table)] == [["O", "O"], ["O", "B-LOC"]] and table.note is None
-    with pytest.raises(DataError, match="data.columns.label: no column '3'; columns have no names here: 0 to 2"):
+    with pytest.raises(DataError, match="data.columns.label: no column '3'; CoNLL columns are numbers: 0 to 2"):
         _read(tmp_path / "a.conll", text, named={"label": 3})
-    with pytest.raises(RecipeError, match="data.columns.lable: no such role; did you mean 'label'"):
+    with pytest.raises(RecipeError, match="data.columns.lable: the task has no such column; did you mean 'label'"):
         _read(tmp_path / "a.conll", text, named={"lable": 1})
 
 
@@ -107,9 +107,9 @@ FILLER = "a\tO\nb\tO\nc\tO\nd\tO\n\n" * 5
 BAD = {
     "a tag without a word": ("x\tO\n\tO\n", 2, "a tag without a word"),
     "a word without a tag": ("x\tO\ny\t\n", 2, "a word without a tag: 'y"),
-    "a line of one column": ("x\tO\ny\n", 2, "1 column, and the other lines have 2: 'y'"),
-    "three columns": ("x\tO\ny\tNN\tO\n", 2, "3 columns, and the other lines have 2"),
-    "blanks among tabs": ("x\tO\nNew B-LOC\n", 2, "the others have tabs, or tabs for blanks"),
+    "a line of one column": ("x\tO\ny\n", 2, "1 column, but the other lines have 2: 'y'"),
+    "three columns": ("x\tO\ny\tNN\tO\n", 2, "3 columns, but the other lines have 2"),
+    "blanks among tabs": ("x\tO\nNew B-LOC\n", 2, "separate it like the other lines"),
     "a comment inside": ("x\tO\n# note\ny\tO\n", 2, "a comment inside a sentence: '# note'"),
     "Latin-1": (b"x\tO\ncaf\xe9\tO\n", 2, "byte 0xe9 is not UTF-8"),
     "NUL": ("x\tO\n\0\tO\n", 2, "NUL byte"),
@@ -142,7 +142,7 @@ def test_a_sentence_without_end_is_refused(tmp_path: Path) -> None:
 def test_a_digit_behind_each_character_is_said(tmp_path: Path) -> None:
     marked = "我0\tO\n在0\tO\n北0\tB-LOC\n京1\tI-LOC\n\n好0\tO\n"
     note = _read(tmp_path / "a.conll", marked).note or ""
-    assert "a digit stands behind each character" in note and r"sed -E 's/^(.)[0-9]/\1/'" in note
+    assert "each character is followed by a digit" in note and r"sed -E 's/^(.)[0-9]/\1/'" in note
     assert "digit" not in (_read(tmp_path / "b.conll", marked.replace("0", "").replace("1", "")).note or "")
 
 

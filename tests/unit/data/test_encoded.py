@@ -94,7 +94,7 @@ def test_numbers_keep_their_kind(tmp_path: Path) -> None:
 
 def test_fractions_are_never_cut_to_whole_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_ROWS", 2)
-    with pytest.raises(AssertionError, match="^label "):
+    with pytest.raises(AssertionError, match="^label:"):
         encode([0, 1, 0.5], lambda rows: [{"label": row} for row in rows], tmp_path / "e")
 
 

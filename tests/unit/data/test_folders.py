@@ -87,20 +87,23 @@ def test_one_file_alone_is_train(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "said"),
     (
-        ((), "no train file in this folder; name it train.csv, or give the file"),
-        (("photo.png",), "no train file in this folder, and nothing else to be read: photo.png; give a table"),
+        ((), "no train file in this folder; name the file train.csv, or set data.train to a file"),
+        (
+            ("photo.png",),
+            "no train file in this folder, and no readable data: photo.png; add a table (CSV, JSONL, Parquet)",
+        ),
         (
             ("a.csv", "b.csv", "photo.png", "readme.md"),
-            "no train file in this folder, but a.csv, b.csv; call one train.csv, others validation and test, or "
-            "data.train={}/a.csv",
+            "no train file in this folder, only a.csv, b.csv; name one train.csv (others validation and test), "
+            "or set data.train={}/a.csv",
         ),
         (
             ("train.de", "train.en"),
-            "no train file in this folder, and nothing else to be read: train.de, train.en; task=translation reads ",
+            "no train file in this folder, and no readable data: train.de, train.en; set task=translation to read ",
         ),
         (
             tuple(f"{n}.tsv" for n in range(9)),
-            "no train file in this folder, but 0.tsv, 1.tsv, 2.tsv, 3.tsv, 4.tsv, 5.tsv ...; call one train.tsv, ",
+            "no train file in this folder, only 0.tsv, 1.tsv, 2.tsv, 3.tsv, 4.tsv, 5.tsv ...; name one train.tsv",
         ),
     ),
 )

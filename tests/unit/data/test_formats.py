@@ -91,14 +91,16 @@ def test_a_damaged_parquet_file_is_refused(where: int, tmp_path: Path) -> None:
     content = bytearray((tmp_path / "a").read_bytes())
     content[where : where + 8] = b"\xff" * 8
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(DataError, match=r"a: a damaged Parquet file \(.+\); write or download it again"):
+    with pytest.raises(DataError, match=r"a: damaged Parquet file \(.+\); write or download it again"):
         list(_read(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("values", ([b"so"], [{"a": 1}]), ids=("bytes", "object"))
 def test_values_of_parquet_that_are_none_are_refused(values: list[Any], tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["so"], "label": values}), tmp_path / "a")
-    with pytest.raises(DataError, match=r"a:1: label: '.+' is no value; give a text, a number, or a list of them"):
+    with pytest.raises(
+        DataError, match=r"a:1: label: '.+' has an unsupported type; give a text, a number, or a list of them"
+    ):
         list(_read(tmp_path / "a"))
 
 
@@ -126,7 +128,7 @@ def test_the_first_of_several_usual_names_is_taken(tmp_path: Path) -> None:
 
 def test_words_with_tags_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.conll").write_text("He\tO\nlives\tO\n\nin\tO\nNew\tB-LOC\nYork\tI-LOC\n")
-    with pytest.raises(DataError, match=r"a.conll:1: these are words with tags, one a line \('B-LOC, I-LOC, O'\)"):
+    with pytest.raises(DataError, match=r"a.conll:1: the file has one word and tag per line \('B-LOC, I-LOC, O'\)"):
         _read(tmp_path / "a.conll")
 
 
@@ -137,7 +139,9 @@ def test_a_table_of_words_with_tags_is_told_how_it_is_read(header: str, task: st
     words = [f"{first}{word}" for word in ("He,O", "lives,O", "in,O", "New,B-LOC", "York,I-LOC")]
     (tmp_path / "a.csv").write_text(header + "\n".join([*words, "", *words, ""]))
     columns = registry.get("task", task)().columns  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match=r"a.csv:1: these are words with tags, one a line \('B-LOC, I-LOC, O'\).*CoNLL"):
+    with pytest.raises(
+        DataError, match=r"a.csv:1: the file has one word and tag per line \('B-LOC, I-LOC, O'\).*CoNLL"
+    ):
         read_table(tmp_path / "a.csv", columns)
 
 
@@ -179,7 +183,7 @@ def test_a_plain_text_is_a_row_a_line(tmp_path: Path) -> None:
     ("content", "said"),
     (
         (b"", "a.txt: the file is empty"),
-        (b"%PDF-1.7", "a.txt: this is a PDF"),
+        (b"%PDF-1.7", "a.txt: unsupported format: the content is a PDF"),
         (None, "a.txt: no such file; check the path"),
     ),
 )

@@ -44,11 +44,11 @@ def test_the_data_say_what_kind_it_is(labels: list[Any], kind: str, classes: lis
 @pytest.mark.parametrize(
     ("labels", "kind", "said"),
     (
-        (["pos"] * 9, "auto", "every one of the 9 rows is labelled 'pos'; there is nothing to tell apart"),
-        ([1, 1.0, "1"], "auto", "every one of the 3 rows is labelled '1'"),
-        ([[], []], "auto", "nothing to tell apart"),
-        ([[0, 1, 0], [1, 0, 0]], "auto", "looks like a flag for each class"),
-        (["1;0;1"], "multi", "looks like a flag for each class"),
+        (["pos"] * 9, "auto", "all 9 rows have the class 'pos'"),
+        ([1, 1.0, "1"], "auto", "all 3 rows have the class '1'"),
+        ([[], []], "auto", "all 2 rows have the class ''"),
+        ([[0, 1, 0], [1, 0, 0]], "auto", "looks like a 0/1 flag per class"),
+        (["1;0;1"], "multi", "looks like a 0/1 flag per class"),
         (["[SPAM]", "ham"], "auto", "a list written as text; set task.labels=multi"),
     ),
 )
@@ -75,9 +75,9 @@ def test_weights_of_classes_that_are_numbers_may_be_numbers() -> None:
     ("labels", "weights", "said"),
     (
         ("aab", {"c": 2.0}, "no class 'c'; known: a, b"),
-        ("aab", {"a": 0.0}, "data.class_weights: 0 for 'a'; a weight is above 0"),
+        ("aab", {"a": 0.0}, "data.class_weights: 0 for 'a'; set a weight above 0"),
         ("aab", {"b": -1.0}, "data.class_weights: -1 for 'b'"),
-        ([["a"], ["b"]], "balanced", "only for one class a text"),
+        ([["a"], ["b"]], "balanced", "multi-label data is not supported"),
         ([n / 4 for n in range(11)], "balanced", "a regression has no classes"),
     ),
 )

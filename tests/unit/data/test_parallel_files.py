@@ -54,7 +54,7 @@ def test_of_many_languages_two_are_read(tmp_path: Path) -> None:
     _write(tmp_path)
     (tmp_path / "train.fr").write_text("Un chien\n")  # of another length, and nobody asks
     assert _values(_read(tmp_path / "train")) == ROWS
-    with pytest.raises(DataError, match="which of these is translated into which is not said: de, en, fr"):
+    with pytest.raises(DataError, match="the direction of translation is not set; languages: de, en, fr"):
         _read(tmp_path / "train", None, None)
 
 
@@ -62,7 +62,9 @@ def test_one_language_is_enough_where_two_are_there(tmp_path: Path) -> None:
     path = _write(tmp_path)
     assert _read(path, None, "en").columns == {"target": "en", "source": "de"}
     assert Translation(target_lang="en").with_columns(_read(path, None, "en").columns).source_lang == "de"
-    with pytest.raises(DataError, match=r"not said: de, en; task\.source_lang=de task\.target_lang=en, or the other"):
+    with pytest.raises(
+        DataError, match=r"not set; languages: de, en; set task\.source_lang=de task\.target_lang=en, or the reverse"
+    ):
         _read(path, None, None)
 
 
@@ -89,7 +91,7 @@ def test_tables_by_usual_names_and_by_languages(tmp_path: Path, names: tuple[str
 def test_without_header_the_first_two_columns_of_text(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("\n".join(f"{n}\t{en}\t{de}\tby someone" for n, (en, de) in enumerate(ROWS)))
     table = _read(tmp_path / "a.tsv")
-    assert _values(table) == ROWS and "read with data.columns.source=1 and data.columns.target=2" in str(table.note)
+    assert _values(table) == ROWS and "assuming data.columns.source=1 and data.columns.target=2" in str(table.note)
 
 
 def test_a_short_sentence_above_longer_ones_is_no_name_of_a_column(tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_a_file_that_ends_early_is_refused_with_both_names(tmp_path: Path) -> No
     (tmp_path / "train.de").write_text("Ein Hund rennt.\n")
     table = _read(path, on_bad_row="skip")
     with pytest.raises(
-        DataError, match=r"train\.en:2: train\.de ends after 1 line, and train\.en goes on; line by line"
+        DataError, match=r"train\.en:2: train\.de ends after 1 line, but train\.en has more; the files must be aligned"
     ):
         list(table)
 
@@ -119,7 +121,7 @@ def test_a_file_that_ends_early_is_refused_with_both_names(tmp_path: Path) -> No
 def test_an_empty_line_on_either_side_is_a_bad_row(tmp_path: Path) -> None:
     path = _write(tmp_path, rows=[ROWS[0], ("Two men!", " "), ("", "Schnee")])
     with pytest.raises(
-        DataError, match=r"train\.\{en,de\}:2: de: empty; fill it in or remove the row, or data\.on_bad"
+        DataError, match=r"train\.\{en,de\}:2: de: empty; fill it in or remove the row, or set data\.on_bad"
     ):
         list(_read(path))
     table = _read(path, on_bad_row="skip")
@@ -140,7 +142,9 @@ def test_a_folder_of_splits(tmp_path: Path) -> None:
     assert find_splits(tmp_path, pairs=True) == {name: tmp_path / stem for name, stem in found.items()}
     assert find_splits(tmp_path) == {}, "only of a task that asks for pairs"
     _write(tmp_path, "test_2017", ("en", "de"))
-    with pytest.raises(DataError, match="both test_2016_flickr and test_2017 are test; name the one to use"):
+    with pytest.raises(
+        DataError, match="both test_2016_flickr and test_2017 are named test; set data.test to the one to use"
+    ):
         find_splits(tmp_path, pairs=True)
 
 
@@ -172,7 +176,7 @@ def test_the_training_files_are_no_test_files(tmp_path: Path) -> None:
 
 
 def test_a_role_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"data\.columns\.sorce: no such role; did you mean 'source'"):
+    with pytest.raises(RecipeError, match=r"data\.columns\.sorce: the task has no such column; did you mean 'source'"):
         _read(_write(tmp_path), named={"sorce": "en"})
 
 

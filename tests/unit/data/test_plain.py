@@ -92,7 +92,7 @@ def test_what_cannot_be_read_is_named(write: Callable[..., Path], tmp_path: Path
     table = _table(path, on_bad_row="skip")
     assert [row.values["text"] for row in table] == ["one", "four"] and table.skipped == {"not UTF-8": 1}
     (tmp_path / "docs").mkdir()
-    with pytest.raises(DataError, match=r"no text \(.txt, .text, .md\) in this folder"):
+    with pytest.raises(DataError, match=r"no text files \(.txt, .text, .md\) in this folder"):
         _table(tmp_path / "docs")
     (tmp_path / "docs" / "empty.txt").write_text("\n")
     (tmp_path / "docs" / "full.txt").write_text("full")
@@ -106,7 +106,7 @@ def test_a_document_beyond_all_measure_is_refused(
 ) -> None:
     monkeypatch.setattr(plain, "MAX_CHARS", 20)
     path = write("0123456789\n" * 3 + "\nshort\n", "a.txt")
-    with pytest.raises(DataError, match="a.txt:1: over 20 characters in one document; divide it by blank lines"):
+    with pytest.raises(DataError, match="a.txt:1: over 20 characters in one document; split it by blank lines"):
         _texts(path)
     assert [row.values["text"] for row in _table(path, on_bad_row="skip")] == ["short"]
     (tmp_path / "docs").mkdir()

@@ -78,11 +78,15 @@ def test_the_names_of_classes_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("counts", "fraction", "said"),
     (
-        ([20, 20], 0.01, "data.validation: 0.01 of 40 rows is none; a larger fraction, a file of its own, or "),
+        (
+            [20, 20],
+            0.01,
+            "data.validation: 0.01 of 40 rows is less than one row; set a larger fraction, a separate file, or ",
+        ),
         (
             [1, 1, 1],
             0.5,
-            "data.validation: every class has a single text: no split is possible; a file of its own, or ",
+            "data.validation: every class has a single text, so no split can be drawn; set a separate file, or ",
         ),
     ),
 )
@@ -125,10 +129,12 @@ def test_a_text_too_often_to_be_drawn_stays_in_train_and_others_go_for_it() -> N
 
 def test_texts_too_few_to_draw_from_are_refused() -> None:
     strata, texts = np.arange(40) % 2, np.arange(40, dtype=np.uint64) % 4
-    with pytest.raises(DataError, match=r"^data.test: 0.1 of 40 rows is less than rows that say the same, which stay"):
+    with pytest.raises(
+        DataError, match=r"^data.test: 0.1 of 40 rows is less than the smallest group of rows that must stay"
+    ):
         stratified_split(strata, texts, 0.1, 0, "test")
     assert len(stratified_split(strata, texts, 0.25, 0)[1]) == 10
-    with pytest.raises(DataError, match="every class has a single text: no split is possible"):
+    with pytest.raises(DataError, match="every class has a single text, so no split can be drawn"):
         stratified_split(strata, strata.astype(np.uint64), 0.5, 0)
 
 
@@ -181,7 +187,9 @@ def test_the_training_file_is_no_other_split(tmp_path: Path) -> None:
         (tmp_path / name).write_text("text,label\n")
     (tmp_path / "hard.csv").hardlink_to(tmp_path / "train.csv")
     refuse_same_file(tmp_path / "train.csv", tmp_path / "copy.csv", "test")
-    with pytest.raises(DataError, match=r"hard.csv: data.test is the training file; give other rows, or data.test=0.1"):
+    with pytest.raises(
+        DataError, match=r"hard.csv: data.test is the training file; set another file, or data.test=0.1"
+    ):
         refuse_same_file(tmp_path / "train.csv", tmp_path / "hard.csv", "test")
 
 
@@ -240,7 +248,7 @@ def test_a_group_is_of_train_alone_and_no_text(tmp_path: Path) -> None:
     other.write_text("text,label\nsomething else,a\nand more,b\n")
     found = dataset.read(TextClassification(), Data(train=str(path), validation=str(other), group="contract"), 0)
     assert found.rows == {"train": 462, "validation": 2}
-    assert any("1 of 462 train rows repeat an earlier text" in note for note in found.notes)
+    assert any("1 of 462 train rows repeat" in note for note in found.notes)
     with pytest.raises(DataError, match="no column 'contrakt'; did you mean 'contract'"):
         dataset.read(TextClassification(), Data(train=str(path), group="contrakt"), 0)
     path.write_text("text,label,contract\none,a,x\ntwo,b,\n")

@@ -10,7 +10,7 @@ import pytest
 
 import tunesmith
 from tunesmith import registry
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.formats import Row
 from tunesmith.data.text.augment import Augmenter, texts_of
 from tunesmith.deploy import back_translation, predict
@@ -19,7 +19,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.recipe.fields import Augmentation
 from tunesmith.testing import sample_row
 
-QUIET = Talk(level=-1)
+QUIET = Console(level=-1)
 Runs = tuple[Path, Path]
 
 
@@ -38,7 +38,7 @@ def translators(tiny_marian: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             technique="full",
             train={"max_steps": 60, "batch_size": 16, "learning_rate": 5e-3, "precision": "fp32", "device": "cpu"},
             output=str(folder / source),
-            talk=QUIET,
+            console=QUIET,
         )
     return folder / "en", folder / "de"
 
@@ -86,14 +86,14 @@ def test_a_run_learns_from_them_and_a_resume_goes_on_bit_for_bit(recipe_of: Any,
     )
 
     def losses(*words: str, **how: Any) -> list[float]:
-        tunesmith.train(recipe, *words, talk=QUIET, **how)
+        tunesmith.train(recipe, *words, console=QUIET, **how)
         lines = Path(recipe.output, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
     whole = losses()
     assert losses(overwrite=True) == whole
     plain = recipe_of("train.epochs=2", "data.validation=null")
-    tunesmith.train(plain, overwrite=True, talk=QUIET)
+    tunesmith.train(plain, overwrite=True, console=QUIET)
     lines = Path(plain.output, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert whole != [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
@@ -102,7 +102,7 @@ def test_runs_that_are_none_are_refused(recipe_of: Any, tmp_path: Path, translat
     with pytest.raises(RecipeError, match=r"data\.augment: no run in .*nowhere"):
         back_translation.fingerprints([_step((tmp_path / "nowhere", tmp_path))])
     recipe = recipe_of("train.max_steps=1", "train.epochs=null")
-    tunesmith.train(recipe, talk=QUIET)
+    tunesmith.train(recipe, console=QUIET)
     with pytest.raises(RecipeError, match=r"is a run of text-classification, not of translation"):
         back_translate(["a"], [_step((Path(recipe.output), translators[1]))], tmp_path, say=str)
     tagged = Row("a:1", {"tokens": ["a"], "label": ["O"]})

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from loopback import Login, StubIndex
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.deploy import card
 from tunesmith.metrics import MEANINGS
 from tunesmith.models.load import base_hash
@@ -72,7 +72,7 @@ def test_the_lines_of_the_card_load_the_run(
 
 def test_the_lines_of_the_card_load_an_adapter_on_an_earlier_run(finish: Any, recipe_of: Any, tmp_path: Path) -> None:
     first = recipe_of("technique=full", "train.max_steps=2", "train.epochs=null", output=str(tmp_path / "first"))
-    tunesmith.train(first, talk=Talk(level=-1))
+    tunesmith.train(first, console=Console(level=-1))
     finish("technique=lora", model=str(tmp_path / "first"))
     _check_loading(tmp_path / "run")
 
@@ -123,7 +123,7 @@ def finished(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(folder / "home"))
         patch.setattr(sys, "argv", ["tunesmith", "train", "a recipe.yaml"])
-        yield folder / "run", tunesmith.train(given, talk=Talk(level=-1))
+        yield folder / "run", tunesmith.train(given, console=Console(level=-1))
 
 
 def test_what_run_json_holds(finished: tuple[Path, dict[str, Any]], tiny_bert: Path, reviews_csv: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.deploy import merge as merging
 from tunesmith.deploy.multi_adapter import MultiAdapterModel
 from tunesmith.errors import CheckpointError, RecipeError, UserError
@@ -37,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, reviews_csv:
                 technique=technique,
                 train=train | {"seed": len(name)},
                 output=str(folder / name),
-                talk=Talk(level=-1),
+                console=Console(level=-1),
             )
         yield folder
 
@@ -174,7 +174,7 @@ def test_a_run_with_an_adapter_is_a_base(runs: Path, reviews_csv: Path, tmp_path
     given = {"task": "text-classification", "data": {"train": str(reviews_csv)}, "output": str(tmp_path / "second")}
     train = {"max_steps": 1, "batch_size": 8, "precision": "fp32", "device": "cpu", "learning_rate": 1e-12}
     tunesmith.train(
-        given | {"model": str(tmp_path / "first"), "technique": "bitfit", "train": train}, talk=Talk(level=-1)
+        given | {"model": str(tmp_path / "first"), "technique": "bitfit", "train": train}, console=Console(level=-1)
     )
     first, second = (_probabilities(tunesmith.load(tmp_path / name).predict(TEXTS)) for name in ("first", "second"))
     assert torch.allclose(first, second, atol=1e-5)

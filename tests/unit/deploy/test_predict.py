@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.formats import Row
 from tunesmith.errors import CheckpointError, DataError, RecipeError, UserError
 from tunesmith.testing import tiny_tokenizer
@@ -56,7 +56,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, reviews_csv
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(folder / "home"))
-        tunesmith.train(given, talk=Talk(level=-1))
+        tunesmith.train(given, console=Console(level=-1))
     return tunesmith.load(folder / "run")
 
 
@@ -153,7 +153,7 @@ def test_a_damaged_adapter_is_refused(
         tunesmith.load(tmp_path / "run")
     assert command("predict", str(tmp_path / "run"), "a film")[0] == 6
     if "anew" in said:
-        tunesmith.train(resume=tmp_path / "run", talk=Talk(level=-1))
+        tunesmith.train(resume=tmp_path / "run", console=Console(level=-1))
         assert tunesmith.predict(tmp_path / "run", ["a film"])
 
 
@@ -204,7 +204,7 @@ def test_an_adapter_over_another_tokenizer_or_template_is_refused(
 def test_what_is_no_finished_run_is_refused(recipe_of: Any, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="not a run folder"):
         tunesmith.load(tmp_path)
-    tunesmith.train(recipe_of(), talk=Talk(level=-1))
+    tunesmith.train(recipe_of(), console=Console(level=-1))
     shutil.rmtree(tmp_path / "run" / "model")
     with pytest.raises(RecipeError, match="the run is not finished; finish it with `tunesmith train --resume .*run`"):
         tunesmith.load(tmp_path / "run")
@@ -217,7 +217,7 @@ def test_a_base_of_pickled_weights_is_read_where_that_is_allowed(
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
     recipe = recipe_of("technique=lora", "data.test=0.25", model=str(base))
-    result = tunesmith.train(recipe, allow_pickle=True, talk=Talk(level=-1))
+    result = tunesmith.train(recipe, allow_pickle=True, console=Console(level=-1))
     run = str(tmp_path / "run")
     code, out, err = command("predict", run, "a film")
     assert code == 2 and out == "" and "--allow-pickle" in err

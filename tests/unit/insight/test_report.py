@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.insight import report
 from tunesmith.metrics import MEANINGS
 from tunesmith.recipe import load, to_yaml
@@ -94,7 +94,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, reviews_
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(folder / "home"))
-        tunesmith.train(given, talk=Talk(level=-1))
+        tunesmith.train(given, console=Console(level=-1))
     return folder / "run"
 
 

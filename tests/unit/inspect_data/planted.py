@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.inspect_data import check as data_check
-from tunesmith.inspect_data.files import asked, find_files, open_file
+from tunesmith.inspect_data.files import find_files, open_file, resolve_target
 
 EACH = 50
 TEST_SHARE = 0.2
@@ -101,7 +101,7 @@ def outcome(train: Rows, test: Rows, planted: dict[str, set[tuple[str, int]]], f
 
 def clean_rows(path: str) -> Rows:
     """The rows of a real file of which the check says nothing."""
-    recipe, _, _ = asked(path, (), None)
+    recipe, _, _ = resolve_target(path, (), None)
     report = data_check.check(path)
     accused = {fault["line"] for finding in report["findings"] for fault in finding["faults"]}
     data, named, _ = find_files(recipe.data, recipe.task)  # type: ignore[arg-type]

@@ -98,7 +98,7 @@ def test_texts_of_another_width_are_the_same_and_labels_of_near_ones_are_told(
     _write(tmp_path / "train.jsonl", [{"text": text, "label": label} for text, label in rows])
     _, report = checked(tmp_path)
     assert _only(report, "label-conflict")["faults"][0]["value"].startswith("neg here, pos there")
-    assert _only(report, "near-duplicate")["faults"][0]["see"].endswith("alike, neg here and pos there)")
+    assert _only(report, "near-duplicate")["faults"][0]["see"].endswith("similar, neg here and pos there)")
 
 
 def test_fields_classes_and_labels(sentences: list[str], checked: Checked, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_fields_classes_and_labels(sentences: list[str], checked: Checked, tmp_p
     assert _only(report, "unknown-label")["count"] == 20 and _only(report, "unknown-label")["level"] == "error"
     assert _only(report, "imbalance")["faults"][0]["value"] == "a: 39, b: 1"
     assert _only(report, "rare-class")["faults"][0]["value"] == "b: 1"
-    assert _only(report, "constant-field")["what"] == "lang says the same in every row"
+    assert _only(report, "constant-field")["what"] == "lang has the same value in every row"
     told = {finding["what"]: finding["count"] for finding in report["findings"] if finding["kind"] == "empty-field"}
     assert told == {"note is empty in some rows of train": 3, "old is empty in every row": 1}
 
@@ -119,7 +119,7 @@ def test_fields_classes_and_labels(sentences: list[str], checked: Checked, tmp_p
 def test_a_refusal_of_the_run_is_a_finding(sentences: list[str], checked: Checked, tmp_path: Path) -> None:
     path = _write(tmp_path / "train.jsonl", ({"text": text, "label": "a"} for text in sentences[:30]))
     code, report = checked(path)
-    assert code == 3 and "there is nothing to tell apart" in _only(report, "refused")["faults"][0]["value"]
+    assert code == 3 and "all 30 rows have the class" in _only(report, "refused")["faults"][0]["value"]
 
 
 @pytest.mark.parametrize("marks", ("B_", "B_ I_"))
@@ -138,7 +138,10 @@ def test_what_a_run_refuses_of_tags_is_told_before(
     code, report = checked(tmp_path)
     unsound = _only(report, "tags")
     assert code == 3 and unsound["count"] == 30 * len(marks.split())
-    assert unsound["faults"][0]["value"] == "'B_X' is no tag of BIO" and unsound["fix"] == "did you mean 'B-X'?"
+    assert (
+        unsound["faults"][0]["value"] == "'B_X' is not a tag of the BIO scheme"
+        and unsound["fix"] == "did you mean 'B-X'?"
+    )
 
 
 def test_tags_that_train_lacks_are_told(sentences: list[str], checked: Checked, tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def test_a_recipes_drawn_split_is_drawn_and_groups_torn_by_it_are_found(
     code, report = checked(recipe, "--group", "case")
     assert code == 3 and report["splits"]["train"]["drawn"] == {"validation": 10}
     assert _only(report, "group-leak")["count"] == 10
-    assert "for want of the model" in " ".join(report["notes"])
+    assert "the model cannot be loaded" in " ".join(report["notes"])
     code, report = checked(path, "--group", "case")
     assert code == 0 and _only(report, "group")["count"] == 50
 
@@ -237,7 +240,7 @@ def test_what_is_left_out_of_a_folder_is_said(sentences: list[str], checked: Che
     _write(tmp_path / "SOURCE.txt", ["about"])
     code, report = checked(tmp_path)
     assert code == 0 and set(report["splits"]) == {"train", "test"}
-    assert report["notes"] == [f"not looked at in {tmp_path}: more.jsonl, photo.png"]
+    assert report["notes"] == [f"skipped files in {tmp_path}: more.jsonl, photo.png"]
 
 
 def test_a_sentence_with_the_name_of_a_column_between_commas_is_no_header(checked: Checked, tmp_path: Path) -> None:
@@ -291,7 +294,7 @@ def test_the_page_for_a_person(command: Any, tmp_path: Path) -> None:
     assert code == 0 and err == ""
     assert "train: 7 rows of" in out and "2 classes (1 4, 0 3)" in out
     assert f"  {path}:3  'the same film again'  see {path}:2\n" in out and "  and 3 more" in out
-    assert "  fix: decide on one of them" in out and out.endswith(": 0 errors, 3 warnings\n")
+    assert "  fix: correct one of the labels" in out and out.endswith(": 0 errors, 3 warnings\n")
     assert "text-classification; set task=NAME" in out
     quiet = command("data", "check", str(path), "-q")[1]
     assert quiet.startswith("warning: ") and "train:" not in quiet and "found in" not in quiet
@@ -301,7 +304,7 @@ def test_unlike_faults_have_each_its_way_out(command: Any, tmp_path: Path) -> No
     path = _write(tmp_path / "train.csv", ["text,label", "fine film,1", "dull film", "a, b, c, 0", "warm film,0"])
     code, out, _ = command("data", "check", str(path))
     assert code == 3 and f"  {path}:3  1 field, but the header has 2" in out
-    assert out.count("    fix: ") == 2 and "    fix: quote a field that holds the delimiter" in out
+    assert out.count("    fix: ") == 2 and "    fix: quote the field that contains the delimiter" in out
 
 
 def test_a_conflict_of_tags_names_the_word(checked: Checked, tmp_path: Path) -> None:
@@ -321,7 +324,7 @@ def test_a_conflict_of_tags_names_the_word(checked: Checked, tmp_path: Path) -> 
         (("{path}", "--group", "lable"), 2, "no column 'lable'; did you mean 'label'?"),
         (("{path}", "data.colums.text=x"), 2, "unknown key; did you mean 'columns'?"),
         (("{path}", "task=nonsense"), 2, "no task is called 'nonsense'"),
-        (("{folder}",), 3, "no train file in this folder; name it train.csv, or give the file"),
+        (("{folder}",), 3, "no train file in this folder; name the file train.csv, or set data.train to a file"),
         ((), 2, "missing argument"),
     ),
 )

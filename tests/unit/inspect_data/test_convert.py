@@ -91,7 +91,7 @@ def test_texts_become_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"^{folder / 'b.txt'}:1: byte 0xff is not UTF-8"):
         convert(folder, tmp_path / "bad.jsonl")
     (folder / "c.csv").write_text("text\na\n")
-    with pytest.raises(DataError, match="this is a folder, not a file; name a file in it"):
+    with pytest.raises(DataError, match="a folder, not a file; name a file in it"):
         convert(folder, tmp_path / "more.jsonl")
 
 
@@ -113,7 +113,7 @@ def test_without_a_header_columns_are_numbered(tmp_path: Path) -> None:
 def test_a_bad_row_stops_it_or_is_counted(tmp_path: Path) -> None:
     source, output = tmp_path / "rows.csv", tmp_path / "rows.jsonl"
     source.write_text("text,label\nfine,1\nshort\ndull,0\n")
-    with pytest.raises(DataError, match=r"rows.csv:3: 1 field, .* or --skip-bad-rows"):
+    with pytest.raises(DataError, match=r"rows.csv:3: 1 field, .* or set --skip-bad-rows"):
         convert(source, output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.csv"]
     assert convert(source, output, skip=True)["skipped"] == {"wrong number of fields": 1}
@@ -123,7 +123,7 @@ def test_a_bad_row_stops_it_or_is_counted(tmp_path: Path) -> None:
 def test_what_parquet_cannot_hold_is_said(tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text('{"a": 1}\n{"a": "x"}\n')
-    with pytest.raises(DataError, match=rf"^{source}: Parquet .* a column is of one kind in Parquet"):
+    with pytest.raises(DataError, match=rf"^{source}: Parquet .* a Parquet column has a single type"):
         convert(source, tmp_path / "rows.parquet")
     assert not (tmp_path / "rows.parquet").exists()
 
@@ -150,7 +150,7 @@ def test_a_word_that_looks_like_a_comment_comes_back(tmp_path: Path) -> None:
 
 def test_a_name_above_two_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text,label,label\na,x,y\n")
-    with pytest.raises(DataError, match=r"rows.csv:1: the column 'label' is there twice"):
+    with pytest.raises(DataError, match=r"rows.csv:1: two columns have the name 'label'"):
         convert(tmp_path / "rows.csv", tmp_path / "rows.jsonl")
 
 
@@ -171,7 +171,7 @@ def test_spans_and_tags_are_made_from_each_other(tmp_path: Path) -> None:
     ]
     kept = convert(source, tmp_path / "kept.jsonl", spans=True)
     assert kept["columns"] == ["text", "spans", "id"] and _rows(tmp_path / "kept.jsonl")[1] == rows[1]
-    with pytest.raises(RecipeError, match="CoNLL holds a tag for each word"):
+    with pytest.raises(RecipeError, match="CoNLL cannot represent spans"):
         convert(source, tmp_path / "more.conll", spans=True)
 
 
@@ -185,19 +185,19 @@ def test_a_row_whose_spans_fit_no_words_is_a_bad_one(skip: bool, tmp_path: Path)
             and output.read_text() == "a\tB-X\nb\tO\n\n"
         )
         return
-    with pytest.raises(DataError, match=rf"^{source}:2: spans: .* or --skip-bad-rows"):
+    with pytest.raises(DataError, match=rf"^{source}:2: spans: .* or set --skip-bad-rows"):
         convert(source, output)
 
 
 @pytest.mark.parametrize(
     ("row", "said"),
     (
-        ({"text": "a"}, "^{}:1: no column for label .*; words with their tags are wanted"),
-        ({"tokens": ["a", "b"], "tags": ["O"]}, "^{}:1: tags: 1 tag for 2 words; give one for each word, or --skip"),
+        ({"text": "a"}, "^{}:1: no column for label .*; give words with tags"),
+        ({"tokens": ["a", "b"], "tags": ["O"]}, "^{}:1: tags: 1 tag for 2 words; give one tag per word, or set --skip"),
         ({"tokens": ["a\tb"], "tags": ["O"]}, "^{}:1: .*a tab or a line end"),
-        ({"tokens": ["-DOCSTART-"], "tags": ["O"]}, "^{}:1: .*as a line that parts documents does; .*or write jsonl"),
-        ({"tokens": ["New York"], "tags": ["O"]}, "^{}:1: .*a blank, .*; .*split the word, or write jsonl"),
-        ({"text": "New York", "spans": [[0, 5, "X"]]}, "^{}:1: spans: .* breaks the word 'York' in two"),
+        ({"tokens": ["-DOCSTART-"], "tags": ["O"]}, "^{}:1: .*begins like a document separator; .*or write jsonl"),
+        ({"tokens": ["New York"], "tags": ["O"]}, "^{}:1: .*a space, .*; .*split the word, or write jsonl"),
+        ({"text": "New York", "spans": [[0, 5, "X"]]}, "^{}:1: spans: .* splits the word 'York'"),
     ),
 )
 def test_what_conll_cannot_hold(row: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -224,9 +224,9 @@ def test_the_command(command: Any, source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     (
-        (("source.jsonl", "out.xlsx"), 2, "no format that can be written"),
+        (("source.jsonl", "out.xlsx"), 2, "no known output format"),
         (("source.jsonl", "out.csv", "--to", "jsnl"), 2, "did you mean 'jsonl'?"),
-        (("source.jsonl", "none/out.csv"), 2, "no such folder"),
+        (("source.jsonl", "none/out.csv"), 2, "the folder does not exist"),
         (("none.jsonl", "out.csv"), 3, "no such file"),
         (("source.jsonl", "source.jsonl"), 2, "not overwritten"),
     ),

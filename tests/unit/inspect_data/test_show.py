@@ -55,7 +55,7 @@ def test_targets_of_tokens_are_marked(monkeypatch: pytest.MonkeyPatch, capsys: p
     bound = task.bind(tiny_tokenizer(), BertConfig(), Data(max_length=8))
     monkeypatch.setattr(type(bound), "encode", lambda self, rows: [fields for _ in rows])
     fields = {"input_ids": [2, 5, 6, 3], "windows": [4], "first": [1], "tags": [1]}
-    (shown,) = data_show.encoded([(0, Row("x:1", {"text": "the film"}))], bound, 0)
+    (shown,) = data_show.encode_rows([(0, Row("x:1", {"text": "the film"}))], bound, 0)
     preview = shown.preview
     assert [token.target for token in preview.windows[0]] == [None, "B-FILM", None, None] and preview.target is None
     page = data_show.page([shown], "a <title>")
@@ -81,7 +81,7 @@ def test_colour_only_where_it_is_wanted(show: Show, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("words", "code", "said"),
-    ((("--row", "999"), 2, "train has no row 999"), (("--split", "test"), 2, "there is no test split; there is train")),
+    ((("--row", "999"), 2, "train has no row 999"), (("--split", "test"), 2, "there is no test split; known: train")),
 )
 def test_what_cannot_be_shown(words: tuple[str, ...], code: int, said: str, show: Show) -> None:
     found, out, err = show(*words)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tunesmith
 from tunesmith import recipe as recipes
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.batches import Batch
 from tunesmith.errors import NumericError, ResourceError
 from tunesmith.tasks.text_classification import BoundTextClassification
@@ -327,7 +327,7 @@ def test_a_run_that_does_not_fit_ends_with_advice(recipe_of: Any, tmp_path: Path
     with pytest.raises(
         ResourceError, match=r"one example at a time does not fit in memory; lower data\.max_length"
     ) as end:
-        tunesmith.train(recipe_of(), talk=Talk(level=-1))
+        tunesmith.train(recipe_of(), console=Console(level=-1))
     assert end.value.exit_code == 4 and _saved(tmp_path / "run") == []
 
 

@@ -12,7 +12,7 @@ import pytest
 from loopback import StubIndex, sdist
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.models import sources
 from tunesmith.studies import demo
 from tunesmith.testing import sample_row
@@ -58,7 +58,7 @@ def test_the_demo(index: StubIndex, command: Any, home: Path, tmp_path: Path, mo
     asked = len(index.asked)
     code, out, err = command("demo", "--offline")
     assert code == 2 and "--overwrite" in err, "an earlier demo is not overwritten"
-    assert demo.reviews(offline=True, talk=Talk()) == home / "demo" / "reviews.csv"
+    assert demo.reviews(offline=True, console=Console()) == home / "demo" / "reviews.csv"
     assert sources.resolve(demo.MODEL, offline=True).kind == "pypi" and len(index.asked) == asked
 
 
@@ -73,7 +73,7 @@ def test_what_it_shows_is_what_the_run_holds_and_can_be_typed(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(Path.cwd() / ".venv" / "bin" / "python"))
     run = tmp_path / "my demo"
-    result = demo.demo(run, talk=Talk())
+    result = demo.demo(run, console=Console())
     said = capsys.readouterr().out.splitlines()
     start = said.index("Test accuracy") + 1
     metrics = json.loads((run / "run.json").read_text(encoding="utf-8"))["metrics"]
@@ -93,7 +93,7 @@ def test_what_it_shows_is_what_the_run_holds_and_can_be_typed(
 
 
 def test_what_is_here_is_not_announced_as_a_download(index: StubIndex, command: Any, tmp_path: Path) -> None:
-    demo.reviews(offline=False, talk=Talk(level=-1))
+    demo.reviews(offline=False, console=Console(level=-1))
     sources.resolve(demo.MODEL)
     (tmp_path / "run.txt").write_text("no folder")
     code, out, _ = command("demo", "--offline", "--output", str(tmp_path / "run.txt"))

@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.testing import sample_row
 
@@ -33,7 +33,7 @@ def finished(
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(folder / "home"))
-        return folder / "run", tunesmith.train(given, talk=Talk(level=-1))
+        return folder / "run", tunesmith.train(given, console=Console(level=-1))
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -104,7 +104,7 @@ def test_a_class_that_another_file_lacks_has_no_say(finished: Any, tmp_path: Pat
 
 def test_the_base_scores_the_same_whatever_was_trained(finished: Any, recipe_of: Any, tmp_path: Path) -> None:
     recipe = recipe_of("data.test=0.2", "train.max_steps=1", "train.epochs=null", "technique=full")
-    tunesmith.train(recipe, talk=Talk(level=-1))
+    tunesmith.train(recipe, console=Console(level=-1))
     by_lora = tunesmith.evaluate(finished[0], base=True)
     by_full = tunesmith.evaluate(tmp_path / "run", base=True)
     assert by_lora["metrics"] == by_full["metrics"] and by_lora["base"] is True

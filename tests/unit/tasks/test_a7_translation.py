@@ -51,7 +51,7 @@ def _with(place: int, row: tuple[str, str]) -> list[tuple[str, str]]:
 def test_a7_97_an_empty_target_is_refused_by_its_line(empty: str, command: Command, tmp_path: Path) -> None:
     rows = _with(7, ("the dog", empty))
     said = _refused(command, tmp_path, _parallel(tmp_path, rows), *LANGUAGES)
-    assert said == "train.{en,de}:7: de: empty; fill it in or remove the row, or data.on_bad_row=skip"
+    assert said == "train.{en,de}:7: de: empty; fill it in or remove the row, or set data.on_bad_row=skip"
     said = _refused(command, tmp_path, _tsv(tmp_path, rows), *LANGUAGES)
     assert said.startswith("pairs.tsv:8: de: empty; fill it in")
     objects: list[object] = [{"translation": {"en": en, "de": de}} for en, de in rows]
@@ -114,8 +114,8 @@ def test_unequal_files_are_refused_with_both_names(command: Command, tmp_path: P
 
 
 def test_languages_that_are_not_said(command: Command, tmp_path: Path) -> None:
-    wanted = "which of these is translated into which is not said: "
-    hint = "; task.source_lang={} task.target_lang={}, or the other way round"
+    wanted = "the direction of translation is not set; languages: "
+    hint = "; set task.source_lang={} task.target_lang={}, or the reverse"
     assert _refused(command, tmp_path, _parallel(tmp_path)) == f"train:1: {wanted}de, en" + hint.format("de", "en")
     assert _refused(command, tmp_path, _tsv(tmp_path)) == f"pairs.tsv:1: {wanted}en, de" + hint.format("en", "de")
 
@@ -132,7 +132,7 @@ def test_a_language_that_is_not_there(command: Command, tmp_path: Path) -> None:
             "zz",
             "task.target_lang: 'zz', but the target column is 'de'; set task.target_lang=de, or data.columns.target=",
         ),
-        ("klingon", "no language is called 'klingon'; a code as en, deu or zh_CN, or its English name"),
+        ("klingon", "unknown language 'klingon'; give a code such as en, deu or zh_CN, or its English name"),
     ],
 )
 def test_a_language_that_nobody_knows(named: str, said: str, command: Command, tmp_path: Path) -> None:
@@ -146,7 +146,8 @@ def test_the_other_way_round_is_seen_by_the_script(command: Command, tmp_path: P
     (tmp_path / "a.tsv").write_text("".join(f"number {n}\t第{n}号\n" for n in range(30)))
     said = _refused(command, tmp_path, "a.tsv", "task.source_lang=zh", "task.target_lang=en")
     assert said.startswith(
-        "a.tsv: most sources are in the script of en, and most targets in that of zh: columns appear to be swapped"
+        "a.tsv: most sources are in the script of en, and most targets in that of zh: columns appear to be swapped; "
+        "swap data.columns"
     )
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.deploy import merge as merging
 from tunesmith.kernels.ops.quantized import QuantizedLinear, QuantizedWeight
 from tunesmith.models.anatomy import anatomy
@@ -110,7 +110,7 @@ def trained(bert: Path, reviews_csv: Path, tmp_path_factory: pytest.TempPathFact
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(folder.parent / "home"))
-        return folder, tunesmith.train(given, talk=Talk(level=-1))
+        return folder, tunesmith.train(given, console=Console(level=-1))
 
 
 def test_what_is_scored_is_the_adapter_over_the_packed_base(trained: tuple[Path, dict[str, Any]]) -> None:

@@ -63,7 +63,7 @@ def test_what_is_the_same_of_several_files_is_said_once(tmp_path: Path) -> None:
         files[-1].write_text("".join(f"{text}\t{label}\n" for text, label in rows))
     train, dev, test = map(str, files)
     (note,) = _read(train, validation=dev, test=test).notes
-    assert note.startswith(f"{train}, {dev}, {test}: no header, so read with data.columns.text=0 and ")
+    assert note.startswith(f"{train}, {dev}, {test}: no header; assuming data.columns.text=0 and ")
     files[2].write_text("".join(f"{label}\t{text}\n" for text, label in _reviews(20, start=40)))
     assert [note.partition(": ")[0] for note in _read(train, validation=dev, test=test).notes] == [
         f"{train}, {dev}", test,
@@ -367,16 +367,16 @@ def test_real_tables_are_read_as_they_are(
 
 
 OTHERS = {
-    "hotel_zh/ChnSentiCorp_htl_all.csv": ":6376: review: empty; fill it in or remove the row, or data.on_bad_row=skip",
-    "wnut17/wnut17train.conll": ":1: these are words with tags, one a line ('B-",
-    "ncbi_disease/train.tsv": ":1: these are words with tags, one a line ('B-Disease, I-Disease, O')",
-    "weibo_ner_zh/weiboNER_2nd_conll.train": ":1: these are words with tags, one a line ('B-",
+    "hotel_zh/ChnSentiCorp_htl_all.csv": ":6376: review: empty; fill it in or remove the row, or set data.on_bad_row=",
+    "wnut17/wnut17train.conll": ":1: the file has one word and tag per line ('B-",
+    "ncbi_disease/train.tsv": ":1: the file has one word and tag per line ('B-Disease, I-Disease, O')",
+    "weibo_ner_zh/weiboNER_2nd_conll.train": ":1: the file has one word and tag per line ('B-",
     "alpaca_en/alpaca_0_3252.json": ":1: no column for label among: instruction, input, output; ",
     "huatuo_zh/llama_data.json": ":1: no column for label among: instruction, input, output; ",
-    "tatoeba_en_zh/cmn.txt.gz": ":1: no header, and what the columns hold does not tell which is text and label: Hi.",
-    "multi30k_en_de/train.en.gz": ":1: no header, and what the columns hold does not tell which is text and label: Two",
-    "pneumoniamnist/pneumoniamnist_merged.npz": ": this is a zip, Excel or Word file, whatever its name says; ",
-    "hymenoptera": ": no train file in this folder; name it train.csv, or give the file",
+    "tatoeba_en_zh/cmn.txt.gz": ":1: no header, and the values do not show which column is text and label: Hi.",
+    "multi30k_en_de/train.en.gz": ":1: no header, and the values do not show which column is text and label: Two",
+    "pneumoniamnist/pneumoniamnist_merged.npz": ": this is a zip, Excel or Word file; ",
+    "hymenoptera": ": no train file in this folder; name the file train.csv, or set data.train to a file",
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.kernels.accelerate import switched_off
 from tunesmith.models import sources
 from tunesmith.run import prepare
@@ -17,7 +17,7 @@ from tunesmith.run import train as run
 from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training import feature_cache
 
-QUIET = Talk(level=-1)
+QUIET = Console(level=-1)
 TECHNIQUES = {
     "head": {"name": "freeze", "head_only": True},
     "last": {"name": "freeze", "last_n_blocks": 1},
@@ -48,7 +48,7 @@ def _run(tmp_path: Path, name: str, family: str, task: Any, technique: Any, **mo
     }
     train = {"epochs": 3, "batch_size": 8, "precision": "fp32", "device": "cpu", "learning_rate": 1e-2}
     recipe = {"task": task, "model": str(base), "data": data, "technique": technique, "train": train | more}
-    return tunesmith.train(recipe, output=str(tmp_path / name), talk=QUIET)
+    return tunesmith.train(recipe, output=str(tmp_path / name), console=QUIET)
 
 
 @pytest.fixture
@@ -198,6 +198,6 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         _run(tmp_path, "half", "bert", "text-classification", TECHNIQUES["last"], save_every=5)
     monkeypatch.setattr(run, "_save", save)
-    tunesmith.train(resume=tmp_path / "half", talk=QUIET)
+    tunesmith.train(resume=tmp_path / "half", console=QUIET)
     assert _losses(tmp_path / "half") == _losses(tmp_path / "whole") and len(_losses(tmp_path / "whole")) == 15
     assert watched == [True] * 6

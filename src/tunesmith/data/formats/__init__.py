@@ -1,7 +1,7 @@
-"""Reads what users have, as it is: recognised by content, row by row, every fault with its place.
+"""Readers of data files: formats are detected by content, rows are streamed, every error has file and line.
 
-A table is read as a stream and can be read again. Columns are found by role (`text`, `label` ...): by the user's own
-naming, by the usual names, or by what is in them where there is no header.
+A table can be read several times. A role is the name under which a task reads a column (`text`, `label`). The file's
+column for each role is found by `data.columns`, by common names, or by its values if the file has no header.
 """
 
 from __future__ import annotations
@@ -44,40 +44,40 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example as read: `place` is `reviews.csv:7`; an optional role without a value is absent."""
+    """One row. `place` is `reviews.csv:7`. `values` maps roles to values; an empty optional column is absent."""
 
     place: str
     values: dict[str, object]
     by_line: bool = False
-    """Whether the parts of its lists stand on a line each."""
+    """True if each list element is on a line of its own (CoNLL)."""
     columns: Mapping[str, str | int] = field(default_factory=dict)
-    """Role -> the column that it was read from, where columns have names."""
+    """Role -> column of the file, if columns have names."""
 
-    def named(self, role: str) -> str:
-        """A role as the file calls it."""
-        return _shown(self.columns.get(role, role))
+    def column_name(self, role: str) -> str:
+        """The file's name for a role."""
+        return _display_name(self.columns.get(role, role))
 
     def fault(self, role: str, what: str, hint: str, index: int | None = None) -> DataError:
-        """What is wrong with the value of a role, or with a part of its list."""
+        """Return the error for the value of a role, or for one element of its list."""
         place = self.place if index is None else self.place_of(index)
-        return DataError(f"{self.named(role)}: {what}", where=place, hint=hint)
+        return DataError(f"{self.column_name(role)}: {what}", where=place, hint=hint)
 
     def place_of(self, index: int) -> str:
-        """Where the part of a list stands: its own line, or the row."""
+        """File and line of a list element: its own line if it has one, else the row's."""
         file, _, line = self.place.rpartition(":")
         return f"{file}:{int(line) + index}" if self.by_line else self.place
 
 
 @dataclass
 class Table:
-    """Rows of one file under roles; iterating reads the file anew. `skipped` counts what the last reading left out."""
+    """Rows of one file. Each iteration reads the file again; `skipped` counts the bad rows skipped in the last one."""
 
     path: Path
     format: Format
     schema: dict[str, Column]
-    """The columns that the task reads, by name."""
+    """Role -> the task's column."""
     columns: dict[str, str | int]
-    """Their names -> those in the file."""
+    """Role -> column of the file."""
     on_bad_row: Literal["stop", "skip"]
     note: str | None
     raw_rows: Rows = field(repr=False)
@@ -89,8 +89,8 @@ class Table:
         self.state = _state(self.path)
 
     @cached_property
-    def shown(self) -> Path:
-        """The path as places name it: with both files of a pair."""
+    def display_path(self) -> Path:
+        """The path as error messages show it, with both files of a parallel pair."""
         return (
             parallel.display_path(self.path, list(map(str, self.columns.values())))
             if self.format == "parallel"
@@ -99,18 +99,18 @@ class Table:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the bytes of the file, or of the texts of the folder with their names."""
+        """The sha256 of the file, or of the names and hashes of a folder's files."""
         self._check_unchanged()
         if self.path.is_file():
             return file_sha256(self.path)
-        beside = self.path if self.path.is_dir() else self.path.parent
-        known = [f"{path.relative_to(beside).as_posix()} {file_sha256(path)}" for path in files_of(self.path)]
-        return hashlib.sha256("\n".join(known).encode()).hexdigest()
+        folder = self.path if self.path.is_dir() else self.path.parent
+        hashes = [f"{path.relative_to(folder).as_posix()} {file_sha256(path)}" for path in files_of(self.path)]
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
     def _check_unchanged(self) -> None:
         if _state(self.path) != self.state:
             what = "the file has changed since it was first read"
-            raise DataError(what, where=str(self.path), hint="leave it alone while a run reads it, and start again")
+            raise DataError(what, where=str(self.path), hint="do not edit it during a run; start again")
 
     def __iter__(self) -> Iterator[Row]:
         self._check_unchanged()
@@ -128,14 +128,14 @@ class Table:
                 self.skipped[row.reason] += 1
 
     def rows_or_errors(self) -> Iterator[Row | DataError]:
-        """All rows in their order; of one that cannot be read, why."""
+        """All rows in order; for a row that cannot be read, its error."""
         self._check_unchanged()
         for raw in self.raw_rows():
             row = self.parse_row(raw)
             yield row if isinstance(row, Row) else _row_error(self.place_of(row), row, skippable=False)
 
     def parse_row(self, raw: RawRow | BadRow) -> Row | BadRow:
-        """A row as read under its roles, or what is wrong with it."""
+        """Convert a raw row to a `Row`, or return why it is bad."""
         values = raw if isinstance(raw, BadRow) else self._values(raw)
         if isinstance(values, BadRow):
             return values
@@ -145,7 +145,7 @@ class Table:
 
     def place_of(self, raw: RawRow | BadRow) -> str:
         """File and line of a row."""
-        return f"{self.shown / raw.file}:{raw.line}"
+        return f"{self.display_path / raw.file}:{raw.line}"
 
     def _values(self, raw: RawRow) -> dict[str, object] | BadRow:
         values: dict[str, object] = {}
@@ -160,49 +160,49 @@ class Table:
                 value = parse_json(value)
             if _is_missing(value) or (isinstance(value, str) and not value.strip()):
                 if self.schema[role].required:
-                    what = f"{_shown(column)}: {'empty' if column in raw.values else 'not there'}"
+                    what = f"{_display_name(column)}: {'empty' if column in raw.values else 'missing'}"
                     return BadRow(raw.line, what, "fill it in or remove the row", f"empty {role}", raw.file)
                 continue
-            judged_by_task = kind in LIST_KINDS and isinstance(value, list)
-            if not judged_by_task and (fault := _value_fault(self.schema[role], value)) is not None:
+            validated_by_task = kind in LIST_KINDS and isinstance(value, list)
+            if not validated_by_task and (fault := _value_fault(self.schema[role], value)) is not None:
                 what, hint, reason = fault
-                return BadRow(raw.line, f"{_shown(column)}: {what}", hint, reason, raw.file)
+                return BadRow(raw.line, f"{_display_name(column)}: {what}", hint, reason, raw.file)
             values[role] = value
         return values
 
 
-def _shown(column: str | int) -> str:
+def _display_name(column: str | int) -> str:
     return f"column {column}" if isinstance(column, int) else shorten(column)[1:-1]
 
 
 def _state(path: Path) -> tuple[int, int]:
     try:
-        found = [file.stat() for file in files_of(path)]
+        stats = [file.stat() for file in files_of(path)]
     except OSError as error:
         raise unreachable_error(path, error) from None
-    return sum(one.st_size for one in found), max((one.st_mtime_ns for one in found), default=0)
+    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
 
 def check_exists(path: Path) -> None:
-    """See that there is something, whatever it is.
+    """Check that a file, a folder or a parallel pair exists at a path.
 
     Raises:
-        DataError: there is not.
+        DataError: nothing exists there.
     """
     if not os.path.exists(path) and not parallel.sides_of(path):
-        format_of(path)  # says why
+        format_of(path)  # raises the error
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that a path names: itself, the texts in a folder, or those of its languages."""
+    """The files of a path: the file itself, the texts in a folder, or the files of a parallel pair."""
     if path.is_dir():
         return plain.texts_in(path)
     return [path] if path.exists() else list(parallel.sides_of(path).values()) or [path]
 
 
 def _row_error(place: str, bad: BadRow, *, skippable: bool) -> DataError:
-    ways = [bad.hint or "mend it", *(["or data.on_bad_row=skip"] if skippable else [])]
-    return DataError(bad.what, where=place, hint=", ".join(ways))
+    hints = [bad.hint or "correct it", *(["or set data.on_bad_row=skip"] if skippable else [])]
+    return DataError(bad.what, where=place, hint=", ".join(hints))
 
 
 def _is_missing(value: object) -> bool:
@@ -210,25 +210,26 @@ def _is_missing(value: object) -> bool:
 
 
 def _value_fault(column: Column, value: object) -> tuple[str, str, str] | None:
-    """What is wrong with a value, the way out, and a short reason."""
+    """Return (what is wrong with a value, hint, short reason), or None if it is valid."""
     role = column.name
     if column.kind == "image" and isinstance(value, bytes):
         return None
     if column.kind == "text" and not isinstance(value, str):
         if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-            what = f"a conversation of {counted(len(value), 'turn')} is not a text: {shorten(value[:3])}"
-            return what, "write what is to be told apart as one text", f"{role} is not a text"
+            what = f"expected a text, got a conversation of {counted(len(value), 'turn')}: {shorten(value[:3])}"
+            return what, "join its messages into one text", f"{role} is not a text"
         hint = "give one text a row" if isinstance(value, list | dict) else "put it in quotes"
         return f"{shorten(value)} is not a text", hint, f"{role} is not a text"
     if isinstance(value, str):
         if len(value) <= MAX_CHARS:
             return None
         what = f"{len(value):,} characters in one field {shorten(value[:100], 40)}"
-        return what, "is a quotation mark left open?", "field too long"
+        return what, "check for an unclosed quotation mark", "field too long"
     parts = value if isinstance(value, list) else [value]
     if all(isinstance(part, str | int | float) and not _is_missing(part) for part in parts):
         return None
-    return f"{shorten(value)} is no value", "give a text, a number, or a list of them", f"{role} is no value"
+    hint, reason = "give a text, a number, or a list of them", f"{role} has an unsupported type"
+    return f"{shorten(value)} has an unsupported type", hint, reason
 
 
 def read_table(
@@ -240,48 +241,48 @@ def read_table(
     limit: int | None = None,
     plain_text: bool = False,
 ) -> Table:
-    """Open a file as rows of `columns`; `named` are the user's own names for some of them (`data.columns`).
+    """Open a file as rows of `columns`. `named` maps roles to columns of the file (`data.columns`).
 
-    With `plain_text` a file that is no table, or a folder of such files, gives texts of the first column.
+    With `plain_text`, a plain text file or a folder of them is read as values of the first column.
 
     Raises:
-        DataError: not a file we can read, or a required column is not in it.
+        DataError: the file cannot be read, or a required column is missing.
     """
     path = Path(path)
     schema, chosen = {column.name: column for column in columns}, dict(named or {})
 
-    def table(kind: Format, found: dict[str, str | int], note: str | None, rows: Rows) -> Table:
-        return Table(path, kind, schema, found, on_bad_row, note, rows, limit)
+    def table(kind: Format, mapping: dict[str, str | int], note: str | None, rows: Rows) -> Table:
+        return Table(path, kind, schema, mapping, on_bad_row, note, rows, limit)
 
     if predicts_text(columns) and not path.exists() and (sides := parallel.sides_of(path)):
         opened = parallel.open_rows(sides)
-        found, note, _ = find_columns(path, opened, columns, chosen)
-        opened = parallel.open_rows({side: file for side, file in sides.items() if side in found.values()})
-        return table("parallel", found, note, opened.rows)
+        mapping, note, _ = find_columns(path, opened, columns, chosen)
+        opened = parallel.open_rows({side: file for side, file in sides.items() if side in mapping.values()})
+        return table("parallel", mapping, note, opened.rows)
     tagged = column_of_kind(columns, "words") is not None
     kind: Format = "text" if plain_text and is_folder(path) else format_of(path, tagged=tagged)
     if plain_text and not chosen and kind in ("csv", "tsv") and plain.is_plain_text(path, columns):
         kind = "text"
     opened = plain.open_rows(path, columns[0].name) if kind == "text" else _OPENERS[kind](path)
-    opened = parallel.unpacked(opened) if predicts_text(columns) else opened
+    opened = parallel.flatten_translations(opened) if predicts_text(columns) else opened
     if not opened.names:
         raise _no_columns_error(path, opened)
     if kind == "conll":
-        found, note = conll.find_columns(path, opened, columns, chosen)
-        return table(kind, found, note, opened.rows)
-    found, note, headed = find_columns(path, opened, columns, chosen)
-    raw_rows = opened.rows if headed else opened.by_number
-    assert raw_rows is not None, "only where the first line may be data is there no header"
+        mapping, note = conll.find_columns(path, opened, columns, chosen)
+        return table(kind, mapping, note, opened.rows)
+    mapping, note, has_names = find_columns(path, opened, columns, chosen)
+    raw_rows = opened.rows if has_names else opened.by_number
+    assert raw_rows is not None, "only delimited files may lack a header"
     if kind != "text" and not any(True for _ in islice(raw_rows(), 1)):
-        raise DataError("there is a header but no row below it", where=str(path), hint="add rows")
-    return table(kind, found, note, raw_rows)
+        raise DataError("the file has a header but no rows", where=str(path), hint="add rows")
+    return table(kind, mapping, note, raw_rows)
 
 
 def read_raw(path: str | Path, header: bool | None = None) -> tuple[Sequence[str | int], Rows]:
-    """Names (numbers, where there is no header) of all columns, and a reader of the rows as they stand.
+    """Return the names of all columns (numbers if there is no header) and a reader of the raw rows.
 
     Raises:
-        DataError: not a file we can read, or a name stands above two columns.
+        DataError: the file cannot be read, or two columns have the same name.
     """
     path = Path(path)
     if not path.exists() and (sides := parallel.sides_of(path)):
@@ -312,10 +313,10 @@ _OPENERS: dict[Format, Callable[[Path], OpenedFile]] = {
 
 
 def read_lines(path: str | Path, role: str) -> list[Row | DataError]:
-    """A plain text: each line is a row with one role; of a blank one, or one that cannot be read, why it is none.
+    """Read a plain text file: each line is a row with one role, or the error of a blank or unreadable line.
 
     Raises:
-        DataError: not a file we can read.
+        DataError: the file cannot be read.
     """
     path = Path(path)
     format_of(path)
@@ -331,8 +332,8 @@ def read_lines(path: str | Path, role: str) -> list[Row | DataError]:
 
 
 def _no_columns_error(path: Path, opened: OpenedFile) -> DataError:
-    """Why a file has no names of columns: its rows are bad, or it has none."""
+    """Return the error for a file without column names: its first row is bad, or it has no rows."""
     first = next(opened.rows(), None)
     if isinstance(first, BadRow):
         return _row_error(f"{path}:{first.line}", first, skippable=False)
-    return DataError("there is no row in it", where=str(path), hint="is it the right file?")
+    return DataError("the file has no rows", where=str(path), hint="check that it is the right file")

@@ -1,8 +1,8 @@
-"""Words with tags, one a line, a blank line between sentences (CoNLL): the word first, its tag last, by tab or blanks;
-or the tag first, or a number before the word.
+"""CoNLL: one word and tag per line, separated by tab or spaces; a blank line between sentences.
 
-`-DOCSTART-` lines, comments before a sentence (`# id = 1`) and a line that names the columns are passed over. A row
-is a sentence, and stands where its first word does; the word after it stands a line below.
+The word is in the first column and its tag in the last; the tag may come first, or a number before the word.
+`-DOCSTART-` lines, comments before a sentence (`# id = 1`) and a header line are skipped. A row is a sentence; its
+line is that of its first word.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tunesmith.errors import DataError, RecipeError, counted, did_you_mean, shor
 
 TAG = re.compile(r"O|[BIESLUM]-\S+")
 MAX_WORDS = 5000
-"""Of a sentence; more are more likely sentences without blank lines between them."""
+"""Words of a sentence, at most; in longer ones the blank lines between sentences are probably missing."""
 
 SAMPLE_CHARS = 65536
 _CHARACTER_WITH_DIGIT = re.compile(r"\D[0-9]")
@@ -32,7 +32,7 @@ ColumnMap = dict[str, str | int]
 
 
 def looks_tagged(sample: str) -> bool:
-    """Whether a file that begins so holds words with tags, one a line."""
+    """Return whether the beginning of a file looks like one word and tag per line."""
     if sample.lstrip("\ufeff\n\r\t ").startswith(DOCUMENT_MARK):
         return True
     text = _LINE_ENDS.split(sample)
@@ -51,12 +51,12 @@ def looks_tagged(sample: str) -> bool:
 
 
 def _are_tags(values: Sequence[str], count: int) -> bool:
-    """Whether nearly all of `count` values are tags with a prefix, some of them O."""
+    """Return whether nearly all of `count` values are O or tags with a prefix, and some are O."""
     return "O" in values and sum(bool(TAG.fullmatch(value)) for value in values) >= 0.9 * count
 
 
 def open_rows(path: Path) -> OpenedFile:
-    """The columns by number, and a reader of sentences: column number -> what stands there, a list as long as it."""
+    """Open a file: its columns are numbers, and each row maps a column to a list with one element per word."""
     with open_text(path) as file:
         sample = file.read(SAMPLE_CHARS)
     text = [line for line in _LINE_ENDS.split(sample) if line.strip() and not line.startswith(("#", DOCUMENT_MARK))]
@@ -64,65 +64,67 @@ def open_rows(path: Path) -> OpenedFile:
     widths = Counter(len(_fields(line, tabs)) for line in text[:1000])
     width = max((count for count in widths if count > 1), key=widths.__getitem__, default=0)
     if not width:
-        raise DataError("there are no words with tags in it", where=str(path), hint="a word and its tag a line")
+        what = "the file has no words with tags"
+        raise DataError(what, where=str(path), hint="write one word and its tag per line")
     return OpenedFile([str(number) for number in range(width)], lambda: _rows(path, tabs, width))
 
 
 def find_columns(
     path: Path, opened: OpenedFile, columns: schema.Columns, chosen: ColumnMap
 ) -> tuple[ColumnMap, str | None]:
-    """The columns of words and tags (`_positions`), unless `data.columns` says otherwise; and what to say of them.
+    """Return role -> column number, from `data.columns` or else `_positions`, and a note for the user.
 
     Raises:
-        RecipeError: a role that is none, or a column that is not there.
+        RecipeError: the task has no such column.
+        DataError: the file has no such column.
     """
     width, known = len(opened.names), schema.names_of(columns)
     for role, column in chosen.items():
         if role not in known:
-            raise RecipeError(f"data.columns.{role}: no such role", hint=did_you_mean(role, known))
+            raise RecipeError(f"data.columns.{role}: the task has no such column", hint=did_you_mean(role, known))
         if not isinstance(column, int) or not 0 <= column < width:
             what = f"data.columns.{role}: no column {shorten(column)}"
-            raise DataError(what, where=str(path), hint=f"columns have no names here: 0 to {width - 1}")
-    usual = _positions(opened)
-    names = {column.kind: column.name for column in columns if column.kind in usual}
-    found: ColumnMap = {names[kind]: column for kind, column in usual.items() if kind in names}
-    found |= chosen
-    said = " and ".join(f"{kind} from column {found[name]}" for kind, name in names.items())
-    plain = width == 2 and usual["words"] == 0
-    notes = [f"{width} columns: {said}, counted from 0"] if not plain and not chosen else []
-    if (words := found.get(names.get("words", ""))) is not None and _have_position_digits(opened, words):
-        what = "a digit stands behind each character and is read as part of the word, but in texts to be asked is none"
-        notes.append(rf"{what}: sed -E 's/^(.)[0-9]/\1/' takes it away")
-    return found, f"{path}: {'; '.join(notes)}" if notes else None
+            raise DataError(what, where=str(path), hint=f"CoNLL columns are numbers: 0 to {width - 1}")
+    positions = _positions(opened)
+    names = {column.kind: column.name for column in columns if column.kind in positions}
+    mapping: ColumnMap = {names[kind]: column for kind, column in positions.items() if kind in names}
+    mapping |= chosen
+    listed = " and ".join(f"{kind} from column {mapping[name]}" for kind, name in names.items())
+    is_standard = width == 2 and positions["words"] == 0
+    notes = [f"{width} columns: {listed}, counted from 0"] if not is_standard and not chosen else []
+    if (words := mapping.get(names.get("words", ""))) is not None and _have_position_digits(opened, words):
+        what = "each character is followed by a digit, which is read as part of the word; inputs to predict lack it"
+        notes.append(rf"{what}. To remove it: sed -E 's/^(.)[0-9]/\1/'")
+    return mapping, f"{path}: {'; '.join(notes)}" if notes else None
 
 
 def _positions(opened: OpenedFile) -> dict[schema.Kind, int]:
-    """Words in the first column and tags in the last, but for tags before their words, and for numbers before them."""
+    """Locate words and tags: first and last column, except for tags before words, or word numbers in column 0."""
     last = len(opened.names) - 1
-    some = [raw.values for raw in islice(opened.rows(), 20) if isinstance(raw, RawRow)]
-    first = [value for values in some for value in values[0]]
-    if last == 1 and _are_tags(first, len(first)) and not any(_are_tags(values[1], len(values[1])) for values in some):
+    sample = [raw.values for raw in islice(opened.rows(), 20) if isinstance(raw, RawRow)]
+    first = [value for values in sample for value in values[0]]
+    if last == 1 and _are_tags(first, len(first)) and not any(_are_tags(row[1], len(row[1])) for row in sample):
         return {"words": 1, "tags": 0}
-    numbered = last > 1 and len(first) > 1 and all(_is_numbering(values[0]) for values in some)
+    numbered = last > 1 and len(first) > 1 and all(_is_numbering(values[0]) for values in sample)
     return {"words": 1 if numbered else 0, "tags": last}
 
 
 def _is_numbering(values: Sequence[str]) -> bool:
-    """Whether values are 1, 2, 3 ... (CoNLL-U)."""
+    """Return whether values are 1, 2, 3 ... (CoNLL-U)."""
     return list(values) == [str(number) for number in range(1, len(values) + 1)]
 
 
 def _have_position_digits(opened: OpenedFile, column: str | int) -> bool:
-    """Whether words are single characters with a digit: the place of each in a word of several (Weibo NER)."""
+    """Return whether words are single characters with a digit: the position within a word (Weibo NER)."""
     first = (raw.values[column] for raw in islice(opened.rows(), 100) if isinstance(raw, RawRow))
     words = [word for sentence in first for word in sentence]
     return sum(bool(_CHARACTER_WITH_DIGIT.fullmatch(word)) for word in words) > 0.9 * len(words)
 
 
 def with_names(opened: OpenedFile) -> tuple[list[str | int], Rows]:
-    """The columns under names: `tokens` and `tags` where these are."""
-    told = {column: {"words": "tokens", "tags": "tags"}[kind] for kind, column in _positions(opened).items()}
-    names: list[str | int] = [told.get(number, f"column_{number}") for number in range(len(opened.names))]
+    """Return the columns with names (`tokens`, `tags`, `column_2` ...) and a reader of rows under these names."""
+    known = {column: {"words": "tokens", "tags": "tags"}[kind] for kind, column in _positions(opened).items()}
+    names: list[str | int] = [known.get(number, f"column_{number}") for number in range(len(opened.names))]
 
     def rows() -> Iterator[RawRow | BadRow]:
         for raw in opened.rows():
@@ -134,7 +136,7 @@ def with_names(opened: OpenedFile) -> tuple[list[str | int], Rows]:
 
 
 def _fields(line: str, tabs: bool) -> list[str]:
-    """The values of a line; behind them there may be blanks, or one more tab."""
+    """Split a line into values, without trailing spaces or one trailing tab."""
     if not tabs:
         return _BLANKS.split(line.strip(" \t\r\n"))
     fields = [field.strip(" \r\n") for field in line.split("\t")]
@@ -166,7 +168,7 @@ def _rows(path: Path, tabs: bool, width: int) -> Iterator[RawRow | BadRow]:
 
 
 def _is_word(fields: list[str], width: int, tabs: bool) -> bool:
-    """Whether a line that begins as a comment does is one of a word: comments have no tabs."""
+    """Return whether a line that begins with # is a word rather than a comment."""
     return len(fields) == width and (tabs or bool(TAG.fullmatch(fields[-1])))
 
 
@@ -176,28 +178,28 @@ def _sentence(begin: int, words: list[list[str]], width: int) -> RawRow:
 
 def _endless(begin: int) -> BadRow:
     what = f"more than {MAX_WORDS:,} words without a blank line between sentences"
-    return BadRow(begin, what, "put a blank line after each sentence", "sentence too long")
+    return BadRow(begin, what, "add a blank line after each sentence", "sentence too long")
 
 
 def _line_fault(line: str, fields: list[str], number: int, width: int) -> BadRow | None:
-    """What is wrong with a line of a word."""
+    """Return what is wrong with the line of a word, or None."""
     if (bad := check_line(line, number)) is not None:
         return bad
     if "\0" in line:
-        return BadRow(number, f"holds a NUL byte: {shorten(line[:100])}", "save the file as UTF-8 text", "NUL byte")
+        return BadRow(number, f"contains a NUL byte: {shorten(line[:100])}", "save the file as UTF-8 text", "NUL byte")
     if line.startswith("#") and len(fields) != width:
         return BadRow(number, f"a comment inside a sentence: {shorten(line)}", "move it above", "comment in a sentence")
     if len(fields) != width:
         other = len(_BLANKS.split(line.strip())) == width or len(line.strip().split("\t")) == width
-        hint = "it has blanks where the others have tabs, or tabs for blanks" if other else "a word and its tag a line"
+        hint = "separate it like the other lines, by tab or by spaces" if other else "write one word and tag per line"
         return BadRow(
             number,
-            f"{counted(len(fields), 'column')}, and the other lines have {width}: {shorten(line)}",
+            f"{counted(len(fields), 'column')}, but the other lines have {width}: {shorten(line)}",
             hint,
             "wrong number of columns",
         )
     if not fields[0]:
         return BadRow(number, f"a tag without a word: {shorten(line)}", "remove the line", "tag without a word")
     if not fields[-1].strip():
-        return BadRow(number, f"a word without a tag: {shorten(line)}", "O is the tag of a word in no entity", "no tag")
+        return BadRow(number, f"a word without a tag: {shorten(line)}", "use O for a word outside entities", "no tag")
     return None

@@ -1,4 +1,4 @@
-"""CSV, TSV and their kin. The delimiter is read off the first lines; quotes are honoured where quoting holds up."""
+"""CSV, TSV and similar files. The delimiter, and whether quotation marks quote, are detected from a sample."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ DELIMITERS = ("\t", ",", ";", "|")
 SAMPLE_CHARS = 65536
 SAMPLE_ROWS = 200
 MIN_EVEN_SHARE = 0.8
-"""Which share of the first lines must have the same number of fields for a text to be a table."""
+"""Share of the first lines that must have the same number of fields for a text to count as a table."""
 
-csv.field_size_limit(2**31 - 1)  # records are bounded here, with a message that names the line
+csv.field_size_limit(2**31 - 1)  # this module limits records itself, with an error that names the line
 
 
 @dataclass(frozen=True, slots=True)
 class _Dialect:
     delimiter: str
     literal: bool
-    """Quotation marks are plain characters."""
+    """True if quotation marks are ordinary characters."""
     spaced: bool
-    """A blank stands between delimiter and quotation mark."""
+    """True if a space separates delimiter and quotation mark."""
 
     def reader(self, text: Iterable[str]) -> Any:
         if self.literal:
@@ -38,8 +38,9 @@ class _Dialect:
 
 
 def delimiter_of(sample: str) -> str:
-    """The delimiter that gives most of the sample's rows the same number (two or more) of fields, the first included;
-    of two such, the one that is followed by a blank less often, as marks in a sentence are.
+    """Return the delimiter that splits most rows, including the first, into the same number (two or more) of fields.
+
+    Ties go to the delimiter that is followed by a space less often: punctuation in sentences usually is.
     """
     text = [line for line in _split(sample) if line.strip()]
     scores = {delimiter: _evenness(text, delimiter) for delimiter in DELIMITERS}
@@ -48,20 +49,21 @@ def delimiter_of(sample: str) -> str:
 
 
 def looks_like_table(sample: str) -> bool:
-    """Whether a delimiter gives most rows the same number of fields, and is not a mark in sentences, before a blank."""
+    """Return whether a delimiter splits most rows into equally many fields and is not sentence punctuation."""
     text = [line for line in _split(sample) if line.strip()]
     even = (delimiter for delimiter in DELIMITERS if _evenness(text, delimiter) >= MIN_EVEN_SHARE)
     return any(_share_before_spaces(sample, delimiter) <= 0.5 for delimiter in even)
 
 
 def _split(sample: str) -> list[str]:
-    """Lines as a file gives them; `splitlines` knows more ends than that."""
+    """Split into lines as a file does; `str.splitlines` splits at more characters."""
     return list(io.StringIO(sample, newline=""))
 
 
 def _evenness(text: list[str], delimiter: str) -> float:
-    """Share of rows with the usual number of fields: line by line, or by records where a quoted field has many lines
-    (the last is left out: it may be cut, or the rest behind a quotation mark left open).
+    """Return the share of rows with the most frequent number of fields, by lines or by records (quoted line ends).
+
+    The last record is left out: the sample may end inside it.
     """
     by_line = [len(next(csv.reader([line], delimiter=delimiter))) for line in text[:50]]
     by_record = [len(row) for row in islice(csv.reader(text, delimiter=delimiter), 50)]
@@ -78,7 +80,7 @@ def _share_before_spaces(sample: str, delimiter: str) -> float:
 
 
 def open_rows(path: Path) -> OpenedFile:
-    """The first line, a sample of lines, and readers of the rows by name and by number.
+    """Open a file: the first line as names, a sample of rows, and readers of the rows by name and by number.
 
     Raises:
         DataError: the first line cannot be read.
@@ -86,7 +88,7 @@ def open_rows(path: Path) -> OpenedFile:
     dialect = _dialect(path)
     first = list(islice(_records(path, dialect), SAMPLE_ROWS))
     if not first:
-        raise DataError("the file holds no value", where=str(path), hint="is it the right one?")
+        raise DataError("the file has no values", where=str(path), hint="check that it is the right file")
     if isinstance(first[0], BadRow):
         raise DataError(first[0].what, where=f"{path}:{first[0].line}", hint=first[0].hint)
     line, header = first[0]
@@ -101,7 +103,7 @@ def open_rows(path: Path) -> OpenedFile:
 
 
 def _rows(path: Path, dialect: _Dialect, header: list[str] | None) -> Iterator[RawRow | BadRow]:
-    """Rows by the names of the header, or by column number where the first line is a row."""
+    """Yield rows with the header's names as keys, or column numbers if there is no header."""
     records = _records(path, dialect)
     names: list[str] | range | None = header
     if header is not None:
@@ -128,7 +130,7 @@ def _preview(row: list[str]) -> str:
 def _field_hint(row: list[str], width: int) -> str:
     if row[0].startswith("#"):
         return "remove comment lines"
-    return "quote a field that holds the delimiter" if len(row) > width else "fill in what is missing"
+    return "quote the field that contains the delimiter" if len(row) > width else "add the missing fields"
 
 
 def _dialect(path: Path) -> _Dialect:
@@ -143,9 +145,7 @@ def _dialect(path: Path) -> _Dialect:
 
 
 def _quotes_are_literal(path: Path) -> bool:
-    """Whether quotation marks in a TSV are plain characters: quoting does not hold up, and more rows come out whole
-    without it.
-    """
+    """Return whether quotation marks in a TSV are ordinary characters: without quoting, fewer rows are malformed."""
     text, cut = _lines_with_quotes(path)
     by_line = [line.count("\t") + 1 for line in text]
     by_record: list[int] = []
@@ -165,7 +165,7 @@ def _quotes_are_literal(path: Path) -> bool:
 
 
 def _lines_with_quotes(path: Path) -> tuple[list[str], bool]:
-    """Some lines, from the first on in which a field begins with a quotation mark, and whether there are more."""
+    """Return lines from the first with a quoted field on, and whether the file has more."""
     with open_text(path) as file:
         for line in lines(file):
             if line.startswith('"') or '\t"' in line:
@@ -176,12 +176,14 @@ def _lines_with_quotes(path: Path) -> tuple[list[str], bool]:
 
 
 class _RecordTooLong(Exception):
-    """A record has grown beyond what a field may hold."""
+    """A record exceeds MAX_CHARS."""
 
 
 class _RecordLines:
-    """Lines for csv.reader, record by record. Of a record that fails only the first line is given up: what follows is
-    read again, so that a quotation mark left open costs one row and not the rest of the file.
+    """Iterator of lines for `csv.reader` that can back up.
+
+    If a record fails, only its first line is dropped and the rest is read again, so that an unclosed quotation mark
+    costs one row and not the rest of the file.
     """
 
     def __init__(self, file: TextIO) -> None:
@@ -202,37 +204,37 @@ class _RecordLines:
         return item[1]
 
     def begin(self) -> None:
-        """A new record starts."""
+        """Start a new record."""
         self._record, self._chars = [], 0
 
     def line(self) -> int:
-        """Where the record starts."""
+        """The line on which the record starts."""
         return self._record[0][0]
 
     def fault(self) -> BadRow | None:
-        """What is wrong with the characters of the record."""
+        """Return the first unreadable line of the record, or None."""
         for number, text in self._record:
             if (bad := check_line(text, number)) is not None:
                 return bad
             if "\0" in text:
-                what = f"holds a NUL byte: {shorten(text[:100])}"
+                what = f"contains a NUL byte: {shorten(text[:100])}"
                 return BadRow(number, what, "save the file as UTF-8 text", "NUL byte")
         return None
 
-    def give_up(self, error: str) -> BadRow:
-        """The record's first line as a bad row."""
+    def drop_first_line(self, error: str) -> BadRow:
+        """Return the record's first line as a bad row, and read the other lines again."""
         (line, text), *rest = self._record
         self._again.extendleft(reversed(rest))
         if (bad := check_line(text, line)) is not None:
             return bad
-        left_open = "end of data" in error or not error
-        what = "a quotation mark is left open" if left_open else f"quoting: {error}"
+        unclosed = "end of data" in error or not error
+        what = "unclosed quotation mark" if unclosed else f"invalid quoting: {error}"
         hint = "close it, or double it inside a quoted field"
-        return BadRow(line, f"{what}: {shorten(text.strip())}", hint, "quotation mark left open")
+        return BadRow(line, f"{what}: {shorten(text.strip())}", hint, "unclosed quotation mark")
 
 
 def _records(path: Path, dialect: _Dialect) -> Iterator[tuple[int, list[str]] | BadRow]:
-    """(line it starts on, fields), or what is wrong with it; blank lines are passed over."""
+    """Yield (first line, fields) of each record, or a bad row; blank lines are skipped."""
     with open_text(path) as file:
         feed = _RecordLines(file)
         reader = dialect.reader(feed)
@@ -243,7 +245,7 @@ def _records(path: Path, dialect: _Dialect) -> Iterator[tuple[int, list[str]] | 
             except StopIteration:
                 return
             except (csv.Error, _RecordTooLong) as error:
-                yield feed.give_up(str(error))
+                yield feed.drop_first_line(str(error))
                 continue
             if (bad := feed.fault()) is not None:
                 yield bad

@@ -1,4 +1,4 @@
-"""What a folder holds: which files are data, by their endings or by what is in them, and which is which split."""
+"""Data files in a folder, recognized by suffix or content, and the splits that their names stand for."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ MAX_NAMES = 6
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether this is a folder.
+    """Return whether the path is a folder.
 
     Raises:
-        DataError: it cannot be seen.
+        DataError: the path cannot be accessed.
     """
     try:
         return stat.S_ISDIR(Path(path).stat().st_mode)
@@ -40,8 +40,9 @@ def is_folder(path: str | Path) -> bool:
 
 
 def holds_text(path: Path) -> bool:
-    """Whether a file is plain text, or a folder holds such and no other data, as far as that can be seen without
-    knowing what it is for; what is named a table is none.
+    """Return whether a file is plain text, or a folder has plain text and no other data, whatever the task.
+
+    Files named .csv or .tsv are tables.
     """
     if is_folder(path):
         return bool(plain.texts_in(path)) and all(holds_text(file) for file in data_files(path))
@@ -56,10 +57,10 @@ def holds_text(path: Path) -> bool:
 
 
 def files_in(folder: str | Path) -> list[Path]:
-    """The files right in a folder but hidden ones and those that tell about it, such as a readme.
+    """The files of a folder, without subfolders, hidden files and documentation such as a readme.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the folder cannot be read.
     """
     try:
         paths = sorted(Path(folder).iterdir())
@@ -69,12 +70,12 @@ def files_in(folder: str | Path) -> list[Path]:
 
 
 def data_files(folder: str | Path) -> list[Path]:
-    """Those that can be read: by their ending, else by what is in them, if that is no prose."""
+    """The files of a folder that have a known suffix, or whose content is a table."""
     return [path for path in files_in(folder) if path.name.lower().endswith(SUFFIXES) or _is_table(path)]
 
 
 def _is_table(path: Path) -> bool:
-    """Whether there are rows in it for all its ending says: words with tags, objects, or columns."""
+    """Return whether the content of a file is a table: CoNLL, JSON objects, or delimited columns."""
     try:
         if format_of(path, tagged=True) not in ("csv", "tsv"):
             return True
@@ -85,35 +86,37 @@ def _is_table(path: Path) -> bool:
 
 
 def find_splits(folder: str | Path, *, pairs: bool = False) -> dict[str, Path]:
-    """The files of a folder that are named train, validation (valid, val, dev, eval) and test; with `pairs` also files
-    of several languages, under what they share, which may go on behind the split's name (`test_2016_flickr`). Where no
-    file is named so, one of these words in the name counts, if each file has one of its own.
+    """Find the files named train, validation (valid, val, dev, eval) and test in a folder.
+
+    With `pairs`, parallel files count by their common stem, in which more may follow the split (`test_2016_flickr`).
+    If no file is named like a split, a split's name anywhere in the file name counts, if that is unambiguous.
 
     Raises:
-        DataError: two files claim to be the same split.
+        DataError: two files match the same split.
     """
     files = files_in(folder)
     named = {path: path.name.lower().partition(".")[0] for path in files if path.name.lower().endswith(SUFFIXES)}
     stems = parallel.stems_in(Path(folder)) if pairs else ()
     named |= {Path(folder, stem): re.split(r"[._-]", stem.lower())[0] for stem in stems}
-    found: dict[str, Path] = {}
+    splits: dict[str, Path] = {}
     for path, stem in named.items():
         for split in _splits_of([stem]):
-            if split in found:
-                what = f"both {found[split].name} and {path.name} are {split}"
-                raise DataError(what, where=str(folder), hint="name the one to use")
-            found[split] = path
-    return found or _by_words_in_names(data_files(folder))
+            if split in splits:
+                what = f"both {splits[split].name} and {path.name} are named {split}"
+                raise DataError(what, where=str(folder), hint=f"set data.{split} to the one to use")
+            splits[split] = path
+    return splits or _by_words_in_names(data_files(folder))
 
 
 def _by_words_in_names(files: Collection[Path]) -> dict[str, Path]:
-    """As in `wnut17train.conll`, `emerging.dev.conll`, `weiboNER_2nd_conll.test`; nothing where that is not clear of
-    all: a contract about training is not meant.
+    """Match names such as `wnut17train.conll`, `emerging.dev.conll`, `weiboNER_2nd_conll.test`.
+
+    Returns nothing unless each file matches one split of its own.
     """
-    claims = [(split, path) for path in files for split in _splits_of(re.findall("[a-z]+", path.name.lower()))]
-    found = dict(claims)
-    clear = len(claims) == len(found) == len(set(found.values())) == len(files)
-    return found if clear and "train" in found and len(files) > 1 else {}
+    matches = [(split, path) for path in files for split in _splits_of(re.findall("[a-z]+", path.name.lower()))]
+    splits = dict(matches)
+    unambiguous = len(matches) == len(splits) == len(set(splits.values())) == len(files)
+    return splits if unambiguous and "train" in splits and len(files) > 1 else {}
 
 
 def _splits_of(words: Collection[str]) -> list[str]:
@@ -121,15 +124,16 @@ def _splits_of(words: Collection[str]) -> list[str]:
 
 
 def no_train_error(folder: str | Path) -> DataError:
-    """What to say of a folder in which no file is known to be train."""
+    """Return the error for a folder without a train file."""
     readable = data_files(folder)
     names = [path.name for path in readable or files_in(folder)]
     listed = f"{', '.join(names[:MAX_NAMES])}{' ...' if len(names) > MAX_NAMES else ''}"
     what = "no train file in this folder"
     if not names:
-        return DataError(what, where=str(folder), hint="name it train.csv, or give the file")
+        return DataError(what, where=str(folder), hint="name the file train.csv, or set data.train to a file")
     if not readable:
-        hint = "task=translation reads files of two languages" if parallel.stems_in(Path(folder)) else "give a table"
-        return DataError(f"{what}, and nothing else to be read: {listed}", where=str(folder), hint=hint)
-    ways = f"call one train{readable[0].suffix}, others validation and test, or data.train={readable[0]}"
-    return DataError(f"{what}, but {listed}", where=str(folder), hint=ways)
+        parallel_hint = "set task=translation to read files of two languages"
+        hint = parallel_hint if parallel.stems_in(Path(folder)) else "add a table (CSV, JSONL, Parquet)"
+        return DataError(f"{what}, and no readable data: {listed}", where=str(folder), hint=hint)
+    hint = f"name one train{readable[0].suffix} (others validation and test), or set data.train={readable[0]}"
+    return DataError(f"{what}, only {listed}", where=str(folder), hint=hint)

@@ -1,4 +1,4 @@
-"""One JSON object a line."""
+"""JSON lines: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tunesmith.errors import shorten
 
 
 def open_rows(path: Path) -> OpenedFile:
-    """Keys of all lines, and a reader."""
+    """Open a file: the keys of all objects as names, and a reader."""
     return open_objects(lambda: _rows(path))
 
 
@@ -30,6 +30,6 @@ def _row(decoder: Decoder, text: str, number: int) -> RawRow | BadRow:
         what = f"not valid JSON: {getattr(error, 'msg', error)} in {shorten(text)}"
         return BadRow(number, what, fix_hint(text, str(error)), "not valid JSON")
     if end < len(text):
-        what = f"something stands behind the object: {shorten(text[end:])}"
-        return BadRow(number, what, "write one object a line", "not valid JSON")
+        what = f"unexpected text after the object: {shorten(text[end:])}"
+        return BadRow(number, what, "write one object per line", "not valid JSON")
     return row

@@ -1,4 +1,4 @@
-"""One JSON value, strictly: NaN, infinity, keys given twice, endless numbers and half characters are faults."""
+"""Strict decoding of JSON values: NaN, infinity, duplicate keys, huge numbers and lone surrogates are faults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_DIGITS = 4000
 
 
 def open_objects(rows: Rows) -> OpenedFile:
-    """The keys of all objects, since any may be the first with a second text, and the reader."""
+    """Collect the keys of all objects (an optional key may first occur late), and keep the reader."""
     names: dict[str, None] = {}
     for row in rows():
         if isinstance(row, RawRow):
@@ -23,9 +23,7 @@ def open_objects(rows: Rows) -> OpenedFile:
 
 
 class Decoder:
-    """Decodes one value after the other. What is JSON by its form and still wrong is kept as a fault, so that reading
-    goes on behind it.
-    """
+    """Decoder of values one after the other. A value that is well-formed but faulty does not stop the reading."""
 
     def __init__(self) -> None:
         self._faults: list[tuple[str, str]] = []
@@ -34,16 +32,16 @@ class Decoder:
         )
 
     def row(self, text: str, start: int, number: int) -> tuple[RawRow | BadRow, int]:
-        """The value that starts at `start` as row `number`, and where it ends.
+        """Decode the value at `start` as row `number`; return it and its end.
 
         Raises:
-            ValueError: not JSON; a `json.JSONDecodeError` where more text might mend it.
+            ValueError: not JSON. It is a `json.JSONDecodeError` if more text could complete it.
         """
         self._faults.clear()
         try:
             value, end = self._decoder.raw_decode(text, start)
         except RecursionError:
-            raise ValueError("nested too deep") from None
+            raise ValueError("nested too deeply") from None
         return self._as_row(text[start:end], value, number), end
 
     def _as_row(self, text: str, value: Any, number: int) -> RawRow | BadRow:
@@ -54,20 +52,20 @@ class Decoder:
             return BadRow(number, f"{what} in {shorten(text)}", hint, "not valid JSON")
         if not isinstance(value, dict):
             return BadRow(
-                number, f"{shorten(text)} is not an object", "give one, with a key for each column", "not an object"
+                number, f"{shorten(text)} is not an object", "write an object, one key per column", "not an object"
             )
-        half = next((key for key in value if _has_half_a_character([key, value[key]])), None) if "\\u" in text else None
-        if half is not None:
-            shown = shorten(str(value[half]).encode(errors="replace").decode())
-            what = f"{shorten(half)[1:-1]}: a lone surrogate (half a character) in {shown}"
-            return BadRow(number, what, "it was cut in the middle of an emoji", "lone surrogate")
+        broken = next((key for key in value if _has_lone_surrogate([key, value[key]])), None) if "\\u" in text else None
+        if broken is not None:
+            excerpt = shorten(str(value[broken]).encode(errors="replace").decode())
+            what = f"{shorten(broken)[1:-1]}: a lone surrogate (half a character) in {excerpt}"
+            return BadRow(number, what, "remove it: the text was cut inside a character", "lone surrogate")
         return RawRow(number, value)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
             keys = [key for key, _ in pairs]
-            self._faults.append((f"the key {shorten(max(keys, key=keys.count))} is there twice", "keep one"))
+            self._faults.append((f"duplicate key {shorten(max(keys, key=keys.count))}", "keep one"))
         return value
 
     def _constant(self, name: str) -> None:
@@ -76,26 +74,26 @@ class Decoder:
     def _int(self, digits: str) -> int:
         if len(digits) <= MAX_DIGITS:
             return int(digits)
-        self._faults.append((f"a number of {len(digits):,} digits", "put it in quotes if it is no number"))
+        self._faults.append((f"a number of {len(digits):,} digits", "quote it if it is an identifier"))
         return 0
 
     def _float(self, digits: str) -> float:
         value = float(digits)
         if math.isinf(value):
-            self._faults.append((f"{shorten(digits)} is beyond any number", "mend the exponent"))
+            self._faults.append((f"{shorten(digits)} overflows a float", "correct the exponent"))
         return value
 
 
 def parse_json(value: Any) -> Any:
-    """A list or an object that is written as JSON in a text, as in a cell of a table; else the value itself."""
+    """Decode a text that is a JSON list or object, as in a table cell; return other values unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)
     return value
 
 
-def _has_half_a_character(value: Any) -> bool:
-    """Half a character cannot be encoded, so it is refused here rather than in the tokenizer."""
+def _has_lone_surrogate(value: Any) -> bool:
+    """Return whether a text in the value has a lone surrogate, which no tokenizer can encode."""
     left = [value]
     while left:
         part = left.pop()
@@ -112,17 +110,17 @@ def _has_half_a_character(value: Any) -> bool:
 
 
 def fix_hint(near: str, error: str) -> str:
-    """What to do about text that is not JSON, from what stands around the fault."""
+    """Return a hint for text that is not JSON, from the text around the fault."""
     near = near.strip()
     close = near.replace(" ", "").replace("\n", "")
     if near in ("{", "["):
-        return "write one object a line, or an array of objects"
+        return "write one object per line, or an array of objects"
     if near.startswith("{'") or ("property name" in error and "'" in near):
-        return "JSON wants double quotation marks"
+        return "use double quotation marks"
     if ",}" in close or ",]" in close:
         return "remove the comma before the closing bracket"
     if "nested" in error:
-        return "give flat objects"
+        return "flatten the objects"
     if near.startswith("{") and not near.endswith("}"):
-        return "the line is cut off: write it again, or remove it"
+        return "the line is truncated: write it again, or remove it"
     return ""

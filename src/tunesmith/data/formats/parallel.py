@@ -1,7 +1,7 @@
-"""Line-aligned files, one for each language, `train.en` and `train.de` (or .gz): named by what they share, `train`.
+"""Parallel files, one per language, aligned by line: `train.en` and `train.de` (or .gz) are named by the stem `train`.
 
-A column is a language, and line n of each file is row n. Rows of objects, `{"translation": {"en": ..., "de": ...}}`,
-are read the same way. Files of unequal numbers of lines are refused: which lines belong together cannot be known.
+A column is a language, and line n of each file is row n. Nested objects, `{"translation": {"en": ..., "de": ...}}`,
+are read the same way. Files with different numbers of lines are refused, because their alignment is unknown.
 """
 
 from __future__ import annotations
@@ -18,49 +18,49 @@ from tunesmith.data.formats.raw import BadRow, OpenedFile, RawRow, check_line, l
 from tunesmith.errors import DataError, counted
 
 NESTED = "translation"
-"""The column that holds an object with a text for each language."""
+"""Column with an object of one text per language."""
 
 _NAME = re.compile(rf".+?\.(?P<side>{languages.CODE.pattern}|source|target)(\.txt)?(\.gz)?")
 _NO_LANGUAGE = frozenset("csv tsv txt md gz zip log xml sgm tmx bz xz bio iob py sh tar pdf png jpg".split())
 
 
 def sides_of(prefix: Path) -> dict[str, Path]:
-    """Language -> file, of the files that are called `prefix` and a language; empty where there are less than two."""
+    """Language -> file, for the files named `prefix` plus a language; empty if there are fewer than two."""
     try:
-        beside = sorted(prefix.parent.iterdir())
+        paths = sorted(prefix.parent.iterdir())
     except OSError:
         return {}
-    return _pairs(beside).get(prefix.name, {})
+    return _pairs(paths).get(prefix.name, {})
 
 
 def stems_in(folder: Path) -> dict[str, dict[str, Path]]:
-    """What the files of each group in a folder share -> language -> file."""
+    """Stem -> language -> file, for the parallel files in a folder."""
     return _pairs(sorted(folder.iterdir()))
 
 
 def _pairs(paths: Sequence[Path]) -> dict[str, dict[str, Path]]:
-    found: dict[str, dict[str, Path]] = {}
+    stems: dict[str, dict[str, Path]] = {}
     for path in paths:
         if (side := language_of(path)) and path.is_file():
-            found.setdefault(path.name.rpartition(f".{side}")[0], {})[side] = path
-    return {stem: sides for stem, sides in found.items() if len(sides) > 1}
+            stems.setdefault(path.name.rpartition(f".{side}")[0], {})[side] = path
+    return {stem: sides for stem, sides in stems.items() if len(sides) > 1}
 
 
 def display_path(prefix: Path, sides: Sequence[str]) -> Path:
-    """Some of the files as a shell would write them: `train.{en,de}.gz`."""
+    """The files of several languages in shell notation: `train.{en,de}.gz`."""
     files = sides_of(prefix)
     ends = {files[side].name.removeprefix(f"{prefix.name}.{side}") for side in sides}
     return prefix.with_name(f"{prefix.name}.{{{','.join(sides)}}}{ends.pop() if len(ends) == 1 else '*'}")
 
 
 def language_of(path: Path) -> str | None:
-    """The language that a file's name ends with (`test.de.gz`); None where it is no language."""
+    """The language at the end of a file's name (`test.de.gz`); None if there is none."""
     match = _NAME.fullmatch(path.name)
     return match["side"] if match and match["side"].lower() not in _NO_LANGUAGE else None
 
 
 def open_rows(sides: Mapping[str, Path]) -> OpenedFile:
-    """The languages, and a reader of rows: language -> its line."""
+    """Open parallel files: the languages as names, and a reader of rows."""
     return OpenedFile(list(sides), lambda: _rows(sides))
 
 
@@ -80,26 +80,27 @@ def _rows(sides: Mapping[str, Path]) -> Iterator[RawRow | BadRow]:
 
 def _unequal(texts: Mapping[Path, str | None], number: int) -> DataError:
     ended = next(path.name for path, text in texts.items() if text is None)
-    goes_on = next(path for path, text in texts.items() if text is not None)
-    what = f"{ended} ends after {counted(number - 1, 'line')}, and {goes_on.name} goes on"
-    hint = "line by line one translates the other: find where a line is missing, or fetch the files again"
-    return DataError(what, where=f"{goes_on}:{number}", hint=hint)
+    longer = next(path for path, text in texts.items() if text is not None)
+    what = f"{ended} ends after {counted(number - 1, 'line')}, but {longer.name} has more"
+    hint = "the files must be aligned line by line: find the missing line, or download the files again"
+    return DataError(what, where=f"{longer}:{number}", hint=hint)
 
 
-def unpacked(opened: OpenedFile) -> OpenedFile:
-    """Rows whose texts stand in an object, as rows with a column for each language: under `translation`, or where else
-    the first row has an object of texts.
+def flatten_translations(opened: OpenedFile) -> OpenedFile:
+    """Turn an object of texts into one column per language.
+
+    The object is in the column `translation`, or in the first column whose first value is an object of texts.
     """
     nested = NESTED if NESTED in opened.names else _nested(opened)
     if nested is None:
         return opened
-    languages_: dict[str, None] = {}
+    inner_names: dict[str, None] = {}
     for raw in opened.rows():
         if isinstance(raw, RawRow) and isinstance(inside := raw.values.get(nested), dict):
-            languages_ |= dict.fromkeys(inside)
-    if not languages_:
+            inner_names |= dict.fromkeys(inside)
+    if not inner_names:
         return opened
-    names = [name for name in opened.names if name != nested and name not in languages_]
+    names = [name for name in opened.names if name != nested and name not in inner_names]
 
     def rows() -> Iterator[RawRow | BadRow]:
         for raw in opened.rows():
@@ -107,11 +108,11 @@ def unpacked(opened: OpenedFile) -> OpenedFile:
                 raw = replace(raw, values={**raw.values, **inside})
             yield raw
 
-    return OpenedFile([*names, *languages_], rows, line=opened.line)
+    return OpenedFile([*names, *inner_names], rows, line=opened.line)
 
 
 def _nested(opened: OpenedFile) -> str | None:
-    """The column whose first value is an object of several texts."""
+    """The first column whose value in the first row is an object of several texts; None if there is none."""
     first = next(opened.rows(), None)
     for name, value in first.values.items() if isinstance(first, RawRow) else ():
         if isinstance(value, dict) and len(value) > 1 and all(isinstance(text, str) for text in value.values()):

@@ -1,4 +1,4 @@
-"""Parquet, in record batches."""
+"""Parquet, streamed in record batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BATCH_ROWS = 1024
 
 
 def open_rows(path: Path) -> OpenedFile:
-    """Column names and a reader. `line` is the row's number.
+    """Open a file: its column names, and a reader. `line` is the row's number.
 
     Raises:
         DataError: the file is damaged.
@@ -41,4 +41,4 @@ def _rows(path: Path) -> Iterator[RawRow | BadRow]:
 
 def _damaged(path: Path, error: Exception) -> DataError:
     why = (str(error).splitlines() or [type(error).__name__])[0][:80]
-    return DataError(f"a damaged Parquet file ({why})", where=str(path), hint="write or download it again")
+    return DataError(f"damaged Parquet file ({why})", where=str(path), hint="write or download it again")

@@ -1,6 +1,6 @@
-"""Plain text: documents divided by blank lines, a document a line where there are none, or a folder of documents.
+"""Plain text: documents separated by blank lines, one document per line if there are none, or a folder of documents.
 
-It is recognised by what it is not: its first lines name no column of text and hold no like number of fields.
+A file counts as plain text if its first line names no column of the task and its lines do not form a table.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ SUFFIXES = (".txt", ".text", ".md", ".txt.gz", ".text.gz", ".md.gz")
 
 
 MAX_NAME_CHARS = 100
-"""Characters of a column's name, at most: a sentence with `, target, ` in it is no header."""
+"""Characters of a column's name, at most: a sentence that contains `, target, ` is no header."""
 
 
 def is_plain_text(path: Path, columns: Columns) -> bool:
-    """Whether what could be a table is text."""
+    """Return whether a file that could be a delimited table is plain text."""
     roles = {column.name: column.names for column in columns}
     with open_text(path) as file:
         sample = file.read(SAMPLE_CHARS)
@@ -34,35 +34,35 @@ def is_plain_text(path: Path, columns: Columns) -> bool:
 
 
 def open_rows(path: Path, column: str) -> OpenedFile:
-    """A file's documents, under one name of a column.
+    """Open a file or folder of documents, which are the values of `column`.
 
     Raises:
-        DataError: a folder holds no text.
+        DataError: the folder has no text files.
     """
     if not path.is_dir():
         return OpenedFile([column], lambda: _documents(path, column))
     files = texts_in(path)
     if not files:
         kinds = ", ".join(SUFFIXES[:3])
-        raise DataError(f"no text ({kinds}) in this folder", where=str(path), hint="name the file to read")
-    return OpenedFile([column], lambda: (row for file in files for row in _whole(path, file, column)))
+        raise DataError(f"no text files ({kinds}) in this folder", where=str(path), hint="name the file to read")
+    return OpenedFile([column], lambda: (row for file in files for row in _whole_file(path, file, column)))
 
 
 def texts_in(folder: Path) -> list[Path]:
-    """The texts in a folder and those below it; hidden ones, and those right in it that tell about it, left out."""
-    found = (path for path in sorted(folder.rglob("*")) if path.name.lower().endswith(SUFFIXES))
-    return [path for path in found if path.is_file() and not is_documentation(path, within=folder)]
+    """The text files in a folder and its subfolders, without hidden files and top-level documentation."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.name.lower().endswith(SUFFIXES))
+    return [path for path in paths if path.is_file() and not is_documentation(path, within=folder)]
 
 
 def is_documentation(path: Path, *, within: Path) -> bool:
-    """Whether it lies beside data and is none: hidden, or right in the folder a readme, a licence and the like."""
+    """Return whether a file is hidden, or a readme, license or the like at the top of the folder."""
     return path.name.startswith(".") or (
         path.parent == within and path.name.lower().partition(".")[0] in DOCUMENTATION_NAMES
     )
 
 
-def _whole(folder: Path, path: Path, column: str) -> Iterator[RawRow | BadRow]:
-    """A file as one document."""
+def _whole_file(folder: Path, path: Path, column: str) -> Iterator[RawRow | BadRow]:
+    """Yield a file as one document."""
     name = path.relative_to(folder).as_posix()
     parts: list[str] = []
     size = 0
@@ -78,8 +78,8 @@ def _whole(folder: Path, path: Path, column: str) -> Iterator[RawRow | BadRow]:
 
 
 def _documents(path: Path, column: str) -> Iterator[RawRow | BadRow]:
-    """What stands between blank lines; line by line where there are none."""
-    divided = _is_divided(path)
+    """Yield the documents between blank lines, or each line if there are no blank lines."""
+    divided = _has_blank_lines(path)
     parts: list[str] = []
     first = size = 0
     bad: BadRow | None = None
@@ -97,8 +97,8 @@ def _documents(path: Path, column: str) -> Iterator[RawRow | BadRow]:
         yield bad or RawRow(first, {column: "".join(parts).strip()})
 
 
-def _is_divided(path: Path) -> bool:
-    """Whether a blank line stands between two that are not."""
+def _has_blank_lines(path: Path) -> bool:
+    """Return whether a blank line separates two non-blank lines."""
     begun = gap = False
     with open_text(path) as file:
         for line in lines(file):
@@ -113,4 +113,4 @@ def _is_divided(path: Path) -> bool:
 
 def _too_long(line: int) -> BadRow:
     what = f"over {MAX_CHARS:,} characters in one document"
-    return BadRow(line, what, "divide it by blank lines, or into several files", "document too long")
+    return BadRow(line, what, "split it by blank lines, or into several files", "document too long")

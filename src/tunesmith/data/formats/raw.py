@@ -1,4 +1,4 @@
-"""What every format's reader gives: rows as they stand, or what is wrong with one; and text in bounded memory."""
+"""Raw rows and bad rows, which every format's reader yields, and reading of text in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from typing import Any, TextIO
 from tunesmith.errors import DataError, shorten
 
 MAX_CHARS = 16 * 2**20
-"""Of one line, and of one field."""
+"""Characters of a line or a field, at most."""
 ENCODING_HINT = "from Windows: iconv -f cp1252 -t utf-8, if it is Chinese: iconv -f gb18030 -t utf-8"
-"""What a file that is not UTF-8 mostly is; cp1252 has the quotation marks that Latin-1 lacks."""
+"""The most frequent encodings besides UTF-8; cp1252 has the quotation marks that Latin-1 lacks."""
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """Column name (or number, where there is no header) -> value. `line` counts from 1."""
+    """Row as read: column name (or number, if there is no header) -> value. `line` counts from 1."""
 
     line: int
     values: dict[Any, Any]
     file: str = ""
-    """Where a folder is read, the file within it."""
+    """The file within a folder, if a folder is read."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be read: what is wrong with which value, the way out, and a short reason to count by."""
+    """Row that cannot be read: what is wrong, a hint, and a short reason for counts."""
 
     line: int
     what: str
@@ -48,9 +48,9 @@ Rows = Callable[[], Iterator[RawRow | BadRow]]
 
 @dataclass(frozen=True, slots=True)
 class OpenedFile:
-    """A file of a known format: the names of its columns, the line they stand on, and a fresh reader of its rows.
+    """File of a known format: its column names, their line, and a function that reads the rows.
 
-    Where the first line may be data, `sample` holds the first lines and `by_number` reads all of them by column number.
+    If the first line may be data, `sample` has the first lines, and `by_number` reads all lines by column number.
     """
 
     names: list[str]
@@ -62,9 +62,9 @@ class OpenedFile:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """The file as text: UTF-8 (with or without BOM) or UTF-16 with BOM, gzip or not; line ends left as they are.
+    """Open a file as text: UTF-8 (with or without BOM) or UTF-16 with BOM, optionally gzip; line ends are kept.
 
-    A byte that is not UTF-8 comes as half a surrogate pair, so that `unreadable` can name its row.
+    A byte that is not UTF-8 becomes a lone surrogate, so that `check_line` can report its row.
 
     Raises:
         DataError: the file is damaged.
@@ -86,7 +86,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def lines(file: TextIO) -> Iterator[str]:
-    """Lines with their ends. Of a line beyond MAX_CHARS only the beginning is given, one character too long."""
+    """Yield lines with their ends. A line beyond MAX_CHARS is cut to MAX_CHARS + 1 characters."""
     while line := file.readline(MAX_CHARS + 1):
         yield line
         while len(line) > MAX_CHARS and not line.endswith(("\n", "\r")):
@@ -94,15 +94,15 @@ def lines(file: TextIO) -> Iterator[str]:
 
 
 def check_line(text: str, line: int) -> BadRow | None:
-    """What makes a line unreadable in any format."""
+    """Return what makes a line unreadable in any format, or None."""
     if len(text) > MAX_CHARS:
         what = f"over {MAX_CHARS:,} characters in one line, {shorten(text[:100], 40)}"
-        return BadRow(line, what, "is a line end or a quotation mark missing?", "line too long")
+        return BadRow(line, what, "check for a missing line end or quotation mark", "line too long")
     if text.isascii():
         return None
-    if found := _ESCAPED_BYTE.search(text):
-        near = text[max(0, found.start() - 20) : found.start() + 20].strip()
-        byte = ord(found[0]) - 0xDC00
+    if match := _ESCAPED_BYTE.search(text):
+        near = text[max(0, match.start() - 20) : match.start() + 20].strip()
+        byte = ord(match[0]) - 0xDC00
         what = f"byte 0x{byte:02x} is not UTF-8 in {shorten(near.encode(errors='replace').decode())}"
         return BadRow(line, what, f"save the file as UTF-8 (if it is {ENCODING_HINT})", "not UTF-8")
     return None

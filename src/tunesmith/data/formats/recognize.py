@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes and not by its name; and why it is none that can be read."""
+"""Detection of a file's format from its first bytes, and the errors for files that cannot be read."""
 
 from __future__ import annotations
 
@@ -32,25 +32,26 @@ UNSUPPORTED_FORMATS = {
 
 
 def format_of(path: Path, *, tagged: bool = False) -> Format:
-    """The format of a file; words with tags, one a line, are a table to who does not ask whether they are `tagged`.
+    """Detect the format of a file. CoNLL is detected only if `tagged`; otherwise it counts as a delimited table.
 
     Raises:
-        DataError: it cannot be read, is empty, or is something else.
+        DataError: the file cannot be read, is empty, or has an unsupported format.
     """
     head = _head(path)
     if head.startswith(b"PAR1"):
         return "parquet"
     for magic, (what, hint) in UNSUPPORTED_FORMATS.items():
         if head.startswith(magic) or (magic.startswith(b"<") and head.lstrip().lower().startswith(magic.lower())):
-            raise DataError(f"this is {what}, whatever its name says", where=str(path), hint=hint)
+            raise DataError(f"unsupported format: the content is {what}", where=str(path), hint=hint)
     with open_text(path) as file:
         start = file.read(65536)
     text = start.lstrip()
     if not text:
-        raise DataError("the file is empty", where=str(path), hint="is it the right one, and did its download finish?")
+        hint = "check that it is the right file and that its download has finished"
+        raise DataError("the file is empty", where=str(path), hint=hint)
     if start.count("\0") > len(start) / 20:
-        hint = "it is binary, or UTF-16 without its mark: save it as UTF-8 text"
-        raise DataError("holds NUL bytes", where=f"{path}:1", hint=hint)
+        hint = "it is binary, or UTF-16 without a byte order mark: save it as UTF-8 text"
+        raise DataError("contains NUL bytes", where=f"{path}:1", hint=hint)
     if text[0] == "[" and text[1:].lstrip()[:1] in ("{", "[", "]", '"', ""):
         return "json"
     if text[0] == "{" or any(_is_braced(line) for line in text.splitlines()[1:5]):
@@ -68,7 +69,7 @@ def _head(path: Path) -> bytes:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise DataError("this is a folder, not a file", where=str(path), hint="name a file in it")
+            raise DataError("a folder, not a file", where=str(path), hint="name a file in it")
         if not stat.S_ISREG(mode):
             raise DataError("not a regular file (a pipe or a device)", where=str(path), hint="write it to a file first")
         with path.open("rb") as file:
@@ -78,7 +79,7 @@ def _head(path: Path) -> bytes:
 
 
 def _similar_name(path: Path) -> str | None:
-    """The name beside it that is nearest; endings, which many files share, make none near."""
+    """The most similar file name in the same folder, compared without suffixes; None if none is similar."""
     names = sorted(other.name for other in path.parent.iterdir())
     stems = [name.partition(".")[0] for name in names]
     near = difflib.get_close_matches(path.name.partition(".")[0], stems, 1, 0.7)
@@ -90,14 +91,14 @@ def _similar_name(path: Path) -> str | None:
 
 
 def unreachable_error(path: Path, error: OSError | ValueError) -> DataError:
-    """Why a path leads to nothing that can be read."""
+    """Return the error for a path that does not exist or cannot be accessed."""
     where = shorten(str(path), 200)[1:-1]
     if isinstance(error, FileNotFoundError):
         try:
             near = _similar_name(path)
         except OSError:
             near = None
-        hint = "check the path" if path.is_absolute() else f"check the path, which counts from {Path.cwd()}"
+        hint = "check the path" if path.is_absolute() else f"check the path, which is relative to {Path.cwd()}"
         return DataError("no such file", where=where, hint=f"did you mean '{near}'?" if near else hint)
     why = error.strerror if isinstance(error, OSError) else str(error)
-    return DataError(f"cannot be read ({why})", where=where, hint="check path and rights")
+    return DataError(f"cannot be read ({why})", where=where, hint="check the path and its permissions")

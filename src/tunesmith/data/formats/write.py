@@ -1,4 +1,4 @@
-"""Writes rows in the formats that are read; a format joins by a writer in `WRITERS`."""
+"""Writers of tables, one per format; a new format is added to `WRITERS`."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from tunesmith.data.formats.parquet import BATCH_ROWS
 from tunesmith.errors import DataError, RecipeError, did_you_mean, shorten
 
 RowReader = Callable[[], Iterator[tuple[str, dict[str, Any]]]]
-"""A fresh reader of the rows, each with its place."""
+"""A function that reads the rows from the beginning, each with its place."""
 
 
 def format_by_name(path: Path) -> str:
-    """The format that a file to be written is named after.
+    """Return the output format from the suffix of a file name.
 
     Raises:
-        RecipeError: none that is known.
+        RecipeError: the suffix is no known format.
     """
     suffixes = [suffix.lower().lstrip(".") for suffix in path.suffixes if suffix.lower() != ".gz"]
     name = {"ndjson": "jsonl"}.get(suffixes[-1], suffixes[-1]) if suffixes else ""
     if name not in WRITERS:
-        hint = f"--to FORMAT says which; {did_you_mean('', WRITERS)}"
-        raise RecipeError(f"its name says no format that can be written: {path.name}", where=str(path), hint=hint)
+        hint = f"set --to FORMAT; {did_you_mean('', WRITERS)}"
+        raise RecipeError(f"no known output format in the name {path.name}", where=str(path), hint=hint)
     return name
 
 
 def write_table(path: Path, kind: str, names: Sequence[str], rows: RowReader) -> None:
-    """Write all rows under `names`, compressed where the file's name ends in `.gz`.
+    """Write all rows with the columns `names`, gzip-compressed if the file name ends in `.gz`.
 
     Raises:
-        DataError: a value that the format cannot hold; it names the row's place, or none.
+        DataError: the format cannot represent a value.
     """
     WRITERS[kind](path, names, rows)
 
@@ -68,14 +68,14 @@ def _write_delimited(delimiter: str) -> Callable[[Path, Sequence[str], RowReader
 
 
 def _cell(value: Any) -> Any:
-    """A value as a cell: lists and objects as JSON, nothing as nothing."""
+    """Convert a value to a cell: lists and objects become JSON, None stays None."""
     if isinstance(value, list | dict):
         return json.dumps(value, ensure_ascii=False, default=_plain)
     return value if value is None or isinstance(value, str | int | float) else _plain(value)
 
 
 def _plain(value: Any) -> Any:
-    """A Parquet value that JSON has no kind for."""
+    """Convert a Parquet value that JSON cannot represent."""
     return float(value) if isinstance(value, Decimal) else str(value)
 
 
@@ -99,7 +99,7 @@ def _write_json_array(path: Path, names: Sequence[str], rows: RowReader) -> None
 
 
 def _write_parquet(path: Path, names: Sequence[str], rows: RowReader) -> None:
-    """In two passes: what kind each column is, then its values."""
+    """Write in two passes: the type of each column, then the values."""
     try:
         kinds = [pa.Table.from_pylist(part, schema=None).schema for part in _filled(rows(), names)]
         schema = pa.unify_schemas(kinds, promote_options="permissive")
@@ -108,7 +108,7 @@ def _write_parquet(path: Path, names: Sequence[str], rows: RowReader) -> None:
                 writer.write_table(pa.Table.from_pylist(part, schema=schema))
     except (pa.ArrowException, OverflowError) as error:
         why = str(error).splitlines()[0][:120]
-        hint = "a column is of one kind in Parquet; write jsonl, or mend the values"
+        hint = "a Parquet column has a single type: write jsonl, or correct the values"
         raise DataError(f"Parquet cannot hold these rows ({why})", hint=hint) from None
 
 
@@ -119,20 +119,20 @@ def _filled(rows: Iterable[tuple[str, dict[str, Any]]], names: Sequence[str]) ->
 
 
 def _write_conll(path: Path, names: Sequence[str], rows: RowReader) -> None:
-    """A word and what goes with it a line, its tag last; a blank line behind each sentence."""
+    """Write one word per line with its other columns, the tag last, and a blank line after each sentence."""
     with _text(path) as file:
         for place, row in rows():
             columns = [row.get(name) for name in names]
             if not all(isinstance(column, list) and len(column) == len(columns[0] or ()) for column in columns):
-                what = f"{', '.join(names)} are not lists of one length"
-                raise DataError(what, where=place, hint="CoNLL holds a line for each word")
+                what = f"{', '.join(names)} are not lists of equal length"
+                raise DataError(what, where=place, hint="CoNLL needs one value per word in each column")
             for parts in zip(*columns, strict=True):  # type: ignore[arg-type]
                 if str(parts[0]).startswith(DOCUMENT_MARK):
-                    what = f"the word {shorten(parts[0])} begins as a line that parts documents does"
-                    raise DataError(what, where=place, hint="CoNLL cannot hold it: leave the word out, or write jsonl")
+                    what = f"the word {shorten(parts[0])} begins like a document separator"
+                    raise DataError(what, where=place, hint="remove the word, or write jsonl")
                 if any(not str(part).strip() or set(str(part)) & set(" \t\n\r") for part in parts):
-                    what = f"{shorten(parts)} has an empty part, a blank, a tab or a line end"
-                    raise DataError(what, where=place, hint="CoNLL cannot hold it: split the word, or write jsonl")
+                    what = f"{shorten(parts)} has an empty value, a space, a tab or a line end"
+                    raise DataError(what, where=place, hint="split the word, or write jsonl")
                 file.write("\t".join(map(str, parts)) + "\n")
             file.write("\n")
 

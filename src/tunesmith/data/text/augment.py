@@ -1,9 +1,9 @@
-"""Texts changed a little, anew in each epoch: words dropped, swapped, misspelt, or replaced by synonyms; or whole texts
-said otherwise (`deploy/back_translation.py`).
+"""Text augmentation, drawn anew in each epoch: word dropout, swaps, typos, synonyms, and back-translation.
 
-"EDA: Easy Data Augmentation Techniques" (Wei and Zou 2019, arXiv 1901.11196). What is done to an example is a function
-of (seed, epoch, index) alone, so that a resumed run and several processes see the same. All changes work on lists of
-words and say from which word each came, so that tags can be carried along; words to be kept are never touched.
+"EDA: Easy Data Augmentation Techniques" (Wei and Zou 2019, arXiv 1901.11196). The change of an example depends on
+(seed, epoch, index) alone, so that a resumed run and several processes produce the same texts. All changes operate on
+lists of words and record the word that each came from, so that tags can follow. Protected words are never changed.
+Back-translated texts come from `deploy/back_translation.py`.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe.fields import Augmentation
 
 MAX_WORDS = 4
-"""Of a synonym's other side: `put up with` is three."""
+"""Words of a synonym, at most: `put up with` has three."""
 Random = np.random.Generator
 Synonyms = Mapping[tuple[str, ...], Sequence[tuple[str, ...]]]
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-"""Scripts that have no blanks between words."""
+"""Characters of scripts without spaces between words."""
 _WORD = re.compile(rf"([{_CJK}]|[^\s{_CJK}]+)(\s*)")
-_EDGES = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)
-_ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
-_NEAR = {
-    letter: "".join(row[max(at - 1, 0) : at + 2] for row in _ROWS[max(y - 1, 0) : y + 2]).replace(letter, "")
-    for y, letters in enumerate(_ROWS)
+_PUNCTUATED_WORD = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)
+_KEY_ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+_ADJACENT_KEYS = {
+    letter: "".join(row[max(at - 1, 0) : at + 2] for row in _KEY_ROWS[max(y - 1, 0) : y + 2]).replace(letter, "")
+    for y, letters in enumerate(_KEY_ROWS)
     for at, letter in enumerate(letters)
 }
-"""Letter -> those beside it on a keyboard."""
+"""Letter -> adjacent letters on a keyboard."""
 
 
 @dataclass(frozen=True)
 class Words:
-    """Words, the number of the word that each came from, and which of them must stay as they are."""
+    """Words, the index of the original word of each, and whether each is protected from changes."""
 
     words: tuple[str, ...]
     origins: tuple[int, ...]
@@ -48,24 +48,24 @@ class Words:
 
     @classmethod
     def of(cls, words: Sequence[str], keep: Sequence[bool] | None = None) -> Words:
-        """Words before any change."""
+        """Wrap unchanged words."""
         return cls(tuple(words), tuple(range(len(words))), tuple(keep or [False] * len(words)))
 
     def at(self, positions: Sequence[int]) -> Words:
-        """The words at some positions, in that order."""
+        """The words at the positions, in that order."""
         parts = ((self.words[at], self.origins[at], self.keep[at]) for at in positions)
         words, origins, keep = zip(*parts, strict=True)
         return Words(words, origins, keep)
 
 
 def drop_words(words: Words, probability: float, draw: Random) -> Words:
-    """Leave out words, but never all."""
+    """Drop words at random, but never all."""
     stays = [at for at, lot in enumerate(draw.random(len(words.words))) if words.keep[at] or lot >= probability]
     return words.at(stays or [int(draw.integers(len(words.words)))])
 
 
 def swap_words(words: Words, probability: float, draw: Random) -> Words:
-    """Exchange a word with the next one."""
+    """Swap words with their successors at random."""
     order = list(range(len(words.words)))
     for at, lot in enumerate(draw.random(max(len(order) - 1, 0))):
         if lot < probability and not (words.keep[order[at]] or words.keep[order[at + 1]]):
@@ -74,24 +74,25 @@ def swap_words(words: Words, probability: float, draw: Random) -> Words:
 
 
 def misspell(words: Words, probability: float, draw: Random) -> Words:
-    """One slip in a word of two letters or more: a key beside the right one, a letter left out, doubled, or exchanged
-    with the next. A Chinese character is written twice.
+    """Put one typo into words at random: an adjacent key, or a letter omitted, doubled, or swapped with the next.
+
+    A word of one letter, such as a Chinese character, is doubled.
     """
     lots = draw.random(len(words.words))
     changed = [
-        word if kept or lot >= probability else _slip(word, draw)
+        word if kept or lot >= probability else _typo(word, draw)
         for word, kept, lot in zip(words.words, words.keep, lots, strict=True)
     ]
     return replace(words, words=tuple(changed))
 
 
-def _slip(word: str, draw: Random) -> str:
+def _typo(word: str, draw: Random) -> str:
     letters = [at for at, letter in enumerate(word) if letter.isalpha()]
     if not letters:
         return word
     at = letters[int(draw.integers(len(letters)))]
     how = int(draw.integers(4)) if len(letters) > 1 else 2
-    if how == 0 and (near := _NEAR.get(word[at].lower())):
+    if how == 0 and (near := _ADJACENT_KEYS.get(word[at].lower())):
         typed = near[int(draw.integers(len(near)))]
         return word[:at] + (typed.upper() if word[at].isupper() else typed) + word[at + 1 :]
     if how == 1:
@@ -102,9 +103,9 @@ def _slip(word: str, draw: Random) -> str:
 
 
 def replace_synonyms(words: Words, probability: float, draw: Random, synonyms: Synonyms) -> Words:
-    """Put another word, or several, of the same line of the user's list; what stands around a word stays."""
-    found: list[tuple[str, int, bool]] = []
-    at, plain = 0, [_edges(word)[1].lower() for word in words.words]
+    """Replace words by synonyms at random; punctuation around a word is kept."""
+    replaced: list[tuple[str, int, bool]] = []
+    at, plain = 0, [_punctuation(word)[1].lower() for word in words.words]
     while at < len(words.words):
         for size in range(min(MAX_WORDS, len(words.words) - at), 0, -1):
             others = synonyms.get(tuple(plain[at : at + size]))
@@ -114,88 +115,88 @@ def replace_synonyms(words: Words, probability: float, draw: Random, synonyms: S
             size, others = 1, None
         if others and draw.random() < probability:
             chosen = list(others[int(draw.integers(len(others)))])
-            before, first, _ = _edges(words.words[at])
+            before, first, _ = _punctuation(words.words[at])
             chosen[0] = before + (chosen[0].capitalize() if first[:1].isupper() else chosen[0])
-            chosen[-1] += _edges(words.words[at + size - 1])[2]
-            found.extend((word, words.origins[at + size - 1], False) for word in chosen)
+            chosen[-1] += _punctuation(words.words[at + size - 1])[2]
+            replaced.extend((word, words.origins[at + size - 1], False) for word in chosen)
         else:
-            found.extend(
+            replaced.extend(
                 zip(words.words[at : at + size], words.origins[at : at + size], words.keep[at : at + size], strict=True)
             )
         at += size
-    texts, origins, keep = zip(*found, strict=True)
+    texts, origins, keep = zip(*replaced, strict=True)
     return Words(texts, origins, keep)
 
 
-def _edges(word: str) -> tuple[str, str, str]:
-    """What stands before a word, the word, what stands behind it."""
-    match = _EDGES.match(word)
-    assert match is not None, "it matches everything"
+def _punctuation(word: str) -> tuple[str, str, str]:
+    """Split a word into leading punctuation, the word, and trailing punctuation."""
+    match = _PUNCTUATED_WORD.match(word)
+    assert match is not None, "the pattern matches every text"
     return match[1], match[2], match[3]
 
 
 def read_synonyms(path: str | Path) -> Synonyms:
-    """A text of lines `good, fine, nice`: each stands for the others.
+    """Read a synonym list: each line, such as `good, fine, nice`, has words that replace each other.
 
     Raises:
-        DataError: it cannot be read, or a line has one word only.
+        DataError: the file cannot be read, or a line has a single word.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise DataError(
-            f"the synonyms cannot be read: {error.strerror}", where=str(path), hint="check data.augment"
+            f"the synonym list cannot be read: {error.strerror}", where=str(path), hint="check data.augment"
         ) from None
     except UnicodeDecodeError:
-        raise DataError("the synonyms are no UTF-8 text", where=str(path), hint="save them as UTF-8") from None
-    found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        raise DataError("the synonym list is not UTF-8", where=str(path), hint="save it as UTF-8") from None
+    synonyms: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for number, line in enumerate(lines, start=1):
-        group = [tuple(split(part.strip())) for part in re.split(r"[,，\t]", line) if part.strip()]
+        group = [tuple(split_words(part.strip())) for part in re.split(r"[,，\t]", line) if part.strip()]
         if len(group) == 1 or any(len(words) > MAX_WORDS for words in group):
-            what = "one word alone has no synonym" if len(group) == 1 else f"more than {MAX_WORDS} words"
+            what = "a line with a single word" if len(group) == 1 else f"a synonym of more than {MAX_WORDS} words"
             raise DataError(
                 f"{what}: {line.strip()[:80]}", where=f"{path}:{number}", hint="write lines such as: good, fine"
             )
         for words in group:
             key = tuple(word.lower() for word in words)
-            found.setdefault(key, []).extend(other for other in group if other != words)
-    if not found:
-        raise DataError("there are no synonyms in it", where=str(path), hint="write lines such as: good, fine")
-    return found
+            synonyms.setdefault(key, []).extend(other for other in group if other != words)
+    if not synonyms:
+        raise DataError("the synonym list is empty", where=str(path), hint="write lines such as: good, fine")
+    return synonyms
 
 
-def split(text: str) -> list[str]:
-    """A text as words: between blanks, and each Chinese or Japanese character for itself."""
+def split_words(text: str) -> list[str]:
+    """Split a text at white space; each Chinese or Japanese character is a word."""
     return [match[1] for match in _WORD.finditer(text)]
 
 
 @dataclass(frozen=True)
 class Augmenter:
-    """The changes that a recipe asks for, one after the other."""
+    """The changes of `data.augment`, applied one after the other."""
 
     changes: tuple[Callable[[Words, Random], Words], ...]
     seed: int
     columns: Columns
-    share: float = 0.0
-    """Of the texts that are said otherwise, before anything else."""
-    otherwise: Mapping[str, str] = field(default_factory=dict)
-    """Text -> what is said in its place."""
+    paraphrase_rate: float = 0.0
+    """Probability that a text is replaced by its paraphrase, before the other changes."""
+    paraphrases: Mapping[str, str] = field(default_factory=dict)
+    """Text -> its back-translation."""
 
     @classmethod
     def of(
-        cls, steps: Sequence[Augmentation], seed: int, columns: Columns, otherwise: Mapping[str, str] | None = None
+        cls, steps: Sequence[Augmentation], seed: int, columns: Columns, paraphrases: Mapping[str, str] | None = None
     ) -> Augmenter:
-        """From `data.augment`, and the texts as back-translation has them.
+        """Create an augmenter from `data.augment` and the back-translated texts.
 
         Raises:
-            DataError: a list of synonyms cannot be read.
+            DataError: a synonym list cannot be read.
         """
-        share = next((step.probability for step in steps if step.name == "back-translation"), 0.0)
+        paraphrase_rate = next((step.probability for step in steps if step.name == "back-translation"), 0.0)
         words = tuple(_change(step) for step in steps if step.name != "back-translation")
-        return cls(words, seed, columns, share, otherwise or {})
+        return cls(words, seed, columns, paraphrase_rate, paraphrases or {})
 
     def words(self, words: Words, epoch: int, index: int) -> Words:
-        """Some words of the example at `index`, as they are in an epoch."""
+        """Augment words of the example at `index` for an epoch."""
         draw = np.random.default_rng([self.seed, epoch, index])
         for change in self.changes:
             if words.words:
@@ -203,82 +204,84 @@ class Augmenter:
         return words
 
     def row(self, row: Row, epoch: int, index: int) -> Row:
-        """A row with its texts changed; blanks between words that nothing has happened to stay as they are.
+        """Augment the texts of a row; the spacing between unchanged words is kept.
 
-        Of words with tags only those outside of entities are changed, and the tags go along.
+        Of tagged words, only those outside entities are changed, and the tags follow.
 
         Raises:
-            RecipeError: the labels of words are no list of tags, so that they cannot go along.
+            RecipeError: tags cannot follow, because the row has spans or the augmentation is back-translation.
         """
         words = of_kind(self.columns, "words")
         if words is not None and words.name in row.values:
             tags = of_kind(self.columns, "tags")
             assert tags is not None, "words have tags"
-            return self._tagged(row, words.name, tags.name, epoch, index)
+            return self._tagged_row(row, words.name, tags.name, epoch, index)
         texts = {name: self._text(text, epoch, index) for name, text in _texts(row, self.columns)}
         return Row(row.place, row.values | texts)
 
-    def _tagged(self, row: Row, words: str, label: str, epoch: int, index: int) -> Row:
-        if self.share:
-            what = "data.augment: back-translation says a text otherwise, and tags of words cannot go along"
-            raise RecipeError(what, where=row.place, hint="leave it out")
+    def _tagged_row(self, row: Row, words: str, label: str, epoch: int, index: int) -> Row:
+        if self.paraphrase_rate:
+            what = "data.augment: back-translation cannot carry tags of words over to the new text"
+            raise RecipeError(what, where=row.place, hint="remove back-translation")
         tokens, tags = row.values[words], row.values.get(label)
-        assert isinstance(tokens, list), "the role holds lists"
+        assert isinstance(tokens, list), "words are a list"
         if not isinstance(tags, list) or len(tags) != len(tokens) or not all(isinstance(tag, str) for tag in tags):
-            what = "data.augment: words can be changed where each has its tag, as a text"
-            raise RecipeError(what, where=row.place, hint="give tokens and tags, or leave the key out")
-        keep = [tag != "O" or _parts(following) for tag, following in zip(tags, [*tags[1:], "O"], strict=True)]
+            what = "data.augment: words can be changed only if each has a tag that is a text"
+            raise RecipeError(what, where=row.place, hint="give tokens and tags, or remove the key")
+        keep = [
+            tag != "O" or _separates_entities(following) for tag, following in zip(tags, [*tags[1:], "O"], strict=True)
+        ]
         after = self.words(Words.of([str(word) for word in tokens], keep), epoch, index)
-        texts = dict(_texts(row, self.columns))  # they hold the words as they were
+        texts = dict(_texts(row, self.columns))  # dropped: they contain the original words
         values = {name: value for name, value in row.values.items() if name not in texts}
         values |= {words: list(after.words), label: [tags[origin] for origin in after.origins]}
         return Row(row.place, values)
 
     def _text(self, text: str, epoch: int, index: int) -> str:
-        if self.share and np.random.default_rng([self.seed, epoch, index, 1]).random() < self.share:
-            text = self.otherwise.get(text, text)
+        if self.paraphrase_rate and np.random.default_rng([self.seed, epoch, index, 1]).random() < self.paraphrase_rate:
+            text = self.paraphrases.get(text, text)
         parts = [(match[1], match[2]) for match in _WORD.finditer(text)]
         before = Words.of([word for word, _ in parts])
         after = self.words(before, epoch, index)
         if after == before:
             return text
-        places = sorted(after.origins)  # where nothing is dropped or put in, words change places and blanks do not
-        joined = [f"{word}{_gap(parts, places, at)}" for at, word in enumerate(after.words)]
+        places = sorted(after.origins)  # swaps move words, not the space between them
+        joined = [f"{word}{_space_after(parts, places, at)}" for at, word in enumerate(after.words)]
         return "".join(joined).rstrip()
 
 
-def _parts(following: str) -> bool:
-    """Whether a word in no entity is all that parts the next one, which no tag begins, from the one before (IO)."""
+def _separates_entities(following: str) -> bool:
+    """Return whether dropping an O word could merge two entities: the next tag does not mark a beginning (IO)."""
     return following != "O" and not following.startswith(("B-", "S-", "U-"))
 
 
-def _gap(parts: Sequence[tuple[str, str]], places: Sequence[int], at: int) -> str:
-    """What stands behind a word: within a synonym of several words a blank, if they are not Chinese."""
+def _space_after(parts: Sequence[tuple[str, str]], places: Sequence[int], at: int) -> str:
+    """Return the space after a word: the original one, or one space inside a synonym that is not Chinese."""
     inside = at + 1 < len(places) and places[at + 1] == places[at]
     return ("" if re.match(f"[{_CJK}]", parts[places[at]][0]) else " ") if inside else parts[places[at]][1]
 
 
 def _change(step: Augmentation) -> Callable[[Words, Random], Words]:
     if step.name == "synonyms":
-        assert step.file is not None, "the recipe refuses that"
+        assert step.file is not None, "refused when the recipe is loaded"
         synonyms = read_synonyms(step.file)
         return lambda words, draw: replace_synonyms(words, step.probability, draw, synonyms)
     change = {"word-dropout": drop_words, "word-swap": swap_words, "typos": misspell}[step.name]
     return lambda words, draw: change(words, step.probability, draw)
 
 
-def fingerprints(steps: Sequence[Augmentation]) -> list[str]:
-    """sha256 of the lists of synonyms."""
+def synonym_hashes(steps: Sequence[Augmentation]) -> list[str]:
+    """The sha256 of each synonym list."""
     return [file_sha256(Path(step.file)) for step in steps if step.file is not None]
 
 
 def texts_of(rows: Iterable[Row], columns: Columns) -> Iterator[str]:
-    """The texts that may be changed."""
+    """The texts that may be augmented."""
     return (text for row in rows for _, text in _texts(row, columns))
 
 
 def _texts(row: Row, columns: Columns) -> Iterator[tuple[str, str]]:
-    """Name and value of each input that is a text."""
+    """Column name and value of each text input."""
     for column in inputs_of(columns):
         if column.kind == "text" and isinstance(value := row.values.get(column.name), str):
             yield column.name, value

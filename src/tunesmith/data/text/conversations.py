@@ -1,17 +1,17 @@
-"""Conversations: messages with a role each, read from every layout that data for them comes in.
+"""Conversations: messages with a role each, read from the common layouts of chat data.
 
     messages [{role, content}]                conversations [{from, value}]            system beside either
     instruction, input, output, history       instruction, instances [{input, output}]
     prompt, completion; question, answer      prompt and completion as lists of messages
 
-White space around a message is no part of it. What a model cannot learn from is a fault of its row: unknown roles,
-messages that say nothing, answers without a question, two messages of one side in a row, no answer at the end.
+White space around a message is removed. Rows are refused that have unknown roles, empty messages, answers without a
+question, two consecutive messages of one role, or no answer at the end.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tunesmith.data.columns import Column
@@ -19,7 +19,7 @@ from tunesmith.data.formats import Row
 from tunesmith.errors import DataError, did_you_mean, shorten
 
 Message = dict[str, str]
-"""`role`: system, user, assistant or tool; `content`: what is said."""
+"""`role`: system, user, assistant or tool; `content`: the text."""
 
 CHAT_COLUMNS = (
     Column("messages", "messages", ("conversations", "conversation", "dialog", "dialogue", "对话"), required=False),
@@ -36,7 +36,7 @@ CHAT_COLUMNS = (
     Column("instances", "list", required=False),
     Column("choices", "list", ("options", "选项"), required=False),
 )
-"""What conversations are read from."""
+"""Columns that conversations are read from."""
 
 ROLES = {
     "system": ("system", "developer"),
@@ -45,30 +45,36 @@ ROLES = {
     "tool": ("tool", "function", "observation", "ipython"),
 }
 _ROLE = {name: role for role, names in ROLES.items() for name in names}
-_WHO, _SAYS = ("role", "from", "speaker"), ("content", "value", "text")
-_BEFORE = {"user": ("system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant",)}
-"""Role of a message -> what may stand before it."""
+_ROLE_KEYS, _CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
+_PREDECESSORS = {"user": ("system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant",)}
+"""Role of a message -> roles that may precede it."""
+
+
+def has_conversation_columns(names: Collection[str]) -> bool:
+    """Return whether columns hold conversations: messages, or questions with answers."""
+    present = set(names)
+    return "messages" in present or "prompt" in present and not present.isdisjoint({"answer", "instances"})
 
 
 def is_conversation(row: Row) -> bool:
-    """Whether a row has anything of a conversation, and is no raw text."""
+    """Return whether a row has a column of a conversation, so that it is no raw text."""
     return not row.values.keys().isdisjoint({"messages", "prompt", "answer", "instances"})
 
 
 def conversation(row: Row, *, system: str | None = None, answered: bool = True) -> list[Message]:
-    """The messages of a row, behind `system` where it has no such message of its own.
+    """Return the messages of a row, preceded by `system` if the row has no system message.
 
-    The last is an answer; where it need not be `answered`, a question, and an answer that stands there is left out.
+    The last message is an answer. If not `answered`, it is a question: a final answer is removed.
 
     Raises:
-        DataError: what is wrong with which message, and the way out.
+        DataError: a message is faulty.
     """
-    messages = _listed(row, "messages") if "messages" in row.values else _columns(row, answered)
+    messages = _parse_messages(row, "messages") if "messages" in row.values else _messages_of_columns(row, answered)
     own = row.values.get("system")
     if own is not None:
         if messages and messages[0]["role"] == "system":
-            raise row.fault("system", "there is a system message among the messages too", "keep one of the two")
-        messages.insert(0, _message(row, row.named("system"), "system", own))
+            raise row.fault("system", "the messages have a system message too", "keep one of the two")
+        messages.insert(0, _make_message(row, row.column_name("system"), "system", own))
     elif system is not None and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": system})
     if not answered and messages and messages[-1]["role"] == "assistant":
@@ -77,21 +83,21 @@ def conversation(row: Row, *, system: str | None = None, answered: bool = True) 
     return messages
 
 
-def said(row: Row) -> str | None:
-    """All that is said in a conversation, as far as it can be read; None of a row that is none."""
+def all_content(row: Row) -> str | None:
+    """Return all text of a conversation, however faulty; None if the row is no conversation."""
     if not is_conversation(row):
         return None
     parts: list[str] = []
     for column in ("system", "history", "messages", "prompt", "context", "answer", "instances"):
-        left = [row.values.get(column)]
-        while left:
-            one = left.pop(0)
-            if isinstance(one, list):
-                left = [*one, *left]
-            elif isinstance(one, dict):
-                left = [*(one[name] for name in (*_SAYS, "input", "output") if name in one), *left]
-            elif one is not None:
-                parts.append(str(one))
+        pending = [row.values.get(column)]
+        while pending:
+            value = pending.pop(0)
+            if isinstance(value, list):
+                pending = [*value, *pending]
+            elif isinstance(value, dict):
+                pending = [*(value[name] for name in (*_CONTENT_KEYS, "input", "output") if name in value), *pending]
+            elif value is not None:
+                parts.append(str(value))
     return "\n".join(parts)
 
 
@@ -101,115 +107,122 @@ def _fault(row: Row, what: str, hint: str) -> DataError:
 
 def _check_order(row: Row, messages: Sequence[Message], answered: bool) -> None:
     if not any(message["role"] != "system" for message in messages):
-        raise row.fault("messages", "there is none", "remove the row")
+        raise row.fault("messages", "no messages", "remove the row")
     roles = [message["role"] for message in messages]
     for index, role in enumerate(roles):
         if index == 0 and role in ("system", "user"):
             continue
         if role == "system":
-            raise _fault(row, f"message {index + 1} is from system, which speaks first or not at all", "move it up")
-        if index == 0 or roles[index - 1] not in _BEFORE[role]:
-            before = f"behind one from {roles[index - 1]}" if index else "with nothing before it"
+            raise _fault(row, f"message {index + 1} is a system message, which must be the first", "move it up")
+        if index == 0 or roles[index - 1] not in _PREDECESSORS[role]:
+            before = f"after one from {roles[index - 1]}" if index else "with nothing before it"
             what = f"message {index + 1} is from {role}, {before}: {shorten(messages[index]['content'], 40)}"
-            hint = "join the two" if index and role == roles[index - 1] else f"put one from {_BEFORE[role][-1]} there"
-            raise _fault(row, what, hint if index or role != "assistant" else "remove it, or put a question before it")
+            if index == 0 and role == "assistant":
+                hint = "remove it, or add a question before it"
+            elif index and role == roles[index - 1]:
+                hint = "join the two"
+            else:
+                hint = f"add a message from {_PREDECESSORS[role][-1]} before it"
+            raise _fault(row, what, hint)
     if answered and roles[-1] != "assistant":
-        what = f"the last message is from {roles[-1]}, and has no answer: {shorten(messages[-1]['content'], 40)}"
-        raise _fault(row, what, "remove it, or write the answer")
+        what = f"the last message is from {roles[-1]} and has no answer: {shorten(messages[-1]['content'], 40)}"
+        raise _fault(row, what, "remove it, or add an answer")
 
 
-def _listed(row: Row, role: str) -> list[Message]:
-    """A column that holds a list of messages."""
+def _parse_messages(row: Row, role: str) -> list[Message]:
+    """Parse a column that has a list of messages."""
     given = row.values[role]
     if isinstance(given, str):
         try:
             given = json.loads(given)
         except ValueError:
-            what = f"{shorten(given)} is no list of messages"
+            what = f"{shorten(given)} is not a list of messages"
             raise row.fault(role, what, 'give [{"role": "user", "content": ...}, ...]') from None
     if not isinstance(given, list) or not given:
-        what = "empty" if given == [] else f"{shorten(given)} is no list of messages"
+        what = "empty" if given == [] else f"{shorten(given)} is not a list of messages"
         hint = "remove the row" if given == [] else 'give [{"role": "user", "content": ...}, ...]'
         raise row.fault(role, what, hint)
-    return [_one(row, f"{row.named(role)}[{index}]", message) for index, message in enumerate(given)]
+    return [_parse_message(row, f"{row.column_name(role)}[{index}]", message) for index, message in enumerate(given)]
 
 
-def _one(row: Row, where: str, message: Any) -> Message:
+def _parse_message(row: Row, where: str, message: Any) -> Message:
     if not isinstance(message, dict):
-        raise _fault(row, f"{where}: {shorten(message)} is no message", 'give {"role": ..., "content": ...}')
-    who = next((name for name in _WHO if message.get(name) is not None), None)
+        raise _fault(row, f"{where}: {shorten(message)} is not a message", 'give {"role": ..., "content": ...}')
+    who = next((name for name in _ROLE_KEYS if message.get(name) is not None), None)
     if who is None:
-        raise _fault(row, f"{where}: no role in {shorten(message)}", f"one of {', '.join(ROLES)}")
+        raise _fault(row, f"{where}: no role in {shorten(message)}", f"add one of {', '.join(ROLES)}")
     role = _ROLE.get(str(message[who]).strip().lower())
     if role is None:
         near = did_you_mean(str(message[who]).lower(), _ROLE)
-        hint = near if near.startswith("did") else f"one of {', '.join(ROLES)}"
-        raise _fault(row, f"{where}.{who}: {shorten(message[who])} is no role", hint)
+        hint = near if near.startswith("did") else f"set one of {', '.join(ROLES)}"
+        raise _fault(row, f"{where}.{who}: unknown role {shorten(message[who])}", hint)
     if message.get("tool_calls"):
-        what = f"{where}.tool_calls: calls are not read: {shorten(message['tool_calls'], 40)}"
-        raise _fault(row, what, "write the call into content, as the model is to write it")
-    says = next((name for name in _SAYS if message.get(name) is not None), None)
+        what = f"{where}.tool_calls: not supported: {shorten(message['tool_calls'], 40)}"
+        raise _fault(row, what, "write the call into content, in the format that the model should generate")
+    says = next((name for name in _CONTENT_KEYS if message.get(name) is not None), None)
     if says is None:
         raise _fault(row, f"{where}: no content in {shorten(message)}", "fill it in, or remove the row")
-    return _message(row, f"{where}.{says}", role, message[says])
+    return _make_message(row, f"{where}.{says}", role, message[says])
 
 
-def _message(row: Row, where: str, role: str, content: Any) -> Message:
-    if isinstance(content, list) and content:  # in parts, as those have it that show pictures too
+def _make_message(row: Row, where: str, role: str, content: Any) -> Message:
+    if isinstance(content, list) and content:  # a list of parts, as in multimodal data
         kinds = [part.get("text") if isinstance(part, dict) else None for part in content]
         other = next((part for part, text in zip(content, kinds, strict=True) if not isinstance(text, str)), None)
         if other is not None:
-            raise _fault(row, f"{where}: {shorten(other)} is no text", "give texts alone")
+            raise _fault(row, f"{where}: {shorten(other)} is not a text", "give texts only")
         content = "".join(map(str, kinds))
     if isinstance(content, bool) or not isinstance(content, str | int | float):
         raise _fault(row, f"{where}: {shorten(content)} is not a text", "give a text")
     if not (text := str(content).strip()):
-        what = "the answer says nothing" if role == "assistant" else f"what {role} says is empty"
+        what = "empty answer" if role == "assistant" else f"empty message from {role}"
         raise _fault(row, f"{where}: {what}", "fill it in, or remove the row")
     return {"role": role, "content": text}
 
 
-def _columns(row: Row, answered: bool) -> list[Message]:
-    """A question and an answer that stand in columns of their own."""
+def _messages_of_columns(row: Row, answered: bool) -> list[Message]:
+    """Build messages from separate columns for question and answer."""
     values = dict(row.values)
     if "instances" in values:
-        values |= _instance(row, values["instances"])
+        values |= _instance_columns(row, values["instances"])
     if "choices" in values and "answer" in values:
-        values["answer"] = _chosen(row, choices_of(row), values["answer"])
+        values["answer"] = _choose(row, choices_of(row), values["answer"])
     messages: list[Message] = []
-    for index, pair in enumerate(_pairs(row)):
-        place = f"{row.named('history')}[{index}]"
-        messages += [_message(row, place, role, text) for role, text in zip(_TURN, pair, strict=True)]
+    for index, pair in enumerate(_history_pairs(row)):
+        place = f"{row.column_name('history')}[{index}]"
+        messages += [_make_message(row, place, role, text) for role, text in zip(_PAIR_ROLES, pair, strict=True)]
     if "prompt" not in values:
-        raise _fault(row, "no question: the column for prompt is empty or not there", "data.columns.prompt=NAME")
+        raise _fault(row, "no question: the column for prompt is empty or missing", "set data.columns.prompt=NAME")
     if isinstance(values["prompt"], list):
-        messages += _listed(row, "prompt")
+        messages += _parse_messages(row, "prompt")
     else:
-        asked = [values[role] for role in ("prompt", "context") if role in values]
-        messages.append(_message(row, row.named("prompt"), "user", "\n\n".join(str(part).strip() for part in asked)))
+        question = [values[role] for role in ("prompt", "context") if role in values]
+        messages.append(
+            _make_message(row, row.column_name("prompt"), "user", "\n\n".join(str(part).strip() for part in question))
+        )
     if isinstance(values.get("answer"), list):
-        messages += _listed(row, "answer")
+        messages += _parse_messages(row, "answer")
     elif "answer" in values:
-        messages.append(_message(row, row.named("answer"), "assistant", values["answer"]))
+        messages.append(_make_message(row, row.column_name("answer"), "assistant", values["answer"]))
     elif answered:
-        hint = "fill it in or remove the row; data.columns.answer=NAME if it is another column"
-        raise _fault(row, "no answer: the column for answer is empty or not there", hint)
+        hint = "fill it in or remove the row; set data.columns.answer=NAME if it is another column"
+        raise _fault(row, "no answer: the column for answer is empty or missing", hint)
     return messages
 
 
-_TURN = ("user", "assistant")
+_PAIR_ROLES = ("user", "assistant")
 
 
 def choices_of(row: Row) -> list[str]:
-    """The answers that a row offers, of which one is right; none where any text may be."""
+    """The answers to choose from in a row, one of which is right; empty for free-form answers."""
     given = row.values.get("choices", [])
     if not isinstance(given, list) or not all(isinstance(one, str) and one.strip() for one in given) or len(given) == 1:
-        raise row.fault("choices", f"{shorten(given)} are no texts to choose from", "give a list of two or more")
+        raise row.fault("choices", f"{shorten(given)} is not a list of texts", "give a list of two or more")
     return [one.strip() for one in given]
 
 
-def _chosen(row: Row, choices: list[str], answer: Any) -> str:
-    """The right choice, which is given as itself, by its number (from 0) or by its letter."""
+def _choose(row: Row, choices: list[str], answer: Any) -> str:
+    """The right choice, given as the text itself, by number (from 0) or by letter."""
     if isinstance(answer, str) and answer.strip() in choices:
         return answer.strip()
     place = answer
@@ -218,22 +231,22 @@ def _chosen(row: Row, choices: list[str], answer: Any) -> str:
         place = int(word) if word.isdecimal() else ord(word) - ord("A") if len(word) == 1 else None
     if isinstance(place, int) and not isinstance(place, bool) and 0 <= place < len(choices):
         return choices[place]
-    hint = f"give it as one of them, as 0 to {len(choices) - 1}, or as A to {chr(ord('A') + len(choices) - 1)}"
-    raise row.fault("answer", f"{shorten(answer)} is none of the choices {shorten(choices)}", hint)
+    hint = f"give one of them, 0 to {len(choices) - 1}, or A to {chr(ord('A') + len(choices) - 1)}"
+    raise row.fault("answer", f"{shorten(answer)} is not among the choices {shorten(choices)}", hint)
 
 
-def _pairs(row: Row) -> list[Any]:
-    """Earlier questions with their answers."""
+def _history_pairs(row: Row) -> list[Any]:
+    """Earlier pairs of question and answer."""
     pairs = row.values.get("history") or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise row.fault("history", f"{shorten(pairs)} is no list of pairs", "give [[question, answer], ...]")
+        raise row.fault("history", f"{shorten(pairs)} is not a list of pairs", "give [[question, answer], ...]")
     return pairs
 
 
-def _instance(row: Row, instances: Any) -> dict[str, object]:
+def _instance_columns(row: Row, instances: Any) -> dict[str, object]:
     one = instances[0] if isinstance(instances, list) and len(instances) == 1 else None
     if not isinstance(one, dict):
-        what = f"{len(instances) if isinstance(instances, list) else shorten(instances)}, not one"
-        raise row.fault("instances", what, "give each a row of its own")
+        what = f"{len(instances) if isinstance(instances, list) else shorten(instances)} instances, not one"
+        raise row.fault("instances", what, "give each instance its own row")
     parts = {"context": one.get("input"), "answer": one.get("output")}
     return {role: value for role, value in parts.items() if isinstance(value, str) and value.strip()}

@@ -1,8 +1,8 @@
-"""Texts that are nearly the same: MinHash signatures cut into bands, then the true likeness of what shares a band.
+"""Near duplicates by MinHash with banding (LSH), followed by exact similarity of the candidates.
 
-Likeness is the Jaccard index of the sets of `SHINGLE` characters in a row (Broder 1997, "On the resemblance and
-containment of documents"). Two texts of likeness s share one of b bands of r hashes with probability 1 - (1 - s^r)^b:
-0.988 at 0.7, 0.005 at 0.15, so nearly all pairs are never looked at. Each text keeps 96 bytes.
+Similarity is the Jaccard index of the sets of character shingles of length `SHINGLE` (Broder 1997, "On the resemblance
+and containment of documents"). Two texts of similarity s share one of b bands of r hashes with probability
+1 - (1 - s^r)^b: 0.988 at 0.7 and 0.005 at 0.15, so few pairs are compared. Each text needs 96 bytes.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from numpy.typing import NDArray
 
 SHINGLE = 4
 BANDS, HASHES_PER_BAND = 24, 5
-ALIKE = 0.7
-"""From this likeness on two texts are near duplicates."""
+MIN_SIMILARITY = 0.7
+"""Similarity from which two texts are near duplicates."""
 MIN_CHARS = 16
-"""A shorter text is like many others by chance."""
+"""Shorter texts are similar to many others by chance."""
 MAX_CHARS = 20_000
-"""Of a longer text only the beginning is compared."""
-NEIGHBOURS = 4
-"""Of a band that many texts share, each is compared with the first of them and as many before it."""
-BEST = 3
-BLOCK = 2**16
+"""Longer texts are compared by their beginning."""
+NEIGHBORS = 4
+"""Comparisons per text in a band: with the first text that shares it, and with this many previous ones."""
+MAX_CANDIDATES = 3
+BLOCK_CHARS = 2**16
+"""Characters hashed at once, sized to fit the CPU cache."""
 
 Keys = NDArray[np.uint32]
 Indices = NDArray[np.int64]
@@ -34,18 +35,18 @@ _SUMMANDS = _random.integers(2**32, size=BANDS * HASHES_PER_BAND, dtype=np.uint3
 _POSITIONS = _random.integers(2**63, size=SHINGLE, dtype=np.uint64) * 2 + 1
 
 
-def plain(text: str) -> str:
-    """The text as it is compared: without differences of case, white space and the width of characters."""
+def normalize(text: str) -> str:
+    """Normalize a text for comparison: case, white space and the width of characters are ignored."""
     return " ".join(unicodedata.normalize("NFKC", text[:MAX_CHARS]).lower().split())
 
 
 def band_keys(texts: Sequence[str]) -> Keys:
-    """One key a band for each plain text of at least SHINGLE characters."""  # (texts, BANDS)
+    """Return one key per band for each normalized text of at least SHINGLE characters."""  # (texts, BANDS)
     keys = np.empty((len(texts), BANDS), dtype=np.uint32)
     start = 0
     while start < len(texts):
         stop, chars = start + 1, len(texts[start])
-        while stop < len(texts) and (chars := chars + len(texts[stop])) <= BLOCK:  # what fits into a processor's cache
+        while stop < len(texts) and (chars := chars + len(texts[stop])) <= BLOCK_CHARS:
             stop += 1
         keys[start:stop] = _keys_of_block(texts[start:stop])
         start = stop
@@ -59,7 +60,7 @@ def _keys_of_block(texts: Sequence[str]) -> Keys:
     hashed = sum((codes[k : k + whole] * _POSITIONS[k] for k in range(SHINGLE)), np.zeros(whole, dtype=np.uint64))
     ends = np.cumsum(lengths)
     inside = np.ones(whole, dtype=bool)
-    for back in range(1, SHINGLE):  # a shingle does not run over from one text into the next
+    for back in range(1, SHINGLE):  # no shingle spans two texts
         inside[ends[:-1] - back] = False
     shingles = (hashed >> np.uint64(32)).astype(np.uint32)[inside]
     starts = np.concatenate([[0], np.cumsum(lengths - SHINGLE + 1)[:-1]])
@@ -72,13 +73,13 @@ def _keys_of_block(texts: Sequence[str]) -> Keys:
 
 
 def candidates(keys: Keys, parts: Indices) -> Indices:
-    """Pairs (earlier, later) that may be alike; `parts` says of which split each is.
+    """Return pairs (earlier, later) that may be near duplicates; `parts` has the split of each text.
 
-    Of each text there are the BEST earlier ones of its own split, and as many of the splits before.
+    Each text gets up to MAX_CANDIDATES earlier texts of its own split, and as many of other splits.
     """  # (pairs, 2)
     size = len(keys)
-    found = [code for band in range(BANDS) for code in _sharing(keys[:, band], size)]
-    pairs, shared = np.unique(np.concatenate([*found, np.empty(0, dtype=np.int64)]), return_counts=True)
+    codes = [code for band in range(BANDS) for code in _pairs_in_band(keys[:, band], size)]
+    pairs, shared = np.unique(np.concatenate([*codes, np.empty(0, dtype=np.int64)]), return_counts=True)
     earlier, later = pairs // max(size, 1), pairs % max(size, 1)
     across = parts[earlier] != parts[later]
     order = np.lexsort((earlier, -shared, across, later))
@@ -87,29 +88,29 @@ def candidates(keys: Keys, parts: Indices) -> Indices:
     begins[1:] = (later[1:] != later[:-1]) | (across[1:] != across[:-1])
     first = np.flatnonzero(begins)
     rank = np.arange(len(order)) - first[np.cumsum(begins) - 1] if len(order) else order
-    return np.stack([earlier, later], axis=1)[rank < BEST]
+    return np.stack([earlier, later], axis=1)[rank < MAX_CANDIDATES]
 
 
-def _sharing(keys: NDArray[np.uint32], size: int) -> Iterator[Indices]:
-    """Codes earlier * size + later of texts with the same key."""
+def _pairs_in_band(keys: NDArray[np.uint32], size: int) -> Iterator[Indices]:
+    """Yield codes (earlier * size + later) of texts with the same key."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     begins = np.ones(size, dtype=bool)
     begins[1:] = ordered[1:] != ordered[:-1]
     first = np.flatnonzero(begins)[np.cumsum(begins) - 1] if size else order
-    for distance in range(1, NEIGHBOURS + 1):
+    for distance in range(1, NEIGHBORS + 1):
         at = np.flatnonzero(ordered[distance:] == ordered[:-distance])
         if not len(at):
             return
         yield order[at] * size + order[at + distance]
-    at = np.flatnonzero(np.arange(size) - first > NEIGHBOURS)
+    at = np.flatnonzero(np.arange(size) - first > NEIGHBORS)
     yield order[first[at]] * size + order[at]
 
 
-def alike(pairs: Indices, texts: Mapping[int, str], parts: Indices) -> Iterator[tuple[int, int, float]]:
-    """(earlier, later, likeness) of near duplicates among `candidates`, at most one in its own split and one across.
+def near_duplicates(pairs: Indices, texts: Mapping[int, str], parts: Indices) -> Iterator[tuple[int, int, float]]:
+    """Yield (earlier, later, similarity) of near duplicates among `candidates`, at most one per split and one across.
 
-    `texts` are plain.
+    `texts` are normalized.
     """
     shingled, last, done = set[str](), -1, (-1, False)
     for earlier, later in pairs.tolist():
@@ -120,12 +121,12 @@ def alike(pairs: Indices, texts: Mapping[int, str], parts: Indices) -> Iterator[
             shingled, last = shingles(texts[later]), later
         other = shingles(texts[earlier])
         both = len(shingled & other)
-        likeness = both / (len(shingled) + len(other) - both)
-        if likeness >= ALIKE:
+        similarity = both / (len(shingled) + len(other) - both)
+        if similarity >= MIN_SIMILARITY:
             done = key
-            yield earlier, later, likeness
+            yield earlier, later, similarity
 
 
 def shingles(text: str) -> set[str]:
-    """All runs of SHINGLE characters of a plain text."""
+    """All substrings of SHINGLE characters of a normalized text."""
     return {text[at : at + SHINGLE] for at in range(len(text) - SHINGLE + 1)}

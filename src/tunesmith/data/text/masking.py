@@ -1,7 +1,7 @@
-"""Which tokens of a text a masked language model is to guess: whole words at random (Devlin 2019, arXiv 1810.04805).
+"""Whole-word masking for masked language models (Devlin 2019, arXiv 1810.04805).
 
-Of the tokens that are chosen, 80 % become the mask, 10 % some other token, 10 % stay. What is chosen is a function of
-(seed, epoch, index of the example) alone, however examples are cut into batches.
+Of the chosen tokens, 80 % become the mask token, 10 % a random token, 10 % stay. The choice depends on (seed, epoch,
+index of the example) alone, not on how examples are batched.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from numpy.typing import NDArray
 from tunesmith.errors import RecipeError
 
 Array = NDArray[Any]
-AS_MASK, AS_OTHER = 0.8, 0.1
-STREAM = 15
-"""Tells these numbers from others drawn from the same seed and epoch."""
+MASK_RATE, RANDOM_RATE = 0.8, 0.1
+SEED_STREAM = 15
+"""Separates this random stream from others of the same seed and epoch."""
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """What masking must know of a tokenizer: the mask, what may stand for another token, and how tokens are spelled."""
+class MaskingVocabulary:
+    """Parts of a tokenizer that masking needs: the mask token, the non-special tokens, and the text of each token."""
 
     mask: int
     ordinary: Array  # (tokens that are not special,)
     spelling: list[str]
 
     @classmethod
-    def of(cls, processor: Any) -> Tokens:
-        """Read them off.
+    def of(cls, processor: Any) -> MaskingVocabulary:
+        """Read them from a tokenizer.
 
         Raises:
-            RecipeError: the tokenizer has no mask.
+            RecipeError: the tokenizer has no mask token.
         """
         if processor.mask_token_id is None:
-            what = "model: its tokenizer has no mask token, so it is none that fills masks"
-            raise RecipeError(what, hint="give an encoder such as BERT or RoBERTa")
+            what = "model: its tokenizer has no mask token, so it is not a masked language model"
+            raise RecipeError(what, hint="use an encoder such as BERT or RoBERTa")
         spelling = [""] * len(processor)
         for token, index in processor.get_vocab().items():
             spelling[index] = token
@@ -45,17 +45,17 @@ class Tokens:
         return cls(int(processor.mask_token_id), ordinary, spelling)
 
 
-def choose(words: Array, share: float, generator: np.random.Generator) -> Array:
-    """The positions of whole words, in random order until `share` of all tokens is reached, one word at least.
+def choose_positions(words: Array, mask_share: float, generator: np.random.Generator) -> Array:
+    """Choose whole words at random until `mask_share` of all tokens is reached, at least one word; return positions.
 
-    `words` has the number of each token's word, -1 for what is never chosen. A word that is more than what is missing
-    is passed over.
+    `words` has the index of each token's word, -1 for tokens that are never chosen. A word that would exceed the share
+    is skipped.
     """
     places = np.flatnonzero(words >= 0)
     if not len(places):
         return places
     _, numbers, sizes = np.unique(words[places], return_inverse=True, return_counts=True)
-    missing = max(1, round(share * len(places)))
+    missing = max(1, round(mask_share * len(places)))
     order = generator.permutation(len(sizes))
     taken = np.zeros(len(sizes), bool)
     for word, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
@@ -69,15 +69,15 @@ def choose(words: Array, share: float, generator: np.random.Generator) -> Array:
     return places[taken[numbers]]
 
 
-def hide(
-    ids: Array, words: Array, share: float, tokens: Tokens, *, seed: int, epoch: int, index: int
+def mask_tokens(
+    ids: Array, words: Array, mask_share: float, vocabulary: MaskingVocabulary, *, seed: int, epoch: int, index: int
 ) -> tuple[Array, Array]:
-    """(what the model sees, the positions at which it is to guess `ids`)."""
-    generator = np.random.default_rng([STREAM, seed, epoch, index])
-    places = choose(words, share, generator)
-    kind, other = generator.random(len(places)), generator.integers(len(tokens.ordinary), size=len(places))
-    seen = ids.copy()
-    seen[places[kind < AS_MASK]] = tokens.mask
-    as_other = (kind >= AS_MASK) & (kind < AS_MASK + AS_OTHER)
-    seen[places[as_other]] = tokens.ordinary[other[as_other]]
-    return seen, places
+    """Return (masked input ids, positions to predict)."""
+    generator = np.random.default_rng([SEED_STREAM, seed, epoch, index])
+    places = choose_positions(words, mask_share, generator)
+    kind, other = generator.random(len(places)), generator.integers(len(vocabulary.ordinary), size=len(places))
+    masked = ids.copy()
+    masked[places[kind < MASK_RATE]] = vocabulary.mask
+    is_random = (kind >= MASK_RATE) & (kind < MASK_RATE + RANDOM_RATE)
+    masked[places[is_random]] = vocabulary.ordinary[other[is_random]]
+    return masked, places

@@ -1,7 +1,7 @@
-"""What is wrong with pairs of texts of which one is to translate the other: sides exchanged, a source that was copied.
+"""Faults of translation pairs: swapped sides, and targets that copy the source.
 
-Which side a word belongs to is learned from the pairs themselves: a row is exchanged where its words, on both sides,
-are those of the other one (naive Bayes). No list of words and no knowledge of a language is needed.
+Naive Bayes, fitted on the pairs themselves, tells to which side a word belongs. A row is swapped if the words of both
+sides belong to the other side. No word list or language model is needed.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from itertools import islice
 
 from tunesmith.data.findings import Fault
 from tunesmith.data.formats import Row
-from tunesmith.data.text.augment import split
+from tunesmith.data.text.augment import split_words
 
-LEARNED = 20_000
-"""Rows that words are counted in."""
+MAX_COUNTED_ROWS = 20_000
+"""Rows used for the word counts."""
 
-SURE = 3.0
-"""By how much the logarithm of the odds must speak against each side."""
+MIN_LOG_ODDS = 3.0
+"""Log odds against each side from which on a row counts as swapped."""
 
 
 def pair_faults(rows: Iterable[Row]) -> Iterator[Fault]:
-    """One for each row that is no translation, or one the other way round."""
+    """Yield a fault for each row that is untranslated or swapped."""
     rows = iter(rows)
-    first = list(islice(rows, LEARNED))
+    first = list(islice(rows, MAX_COUNTED_ROWS))
     counts = [Counter(word for row in first for word in _words(row, side)) for side in ("source", "target")]
     for part in (first, rows):
         for row in part:
@@ -33,18 +33,17 @@ def pair_faults(rows: Iterable[Row]) -> Iterator[Fault]:
 
 
 def _words(row: Row, side: str) -> list[str]:
-    return split(str(row.values.get(side, "")).lower())
+    return split_words(str(row.values.get(side, "")).lower())
 
 
 def _faults(row: Row, sources: Counter[str], targets: Counter[str]) -> Iterator[Fault]:
     source, target = (str(row.values.get(side, "")).strip() for side in ("source", "target"))
-    shown = f"{source} -> {target}"
+    pair = f"{source} -> {target}"
     if source == target:
-        fix = "translate it, or remove it: a model learns to copy"
-        yield Fault("copied-source", "a target is its source word for word", row.place, shown, fix)
+        fix = "translate it, or remove it: the model would learn to copy"
+        yield Fault("copied-source", "the target is a copy of the source", row.place, pair, fix)
     elif all(
-        sum(math.log((own[word] + 1) / (other[word] + 1)) for word in set(_words(row, side))) < -SURE
+        sum(math.log((own[word] + 1) / (other[word] + 1)) for word in set(_words(row, side))) < -MIN_LOG_ODDS
         for side, own, other in (("source", sources, targets), ("target", targets, sources))
     ):
-        what = "source and target are in each other's place"
-        yield Fault("swapped-pair", what, row.place, shown, "exchange them")
+        yield Fault("swapped-pair", "source and target appear to be swapped", row.place, pair, "swap them")

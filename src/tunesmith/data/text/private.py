@@ -1,7 +1,7 @@
-"""Finds what identifies a person in a text: kinds of numbers and addresses that can be told by their form.
+"""Detection of personal data (PII) in texts: numbers and addresses that have a fixed form.
 
-Where a kind has a checksum, only what passes it counts: cards by Luhn (ISO/IEC 7812), accounts by modulo 97
-(ISO 13616), Chinese identity numbers by modulo 11-2 (ISO 7064). Names and postal addresses have no form to go by.
+If a kind has a checksum, it must be valid: Luhn for cards (ISO/IEC 7812), modulo 97 for IBANs (ISO 13616), modulo 11-2
+for Chinese identity numbers (ISO 7064). Names and postal addresses have no fixed form and are not detected.
 """
 
 from __future__ import annotations
@@ -12,57 +12,57 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from datetime import date
 
-_HINT = re.compile(r"@|\d{3}|\d[ .-]\d|:[0-9a-fA-F]{0,4}:")
-"""A text without one of these holds nothing of any kind."""
-_ISSUED = re.compile(
+_QUICK_CHECK = re.compile(r"@|\d{3}|\d[ .-]\d|:[0-9a-fA-F]{0,4}:")
+"""A text without a match has no personal data of any kind."""
+_CARD_NUMBERS = re.compile(
     r"4\d{12}(?:\d{3}){0,2}|(?:5[1-5]|2[2-7]|35)\d{14}|3[47]\d{13}|3[068]\d{12}|6(?:011|5\d\d|4[4-9]\d|2\d\d)\d{12,15}"
 )
-"""Beginnings and lengths of card numbers: Visa, Mastercard, JCB, American Express, Diners, Discover and UnionPay."""
+"""Prefixes and lengths of card numbers: Visa, Mastercard, JCB, American Express, Diners, Discover and UnionPay."""
 
 
 _TOLL_FREE = re.compile(r"18(?:00|33|44|55|66|77|88)[2-9]\d{6}")
-"""Of the United States, written in one; in a Chinese text the same digits are a mobile number."""
+"""Toll-free numbers of the United States without separators; in a Chinese text these digits are a mobile number."""
 _HAN = re.compile("[\u4e00-\u9fff]")
 
 
-def private(text: str) -> Iterator[tuple[str, str]]:
-    """(kind, masked value) of each find; what one kind has taken is not counted as another too."""
-    text = unicodedata.normalize("NFKC", text)  # digits and @ may be of the width of Chinese characters
-    if not _HINT.search(text):
+def find_private(text: str) -> Iterator[tuple[str, str]]:
+    """Yield (kind, masked value) of each match. A match of one kind is not reported as another kind too."""
+    text = unicodedata.normalize("NFKC", text)  # full-width digits and @ become ASCII
+    if not _QUICK_CHECK.search(text):
         return
-    for kind, (pattern, holds) in KINDS.items():
-        found = [match for match in pattern.finditer(text) if holds(match)]
-        for match in found:
-            yield kind, masked(match[0])
-        for match in reversed(found):
+    for kind, (pattern, is_valid) in KINDS.items():
+        matches = [match for match in pattern.finditer(text) if is_valid(match)]
+        for match in matches:
+            yield kind, mask_value(match[0])
+        for match in reversed(matches):
             text = f"{text[: match.start()]} # {text[match.end() :]}"
 
 
-def masked(value: str) -> str:
-    """A find as it may be shown: the first two and, of long ones, the last two letters or digits stay."""
+def mask_value(value: str) -> str:
+    """Mask all letters and digits except the first two and, in long values, the last two."""
     places = [at for at, character in enumerate(value) if character.isalnum()]
-    shown = {*places[:2], *(places[-2:] if len(places) > 8 else ())}
-    return "".join("*" if at in places and at not in shown else character for at, character in enumerate(value))
+    visible = {*places[:2], *(places[-2:] if len(places) > 8 else ())}
+    return "".join("*" if at in places and at not in visible else character for at, character in enumerate(value))
 
 
 def _digits(value: str) -> list[int]:
     return [int(character) for character in value if character.isdigit()]
 
 
-def _is_card(found: re.Match[str]) -> bool:
-    digits = _digits(found[0])
+def _is_card(match: re.Match[str]) -> bool:
+    digits = _digits(match[0])
     doubled = [2 * digit if place % 2 else digit for place, digit in enumerate(reversed(digits))]
-    issued = _ISSUED.fullmatch("".join(map(str, digits)))
+    issued = _CARD_NUMBERS.fullmatch("".join(map(str, digits)))
     return issued is not None and sum(digit - 9 if digit > 9 else digit for digit in doubled) % 10 == 0
 
 
-def _is_iban(found: re.Match[str]) -> bool:
-    plain = found[0].replace(" ", "")
+def _is_iban(match: re.Match[str]) -> bool:
+    plain = match[0].replace(" ", "")
     return 15 <= len(plain) <= 34 and int("".join(str(int(part, 36)) for part in plain[4:] + plain[:4])) % 97 == 1
 
 
-def _is_chinese_id(found: re.Match[str]) -> bool:
-    value = found[0]
+def _is_chinese_id(match: re.Match[str]) -> bool:
+    value = match[0]
     try:
         born = date(int(value[6:10]), int(value[10:12]), int(value[12:14]))
     except ValueError:
@@ -72,33 +72,33 @@ def _is_chinese_id(found: re.Match[str]) -> bool:
     return born.year >= 1900 and "10X98765432"[rest] == value[-1].upper()
 
 
-def _is_chinese_mobile(found: re.Match[str]) -> bool:
-    return not _TOLL_FREE.fullmatch(found[0]) or bool(_HAN.search(found.string))
+def _is_chinese_mobile(match: re.Match[str]) -> bool:
+    return not _TOLL_FREE.fullmatch(match[0]) or bool(_HAN.search(match.string))
 
 
-def _is_ip(found: re.Match[str]) -> bool:
+def _is_ip(match: re.Match[str]) -> bool:
     try:
-        address = ipaddress.ip_address(found[0])
+        address = ipaddress.ip_address(match[0])
     except ValueError:
         return False
-    if address.version == 4:  # small numbers are more likely those of a section, as in 22.2.1.2
+    if address.version == 4:  # small numbers are probably a section number, as in 22.2.1.2
         *_, second, first = sorted(address.packed)
         return first >= 100 or second >= 20
-    return any(len(part) == 4 for part in found[0].split(":"))  # else more likely code, such as `a::b`
+    return any(len(part) == 4 for part in match[0].split(":"))  # else probably code, such as `a::b`
 
 
-def _is_phone(found: re.Match[str]) -> bool:
-    return 8 <= len(_digits(found[0])) <= 15 and len(set(_digits(found[0]))) > 2
+def _is_phone(match: re.Match[str]) -> bool:
+    return 8 <= len(_digits(match[0])) <= 15 and len(set(_digits(match[0]))) > 2
 
 
 def _form(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern, re.ASCII)  # a Chinese character before a number is no part of it
+    return re.compile(pattern, re.ASCII)  # a word boundary may be next to a Chinese character
 
 
 KINDS: dict[str, tuple[re.Pattern[str], Callable[[re.Match[str]], bool]]] = {
     "e-mail": (
         _form(r"[\w.+-]{1,64}@(?:[a-zA-Z0-9-]{1,63}\.){1,8}[a-zA-Z]{2,24}\b"),
-        lambda found: True,
+        lambda match: True,
     ),
     "iban": (_form(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _is_iban),
     "chinese-id": (_form(r"(?<![0-9A-Za-z])[1-9]\d{16}[0-9Xx](?![0-9A-Za-z])"), _is_chinese_id),
@@ -115,7 +115,7 @@ KINDS: dict[str, tuple[re.Pattern[str], Callable[[re.Match[str]], bool]]] = {
     ),
     "us-ssn": (
         _form(r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])"),
-        lambda found: True,
+        lambda match: True,
     ),
     "ip": (
         _form(
@@ -133,4 +133,4 @@ KINDS: dict[str, tuple[re.Pattern[str], Callable[[re.Match[str]], bool]]] = {
         _is_phone,
     ),
 }
-"""Kind -> its form, and what else must hold; the more particular kinds come first."""
+"""Kind -> its pattern and a further check; more specific kinds come first."""

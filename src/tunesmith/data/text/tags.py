@@ -1,11 +1,11 @@
-"""Tags of words: which scheme they are written in, what is wrong with them, and the entities that they mark.
+"""Tagging schemes: detection of the scheme, faults in tag sequences, and the entities that the tags mark.
 
-    BIO     B-X I-X I-X     B begins, I goes on                 IO      I-X I-X, or X X: neighbours are one
-    IOB1    I-X I-X         B only right after another X        BIOES   B-X I-X E-X, one word S-X
+    BIO     B-X I-X I-X     B begins, I continues               IO      I-X I-X, or X X: adjacent words are one entity
+    IOB1    I-X I-X         B only directly after another X     BIOES   B-X I-X E-X, one word S-X
     BILOU   B-X I-X L-X, one word U-X                           BMES    B-X M-X E-X, one word S-X
 
-Entities are read as CoNLL's evaluation reads them (Tjong Kim Sang 2000), also from tags that are no sound sequence, as
-a model's may be: a word goes on with the entity before it if that is B or I, the word is I or E, and both say one type.
+Entities are decoded as in the CoNLL evaluation (Tjong Kim Sang 2000), which also covers invalid sequences as a model
+may predict: a word continues an entity if the previous tag is B or I, its own is I or E, and the types are equal.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ PREFIXES: dict[Scheme, str] = {
     "BILOU": "BILU",
     "BMES": "BMES",
 }
-"""The first letters of each scheme's tags; of schemes that fit as well as each other, the first one is meant."""
+"""Prefixes of each scheme. If several schemes fit equally well, the first is chosen."""
 
 _PREFIXED = re.compile(r"([BIESLUM])-(.+)")
-_MISSPELT = re.compile(r"([BIESLUMbieslum])\W*[-_ :.–—]\W*(.+)")
-"""A prefix in small letters, or with another mark behind it: `B_PER` is no type of its own."""
+_MISSPELLED = re.compile(r"([BIESLUMbieslum])\W*[-_ :.–—]\W*(.+)")
+"""A prefix in lower case or with another separator, such as `B_PER`."""
 
-_SAME_AS = {"L": "E", "U": "S", "M": "I"}
+_CANONICAL_PREFIX = {"L": "E", "U": "S", "M": "I"}
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """What is wrong with a tag: which one of its sentence, what, and the way out."""
+class TagFault:
+    """Fault of a tag: its index in the sentence, what is wrong, and a hint."""
 
     index: int
     what: str
@@ -52,95 +52,101 @@ class Fault:
 
 
 def split_tag(tag: str) -> tuple[str, str]:
-    """The part that a word has in an entity (O, B, I, E or S), and the entity's type; without a prefix it is I."""
+    """Split a tag into prefix (O, B, I, E or S) and entity type; a tag without a prefix counts as I."""
     if tag == "O":
         return "O", ""
-    if (found := _PREFIXED.fullmatch(tag)) is None:
+    if (match := _PREFIXED.fullmatch(tag)) is None:
         return "I", tag
-    return _SAME_AS.get(found[1], found[1]), found[2]
+    return _CANONICAL_PREFIX.get(match[1], match[1]), match[2]
 
 
 def scheme_of(sentences: Iterable[Sequence[str]]) -> Scheme | None:
-    """The scheme in which most sentences are sound; None where no word has a tag."""
+    """Detect the scheme in which most sentences are valid; None if every tag is O."""
     kinds = Counter(frozenset(_pairs(tags)) for tags in sentences)
     kinds.pop(frozenset({("O", "O")}), None)
     if not kinds:
         return None
     sound = {
         scheme: sum(
-            times for pairs, times in kinds.items() if all(_wrong(before, tag, scheme) is None for before, tag in pairs)
+            times
+            for pairs, times in kinds.items()
+            if all(_transition_fault(before, tag, scheme) is None for before, tag in pairs)
         )
         for scheme in PREFIXES
     }
     return max(sound, key=sound.__getitem__)
 
 
-def faults(tags: Sequence[str], scheme: Scheme) -> list[Fault]:
-    """What is wrong with the tags of one sentence."""
-    found = []
+def tag_faults(tags: Sequence[str], scheme: Scheme) -> list[TagFault]:
+    """Return the faults of the tags of one sentence."""
+    faults = []
     for index, (before, tag) in enumerate(_pairs(tags)):
-        if (wrong := _wrong(before, tag, scheme)) is not None:
-            found.append(Fault(min(index, len(tags) - 1), *wrong))
-    return found
+        if (wrong := _transition_fault(before, tag, scheme)) is not None:
+            faults.append(TagFault(min(index, len(tags) - 1), *wrong))
+    return faults
 
 
-def faults_of_rows(rows: Iterable[tuple[Row, Sequence[str]]], scheme: Scheme) -> Iterator[tuple[str, Fault]]:
-    """(place, fault) of every wrong tag in rows with their tags; the place is a line of the file."""
+def row_faults(rows: Iterable[tuple[Row, Sequence[str]]], scheme: Scheme) -> Iterator[tuple[str, TagFault]]:
+    """Yield (place, fault) of every faulty tag of rows with their tags."""
     for row, tags in rows:
-        for fault in faults(tags, scheme):
+        for fault in tag_faults(tags, scheme):
             yield row.place_of(fault.index), fault
 
 
 def _pairs(tags: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each tag with the one before it, and the end of the sentence as an O."""
+    """Pairs of consecutive tags; the beginning and the end of the sentence count as O."""
     return zip(("O", *tags), (*tags, "O"), strict=True)
 
 
 @lru_cache(maxsize=65536)
-def _wrong(before: str, tag: str, scheme: Scheme) -> tuple[str, str] | None:
-    """What is wrong with a tag after another, and the way out."""
-    if tag != "O" and not belongs(tag, scheme):
-        return f"{shorten(tag)} is no tag of {scheme}", _meant(tag, scheme)
-    if scheme == "IO" or (before != "O" and not belongs(before, scheme)):
+def _transition_fault(before: str, tag: str, scheme: Scheme) -> tuple[str, str] | None:
+    """Return (what is wrong with a tag after the previous one, hint), or None."""
+    if tag != "O" and not is_tag_of(tag, scheme):
+        return f"{shorten(tag)} is not a tag of the {scheme} scheme", _suggest_tag(tag, scheme)
+    if scheme == "IO" or (before != "O" and not is_tag_of(before, scheme)):
         return None
     (part_before, type_before), (part, type_) = split_tag(before), split_tag(tag)
     inside = part_before in "BI" and part in "IE" and type_before == type_
     if scheme == "IOB1":
         if part == "B" and type_before != type_:
-            return f"{shorten(tag)} after {shorten(before)}: in IOB1 it stands only after another {type_}", f"I-{type_}"
+            what = f"{shorten(tag)} after {shorten(before)}: IOB1 uses B only after another {type_}"
+            return what, f"write I-{type_}"
         return None
     if part in "IE" and not inside:
-        return f"{shorten(tag)} after {shorten(before)}: in {scheme} no entity begins so", f"begin it with B-{type_}"
+        what = f"{shorten(tag)} after {shorten(before)}: a {scheme} entity cannot begin like this"
+        return what, f"begin it with B-{type_}"
     if scheme != "BIO" and part_before in "BI" and not inside:
-        ends = [f"{letter}-{type_before}" for letter in PREFIXES[scheme] if _SAME_AS.get(letter, letter) in "ES"]
-        return f"{shorten(tag)} after {shorten(before)}, which is left open", f"in {scheme} entities end: {ends}"
+        ends = [
+            f"{letter}-{type_before}" for letter in PREFIXES[scheme] if _CANONICAL_PREFIX.get(letter, letter) in "ES"
+        ]
+        return f"{shorten(tag)} after {shorten(before)}: unfinished entity", f"in {scheme}, end it with one of {ends}"
     return None
 
 
-def belongs(tag: str, scheme: Scheme) -> bool:
-    """Whether a tag other than O is one of a scheme's."""
+def is_tag_of(tag: str, scheme: Scheme) -> bool:
+    """Return whether a tag other than O is valid in a scheme."""
     prefixed = _PREFIXED.fullmatch(tag)
     if prefixed is None:
-        return scheme == "IO" and not _MISSPELT.fullmatch(tag)
+        return scheme == "IO" and not _MISSPELLED.fullmatch(tag)
     return prefixed[1] in PREFIXES[scheme]
 
 
-def _meant(tag: str, scheme: Scheme) -> str:
-    """The tag that a misspelt one may be."""
-    near = _MISSPELT.fullmatch(tag)
+def _suggest_tag(tag: str, scheme: Scheme) -> str:
+    """Return a hint for an invalid tag."""
+    near = _MISSPELLED.fullmatch(tag)
     if near and near[1].upper() in PREFIXES[scheme]:
         return f"did you mean '{near[1].upper()}-{near[2]}'?"
-    return f"its tags are O and {', '.join(f'{letter}-TYPE' for letter in PREFIXES[scheme])}"
+    return f"use O or {', '.join(f'{letter}-TYPE' for letter in PREFIXES[scheme])}"
 
 
 def tags_of_types(types: Iterable[str], scheme: Scheme, bare: bool) -> list[str]:
-    """All tags of a scheme for these types, O first; `bare`: IO without prefixes."""
+    """All tags of a scheme for the types, O first. `bare`: IO without prefixes."""
     names = sorted(types)
     return ["O", *(names if bare else [f"{letter}-{name}" for name in names for letter in PREFIXES[scheme]])]
 
 
 class TagSet:
-    """The entities in sequences of tags, given as numbers of these names."""
+    """Decoder of entities from sequences of tag ids."""
 
     def __init__(self, names: Sequence[str]) -> None:
         parts = [split_tag(name) for name in names]
@@ -151,9 +157,9 @@ class TagSet:
         self._goes_on = np.array([part in "IE" for part, _ in parts])
 
     def entities(self, tags: Indices, offsets: Indices) -> tuple[Indices, Indices, Indices]:
-        """Starts, ends (exclusive) and types of all entities, ascending.
+        """Return starts, ends (exclusive) and types of all entities, ascending.
 
-        `tags`: of all sentences in a row, (words,); `offsets`: where each begins, and the end, (sentences + 1,).
+        `tags`: tag ids of all sentences, concatenated, (words,). `offsets`: sentence boundaries, (sentences + 1,).
         """
         types = self._type[tags]
         goes_on = np.zeros(len(tags) + 1, dtype=bool)
@@ -164,7 +170,7 @@ class TagSet:
         return starts, ends, types[starts]
 
     def spans(self, tags: Sequence[str]) -> list[tuple[int, int, str]]:
-        """(first word, word after the last, type) of the entities of one sentence."""
+        """Return (first word, word after the last, type) of the entities of one sentence."""
         codes = np.array([self.names.index(tag) for tag in tags], dtype=np.int64)
-        found = self.entities(codes, np.array([0, len(codes)]))
-        return [(start, end, self.types[kind]) for start, end, kind in zip(*(x.tolist() for x in found), strict=True)]
+        starts, ends, types = (part.tolist() for part in self.entities(codes, np.array([0, len(codes)])))
+        return [(start, end, self.types[type_]) for start, end, type_ in zip(starts, ends, types, strict=True)]

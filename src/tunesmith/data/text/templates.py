@@ -1,6 +1,6 @@
-"""Chat templates by name, as data, for models that bring none or are to speak as others do.
+"""Named chat templates, for models without one or to be trained in another format.
 
-They stand without the token that begins a text: a tokenizer that puts one there gets it before the template.
+The templates omit the BOS token. It is prepended for tokenizers that put it before every text.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from pathlib import Path
 from tunesmith.errors import shorten
 
 PLAIN = "plain"
-"""What a model without a template gets: its tokens need nothing but an end."""
+"""Default template for models without one; it needs no special token except EOS."""
 
 MAX_CHARS = 65536
-"""Of a template: one that is larger is no template."""
+"""Characters of a template, at most."""
 
 _LOOP = "{% for message in messages %}"
 _SYSTEM, _USER, _ANSWER, _END = (
@@ -23,64 +23,65 @@ _SYSTEM, _USER, _ANSWER, _END = (
     "{% else %}{{ raise_exception('this template has no place for messages from ' + message['role']) }}"
     "{% endif %}{% endfor %}",
 )
-_SAYS = "{{ message['content'] }}"
+_CONTENT = "{{ message['content'] }}"
 
 
-def _asked(prompt: str) -> str:
+def _generation_prompt(prompt: str) -> str:
     return "{% if add_generation_prompt %}" + prompt + "{% endif %}"
 
 
 def _turns(system: str, user: str, answer: str, prompt: str) -> str:
-    """Messages one behind the other, each in its dress."""
+    """Build a template with a format per role."""
     parts = (_SYSTEM, system, _USER, user, _ANSWER, answer)
-    return _LOOP + "".join(parts) + _END + _asked(prompt)
+    return _LOOP + "".join(parts) + _END + _generation_prompt(prompt)
 
 
-def _marked(begin: str, end: str, prompt: str) -> str:
-    """Messages that begin with the name of a role and end with a token."""
-    return _LOOP + begin + _SAYS + end + "\n{% endfor %}" + _asked(prompt)
+def _delimited(begin: str, end: str, prompt: str) -> str:
+    """Build a template in which each message has a header with its role and an end token."""
+    return _LOOP + begin + _CONTENT + end + "\n{% endfor %}" + _generation_prompt(prompt)
 
 
 TEMPLATES: dict[str, str] = {
     PLAIN: _turns(
-        _SAYS + "\n\n", "User: " + _SAYS + "\n", "Assistant: " + _SAYS + "{{ eos_token }}\n", "Assistant:"
+        _CONTENT + "\n\n", "User: " + _CONTENT + "\n", "Assistant: " + _CONTENT + "{{ eos_token }}\n", "Assistant:"
     ),
     "alpaca": _turns(
-        _SAYS + "\n\n",
-        "### Instruction:\n" + _SAYS + "\n\n",
-        "### Response:\n" + _SAYS + "{{ eos_token }}\n\n",
+        _CONTENT + "\n\n",
+        "### Instruction:\n" + _CONTENT + "\n\n",
+        "### Response:\n" + _CONTENT + "{{ eos_token }}\n\n",
         "### Response:\n",
     ),
     "vicuna": _turns(
-        _SAYS + "\n\n", "USER: " + _SAYS + "\n", "ASSISTANT: " + _SAYS + "{{ eos_token }}\n", "ASSISTANT:"
+        _CONTENT + "\n\n", "USER: " + _CONTENT + "\n", "ASSISTANT: " + _CONTENT + "{{ eos_token }}\n", "ASSISTANT:"
     ),
-    "chatml": _marked("<|im_start|>{{ message['role'] }}\n", "<|im_end|>", "<|im_start|>assistant\n"),
-    "zephyr": _marked("<|{{ message['role'] }}|>\n", "{{ eos_token }}", "<|assistant|>\n"),
+    "chatml": _delimited("<|im_start|>{{ message['role'] }}\n", "<|im_end|>", "<|im_start|>assistant\n"),
+    "zephyr": _delimited("<|{{ message['role'] }}|>\n", "{{ eos_token }}", "<|assistant|>\n"),
     "llama2": _turns(
-        "[INST] <<SYS>>\n" + _SAYS + "\n<</SYS>>\n\n",
-        "{% if loop.first or messages[loop.index0 - 1]['role'] != 'system' %}[INST] {% endif %}" + _SAYS + " [/INST]",
-        " " + _SAYS + "{{ eos_token }}{% if not loop.last %}{{ bos_token }}{% endif %}",
+        "[INST] <<SYS>>\n" + _CONTENT + "\n<</SYS>>\n\n",
+        "{% if loop.first or messages[loop.index0 - 1]['role'] != 'system' %}[INST] {% endif %}"
+        + _CONTENT + " [/INST]",
+        " " + _CONTENT + "{{ eos_token }}{% if not loop.last %}{{ bos_token }}{% endif %}",
         "",
     ),
-    "llama3": _marked(
+    "llama3": _delimited(
         "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n",
         "<|eot_id|>",
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ).replace("<|eot_id|>\n", "<|eot_id|>"),
-    "gemma": _marked(
+    "gemma": _delimited(
         "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n",
         "<end_of_turn>",
         "<start_of_turn>model\n",
     ),
 }  # fmt: skip
-"""Name -> a Jinja template, as transformers fills it in."""
+"""Name -> Jinja template, rendered by transformers."""
 
 
 def template_text(given: str) -> str:
-    """The template that a name or a file means; what is a template already stays as it is.
+    """Resolve a name or a file to a template; a template is returned unchanged.
 
     Raises:
-        ValueError: there is none, or it is too large; says what is known.
+        ValueError: neither a known name nor a readable template file, or it is too large.
     """
     if given in TEMPLATES or "{{" in given or "{%" in given:
         return given
@@ -88,8 +89,8 @@ def template_text(given: str) -> str:
         text = Path(given).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError):
         known = ", ".join(TEMPLATES)
-        raise ValueError(f"{shorten(given)} is no file that can be read, and none of {known}") from None
+        raise ValueError(f"{shorten(given)} is neither a readable file nor one of {known}") from None
     if len(text) > MAX_CHARS or not ("{{" in text or "{%" in text):
-        what = f"over {MAX_CHARS:,} characters" if len(text) > MAX_CHARS else "without a {{ message }} in it"
+        what = f"over {MAX_CHARS:,} characters" if len(text) > MAX_CHARS else "no Jinja template (it has no {{ }})"
         raise ValueError(f"{shorten(given)} is {what}; give a Jinja template")
     return text

@@ -1,6 +1,6 @@
-"""Texts as what a model reads: tokens as ragged fields of examples, and a batch of them as padded inputs.
+"""Tokenization of texts into ragged fields, and batches of them as padded model inputs.
 
-Longer texts are cut and counted, or read in windows, each a whole input, whose outputs are averaged per text.
+Texts beyond `max_length` are truncated and counted, or encoded in several windows whose outputs are averaged.
 """
 
 from __future__ import annotations
@@ -29,52 +29,54 @@ MAX_BYTES = 4
 
 
 def encode_texts(rows: Sequence[Row], processor: Any, data: Data, windows: int | None = None) -> list[dict[str, Any]]:
-    """Each row's `text`, or `text` and `text_pair`: input_ids (all windows of a row, flat), whether words were cut,
-    the windows' lengths where there are windows, token_type_ids where the model was made with them.
+    """Encode each row's `text`, or `text` and `text_pair`.
+
+    Fields: `input_ids` (all windows of a row, flat), `cut` (whether the text is truncated), `windows` (their lengths),
+    and `token_type_ids` if the tokenizer returns them.
 
     Raises:
-        DataError: a row's text is nothing to this tokenizer.
-        RecipeError: this tokenizer cannot read in windows.
+        DataError: a text has no tokens.
+        RecipeError: the tokenizer does not support windows.
     """
     if windows and not processor.is_fast:
-        what = f"task.windows: {type(processor).__name__} has no fast form, which alone gives what is left over"
-        raise RecipeError(what, hint="leave the key out: longer texts are cut")
+        what = f"task.windows: {type(processor).__name__} is not a fast tokenizer and returns no overflowing tokens"
+        raise RecipeError(what, hint="remove the key: longer texts are then truncated")
     encoded: dict[int, dict[str, Any]] = {}
-    for roles in (("text",), ("text", "text_pair")):  # a row without a second text is read as a text alone
-        part = {n: row for n, row in enumerate(rows) if ("text_pair" in row.values) == (len(roles) == 2)}
+    for columns in (("text",), ("text", "text_pair")):  # a row without a second text is encoded as a single text
+        part = {n: row for n, row in enumerate(rows) if ("text_pair" in row.values) == (len(columns) == 2)}
         if part:
-            encoded |= zip(part, _encode(list(part.values()), roles, processor, data, windows), strict=True)
+            encoded |= zip(part, _encode(list(part.values()), columns, processor, data, windows), strict=True)
     return [encoded[number] for number in range(len(rows))]
 
 
 def _encode(
-    rows: list[Row], roles: Sequence[str], processor: Any, data: Data, windows: int | None
+    rows: list[Row], columns: Sequence[str], processor: Any, data: Data, windows: int | None
 ) -> list[dict[str, Any]]:
     assert data.max_length is not None, "the run resolves max_length"
-    most = data.max_length * (windows or 1) * MAX_CHARS_PER_TOKEN  # a tokenizer's time grows with all that it is shown
-    texts = [[_head(str(row.values[role]), most) for row in rows] for role in roles]
+    max_chars = data.max_length * (windows or 1) * MAX_CHARS_PER_TOKEN  # bounds the tokenizer's time
+    texts = [[_head(str(row.values[role]), max_chars) for row in rows] for role in columns]
     coded = processor(*texts, truncation=True, max_length=data.max_length, return_overflowing_tokens=bool(windows))
     pieces: list[list[int]] = [[] for _ in rows]
     for index, row in enumerate(coded.get("overflow_to_sample_mapping", range(len(rows)))):
         pieces[row].append(index)
-    specials = processor.num_special_tokens_to_add(pair=len(roles) == 2)
+    specials = processor.num_special_tokens_to_add(pair=len(columns) == 2)
     for row, mine in zip(rows, pieces, strict=True):
         if sum(len(coded["input_ids"][index]) for index in mine) <= specials:
-            raise row.fault("text", "nothing is left of it as tokens", "remove the row")
+            raise row.fault("text", "the text has no tokens", "remove the row")
     fields = [_fields(coded, mine, data.max_length, windows) for mine in pieces]
     for one, row, *parts in zip(fields, rows, *texts, strict=True):
-        one["cut"] |= int(len(str(row.values["text"]).strip()) > most)
-        if not processor.is_fast and len(one["input_ids"]) == data.max_length:  # it does not say what it has cut
+        one["cut"] |= int(len(str(row.values["text"]).strip()) > max_chars)
+        if not processor.is_fast and len(one["input_ids"]) == data.max_length:  # slow tokenizers do not report cuts
             one["cut"] |= int(len(processor(*parts)["input_ids"]) > data.max_length)
     return fields
 
 
-def _head(text: str, most: int) -> str:
-    return text if len(text) <= most else text.lstrip()[:most]
+def _head(text: str, max_chars: int) -> str:
+    return text if len(text) <= max_chars else text.lstrip()[:max_chars]
 
 
 def _fields(coded: Any, pieces: list[int], max_length: int, windows: int | None) -> dict[str, Any]:
-    """The fields of one row, of whose tokens `pieces` are the numbers in `coded`, in their order."""
+    """The fields of one row; `pieces` are the indices of its windows in `coded`."""
     kept = pieces[: windows or 1]
     full = len(coded["input_ids"][kept[-1]]) == max_length
     cut = len(pieces) > len(kept) or (full and bool(coded.encodings and coded.encodings[kept[-1]].overflowing))
@@ -90,58 +92,60 @@ def _fields(coded: Any, pieces: list[int], max_length: int, windows: int | None)
 
 
 def as_bytes(text: str) -> list[int]:
-    """A text as a field of numbers, whatever a tokenizer knows of it."""
+    """Encode a text as a field of UTF-8 bytes, independent of a tokenizer."""
     return list(text.encode())
 
 
 def from_bytes(rows: Ragged) -> list[str]:
-    """The texts of a field of bytes."""
+    """Decode the texts of a field of bytes."""
     ends, values = rows.offsets.tolist(), bytes(rows.values.tolist())
     return [values[start:stop].decode() for start, stop in zip(ends[:-1], ends[1:], strict=True)]
 
 
-def cut_texts(
-    texts: Sequence[str], processor: Any, max_length: int, role: str, places: Sequence[str], *, written: bool = False
+def tokenize_truncated(
+    texts: Sequence[str], processor: Any, max_length: int, role: str, places: Sequence[str], *, as_target: bool = False
 ) -> list[tuple[list[int], bool]]:
-    """The tokens of each text, and whether it was cut to be `max_length` long; `written`: texts that a decoder writes.
+    """Tokenize texts, truncated to `max_length`; return the tokens of each and whether it was truncated.
+
+    `as_target`: tokenize as decoder targets.
 
     Raises:
-        DataError: a text is nothing to this tokenizer.
+        DataError: a text has no tokens.
     """
-    most = max_length * MAX_CHARS_PER_TOKEN
-    shown = [_head(text, most) for text in texts]
+    max_chars = max_length * MAX_CHARS_PER_TOKEN
+    heads = [_head(text, max_chars) for text in texts]
 
     def code(some: list[str], **options: Any) -> list[list[int]]:
-        coded: Any = processor(**{"text_target" if written else "text": some}, verbose=False, **options)
+        coded: Any = processor(**{"text_target" if as_target else "text": some}, verbose=False, **options)
         return [list(ids) for ids in coded["input_ids"]]
 
-    found, specials = code(shown), set(processor.all_special_ids)
-    long = [number for number, ids in enumerate(found) if len(ids) > max_length]
-    cut = set(long) | {number for number, text in enumerate(texts) if len(text) > most}
+    coded, specials = code(heads), set(processor.all_special_ids)
+    long = [number for number, ids in enumerate(coded) if len(ids) > max_length]
+    cut = set(long) | {number for number, text in enumerate(texts) if len(text) > max_chars}
     for number, ids in zip(
-        long, code([shown[n] for n in long], truncation=True, max_length=max_length) if long else (), strict=True
+        long, code([heads[n] for n in long], truncation=True, max_length=max_length) if long else (), strict=True
     ):
-        found[number] = ids
-    for ids, place in zip(found, places, strict=True):
+        coded[number] = ids
+    for ids, place in zip(coded, places, strict=True):
         if specials.issuperset(ids):
-            raise DataError(f"{role}: nothing is left of it as tokens", where=place, hint="remove the row")
-    return [(ids, number in cut) for number, ids in enumerate(found)]
+            raise DataError(f"{role}: the text has no tokens", where=place, hint="remove the row")
+    return [(ids, number in cut) for number, ids in enumerate(coded)]
 
 
 def token_costs(encoded: Encoded) -> NDArray[np.int64]:
-    """Tokens of each example: its `length`, where it has one, else those of `input_ids`."""  # (examples,)
+    """Count the tokens of each example: the field `length` if it exists, else `input_ids`."""  # (examples,)
     if "length" in encoded:
         return np.asarray(encoded.column("length"), dtype=np.int64)
     return encoded.lengths("input_ids")
 
 
 def inspect_texts(texts: Sequence[Sequence[str]], processor: Any) -> tuple[list[int], list[int]]:
-    """Tokens and unknown tokens of each text, or of each pair."""
+    """Count tokens and unknown tokens of each text or pair of texts."""
     return count_tokens([list(processor(*one, verbose=False)["input_ids"]) for one in texts], processor)
 
 
 def count_tokens(ids: Sequence[Sequence[int]], processor: Any) -> tuple[list[int], list[int]]:
-    """Tokens and unknown tokens of texts that are tokenized."""
+    """Count tokens and unknown tokens of tokenized texts."""
     unknown = getattr(processor, "unk_token_id", None)
     return [len(one) for one in ids], [0 if unknown is None else list(one).count(unknown) for one in ids]
 
@@ -153,7 +157,7 @@ def preview_tokens(
     targets: Sequence[str | None] | None = None,
     target: str | None = None,
 ) -> Preview:
-    """The tokens of an example in its windows, with the target of each token or of the whole example."""
+    """Preview an example: its tokens by window, with the target of each token or of the whole example."""
     ids, special = fields["input_ids"], set(processor.all_special_ids)
     labels = targets or [None] * len(ids)
     tokens = [
@@ -168,9 +172,9 @@ def preview_tokens(
 
 
 def spell(ids: Sequence[int], processor: Any) -> list[str]:
-    """Tokens as a person reads them.
+    """Return tokens in readable form.
 
-    Where a tokenizer spells bytes, a character of several tokens stands at the last of them, and `…` at the others.
+    With a byte-level tokenizer, a character of several tokens is shown at the last of them, and `…` at the others.
     """
     names: list[str] = processor.convert_ids_to_tokens(list(ids))
     if all(name.isascii() for name in names) or not isinstance(
@@ -190,26 +194,26 @@ def spell(ids: Sequence[int], processor: Any) -> list[str]:
 
 
 def text_notes(encoded: Encoded, processor: Any, windows: int | None = None) -> list[str]:
-    """Texts cut, and unknown tokens above 5 %."""
+    """Notes on truncated texts, and on more than 5 % unknown tokens."""
     notes = []
     cut = int(encoded.column("cut").sum())
     if cut:
-        way_out = "task.windows=N reads more of them" if windows is None else "raise task.windows"
-        notes.append(f"{cut} of {len(encoded)} texts are longer than is read and were cut ({way_out})")
+        hint = "set task.windows=N to read more" if windows is None else "raise task.windows to read more"
+        notes.append(f"{cut} of {len(encoded)} texts are truncated ({hint})")
     return notes + unknown_notes(encoded, processor)
 
 
 def unknown_notes(encoded: Encoded, processor: Any) -> list[str]:
-    """Unknown tokens above 5 %."""
+    """Note on more than 5 % unknown tokens."""
     ids = encoded.column("input_ids")
     unknown = getattr(processor, "unk_token_id", None)
     if unknown is not None and len(ids) and (share := float(np.mean(ids == unknown))) > 0.05:
-        return [f"{share:.0%} of the tokens are unknown to this model: another model may fit the language"]
+        return [f"{share:.0%} of the tokens are unknown to this tokenizer; another model may fit the language better"]
     return []
 
 
 def model_inputs(batch: Batch, pad_token_id: int) -> dict[str, Tensor]:
-    """A batch of texts, or of all their windows, as a model's arguments."""  # each (texts or windows, tokens)
+    """Return a batch of texts, or of all their windows, as model arguments."""  # each (texts or windows, tokens)
     ids = batch.ragged("input_ids")
     offsets, on_host = ids.offsets, ids.host_offsets
     if "windows" in batch:
@@ -223,7 +227,7 @@ def model_inputs(batch: Batch, pad_token_id: int) -> dict[str, Tensor]:
 
 
 def mean_of_windows(outputs: Tensor, batch: Batch) -> Tensor:
-    """What the model gave for each text or window as one output per text."""  # (texts, outputs)
+    """Average the outputs of windows per text."""  # (texts, outputs)
     if "windows" not in batch:
         return outputs
     windows = batch.ragged("windows").lengths

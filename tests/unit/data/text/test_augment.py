@@ -16,7 +16,7 @@ from tunesmith.data.text.augment import (
     misspell,
     read_synonyms,
     replace_synonyms,
-    split,
+    split_words,
     swap_words,
 )
 from tunesmith.errors import DataError, RecipeError
@@ -81,7 +81,7 @@ def test_a_slip_is_one_key_from_the_word() -> None:
 
 def test_chinese_is_changed_by_character_and_stays_without_blanks() -> None:
     text = "这部电影很温暖 and moving"
-    assert split(text) == [*"这部电影很温暖", "and", "moving"]
+    assert split_words(text) == [*"这部电影很温暖", "and", "moving"]
     seen = {
         Augmenter.of(EACH, 0, TEXT_COLUMNS).row(Row("x:1", {"text": text}), 0, index).values["text"]
         for index in range(30)
@@ -109,7 +109,7 @@ def test_tags_go_along_and_entities_stay() -> None:
         after = Augmenter.of(EACH, 0, WORD_COLUMNS).row(row, 0, index).values
         assert after["tokens"][after["label"].index("B-CITY")] == "Rome,"  # type: ignore[attr-defined,index]
         assert len(after["tokens"]) == len(after["label"])  # type: ignore[arg-type]
-    with pytest.raises(RecipeError, match="each has its tag"):
+    with pytest.raises(RecipeError, match="each has a tag"):
         Augmenter.of(EACH, 0, WORD_COLUMNS).row(Row("x:1", {"tokens": ["a", "b"], "label": [{"start": 0}]}), 0, 0)
 
 
@@ -126,11 +126,15 @@ def test_a_word_that_parts_two_entities_stays() -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    (("alone\n", "one word alone"), ("a, b c d e f\n", "more than 4 words"), ("\n", "there are no synonyms")),
+    (
+        ("alone\n", "a line with a single word"),
+        ("a, b c d e f\n", "more than 4 words"),
+        ("\n", "the synonym list is empty"),
+    ),
 )
 def test_a_list_that_cannot_be_meant(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "synonyms.txt").write_text(text)
     with pytest.raises(DataError, match=said):
         read_synonyms(tmp_path / "synonyms.txt")
-    with pytest.raises(DataError, match="none.txt: the synonyms cannot be read: No such file or directory; check"):
+    with pytest.raises(DataError, match="none.txt: the synonym list cannot be read: No such file or directory; check"):
         read_synonyms(tmp_path / "none.txt")

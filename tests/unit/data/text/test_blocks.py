@@ -12,8 +12,8 @@ from tokenizers.models import BPE, Unigram, WordPiece
 from transformers import PreTrainedTokenizerFast
 
 from tunesmith.data.formats import Row
-from tunesmith.data.text.blocks import blocks, packed
-from tunesmith.data.text.masking import Tokens, choose, hide
+from tunesmith.data.text.blocks import make_blocks, pack_documents
+from tunesmith.data.text.masking import MaskingVocabulary, choose_positions, mask_tokens
 from tunesmith.recipe import Data
 from tunesmith.tasks.fill_mask import FillMask
 from tunesmith.testing import sample_row, tiny_tokenizer
@@ -26,7 +26,7 @@ def _rows(*texts: str) -> list[Row]:
 
 
 def _blocks(*texts: str, length: int = 8, tokenizer: Any = TOKENIZER, **how: Any) -> list[dict[str, Any]]:
-    found = blocks(_rows(*texts), "text", tokenizer, length, **({"whole_words": True, "segment": None} | how))
+    found = make_blocks(_rows(*texts), "text", tokenizer, length, **({"whole_words": True, "segment": None} | how))
     return [dict(row.values) for row in found]
 
 
@@ -68,7 +68,7 @@ def test_a_word_that_a_border_cuts_begins_anew() -> None:
 
 
 def test_a_block_lies_where_its_first_token_does() -> None:
-    rows = blocks(_rows("the film", "was great it was fine"), "text", TOKENIZER, 6, whole_words=True, segment=None)
+    rows = make_blocks(_rows("the film", "was great it was fine"), "text", TOKENIZER, 6, whole_words=True, segment=None)
     assert [row.place for row in rows] == ["made-up:1", "made-up:2"]
 
 
@@ -133,27 +133,27 @@ WORDS = np.array([-1, 0, 1, 1, 1, 2, 3, 3, 4, -1, 5, 6, 7, 7, 8, -1])
 
 def test_whole_words_are_chosen_up_to_the_share() -> None:
     for seed in range(200):
-        chosen = choose(WORDS, 0.3, np.random.default_rng(seed))
+        chosen = choose_positions(WORDS, 0.3, np.random.default_rng(seed))
         assert 1 <= len(chosen) <= round(0.3 * 13) and -1 not in WORDS[chosen]
         for word in set(WORDS[chosen].tolist()):
             assert set(np.flatnonzero(WORDS == word)) <= set(chosen.tolist()), "a word is chosen whole"
     long = np.array([-1, 0, 0, 0, 0, -1])
-    assert choose(long, 0.1, np.random.default_rng(0)).tolist() == [1, 2, 3, 4], "one word at least"
-    assert len(choose(np.array([-1, -1]), 0.5, np.random.default_rng(0))) == 0
+    assert choose_positions(long, 0.1, np.random.default_rng(0)).tolist() == [1, 2, 3, 4], "one word at least"
+    assert len(choose_positions(np.array([-1, -1]), 0.5, np.random.default_rng(0))) == 0
 
 
 def test_every_token_is_chosen_as_often_as_the_share_says() -> None:
     words = np.arange(100)
     counts = np.zeros(100)
     for seed in range(2000):
-        counts[choose(words, 0.15, np.random.default_rng(seed))] += 1
+        counts[choose_positions(words, 0.15, np.random.default_rng(seed))] += 1
     assert counts.sum() == 15 * 2000 and np.abs(counts / 2000 - 0.15).max() < 0.04
 
 
 def test_eighty_ten_ten() -> None:
-    tokens = Tokens.of(TOKENIZER)
+    tokens = MaskingVocabulary.of(TOKENIZER)
     ids, words = np.full(2000, 7), np.arange(2000)
-    seen, places = hide(ids, words, 0.15, tokens, seed=0, epoch=0, index=0)
+    seen, places = mask_tokens(ids, words, 0.15, tokens, seed=0, epoch=0, index=0)
     assert len(places) == 300 and (np.delete(seen, places) == 7).all()
     kinds = seen[places]
     masked, kept = int((kinds == tokens.mask).sum()), int((kinds == 7).sum())
@@ -162,12 +162,12 @@ def test_eighty_ten_ten() -> None:
 
 
 def test_what_is_hidden_hangs_on_seed_epoch_and_index_alone() -> None:
-    tokens = Tokens.of(TOKENIZER)
+    tokens = MaskingVocabulary.of(TOKENIZER)
     ids, words = np.full(200, 7), np.arange(200)
     given = [{"seed": 0, "epoch": 0, "index": 0}, {"seed": 1, "epoch": 0, "index": 0},
              {"seed": 0, "epoch": 1, "index": 0}, {"seed": 0, "epoch": 0, "index": 1}]  # fmt: skip
-    found = [hide(ids, words, 0.15, tokens, **one)[1].tolist() for one in given]
-    assert found[0] == hide(ids, words, 0.15, tokens, **given[0])[1].tolist()
+    found = [mask_tokens(ids, words, 0.15, tokens, **one)[1].tolist() for one in given]
+    assert found[0] == mask_tokens(ids, words, 0.15, tokens, **given[0])[1].tolist()
     assert len({tuple(places) for places in found}) == 4
 
 
@@ -182,14 +182,14 @@ def test_jieba_tells_chinese_words(home: Path, capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr().err == ""
     ids, words = (np.array(rows[0].values[name]) for name in ("input_ids", "words"))
     for epoch in range(20):
-        _, hidden = hide(ids, words, 0.5, Tokens.of(_bert_zh()), seed=0, epoch=epoch, index=0)
+        _, hidden = mask_tokens(ids, words, 0.5, MaskingVocabulary.of(_bert_zh()), seed=0, epoch=epoch, index=0)
         assert len({4, 5, 6, 7} & set(hidden.tolist())) in (0, 4), "a word is hidden whole or not at all"
 
 
 @pytest.mark.parametrize("length", (4, 5, 7, 32, 1000))
 def test_packed_documents_keep_apart_and_each_token_is_learned_once(length: int) -> None:
     texts = [str(sample_row("fill-mask", number)["text"]) for number in range(20)]
-    found = [dict(row.values) for row in packed(_rows(*texts), "text", TOKENIZER, length, [2], [3])]
+    found = [dict(row.values) for row in pack_documents(_rows(*texts), "text", TOKENIZER, length, [2], [3])]
     pairs, firsts = [], []
     for block in found:
         assert sum(block["windows"]) == len(block["input_ids"]) <= length and min(block["windows"]) > 1
@@ -206,6 +206,8 @@ def test_packed_documents_keep_apart_and_each_token_is_learned_once(length: int)
 
 
 def test_a_packed_block_has_the_place_of_the_document_it_begins_in_and_special_tokens_are_words() -> None:
-    found = list(packed(_rows("the film was great", "not so bad", "the [MASK] plot"), "text", TOKENIZER, 7, [], [3]))
+    found = list(
+        pack_documents(_rows("the film was great", "not so bad", "the [MASK] plot"), "text", TOKENIZER, 7, [], [3])
+    )
     assert [row.place for row in found] == ["made-up:1", "made-up:2", "made-up:3"]
     assert TOKENIZER.mask_token_id not in [token for row in found for token in row.values["input_ids"]]  # type: ignore[attr-defined]

@@ -128,7 +128,7 @@ def test_what_is_asked_needs_no_answer_and_has_none() -> None:
 
 def test_a_fault_names_the_column_as_the_file_does(tmp_path: Path) -> None:
     for given, told in (
-        ({"conversations": [{"from": "narrator", "value": "x"}]}, "conversations[0].from: 'narrator' is no role"),
+        ({"conversations": [{"from": "narrator", "value": "x"}]}, "conversations[0].from: unknown role 'narrator'"),
         ({"instruction": "Is it?", "output": True}, "output: 'True' is not a text"),
     ):
         _json_lines(tmp_path / "data", given)
@@ -143,46 +143,58 @@ def _chat(*messages: Any, **more: Any) -> dict[str, Any]:
 
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown role": (_chat(_said("narrator", "x")), r"\[0\]\.role: 'narrator' is no role; one of system, user, assist"),
-    "misspelt role": (_chat(USER, _said("asistant", "x")), r"'asistant' is no role; did you mean 'assistant'"),
+    "unknown role": (
+        _chat(_said("narrator", "x")),
+        r"\[0\]\.role: unknown role 'narrator'; set one of system, user, assist",
+    ),
+    "misspelt role": (_chat(USER, _said("asistant", "x")), r"'asistant'; did you mean 'assistant'"),
     "no role": (_chat({"content": "x"}), r"messages\[0\]: no role in"),
     "no content": (_chat(USER, {"role": "assistant"}), r"messages\[1\]: no content in .*fill it in"),
     "content is null": (_chat(USER, _said("assistant", None)), r"messages\[1\]: no content in"),
     "content is an object": (_chat(_said("user", {"a": 1}), ASSISTANT), r"\[0\]\.content: .* is not a text"),
     "content is true": (_chat(_said("user", True), ASSISTANT), r"'True' is not a text"),
-    "a picture": (_chat(_said("user", [{"type": "image", "url": "x"}]), ASSISTANT), r"is no text; give texts alone"),
+    "a picture": (_chat(_said("user", [{"type": "image", "url": "x"}]), ASSISTANT), r"is not a text; give texts only"),
     "no messages": (_chat(), r"messages: empty; remove the row"),
-    "only a system message": (_chat(SYSTEM), r"messages: there is none"),
-    "messages are a text": ({"messages": "hello"}, r"messages: 'hello' is no list of messages; give \[\{"),
-    "a message is a text": (_chat("hello"), r"messages\[0\]: 'hello' is no message"),
-    "assistant first": (_chat(ASSISTANT, USER), r"message 1 is from assistant, with nothing before it.*put a question"),
-    "assistant behind system": (_chat(SYSTEM, ASSISTANT), r"message 2 is from assistant, behind one from system"),
-    "two users in a row": (_chat(USER, USER, ASSISTANT), r"message 2 is from user, behind one from user.*join the two"),
-    "two answers in a row": (_chat(USER, ASSISTANT, ASSISTANT), r"message 3 is from assistant, .*join the two"),
+    "only a system message": (_chat(SYSTEM), r"messages: no messages"),
+    "messages are a text": ({"messages": "hello"}, r"messages: 'hello' is not a list of messages; give \[\{"),
+    "a message is a text": (_chat("hello"), r"messages\[0\]: 'hello' is not a message"),
+    "assistant first": (_chat(ASSISTANT, USER), r"message 1 is from assistant, with nothing before it.*add a question"),
+    "assistant behind system": (_chat(SYSTEM, ASSISTANT), r"message 2 is from assistant, after one from system"),
+    "two users in a row": (_chat(USER, USER, ASSISTANT), r"message 2 is from user, after one from user.*join the two"),
+    "two answers in a row": (_chat(USER, ASSISTANT, ASSISTANT), r"message 3 is from assistant, .*assistant"),
     "system in the middle": (
         _chat(USER, ASSISTANT, SYSTEM, USER, ASSISTANT),
-        r"message 3 is from system, which speaks",
+        r"message 3 is a system message, which must be",
     ),
-    "system twice": (_chat(SYSTEM, USER, ASSISTANT, system="Other."), r"system: there is a system message among the"),
-    "no answer at the end": (_chat(USER, ASSISTANT, USER), r"the last message is from user, and has no answer: 'Is it"),
+    "system twice": (
+        _chat(SYSTEM, USER, ASSISTANT, system="Other."),
+        r"system: the messages have a system message too",
+    ),
+    "no answer at the end": (_chat(USER, ASSISTANT, USER), r"the last message is from user and has no answer: 'Is it"),
     "a tool's result at the end": (_chat(USER, ASSISTANT, _said("tool", "x")), r"the last message is from tool"),
-    "a tool unasked": (_chat(USER, _said("tool", "x"), ASSISTANT), r"message 2 is from tool, behind one from user"),
-    "a tool call": (_chat(USER, CALL), r"messages\[1\]\.tool_calls: calls are not read.*write the call into content"),
-    "empty answer": ({"instruction": "Is it?", "output": ""}, r"no answer: the column for answer is empty or not"),
-    "blank answer": (_chat(USER, _said("assistant", " \n")), r"messages\[1\]\.content: the answer says nothing"),
-    "blank question": (_chat(_said("user", ""), ASSISTANT), r"messages\[0\]\.content: what user says is empty"),
-    "no question": ({"instruction": " ", "output": "x"}, r"no question: the column for prompt is empty or not there"),
-    "two instances": ({"instruction": "x", "instances": [{"output": "a"}] * 2}, r"instances: 2, not one; give each"),
+    "a tool unasked": (_chat(USER, _said("tool", "x"), ASSISTANT), r"message 2 is from tool, after one from user"),
+    "a tool call": (_chat(USER, CALL), r"messages\[1\]\.tool_calls: not supported.*write the call into content"),
+    "empty answer": ({"instruction": "Is it?", "output": ""}, r"no answer: the column for answer is empty or missing"),
+    "blank answer": (_chat(USER, _said("assistant", " \n")), r"messages\[1\]\.content: empty answer"),
+    "blank question": (_chat(_said("user", ""), ASSISTANT), r"messages\[0\]\.content: empty message from user"),
+    "no question": ({"instruction": " ", "output": "x"}, r"no question: the column for prompt is empty or missing"),
+    "two instances": (
+        {"instruction": "x", "instances": [{"output": "a"}] * 2},
+        r"instances: 2 instances, not one; give each",
+    ),
     "a choice too far": (
         {"question": "x", "choices": ["a", "b"], "answer": 2},
-        r"answer: '2' is none .*0 to 1, or as A",
+        r"answer: '2' is not among .*0 to 1, or A",
     ),
     "no such choice": (
         {"question": "x", "choices": ["a", "b"], "answer": "see"},
-        r"answer: 'see' is none of the choices",
+        r"answer: 'see' is not among the choices",
     ),
-    "one choice": ({"question": "x", "choices": ["a"], "answer": 0}, r"choices: .* are no texts to choose from"),
-    "history of no pairs": ({"instruction": "x", "output": "y", "history": ["a"]}, r"history: .* is no list of pairs"),
+    "one choice": ({"question": "x", "choices": ["a"], "answer": 0}, r"choices: .* is not a list of texts"),
+    "history of no pairs": (
+        {"instruction": "x", "output": "y", "history": ["a"]},
+        r"history: .* is not a list of pairs",
+    ),
 }
 
 

@@ -20,10 +20,10 @@ def _texts(count: int, words: int = 18) -> list[str]:
 
 
 def _found(texts: list[str], parts: list[int] | None = None) -> dict[tuple[int, int], float]:
-    plain = [duplicates.plain(text) for text in texts]
+    plain = [duplicates.normalize(text) for text in texts]
     where = np.array(parts or [0] * len(texts))
     pairs = duplicates.candidates(duplicates.band_keys(plain), where)
-    return {(a, b): likeness for a, b, likeness in duplicates.alike(pairs, dict(enumerate(plain)), where)}
+    return {(a, b): likeness for a, b, likeness in duplicates.near_duplicates(pairs, dict(enumerate(plain)), where)}
 
 
 def test_texts_that_are_alike_are_found_with_their_true_likeness_and_others_are_not() -> None:
@@ -33,7 +33,7 @@ def test_texts_that_are_alike_are_found_with_their_true_likeness_and_others_are_
     assert set(found) == {(number, 400 + number) for number in range(50)}
     for (earlier, later), likeness in found.items():
         one, other = duplicates.shingles(texts[earlier]), duplicates.shingles(changed[later - 400])
-        assert likeness == len(one & other) / len(one | other) >= duplicates.ALIKE
+        assert likeness == len(one & other) / len(one | other) >= duplicates.MIN_SIMILARITY
 
 
 def test_case_white_space_and_width_make_no_difference() -> None:
@@ -51,16 +51,16 @@ def test_of_a_text_there_is_at_most_one_in_its_own_split_and_one_across() -> Non
 
 def test_a_thousand_of_a_kind_are_linked_and_not_compared_pair_by_pair() -> None:
     texts = [f"{_texts(1)[0]} {number:04}" for number in range(1000)]
-    keys = duplicates.band_keys([duplicates.plain(text) for text in texts])
+    keys = duplicates.band_keys([duplicates.normalize(text) for text in texts])
     pairs = duplicates.candidates(keys, np.zeros(1000, dtype=np.int64))
-    assert len(pairs) <= duplicates.BEST * 1000
+    assert len(pairs) <= duplicates.MAX_CANDIDATES * 1000
     assert {later for _, later in _found(texts)} == set(range(1, 1000))
 
 
 def test_keys_do_not_depend_on_what_stands_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = _texts(20)
     together = duplicates.band_keys(texts)
-    monkeypatch.setattr(duplicates, "BLOCK", 100)
+    monkeypatch.setattr(duplicates, "BLOCK_CHARS", 100)
     assert np.array_equal(together, duplicates.band_keys(texts))
     assert np.array_equal(together[7], duplicates.band_keys(texts[7:8])[0])
 

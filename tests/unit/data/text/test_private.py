@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tunesmith.data.text.private import masked, private
+from tunesmith.data.text.private import find_private, mask_value
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ from tunesmith.data.text.private import masked, private
     ),
 )
 def test_each_kind_is_found_once_and_masked(kind: str, text: str) -> None:
-    ((found, value),) = private(text)
+    ((found, value),) = find_private(text)
     assert found == kind
     assert "*" in value and value not in text
 
@@ -60,16 +60,16 @@ def test_each_kind_is_found_once_and_masked(kind: str, text: str) -> None:
     ),
 )
 def test_what_only_looks_like_it_is_left_alone(text: str) -> None:
-    assert list(private(text)) == []
+    assert list(find_private(text)) == []
 
 
 def test_several_are_counted_each() -> None:
     text = "joe@example.com, jane@example.com, 13812345678 and 192.168.1.44"
-    assert [kind for kind, _ in private(text)] == ["e-mail", "e-mail", "chinese-mobile", "ip"]
+    assert [kind for kind, _ in find_private(text)] == ["e-mail", "e-mail", "chinese-mobile", "ip"]
 
 
 def test_masking_leaves_the_ends_of_what_is_long() -> None:
-    assert masked("joe@mail.com") == "jo*@****.*om" and masked("1.2.3.44") == "1.2.*.**"
+    assert mask_value("joe@mail.com") == "jo*@****.*om" and mask_value("1.2.3.44") == "1.2.*.**"
 
 
 @pytest.mark.parametrize(
@@ -77,5 +77,5 @@ def test_masking_leaves_the_ends_of_what_is_long() -> None:
 )
 def test_hostile_texts_take_no_time(text: str) -> None:
     began = time.process_time()
-    list(private(text))
+    list(find_private(text))
     assert time.process_time() - began < 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tunesmith.data.formats import Row
-from tunesmith.data.text.tags import PREFIXES, Scheme, TagSet, faults, faults_of_rows, scheme_of, tags_of_types
+from tunesmith.data.text.tags import PREFIXES, Scheme, TagSet, row_faults, scheme_of, tag_faults, tags_of_types
 
 SENTENCES: dict[Scheme, list[str]] = {
     "BIO": ["B-A I-A O B-B", "B-A B-A I-A", "O O B-B"],
@@ -22,7 +22,7 @@ SENTENCES: dict[Scheme, list[str]] = {
 def test_each_scheme_is_recognised_and_sound_in_itself(scheme: Scheme) -> None:
     sentences = [tags.split() for tags in SENTENCES[scheme]]
     assert scheme_of(sentences) == scheme
-    assert [faults(tags, scheme) for tags in sentences] == [[] for _ in sentences]
+    assert [tag_faults(tags, scheme) for tags in sentences] == [[] for _ in sentences]
 
 
 @pytest.mark.parametrize(("tags", "scheme"), (("PER PER O LOC", "IO"), ("O O", None), ("B-A O B-B", "BIO")))
@@ -38,29 +38,29 @@ def test_some_faults_do_not_make_another_scheme() -> None:
 def test_a_misspelt_prefix_is_no_type_of_its_own() -> None:
     assert scheme_of([["B_A", "I-A"], ["B_A", "O"], ["O", "B_B"]]) == "BIO"
     assert scheme_of([["cell_line", "O"], ["DNA", "O"], ["S1", "O"]]) == "IO"
-    (fault,) = faults(["b:A"], "IO")
-    assert fault.what == "'b:A' is no tag of IO"
+    (fault,) = tag_faults(["b:A"], "IO")
+    assert fault.what == "'b:A' is not a tag of the IO scheme"
 
 
 WRONG = {
-    "I begins": ("BIO", "O I-A O", 1, "'I-A' after 'O': in BIO no entity begins so", "begin it with B-A"),
+    "I begins": ("BIO", "O I-A O", 1, "'I-A' after 'O': a BIO entity cannot begin like this", "begin it with B-A"),
     "I begins a sentence": ("BIO", "I-A O", 0, "'I-A' after 'O'", "B-A"),
     "another type": ("BIO", "B-A I-B O", 1, "'I-B' after 'B-A'", "B-B"),
-    "typo": ("BIO", "O B_A O", 1, "'B_A' is no tag of BIO", "did you mean 'B-A'?"),
-    "small letter": ("BIO", "O b-A O", 1, "'b-A' is no tag of BIO", "did you mean 'B-A'?"),
-    "of another scheme": ("BIO", "O U-A O", 1, "'U-A' is no tag of BIO", "its tags are O and B-TYPE, I-TYPE"),
-    "a type alone": ("BIO", "O A O", 1, "'A' is no tag of BIO", "its tags are O"),
-    "B in IOB1": ("IOB1", "O B-A O", 1, "'B-A' after 'O': in IOB1 it stands only after another A", "I-A"),
-    "left open": ("BIOES", "B-A O O", 1, "'O' after 'B-A', which is left open", "in BIOES entities end"),
-    "open at the end": ("BILOU", "O B-A", 1, "'O' after 'B-A', which is left open", "L-A"),
+    "typo": ("BIO", "O B_A O", 1, "'B_A' is not a tag of the BIO scheme", "did you mean 'B-A'?"),
+    "small letter": ("BIO", "O b-A O", 1, "'b-A' is not a tag of the BIO scheme", "did you mean 'B-A'?"),
+    "of another scheme": ("BIO", "O U-A O", 1, "'U-A' is not a tag of the BIO scheme", "use O or B-TYPE, I-TYPE"),
+    "a type alone": ("BIO", "O A O", 1, "'A' is not a tag of the BIO scheme", "use O"),
+    "B in IOB1": ("IOB1", "O B-A O", 1, "'B-A' after 'O': IOB1 uses B only after another A", "I-A"),
+    "left open": ("BIOES", "B-A O O", 1, "'O' after 'B-A': unfinished entity", "in BIOES, end it"),
+    "open at the end": ("BILOU", "O B-A", 1, "'O' after 'B-A': unfinished entity", "L-A"),
     "E begins": ("BIOES", "O E-A", 1, "'E-A' after 'O'", "B-A"),
-    "S inside": ("BIOES", "B-A S-A", 1, "'S-A' after 'B-A', which is left open", "E-A"),
+    "S inside": ("BIOES", "B-A S-A", 1, "'S-A' after 'B-A': unfinished entity", "E-A"),
 }
 
 
 @pytest.mark.parametrize(("scheme", "tags", "index", "what", "hint"), WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_said_of_the_word(scheme: Scheme, tags: str, index: int, what: str, hint: str) -> None:
-    (fault,) = faults(tags.split(), scheme)
+    (fault,) = tag_faults(tags.split(), scheme)
     assert fault.index == index and what in fault.what and hint in fault.hint
 
 
@@ -77,8 +77,8 @@ def test_every_planted_fault_is_found_by_its_line_and_nothing_else(scheme: Schem
             planted.add(f"a.conll:{line + place}")
         rows.append((Row(f"a.conll:{line}", {}, by_line=True), tags))
         line += len(tags) + 1
-    found = [place for place, fault in faults_of_rows(rows, scheme) if "is no tag" in fault.what]
-    others = {place for place, fault in faults_of_rows(rows, scheme) if "is no tag" not in fault.what}
+    found = [place for place, fault in row_faults(rows, scheme) if "is not a tag" in fault.what]
+    others = {place for place, fault in row_faults(rows, scheme) if "is not a tag" not in fault.what}
     assert set(found) == planted and len(found) == 200
     lines = {int(place.rpartition(":")[2]) for place in planted}
     assert all(int(place.rpartition(":")[2]) - 1 in lines for place in others), "only next to a planted one"
