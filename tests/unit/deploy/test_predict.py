@@ -91,7 +91,7 @@ def test_what_is_no_text_is_refused_by_its_number(asked: Any, tuned: Any) -> Non
 
 
 def test_a_text_of_which_nothing_is_left_is_refused_by_its_number(tuned: Any) -> None:
-    with pytest.raises(DataError, match="input 2: text: nothing is left of it"):
+    with pytest.raises(DataError, match="input 2: text: the text has no tokens"):
         tuned.predict(["a film", " "])
 
 
