@@ -51,7 +51,6 @@ from tunesmith.inspect_data.row_index import RowIndex
 from tunesmith.models import load as models
 from tunesmith.run.prepare import max_length
 from tunesmith.tasks import Inspection, Task
-from tunesmith.techniques import Technique
 from tunesmith.training import dataset
 from tunesmith.training.notes import merge_notes
 
@@ -108,7 +107,6 @@ class _Check:
 
     def __init__(self, target: ResolvedTarget, group: str | None, allowed: dict[str, bool]) -> None:
         recipe, guess, self.model, note = target
-        assert isinstance(recipe.task, Task)
         self.recipe, self.group, self.allowed = recipe, group or recipe.data.group, allowed
         self.findings, self.notes, self.index = Findings(), [note] if note else list[str](), RowIndex()
         self.data, named, self.are_splits = find_files(recipe.data, recipe.task, guess=guess)
@@ -365,7 +363,6 @@ class _Check:
     def _tokenizer(self) -> tuple[Any, int | None, Any] | None:
         """The model's tokenizer, its maximum length and its config; None if no model is named or available."""
         task, technique = self.task or self.recipe.task, self.recipe.technique
-        assert isinstance(task, Task) and isinstance(technique, Technique)
         if self.model is None:
             return None
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from tunesmith import recipe as recipes
 from tunesmith import registry
@@ -185,24 +185,27 @@ def guess_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataErr
         return task, None
     if not path.exists() and len(sides := list(sides_of(path))) == 2:
         keys = dict(zip(("source_lang", "target_lang"), sides, strict=True))
-        return registry.get("task", "translation")(**keys), None  # type: ignore[return-value]
+        return _task("translation", **keys), None
     if holds_text(path):
-        return registry.get("task", "fill-mask")(), None  # type: ignore[return-value]
-    tagged = registry.get("task", "token-classification")()
-    assert isinstance(tagged, Task)
+        return _task("fill-mask"), None
+    tagged = _task("token-classification")
     misfit = fit_error(task, path, data)
     if misfit is not None and _holds_conversations(path, data):
-        return registry.get("task", "text-generation")(), None  # type: ignore[return-value]
+        return _task("text-generation"), None
     first_tagged = misfit is not None or format_of(path, tagged=True) == "conll"
     if first_tagged and fit_error(tagged, path, data) is None:
         return tagged, None
     return (task, None) if misfit is None else (None, misfit)
 
 
+def _task(name: str, **keys: Any) -> Task:
+    """Return a task by name, with these recipe keys."""
+    return cast(Task, registry.get("task", name)(**keys))
+
+
 def _holds_conversations(path: Path, data: Data) -> bool:
     """Return whether a file has columns for messages, or for questions and answers."""
-    chats = registry.get("task", "text-generation")()
-    assert isinstance(chats, Task)
+    chats = _task("text-generation")
     try:
         names = dataset.open_split(path, chats, data).table.columns
     except DataError:

@@ -22,8 +22,7 @@ from tunesmith.inspect_data.files import find_files, guess_task, resolve_target,
 from tunesmith.models import load as models
 from tunesmith.models import sources
 from tunesmith.run.prepare import max_length
-from tunesmith.tasks import BoundTask, Task
-from tunesmith.techniques import Technique
+from tunesmith.tasks import BoundTask
 from tunesmith.training import dataset
 from tunesmith.training.augmented import check_augmentable
 
@@ -68,7 +67,6 @@ def show(
     recipe, guess, spec, _ = resolve_target(target, overrides, model, stage)
     if spec is None:
         raise RecipeError("no model, whose tokenizer is needed", hint="set --model NAME, or give a recipe")
-    assert isinstance(recipe.task, Task) and isinstance(recipe.technique, Technique)
     data, named, _ = find_files(recipe.data, recipe.task, guess=guess)
     wanted = guess_task(recipe.task, next(iter(named.values())), data)[0] if guess else None
     read = dataset.read(wanted or recipe.task, data, recipe.train.seed)

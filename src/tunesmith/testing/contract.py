@@ -35,7 +35,7 @@ from tunesmith.models import added_tokens
 from tunesmith.models import load as models
 from tunesmith.models.anatomy import LINEAR, Anatomy, anatomy
 from tunesmith.recipe import Recipe
-from tunesmith.tasks import BoundTask, Task, _samples
+from tunesmith.tasks import BoundTask, _samples
 from tunesmith.techniques import Technique
 from tunesmith.training import loop, optimizer
 from tunesmith.training.machine import NEVER_CUT, Machine
@@ -177,7 +177,6 @@ class Case:
     @property
     def technique(self) -> Technique:
         """What is on trial."""
-        assert isinstance(self.recipe.technique, Technique)
         return self.recipe.technique
 
     def answers(self, model: nn.Module) -> Tensor:
@@ -244,7 +243,6 @@ def case(
     given = {"task": task, "model": "tiny", "technique": technique, "data": keys, "train": train}
     recipe = recipes.load(None, (), given)
     task, reads = recipe.task, recipe.data
-    assert isinstance(task, Task) and isinstance(recipe.technique, Technique)
     rows = [Row(f"made-up:{number}", (row or task.sample_row)(number)) for number in range(40)]
     if "max_length" in task.data_keys and reads.max_length is None:
         reads = reads.model_copy(update={"max_length": 32})

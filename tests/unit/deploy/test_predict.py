@@ -85,13 +85,13 @@ def test_answers_write_nothing_to_disk(tuned: Any, home: Path, no_writes: Any) -
 
 @pytest.mark.parametrize("asked", (7, None, {"review": "a"}, {"text": 7}, ["a"]))
 def test_what_is_no_text_is_refused_by_its_number(asked: Any, tuned: Any) -> None:
-    with pytest.raises(UserError, match="input 2 has no text; give a text, or a mapping with 'text'") as caught:
+    with pytest.raises(UserError, match="input 2: no text; give a text, or a mapping with 'text'") as caught:
         tuned.predict(["a film", asked])
     assert caught.value.exit_code == 2
 
 
 def test_a_text_of_which_nothing_is_left_is_refused_by_its_number(tuned: Any) -> None:
-    with pytest.raises(DataError, match="input 2: text: nothing is left of it"):
+    with pytest.raises(DataError, match="input 2: text: the text has no tokens"):
         tuned.predict(["a film", " "])
 
 
@@ -138,7 +138,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         "adapter_model.safetensors: cannot be read .*; write it again with `tunesmith train --resume .*`",
     ),
     "a tensor lost": (_lose_a_tensor, "the adapter lacks 1 of "),
-    "origin of old": (_an_old_origin, "tunesmith.json: cannot be read .it does not say what .*; .*anew"),
+    "origin of old": (_an_old_origin, "tunesmith.json: cannot be read .it has no fingerprint .*; write it again"),
     "origin lost": (_forget_the_origin, "tunesmith.json: cannot be read .No such file or directory.; "),
 }
 
@@ -206,7 +206,7 @@ def test_what_is_no_finished_run_is_refused(recipe_of: Any, tmp_path: Path) -> N
         tunesmith.load(tmp_path)
     tunesmith.train(recipe_of(), console=Console(level=-1))
     shutil.rmtree(tmp_path / "run" / "model")
-    with pytest.raises(RecipeError, match="the run is not finished; `tunesmith train --resume .*run`"):
+    with pytest.raises(RecipeError, match="the run is not finished; finish it with `tunesmith train --resume .*run`"):
         tunesmith.load(tmp_path / "run")
 
 
