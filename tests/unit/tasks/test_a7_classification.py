@@ -158,7 +158,7 @@ def test_a7_75_a_list_written_as_text_is_read_where_several_labels_are_asked_for
 
 def test_a7_76_one_text_for_all_rows_is_refused(refuse: Refuse) -> None:
     said = refuse([(GOOD, label) for _, label in _reviews(20)])
-    assert _place(said, "train.jsonl: text: ", "20 rows", "; data.columns.text=NAME ")
+    assert _place(said, "train.jsonl: text: ", "20 rows", "data.columns.text=NAME ")
 
 
 def test_a7_77_rows_given_twice_are_counted_and_stay_on_one_side(written: Any) -> None:
@@ -173,7 +173,7 @@ def test_a7_77_rows_given_twice_are_counted_and_stay_on_one_side(written: Any) -
 def test_a7_78_texts_with_two_labels_are_counted(written: Any) -> None:
     rows = [*_reviews(20), (GOOD + " .", "pos"), (GOOD.upper() + "  .", "neg"), (BAD + " .", "neg")]
     (note,) = _read(written(rows)).notes
-    assert _place(note, "3 of 23 train rows ", "; 1 of the texts ", "labels")
+    assert _place(note, "3 of 23 train rows ", "; 1 of ", "labels")
 
 
 TEXTS = {
@@ -251,7 +251,7 @@ def test_a7_99_a_target_that_is_no_finite_number_is_refused(label: object, refus
 
 def test_a7_99_words_for_numbers_are_not_to_be_skipped_all(refuse: Refuse) -> None:
     said = refuse(_reviews(20), "task.labels=regression", "data.on_bad_row=skip")
-    assert _place(said, "train.jsonl: ", "20 rows (unusable label)", "label: 'pos' ", "; task.labels=single ")
+    assert _place(said, "train.jsonl: ", "20 rows (unusable label)", "label: 'pos' ", "set task.labels=single ")
     assert "data.on_bad_row" not in said, "there is no use in skipping all"
 
 
@@ -259,7 +259,7 @@ def test_a7_99_one_word_among_numbers_makes_no_classes_of_them(written: Any, ref
     rows: list[tuple[object, object]] = [(text, n / 10 + 0.05) for n, (text, _) in enumerate(_reviews(20))]
     assert _read(written(rows)).task.labels == "regression"  # type: ignore[attr-defined]
     said = refuse([*rows, (GOOD, "inf")])
-    assert _place(said, "train.jsonl: label: 'inf' ", "(20 ", "; ", "task.labels=regression")
+    assert _place(said, "train.jsonl: label: 'inf' ", "20 ", "; ", "task.labels=regression")
     assert _read(written([*rows, (GOOD, "inf")]), labels="single").task.labels == "single"  # type: ignore[attr-defined]
 
 
