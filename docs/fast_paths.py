@@ -46,7 +46,7 @@ fast paths, `run.json` has them whole (`fast_path`), and `tunesmith doctor --mod
 | fast dropout, grad buffers | on every CPU: cheap dropout masks; gradient memory that stays (in fused blocks) |
 
 Before a run, each path that changes the arithmetic of blocks is compared with the model's own code, in training mode
-with dropout 0, on three texts of up to 72 tokens, in the run's precision: outputs within 0.1 % (bf16: 3 %) and each
+with dropout 0, on four texts of up to 72 tokens, in the run's precision: outputs within 0.1 % (bf16: 3 %) and each
 gradient within 0.1 % (bf16: 10 %) of its norm. A path that fails is switched off, and the run says why.
 
 The columns for CUDA show which paths are chosen; the comparison for this page ran on a CPU.

@@ -131,7 +131,7 @@ def test_ratchets() -> None:
 
 
 MAX_METHODS = 16
-LARGER = {"ChatEncoder": 19, "_Check": 22, "BoundTextGeneration": 18, "BoundTokenClassification": 17}
+LARGER = {"ChatEncoder": 19, "_Check": 22}
 """Classes that are still larger; their number of methods may fall, never rise."""
 
 

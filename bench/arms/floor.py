@@ -12,7 +12,7 @@ import torch
 from bench.arms.ours import keywords
 from bench.floor import Model, Row, product_rate
 from tunesmith import recipe as recipes
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.batches import collate
 from tunesmith.run.prepare import Prepared, prepare
 from tunesmith.training import machine
@@ -32,8 +32,8 @@ def go(job: dict[str, Any]) -> dict[str, Any]:
 def _counted(job: str) -> int:
     given = json.loads(job)
     recipe = recipes.load(None, (), keywords(given, "build/never-written"))
-    quiet = Talk(level=-1, to_stderr=True)
-    prepared = prepare(recipe, machine.find("cpu", "fp32"), offline=True, allow_pickle=False, talk=quiet)
+    quiet = Console(level=-1, to_stderr=True)
+    prepared = prepare(recipe, machine.find("cpu", "fp32"), offline=True, allow_pickle=False, console=quiet)
     model, anatomy = load_task_model(prepared.task, prepared.base.source, prepared.base.processor, 0)
     prepared.technique.apply(model, anatomy, prepared.base.processor)
     return Model(model, anatomy, prepared.technique.virtual_tokens).multiply_adds(_rows(prepared), given["epochs"])

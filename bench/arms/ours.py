@@ -16,7 +16,7 @@ from typing import Any
 import tunesmith
 from bench.clock import Clock
 from tunesmith import registry
-from tunesmith.console import Talk
+from tunesmith.console import Console
 
 train = tunesmith.train  # named here, so that all it needs is imported before anything is measured
 for task in registry.names("task"):
@@ -29,7 +29,7 @@ TOLD: dict[str, dict[str, Any]] = {
 }
 
 
-class Timed(Talk):
+class Timed(Console):
     """Keeps silent, and times what comes between the last news before the loop and its last step.
 
     What a technique computes once before it learns from it (what frozen blocks give) is inside: the peer computes that
@@ -76,18 +76,18 @@ def keywords(job: dict[str, Any], output: str) -> dict[str, Any]:
 
 def go(job: dict[str, Any]) -> dict[str, Any]:
     """One run into a folder that is thrown away, and with it what was cached: every run is the first of its kind."""
-    talk = Timed()
+    console = Timed()
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
         os.environ["TUNESMITH_HOME"] = f"{output}/home"
-        result = train(**keywords(job, f"{output}/run"), offline=True, talk=talk)
+        result = train(**keywords(job, f"{output}/run"), offline=True, console=console)
         about = json.loads(Path(output, "run", "run.json").read_text(encoding="utf-8"))
         lines = map(json.loads, Path(output, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         losses = [float(line["loss"]) for line in lines if "loss" in line]
     seconds = result["seconds"]
     return {
-        "seconds": max(talk.taken.seconds, seconds),
-        "cpu_seconds": talk.taken.cpu_seconds,
-        "peak_bytes": talk.taken.peak_bytes,
+        "seconds": max(console.taken.seconds, seconds),
+        "cpu_seconds": console.taken.cpu_seconds,
+        "peak_bytes": console.taken.peak_bytes,
         "samples": about["data"]["rows"]["train"] * job["epochs"],
         "tokens": round(result["tokens_per_second"] * seconds),
         "learned": result["trainable_parameters"],

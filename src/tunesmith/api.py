@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.recipe import Recipe, RecipeSource, load, load_stages, read
 from tunesmith.run import train as run
@@ -20,7 +20,7 @@ def train(
     resume: str | Path | None = None,
     overwrite: bool = False,
     override: Collection[str] = (),
-    talk: Talk | None = None,
+    console: Console | None = None,
     offline: bool = False,
     allow_pickle: bool = False,
     **values: Any,
@@ -44,7 +44,7 @@ def train(
         "resume": resume,
         "overwrite": overwrite,
         "override": override,
-        "talk": talk,
+        "console": console,
         "offline": offline,
         "allow_pickle": allow_pickle,
         "recipe_file": source.path,

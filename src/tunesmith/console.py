@@ -1,7 +1,7 @@
-"""What a run says while it works: plain lines, and a progress bar where a person is watching.
+"""Console output: plain lines, and a progress bar on a terminal.
 
-With `--json` all talk goes to stderr, so that stdout holds one JSON object. A notebook gets the same plain lines and,
-below them, one that is written over as the steps go by. A file gets a line now and then.
+With `--json`, all messages go to stderr, so that stdout has only the JSON object. In a notebook, the last line is
+rewritten as training advances. A file gets a progress line every `SILENCE_S` seconds.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich import console as rich_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["Talk", "command", "scores_line"]
+__all__ = ["Console", "command", "scores_line"]
 
 REWRITE_S = 0.2
-"""How often a notebook's last line is written anew."""
+"""Minimum time between two updates of a notebook's progress line."""
 
 SILENCE_S = 30.0
-"""How long a run says nothing of its steps where there is no bar."""
+"""Time between progress lines where there is no bar."""
 
 PATIENCE_S = 5.0
-"""How long what comes between the steps may take before it is said what that is."""
+"""Time after which an operation is announced."""
 
 
 @dataclass
-class Talk:
-    """How much is said, and where. Processes other than the first of a group say nothing."""
+class Console:
+    """Messages for the user at a verbosity level. Only the first process of a group prints."""
 
     level: int = 0
     """-1 quiet, 0 normal, 1 verbose."""
     to_stderr: bool = False
-    console: Console = field(init=False)
+    rich: rich_console.Console = field(init=False)
     _warned: set[str] = field(default_factory=set, init=False, repr=False)
     _line: str = field(default="", init=False, repr=False)
     _written_s: float = field(default=0.0, init=False, repr=False)
@@ -49,55 +49,55 @@ class Talk:
     def __post_init__(self) -> None:
         silent = os.environ.get("RANK", "0") not in ("", "0")
         as_is = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True, "force_jupyter": False}
-        self.console = Console(stderr=self.to_stderr, quiet=silent, **as_is)  # type: ignore[arg-type]
+        self.rich = rich_console.Console(stderr=self.to_stderr, quiet=silent, **as_is)  # type: ignore[arg-type]
 
     def say(self, text: str) -> None:
-        """News."""
+        """Print a message, unless quiet."""
         if self.level >= 0:
             self._print(text)
 
     def detail(self, text: str) -> None:
-        """News for who asked for more (`-v`)."""
+        """Print a message if verbose (`-v`)."""
         if self.level > 0:
             self._print(text)
 
     def warn(self, text: str) -> None:
-        """What should not pass unseen, even when quiet; the same once, whatever number of runs it holds for."""
+        """Print a warning, even when quiet; a repeated warning is printed once."""
         if text not in self._warned:
             self._warned.add(text)
             self._print(f"warning: {text}", style="yellow")
 
     @contextmanager
     def during(self, text: str) -> Iterator[None]:
-        """Say what is going on, if it is not over soon, and that it still is."""
-        over = threading.Event()
-        watch = threading.Thread(target=self._watch, args=(text, over), daemon=True)
+        """Announce an operation that takes longer than `PATIENCE_S`, and repeat its elapsed time."""
+        done = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(text, done), daemon=True)
         watch.start()
         try:
             yield
         finally:
-            over.set()
+            done.set()
             watch.join()
 
-    def _watch(self, text: str, over: threading.Event) -> None:
+    def _watch(self, text: str, done: threading.Event) -> None:
         began = time.monotonic()
-        if over.wait(PATIENCE_S):
+        if done.wait(PATIENCE_S):
             return
         self.say(text)
-        while not over.wait(SILENCE_S):
-            self.say(f"{text}: {_duration(time.monotonic() - began)} so far")
+        while not done.wait(SILENCE_S):
+            self.say(f"{text}: {_duration(time.monotonic() - began)} elapsed")
 
     def _print(self, text: str, **style: Any) -> None:
         self._rewrite("")
-        self.console.print(text, **style)
+        self.rich.print(text, **style)
 
     @contextmanager
     def progress(
         self, total: int, done: int = 0, *, of: str = "training", unit: str = "step"
     ) -> Iterator[Callable[[int, str], None]]:
-        """A bar on a terminal, a line now and then in a file. Call with (units done, text)."""
-        drawn = self.level >= 0 and not self.console.quiet and not os.environ.get("CI")
-        if drawn and self.console.is_terminal and self.console.file.isatty():  # FORCE_COLOR makes a file no terminal
+        """Show progress: yield a function to call with (units done, text)."""
+        drawn = self.level >= 0 and not self.rich.quiet and not os.environ.get("CI")
+        if drawn and self.rich.is_terminal and self.rich.file.isatty():  # FORCE_COLOR does not make a file a terminal
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -105,7 +105,7 @@ class Talk:
                 TextColumn(f"{unit}s"),
                 TimeRemainingColumn(),
             )
-            with Progress(*columns, console=self.console, transient=True) as bar:
+            with Progress(*columns, console=self.rich, transient=True) as bar:
                 task = bar.add_task(of, total=total, completed=done)
                 yield lambda completed, text: bar.update(task, completed=completed, description=text)
         elif drawn and hasattr(builtins, "get_ipython"):  # a notebook
@@ -114,18 +114,18 @@ class Talk:
             finally:
                 self._rewrite("")
         else:
-            yield self._now_and_then(total, done, unit)
+            yield self._periodic_lines(total, done, unit)
 
-    def _now_and_then(self, total: int, done: int, unit: str) -> Callable[[int, str], None]:
-        began = said = time.monotonic()
+    def _periodic_lines(self, total: int, done: int, unit: str) -> Callable[[int, str], None]:
+        began = shown = time.monotonic()
 
         def show(completed: int, text: str) -> None:
-            nonlocal said
+            nonlocal shown
             now = time.monotonic()
-            if now - said >= SILENCE_S:
+            if now - shown >= SILENCE_S:
                 left = (now - began) / max(completed - done, 1) * (total - completed)
                 self.say(f"{unit} {completed} of {total}  {text}  {_duration(left)} left")
-                said = now
+                shown = now
 
         return show
 
@@ -134,23 +134,23 @@ class Talk:
             self._rewrite(text)
 
     def _rewrite(self, text: str) -> None:
-        """Put `text` in the place of the last line, where that is one to be written over."""
+        """Replace the notebook's progress line by `text`."""
         if text or self._line:
             blank = " " * len(self._line)
-            self.console.file.write(f"\r{blank}\r{text}")
-            self.console.file.flush()
+            self.rich.file.write(f"\r{blank}\r{text}")
+            self.rich.file.flush()
             self._line, self._written_s = text, time.monotonic()
 
 
 def scores_line(scores: dict[str, Any], first: str, before: Mapping[str, Any] | None = None) -> str:
-    """The plain numbers of a score on one line, the one that counts first, each with what it was `before`."""
+    """Return the scalar scores on one line, the primary metric `first`, each with its value `before`."""
     names = sorted((name for name, value in scores.items() if isinstance(value, float)), key=lambda name: name != first)
     was = {name: f" ({value:.4f} before)" for name, value in (before or {}).items() if isinstance(value, float)}
     return "  ".join(f"{name} {scores[name]:.4f}{was.get(name, '')}" for name in names)
 
 
 def _duration(seconds: float) -> str:
-    """As one would say it: `40 s`, `12 min`, `3 h 20 min`."""
+    """Return a duration as `40 s`, `12 min` or `3 h 20 min`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
@@ -158,7 +158,7 @@ def _duration(seconds: float) -> str:
 
 
 def command(*words: object) -> str:
-    """What to type for `tunesmith WORDS`: by its name where PATH finds this very program, else by where it lies."""
+    """Return the shell command for `tunesmith WORDS`: the name if it is on PATH, else the path of the program."""
     python = Path(sys.executable)
     script, found = python.with_name("tunesmith"), shutil.which("tunesmith")
     program: list[object] = [script] if script.exists() else [python, "-m", "tunesmith"]

@@ -8,7 +8,7 @@ import pytest
 
 import tunesmith
 from tunesmith import registry
-from tunesmith.console import Talk
+from tunesmith.console import Console
 
 SST2 = Path(__file__).parents[3] / "shared" / "data" / "sst2"
 MAJORITY = 0.509
@@ -29,6 +29,6 @@ def test_no_technique_is_at_chance(name: str, tmp_path: Path, monkeypatch: pytes
         technique=name,
         train={"epochs": 1, "seed": 0},
         output=str(tmp_path / "run"),
-        talk=Talk(level=-1),
+        console=Console(level=-1),
     )
     assert result["metrics"]["validation"]["accuracy"] > MAJORITY + 5 * NOISE

@@ -13,7 +13,7 @@ import pytest
 
 import tunesmith
 from tunesmith import registry
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.errors import RecipeError
 from tunesmith.testing import check, sample_row
 
@@ -71,7 +71,7 @@ def test_examples_train_and_predict(installed: None, tiny_bert: Path, tmp_path: 
         data={"train": str(tmp_path / "shares.csv"), "validation": 0.2},
         train={"max_steps": 4, "batch_size": 8, "precision": "fp32", "device": "cpu"},
         output=str(tmp_path / "run"),
-        talk=Talk(level=-1),
+        console=Console(level=-1),
     )
     assert set(result["metrics"]["validation"]) >= {"rmse", "mae", "r2"}
     (answer,) = tunesmith.predict(result["run"], ["the film was great"])

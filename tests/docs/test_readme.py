@@ -9,7 +9,7 @@ import pytest
 
 import tunesmith
 from tunesmith import registry
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.recipe import Recipe, to_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def test_python_on_the_page_runs(
     assert isinstance(recipe, Recipe)
     Path("recipe.yaml").write_text(to_yaml(recipe.dump()), encoding="utf-8")
     if "train(" not in "".join(_blocks(page, "python")):
-        tunesmith.train("recipe.yaml", talk=Talk(level=-1))
+        tunesmith.train("recipe.yaml", console=Console(level=-1))
     printed: list[object] = []
     for code in _blocks(page, "python"):
         exec(code, {"print": printed.append, "BASE": str(tiny_bert)})

@@ -9,7 +9,7 @@ import pytest
 
 import tunesmith
 from tunesmith import recipe as recipes
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.testing import sample_row
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -124,7 +124,7 @@ def test_two_shrunk_steps(path: Path, here: Path, tiny_bert: Path, tiny_llama: P
     length = recipe.data.max_length
     limit = 16 if model is not tiny_llama else 32  # a conversation needs more tokens than its texts
     shorten = [] if length is None else [f"data.max_length={min(length, limit)}"]
-    result = tunesmith.train(path, *SHRUNK, f"model={model}", *shorten, talk=Talk(level=-1))
+    result = tunesmith.train(path, *SHRUNK, f"model={model}", *shorten, console=Console(level=-1))
     assert result["steps"] == 2
     assert result["run"] == recipe.output and (here / recipe.output / "README.md").exists()
     assert math.isfinite(result["metrics"]["validation"]["loss"])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tunesmith
 from tunesmith import recipe as recipes
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.testing import tiny_model, tiny_tokenizer
 
 FILE = Path(__file__).with_name("losses.json")
@@ -46,7 +46,7 @@ def losses(recipe: Path, work: Path) -> list[float]:
     longest = 48 if kind == "AutoModelForCausalLM" else 16  # a conversation is longer than its texts
     shrunk = [*SHRUNK, "model=tiny", f"data.max_length={min(given.data.max_length or 16, longest)}"]
     shrunk += ["technique.dropout=0.0"] if "dropout" in given.dump()["technique"] else []
-    result = tunesmith.train(recipe, *shrunk, talk=Talk(level=-1))
+    result = tunesmith.train(recipe, *shrunk, console=Console(level=-1))
     lines = [json.loads(line) for line in Path(result["run"], "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.errors import RecipeError
 from tunesmith.inspect_data import show as data_show
 from tunesmith.run import train as running
 from tunesmith.studies import score
 from tunesmith.testing import check
 
-QUIET = Talk(level=-1)
+QUIET = Console(level=-1)
 
 
 @pytest.fixture
@@ -40,12 +40,12 @@ def _losses(folder: Path) -> list[float]:
 @pytest.mark.parametrize("technique", ["full", "freeze", "lora"])
 def test_it_trains_is_scored_and_answers(technique: str, recipe: dict[str, Any], pictures: Path) -> None:
     keys = {"name": "freeze", "head_only": True} if technique == "freeze" else technique
-    result = tunesmith.train(recipe | {"technique": keys} if technique != "lora" else recipe, talk=QUIET)
+    result = tunesmith.train(recipe | {"technique": keys} if technique != "lora" else recipe, console=QUIET)
     assert result["metrics"]["test"]["accuracy"] > 0.6 > result["metrics"]["baseline"]["accuracy"]
     assert result["pixels_per_second"] > 0
-    scored = score.evaluate(result["run"], data=pictures, talk=QUIET)
+    scored = score.evaluate(result["run"], data=pictures, console=QUIET)
     assert scored["examples"] == 60 and scored["metrics"]["accuracy"] > 0.6
-    assert score.evaluate(result["run"], base=True, talk=QUIET)["probe"]
+    assert score.evaluate(result["run"], base=True, console=QUIET)["probe"]
     model = tunesmith.load(result["run"])
     answers = model.predict([str(pictures.with_name("00.png")), {"image": pictures.with_name("01.png").read_bytes()}])
     assert [set(answer) for answer in answers] == [{"label", "score", "probabilities"}] * 2
@@ -56,7 +56,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe["train"] |= {"max_steps": 12, "save_every": 4, "evaluate_every": 4}
-    tunesmith.train(recipe | {"output": str(tmp_path / "whole")}, talk=QUIET)
+    tunesmith.train(recipe | {"output": str(tmp_path / "whole")}, console=QUIET)
     save: Callable[..., None] = running._save
 
     def killed(run: Any) -> None:
@@ -65,9 +65,9 @@ def test_a_killed_run_resumes_to_the_same_bits(
 
     monkeypatch.setattr(running, "_save", killed)
     with pytest.raises(KeyboardInterrupt):
-        tunesmith.train(recipe, talk=QUIET)
+        tunesmith.train(recipe, console=QUIET)
     monkeypatch.setattr(running, "_save", save)
-    tunesmith.train(resume=recipe["output"], talk=QUIET)
+    tunesmith.train(resume=recipe["output"], console=QUIET)
     assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
 
 
@@ -84,4 +84,4 @@ def test_the_contract_holds_on_a_vision_transformer(installed: None) -> None:
 
 def test_a_key_of_texts_is_refused_by_name(recipe: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=r"data\.max_length"):
-        tunesmith.train(recipe, "data.max_length=32", talk=QUIET)
+        tunesmith.train(recipe, "data.max_length=32", console=QUIET)

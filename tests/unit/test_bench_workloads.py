@@ -13,7 +13,7 @@ from bench import models, rows
 from bench.arms import encode_once, floor, ours, trainer
 from bench.splits import read_rows, read_sentences
 from bench.workloads import ON_GPUS, SPEED, WORKLOADS, Workload, chosen
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.models import sources
 from tunesmith.recipe import load
 from tunesmith.run.prepare import Prepared
@@ -96,11 +96,11 @@ def test_what_is_computed_once_is_timed_in_every_run(
 ) -> None:
     inner, homes = Prepared.cache_features, []
 
-    def slowly(prepared: Prepared, talk: Talk) -> float:
+    def slowly(prepared: Prepared, console: Console) -> float:
         homes.append(sources.cache_home())
         assert not (homes[-1] / "features").exists(), "what an earlier run has kept"
         time.sleep(0.5)
-        return inner(prepared, talk)
+        return inner(prepared, console)
 
     monkeypatch.setattr(Prepared, "cache_features", slowly)
     job = _job("text-classification", tiny_bert, reviews_csv, technique={"name": "freeze", "head_only": True})

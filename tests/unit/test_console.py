@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from tunesmith import console as talk
-from tunesmith.console import Talk, command, scores_line
+from tunesmith import console
+from tunesmith.console import Console, command, scores_line
 
 
-def _say_all(to: Talk) -> None:
+def _say_all(to: Console) -> None:
     to.detail("detail")
     to.say("news")
     to.warn("beware")
@@ -31,7 +31,7 @@ def _say_all(to: Talk) -> None:
 )
 @pytest.mark.parametrize("to_stderr", (False, True))
 def test_levels_and_streams(level: int, said: list[str], to_stderr: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    _say_all(Talk(level=level, to_stderr=to_stderr))
+    _say_all(Console(level=level, to_stderr=to_stderr))
     out, err = capsys.readouterr()
     assert (err if to_stderr else out).splitlines() == said and not (out if to_stderr else err)
 
@@ -40,26 +40,26 @@ def test_the_other_processes_of_a_group_say_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    _say_all(Talk(level=1))
+    _say_all(Console(level=1))
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_warning_that_holds_for_several_runs_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    talk = Talk(level=-1)
+    console = Console(level=-1)
     for text in ("rows are cut", "rows repeat", "rows are cut"):
-        talk.warn(text)
+        console.warn(text)
     assert capsys.readouterr().out == "warning: rows are cut\nwarning: rows repeat\n"
 
 
 def test_text_is_said_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     lines = ["[bold]no markup[/bold] :smile: 'x' 1e-4 http://a/b", "long " * 100, "文本 🎉"]
     for line in lines:
-        Talk().say(line)
+        Console().say(line)
     assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_in_a_file_there_is_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    to = Talk()
+    to = Console()
     with to.progress(2) as show:
         show(1, "loss 0.5")
         to.say("epoch 1")
@@ -71,8 +71,8 @@ def test_in_a_file_there_is_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = iter((0.0, 20.0, 30.0, 50.0, 90.0, 110.0, 230.0))
-    monkeypatch.setattr(talk.time, "monotonic", lambda: next(now))
-    with Talk(to_stderr=True).progress(6000, 100) as show:
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    with Console(to_stderr=True).progress(6000, 100) as show:
         for step in range(101, 107):
             show(step, "loss 0.5")
     assert capsys.readouterr().err.splitlines() == [
@@ -81,7 +81,7 @@ def test_in_a_file_there_is_a_line_now_and_then(
         "step 106 of 6000  loss 0.5  62 h 46 min left",
     ]
     now = iter((0.0, 40.0))
-    with Talk().progress(100, of="scoring test", unit="example") as show:
+    with Console().progress(100, of="scoring test", unit="example") as show:
         show(50, "scoring test")
     assert capsys.readouterr().out == "example 50 of 100  scoring test  40 s left\n"
 
@@ -89,8 +89,8 @@ def test_in_a_file_there_is_a_line_now_and_then(
 def test_in_a_file_the_line_can_be_unwanted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(talk, "SILENCE_S", 0.0)
-    with Talk(level=-1).progress(10) as show:
+    monkeypatch.setattr(console, "SILENCE_S", 0.0)
+    with Console(level=-1).progress(10) as show:
         show(1, "loss 0.5")
     assert capsys.readouterr() == ("", "")
 
@@ -98,19 +98,19 @@ def test_in_a_file_the_line_can_be_unwanted(
 def test_what_takes_long_is_said_once_it_does(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Talk().during("reading a little"):
+    with Console().during("reading a little"):
         pass
-    monkeypatch.setattr(talk, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(console, "PATIENCE_S", 0.0)
     said = ""
-    with Talk().during("reading much"):
+    with Console().during("reading much"):
         while not said:
             said = capsys.readouterr().out
     assert said == "reading much\n"
-    monkeypatch.setattr(talk, "SILENCE_S", 0.01)
-    with Talk().during("reading more"):
-        while "so far" not in said:
+    monkeypatch.setattr(console, "SILENCE_S", 0.01)
+    with Console().during("reading more"):
+        while "elapsed" not in said:
             said += capsys.readouterr().out
-    assert "reading more\nreading more: 0 s so far\n" in said
+    assert "reading more\nreading more: 0 s elapsed\n" in said
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,10 @@ def test_what_takes_long_is_said_once_it_does(
 def test_durations(
     seconds: float, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(talk, "SILENCE_S", 0.0)
+    monkeypatch.setattr(console, "SILENCE_S", 0.0)
     now = iter((0.0, seconds))
-    monkeypatch.setattr(talk.time, "monotonic", lambda: next(now))
-    with Talk().progress(2) as show:
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    with Console().progress(2) as show:
         show(1, "loss 0.5")
     assert capsys.readouterr().out == f"step 1 of 2  loss 0.5  {said} left\n"
 
@@ -201,19 +201,19 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Written]]
 
 def test_on_a_terminal_a_warning_is_coloured(terminal: Callable[[], Written]) -> None:
     written = terminal()
-    Talk().warn("beware")
+    Console().warn("beware")
     assert written() == "\x1b[33mwarning: beware\x1b[0m\r\n"
 
 
 def test_no_color_is_heeded(terminal: Callable[[], Written], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     written = terminal()
-    Talk().warn("beware")
+    Console().warn("beware")
     assert written() == "warning: beware\r\n"
 
 
 def test_on_a_terminal_there_is_a_bar_that_leaves_no_trace(terminal: Callable[[], Written]) -> None:
-    written, to = terminal(), Talk()
+    written, to = terminal(), Console()
     with to.progress(4, 1) as show:
         show(2, "loss 0.5")
         to.say("epoch 1")
@@ -227,7 +227,7 @@ def test_a_bar_can_be_unwanted(
     level: int, environment: str, terminal: Callable[[], Written], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CI", environment)
-    written, to = terminal(), Talk(level=level)
+    written, to = terminal(), Console(level=level)
     with to.progress(4) as show:
         show(2, "loss 0.5")
     to.warn("beware")
@@ -265,8 +265,8 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Cell]:
 def test_in_a_notebook_the_last_line_is_written_over(
     notebook: Callable[[], Cell], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(talk, "REWRITE_S", -1.0)
-    cell, to = notebook(), Talk()
+    monkeypatch.setattr(console, "REWRITE_S", -1.0)
+    cell, to = notebook(), Console()
     to.say("begins")
     with to.progress(10) as show:
         show(1, "loss 0.5000 and much more")
@@ -282,7 +282,7 @@ def test_in_a_notebook_the_last_line_is_written_over(
 
 def test_in_a_notebook_the_line_goes_with_an_error_too(notebook: Callable[[], Cell]) -> None:
     cell = notebook()
-    with pytest.raises(KeyboardInterrupt), Talk().progress(10) as show:
+    with pytest.raises(KeyboardInterrupt), Console().progress(10) as show:
         show(1, "loss 0.5")
         assert cell.seen == ["step 1 of 10  loss 0.5"]
         raise KeyboardInterrupt
@@ -291,7 +291,7 @@ def test_in_a_notebook_the_line_goes_with_an_error_too(notebook: Callable[[], Ce
 
 def test_in_a_notebook_fast_steps_do_not_flood_the_cell(notebook: Callable[[], Cell]) -> None:
     cell = notebook()
-    with Talk().progress(10_000) as show:
+    with Console().progress(10_000) as show:
         for step in range(10_000):
             show(step, "loss 0.5")
     assert cell.getvalue().count("step") < 1000
@@ -303,7 +303,7 @@ def test_in_a_notebook_the_line_can_be_unwanted(
 ) -> None:
     monkeypatch.setenv("RANK", rank)
     cell = notebook()
-    with Talk(level=level).progress(10) as show:
+    with Console(level=level).progress(10) as show:
         show(1, "loss 0.5")
     assert cell.getvalue() == ""
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tunesmith import registry
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.columns import of_kind
 from tunesmith.data.formats import Row
 from tunesmith.errors import UserError
@@ -225,11 +225,11 @@ def _trained(folder: Path, *words: str) -> dict[str, Any]:
         "train": {"max_steps": 3, "batch_size": 8, "learning_rate": 5e-3, "precision": "fp32", "device": "cpu"},
     }
     try:
-        recipe, talk = load(None, words, given), Talk()
+        recipe, console = load(None, words, given), Console()
         found = machine.find(recipe.train.device, recipe.train.precision)
-        prepared = run.prepare(recipe, found, offline=True, allow_pickle=False, talk=talk)
-        engine = run._engine(prepared, talk)
-        run._fit(run.Run(prepared, engine, run.Progress(), folder, talk), Signals())
+        prepared = run.prepare(recipe, found, offline=True, allow_pickle=False, console=console)
+        engine = run._engine(prepared, console)
+        run._fit(run.Run(prepared, engine, run.TrainState(), folder, console), Signals())
     except UserError as error:
         return {"error": str(error)}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.options import AllowPickle, Json, Offline, Quiet, Verbose, emit, new_talk, verb
+from tunesmith.cli.options import AllowPickle, Json, Offline, Quiet, Verbose, emit, new_console, verb
 
 if TYPE_CHECKING:
     from tunesmith import registry
@@ -84,7 +84,7 @@ def models_path(
     """Print the folder of a model, fetching it if needed."""
     from tunesmith.models import sources
 
-    say = new_talk(True, quiet, verbose).say
+    say = new_console(True, quiet, verbose).say
     source = sources.resolve(spec, offline=offline, allow_pickle=allow_pickle, on_fetch=say)
     if as_json:
         emit({"model": spec, "folder": str(source.folder), "revision": source.revision})

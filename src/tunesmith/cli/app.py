@@ -35,7 +35,7 @@ from tunesmith.cli.options import (
     check_new,
     emit,
     located,
-    new_talk,
+    new_console,
     refuse_early,
     split_words,
     verb,
@@ -44,8 +44,8 @@ from tunesmith.errors import Interrupted, RecipeError, UserError, counted
 from tunesmith.storage.run_folder import check_run
 
 if TYPE_CHECKING:
-    from tunesmith.deploy.inputs import Asked
-    from tunesmith.deploy.predict import Tuned as FineTunedModel
+    from tunesmith.deploy.inputs import Input
+    from tunesmith.deploy.predict import FineTunedModel
 
 
 class Verbs(TyperGroup):
@@ -170,7 +170,7 @@ def demo(
     """Download a small model and film reviews, fine-tune in two minutes, compare before and after."""
     from tunesmith.studies import demo as study
 
-    result = study.demo(output, offline=offline, overwrite=overwrite, talk=new_talk(as_json, quiet, verbose))
+    result = study.demo(output, offline=offline, overwrite=overwrite, console=new_console(as_json, quiet, verbose))
     if as_json:
         emit(result)
 
@@ -193,10 +193,10 @@ def init(
     text = starter(task, technique)
     check_new(output)
     atomic_write(output, text)
-    talk = new_talk(as_json, quiet, verbose)
-    talk.say(f"wrote {output}; set data.train in it, then: {command('train', output)}")
+    console = new_console(as_json, quiet, verbose)
+    console.say(f"wrote {output}; set data.train in it, then: {command('train', output)}")
     schema = shlex.quote(str(output.with_name("tunesmith.schema.json")))
-    talk.say(f"for completion and validation in an editor: {command('schema')} > {schema}")
+    console.say(f"for completion and validation in an editor: {command('schema')} > {schema}")
     if as_json:
         emit({"recipe": str(output)})
 
@@ -233,7 +233,7 @@ def train(
             overwrite=overwrite,
             allow_pickle=allow_pickle,
             offline=offline,
-            talk=new_talk(as_json, quiet, verbose),
+            console=new_console(as_json, quiet, verbose),
         )
     if as_json:
         emit(result)
@@ -263,12 +263,19 @@ def evaluate(
     from tunesmith.console import scores_line
     from tunesmith.studies import score
 
-    talk = new_talk(True, quiet)
+    console = new_console(True, quiet)
     result = score.evaluate(
-        run, data=data, split=split, base=base, device=device, offline=offline, allow_pickle=allow_pickle, talk=talk
+        run,
+        data=data,
+        split=split,
+        base=base,
+        device=device,
+        offline=offline,
+        allow_pickle=allow_pickle,
+        console=console,
     )
     for note in result["notes"]:
-        talk.warn(note)
+        console.warn(note)
     if as_json:
         emit(result)
         return
@@ -357,10 +364,10 @@ def predict(
     from tunesmith.deploy.predict import load
     from tunesmith.storage.files import atomic_write
 
-    talk = new_talk(True, quiet, verbose)
+    console = new_console(True, quiet, verbose)
     tuned = load(run, device=device, offline=offline, allow_pickle=allow_pickle)
     main_role = tuned.task.columns[0].name
-    rows: list[Asked] = [Row(f"input {number}", {main_role: text}) for number, text in enumerate(inputs or [], start=1)]
+    rows: list[Input] = [Row(f"input {number}", {main_role: text}) for number, text in enumerate(inputs or [], start=1)]
     if file is not None:
         rows += read_inputs(file, tuned.task, tuned.data.columns)
     alone = rows[0] if len(rows) == 1 else None
@@ -368,12 +375,12 @@ def predict(
         tuned.stream(alone.values, lambda text: print(text, end="", flush=True))
         print()
         return
-    with talk.progress(len(rows), of="predicting", unit="row") as show:
-        answers = answer_rows(tuned, rows, talk.warn, lambda done: show(done, "predicting"))
+    with console.progress(len(rows), of="predicting", unit="row") as show:
+        answers = answer_rows(tuned, rows, console.warn, lambda done: show(done, "predicting"))
     lines = _answer_lines(tuned, rows, answers, as_json or output is not None)
     if output is not None:
         atomic_write(output, "".join(f"{line}\n" for line in lines))
-        talk.say(f"wrote {counted(len(answers), 'prediction')} to {output}")
+        console.say(f"wrote {counted(len(answers), 'prediction')} to {output}")
         if as_json:
             emit({"run": str(run), "output": str(output), "answers": len(answers)})
         return
@@ -421,7 +428,7 @@ def _typed(prompt: str) -> Iterator[str]:
 
 
 def _answer_lines(
-    tuned: FineTunedModel, rows: list[Asked], answers: list[dict[str, Any]], as_json: bool
+    tuned: FineTunedModel, rows: list[Input], answers: list[dict[str, Any]], as_json: bool
 ) -> Iterator[str]:
     """A line for each answer; behind a class or a number stands the beginning of its input."""
     for row, answer in zip(rows, answers, strict=True):

@@ -15,7 +15,7 @@ from tunesmith.cli.options import (
     Quiet,
     check_new,
     emit,
-    new_talk,
+    new_console,
     refuse_early,
     split_words,
     verb,
@@ -68,7 +68,7 @@ def check(
     if as_json:
         emit(report)
     else:
-        console = new_talk(False, quiet).console
+        console = new_console(False, quiet).rich
         for line, style in _page(report, examples, quiet):
             console.print(line, style=style)
     if report["errors"]:
@@ -157,14 +157,14 @@ def convert(
     from tunesmith.inspect_data import convert as study
 
     result = study.convert(source, output, to=to, header=header, skip=skip, spans=spans)
-    talk = new_talk(as_json, quiet)
-    talk.say(
+    console = new_console(as_json, quiet)
+    console.say(
         f"wrote {counted(result['rows'], 'row')} as {result['format']} to {output}: {', '.join(result['columns'])}"
     )
     if result["left_out"]:
-        talk.warn(f"columns that this format cannot hold beside entities, left out: {', '.join(result['left_out'])}")
+        console.warn(f"columns that this format cannot hold beside entities, left out: {', '.join(result['left_out'])}")
     if result["skipped"]:
-        talk.warn("skipped " + ", ".join(f"{count:,} ({reason})" for reason, count in result["skipped"].items()))
+        console.warn("skipped " + ", ".join(f"{count:,} ({reason})" for reason, count in result["skipped"].items()))
     if as_json:
         emit(result)
 
@@ -206,15 +206,15 @@ def show(
         offline=offline,
         allow_pickle=allow_pickle,
     )
-    talk = new_talk(as_json, quiet)
+    console = new_console(as_json, quiet)
     if html is not None:
         atomic_write(html, study.page(shown, f"{target or 'data'}: model inputs of {split}"))
-        talk.say(f"wrote {html}")
+        console.say(f"wrote {html}")
     if as_json:
         emit({"split": split, "rows": [row.dump() for row in shown]})
     elif html is None:
         for row_shown in shown:
-            _print_row(talk.console, row_shown)
+            _print_row(console.rich, row_shown)
 
 
 def _print_row(console: Any, row: Any) -> None:

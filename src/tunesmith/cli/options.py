@@ -16,7 +16,7 @@ import typer
 from tunesmith.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
-    from tunesmith.console import Talk
+    from tunesmith.console import Console
     from tunesmith.recipe import RecipeSource
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, all other output to stderr.")]
@@ -73,11 +73,11 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def new_talk(as_json: bool, quiet: bool, verbose: bool = False) -> Talk:
+def new_console(as_json: bool, quiet: bool, verbose: bool = False) -> Console:
     """Return the output of a verb."""
-    from tunesmith.console import Talk
+    from tunesmith.console import Console
 
-    return Talk(level=-1 if quiet else int(verbose), to_stderr=as_json)
+    return Console(level=-1 if quiet else int(verbose), to_stderr=as_json)
 
 
 def emit(result: Any) -> None:

@@ -1,1 +1,1 @@
-"""What leaves a run: artefact, card, answers."""
+"""The results of a run in use: artifact, model card, predictions, merging."""

@@ -1,7 +1,8 @@
-"""What a run leaves: an adapter in PEFT's layout with its base's dress, or a whole transformers folder.
+"""The artifact of a run: an adapter in PEFT's layout with a base snapshot, or a whole transformers folder.
 
-Written beside and renamed, so that a folder is complete or absent. Frozen weights come from the original files, not
-from the rounded copies that training computed with; sums are in fp32.
+A base snapshot (`base/`) is the config and tokenizer that the adapter needs. A folder is written under a temporary name
+and renamed, so that it is complete or absent. Frozen weights are copied from the original files, not from the
+low-precision copies used in training; merged weights are summed in fp32.
 """
 
 from __future__ import annotations
@@ -18,39 +19,38 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tunesmith.deploy import fingerprint as origin
+from tunesmith.deploy import fingerprint
 from tunesmith.models import added_tokens
 from tunesmith.models import load as models
 from tunesmith.models.anatomy import Anatomy
 from tunesmith.models.quiet import quiet
 from tunesmith.models.sources import Source
 from tunesmith.recipe import Recipe
-from tunesmith.tasks import Task
 from tunesmith.techniques import OWN_TYPE, PEFT_PREFIX, Technique
 from tunesmith.training.task_model import load_task_model
 
 PEFT_ROWS = ".token_adapter.trainable_tokens_delta"
-"""How PEFT ends the name of rows that learn."""
+"""Suffix of PEFT's names for trained embedding rows."""
 
 
-def learned(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
-    """What a run has to keep: the parameters that learn and the buffers that the technique added, by name."""
+def trained_tensors(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """Return trained parameters and buffers added by the technique, by name."""
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     return {name: state[name].detach() for name in names}
 
 
-def put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """The inverse of `learned`, in place."""
-    places = dict(model.named_parameters()) | dict(model.named_buffers())
+def load_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the result of `trained_tensors` into a model, in place."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for name, value in state.items():
-            places[name].copy_(value)
+            tensors[name].copy_(value)
 
 
 def write_adapter(
     folder: Path, model: nn.Module, anatomy: Anatomy, technique: Technique, source: Source, processor: Any
 ) -> None:
-    """`adapter/` and `base/` of a run from the trained model in hand."""
+    """Write `adapter/` and `base/` of a run from its trained model."""
     with _complete(folder / "base") as base:
         model.config.save_pretrained(base)  # type: ignore[union-attr, operator]
         processor.save_pretrained(base)
@@ -64,59 +64,56 @@ def write_adapter(
         save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
         (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         kind = models.processor_kind(processor)
-        belongs_to = origin.fingerprint(source, folder / "base", kind) | {
-            "quantization": technique.quantization(anatomy)
-        }
-        (adapter / origin.FILE).write_text(json.dumps(belongs_to, indent=2) + "\n", encoding="utf-8")
+        record = fingerprint.compute(source, folder / "base", kind) | {"quantization": technique.quantization(anatomy)}
+        (adapter / fingerprint.FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _with_added_tokens(
     model: nn.Module, config: dict[str, Any], kept: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Rows of added tokens under PEFT's names, which of its methods LoRA alone has a place for (and no bias in it)."""
-    mine = [name for name in kept if name.endswith(f".{added_tokens.ROWS}")]
-    if not mine or config["peft_type"].startswith(OWN_TYPE):
+    """Store embedding rows of added tokens under PEFT's names; in PEFT only LoRA supports them, and without a bias."""
+    rows = [name for name in kept if name.endswith(f".{added_tokens.ROWS}")]
+    if not rows or config["peft_type"].startswith(OWN_TYPE):
         return config, kept
     if config["peft_type"] != "LORA" or added_tokens.has_bias(model):
         return config | {"peft_type": OWN_TYPE + config["peft_type"]}, kept
-    paths = [name.removeprefix(PEFT_PREFIX).rpartition(".")[0] for name in mine]
+    paths = [name.removeprefix(PEFT_PREFIX).rpartition(".")[0] for name in rows]
     ids = {path: list(model.get_submodule(path).added_ids) for path in paths}  # type: ignore[arg-type]
-    renamed = {name.replace(f".{added_tokens.ROWS}", PEFT_ROWS) if name in mine else name: kept[name] for name in kept}
+    renamed = {name.replace(f".{added_tokens.ROWS}", PEFT_ROWS) if name in rows else name: kept[name] for name in kept}
     return config | {"trainable_token_indices": ids}, renamed
 
 
 def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What an adapter holds, rows of added tokens under our names again."""
+    """Rename embedding rows of added tokens from PEFT's names to ours."""
     return {name.replace(PEFT_ROWS, f".{added_tokens.ROWS}"): value for name, value in tensors.items()}
 
 
 def _rest_of_modules(model: nn.Module, modules: Collection[str], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What PEFT asks for of modules that it saves whole beside what learns: a decoder tied to the input embeddings."""
+    """Return tensors that PEFT expects of fully saved modules but that are not trained, such as a tied decoder."""
     prefix = PEFT_PREFIX if any(name.startswith(PEFT_PREFIX) for name in kept) else "base_model."
-    found: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
     for module in modules:
         for name, value in model.get_submodule(module).state_dict().items():
             if (key := f"{prefix}{module}.{name}") not in kept:
-                found[key] = value.clone()  # a file holds no tensor twice under two names
-    return found
+                rest[key] = value.clone()  # safetensors refuses tensors that share memory
+    return rest
 
 
 def write_model(folder: Path, recipe: Recipe, source: Source, processor: Any, state: Mapping[str, Tensor]) -> None:
-    """`model/` of a run: the original weights in their stored format, with what was learned put in and merged."""
+    """Write `model/` of a run: the original weights in their stored dtype with the trained ones loaded and merged."""
     task, technique = recipe.task, recipe.technique
-    assert isinstance(task, Task) and isinstance(technique, Technique)
     model, anatomy = load_task_model(task, source, processor, recipe.train.seed)
     technique.apply(model, anatomy, processor)
-    put(model, state)
+    load_trained(model, state)
     technique.merge(model)
     added_tokens.fold(model)
     save(folder / "model", model, processor, models.unused_parts(source, model, anatomy.unused))
 
 
-def save(folder: Path, model: nn.Module, processor: Any, beside: Mapping[str, Tensor] | None = None) -> None:
-    """A plain transformers folder; `beside`: what this model has no use for and the next may have."""
+def save(folder: Path, model: nn.Module, processor: Any, unused: Mapping[str, Tensor] | None = None) -> None:
+    """Write a plain transformers folder; `unused` checkpoint weights are kept for a later run with another head."""
     with _complete(folder) as target, quiet():
-        state = {**model.state_dict(), **beside} if beside else None
+        state = {**model.state_dict(), **unused} if unused else None
         model.save_pretrained(target, state_dict=state)  # type: ignore[operator]
         processor.save_pretrained(target)
 

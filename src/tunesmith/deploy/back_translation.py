@@ -1,8 +1,7 @@
-"""Texts said otherwise: translated into another language and back by two runs of the user's own.
+"""Back-translation: training texts translated into another language and back by two translation runs of the user.
 
-The other wording of a text is what `data.augment`'s back-translation puts in its place (Sennrich 2016, arXiv
-1511.06709; for classes Xie 2020, 1904.12848). It is made once for all texts and kept, so that each epoch, a resumed run
-and other processes see the same.
+A step of `data.augment` (Sennrich 2016, arXiv 1511.06709; for classification Xie 2020, arXiv 1904.12848). The texts are
+translated once and cached, so that every epoch, a resumed run and other processes use the same ones.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from tunesmith.recipe.fields import Augmentation
 from tunesmith.storage.files import atomic_write
 
 
-def translated_back(
+def back_translate(
     texts: Iterable[str],
     steps: Sequence[Augmentation],
     cache: Path,
@@ -27,51 +26,52 @@ def translated_back(
     offline: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, str]:
-    """Text -> the same by way of another language, read from `cache` where it was made before; empty where no step
-    asks for it.
+    """Return text -> back-translation, cached in `cache`; empty if no step of `data.augment` needs it.
 
     Raises:
-        RecipeError: a run is not there, not finished, or does not translate.
+        RecipeError: a run is missing, not finished, or not a translation run.
     """
     step = next((one for one in steps if one.runs is not None), None)
     if step is None:
         return {}
-    assert step.runs is not None, "chosen by it"
+    assert step.runs is not None, "a condition of the choice"
     wanted = sorted(set(texts))
-    kept = cache / f"{fingerprint(wanted, fingerprints(steps))}.json"
-    if not kept.exists():
-        said = wanted
+    file = cache / f"{fingerprint(wanted, fingerprints(steps))}.json"
+    if not file.exists():
+        current = wanted
         for run in step.runs:
-            tuned = predict.load(run, device=device, offline=offline)
-            if tuned.task.name != "translation":
-                what = f"data.augment: {run} is a run of {tuned.task.name}, and a text is translated there and back"
-                raise RecipeError(what, hint="name two runs of translation")
-            say(f"translating {counted(len(said), 'text')} by {run}")
-            said = [answer["translation"] or text for answer, text in zip(_ask(tuned, said), said, strict=True)]
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(kept, json.dumps(dict(zip(wanted, said, strict=True)), ensure_ascii=False))
-    found: dict[str, str] = json.loads(kept.read_text(encoding="utf-8"))
-    return found
+            model = predict.load(run, device=device, offline=offline)
+            if model.task.name != "translation":
+                what = f"data.augment: {run} is a run of {model.task.name}, not of translation"
+                raise RecipeError(what, hint="name two translation runs, one for each direction")
+            say(f"translating {counted(len(current), 'text')} with {run}")
+            answers = _translate(model, current)
+            current = [answer["translation"] or text for answer, text in zip(answers, current, strict=True)]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, json.dumps(dict(zip(wanted, current, strict=True)), ensure_ascii=False))
+    translations: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    return translations
 
 
-def _ask(tuned: predict.Tuned, texts: Sequence[str]) -> list[dict[str, str]]:
-    """A translation for each; of a text that is nothing to the tokenizer, none."""
+def _translate(model: predict.FineTunedModel, texts: Sequence[str]) -> list[dict[str, str]]:
+    """Translate each text; a text without tokens has an empty translation."""
     try:
-        return tuned.predict(texts)
+        return model.predict(texts)
     except DataError:
-        return [_ask(tuned, [text])[0] for text in texts] if len(texts) > 1 else [{"translation": ""}]
+        return [_translate(model, [text])[0] for text in texts] if len(texts) > 1 else [{"translation": ""}]
 
 
 def fingerprints(steps: Sequence[Augmentation]) -> list[str]:
-    """sha256 of what the runs say of themselves.
+    """Return the sha256 of each run's `run.json`.
 
     Raises:
-        RecipeError: there is no run.
+        RecipeError: a folder contains no run.
     """
-    found = []
+    hashes = []
     for run in (run for step in steps for run in step.runs or ()):
         about = Path(run) / "run.json"
         if not about.is_file():
-            raise RecipeError(f"data.augment: no run in {run}", hint="`tunesmith train task=translation ...` makes one")
-        found.append(file_sha256(about))
-    return found
+            hint = "train one with `tunesmith train task=translation ...`"
+            raise RecipeError(f"data.augment: no run in {run}", hint=hint)
+        hashes.append(file_sha256(about))
+    return hashes

@@ -1,4 +1,4 @@
-"""A conversation with a run: what is said goes in line by line, answers come out as they are written.
+"""A conversation with a run: each line is a user message, answers are streamed.
 
 tunesmith chat runs/alpaca-lora
 """
@@ -10,41 +10,45 @@ from dataclasses import replace
 
 from tunesmith.data.columns import of_kind
 from tunesmith.data.text.conversations import Message
-from tunesmith.deploy.predict import Tuned
+from tunesmith.deploy.predict import FineTunedModel
 from tunesmith.errors import RecipeError
 from tunesmith.recipe.fields import Generation
 
-ANEW = "/new"
-"""Begins another conversation."""
+NEW_CONVERSATION = "/new"
+"""The line that starts a new conversation."""
 
 
 def chat(
-    tuned: Tuned, lines: Iterable[str], say: Callable[[str], None], how: Generation, system: str | None = None
+    model: FineTunedModel,
+    lines: Iterable[str],
+    say: Callable[[str], None],
+    settings: Generation,
+    system: str | None = None,
 ) -> list[Message]:
-    """Answer each of `lines` behind all that was said before; returns the conversation, or the last after `ANEW`.
+    """Answer each line in the context of the conversation so far; return the last conversation.
 
-    `system` is what it begins with, in the place of the run's own.
+    `system` replaces the run's system message.
 
     Raises:
-        RecipeError: the run holds no conversations.
+        RecipeError: the run was not trained on conversations.
     """
-    if of_kind(tuned.task.columns, "messages") is None or not tuned.bound.rows_are_examples:
-        hint = "`tunesmith predict` asks it"
-        raise RecipeError("this run has learned no conversations", where=tuned.recipe.output, hint=hint)
-    task = tuned.task.model_copy(update={"generate": how})
-    told = replace(tuned, bound=task.bind(tuned.processor, tuned.model.config, tuned.data))
+    if of_kind(model.task.columns, "messages") is None or not model.bound.rows_are_examples:
+        hint = "use `tunesmith predict`"
+        raise RecipeError("this run was not trained on conversations", where=model.recipe.output, hint=hint)
+    task = model.task.model_copy(update={"generate": settings})
+    model = replace(model, bound=task.bind(model.processor, model.model.config, model.data))
     opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages = list(opening)
     for line in lines:
-        if line.strip() == ANEW:
+        if line.strip() == NEW_CONVERSATION:
             messages = list(opening)
-        if not line.strip() or line.strip() == ANEW:
+        if not line.strip() or line.strip() == NEW_CONVERSATION:
             continue
         messages.append({"role": "user", "content": line.strip()})
-        answer = told.stream({"messages": messages}, say)
+        answer = model.stream({"messages": messages}, say)
         say("\n" if answer else "(no answer)\n")
         if answer:
             messages.append({"role": "assistant", "content": answer})
         else:
-            messages.pop()  # as if it had not been asked: a model cannot go on from a question without an answer
+            messages.pop()  # chat templates refuse two user messages in a row
     return messages

@@ -1,4 +1,4 @@
-"""Goes on with the adapter that a run left, instead of folding it into its base: `technique: {..., continue: true}`."""
+"""Continued training of an earlier run's adapter, without merging it: `technique: {..., continue: true}`."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ from tunesmith.tasks import Task
 from tunesmith.techniques import Technique
 
 
-def earlier(recipe: Recipe) -> tuple[Recipe, Path]:
-    """The recipe over the base of the run that it names as its model, by that run's technique; and the run.
+def resolve(recipe: Recipe) -> tuple[Recipe, Path]:
+    """Return the recipe with base and technique of the run that `model` names, and the folder of that run.
 
     Raises:
-        RecipeError: it is no run that left an adapter, or one by another technique or with other keys.
+        RecipeError: the run has no adapter, or one with another technique or other technique keys.
     """
     run, technique = Path(recipe.model).expanduser(), recipe.technique
     if not (run / "adapter" / "adapter_config.json").exists():
-        hint = "model=RUN names one that did; a whole model is gone on with by model=RUN alone"
-        raise RecipeError("technique.continue: no run that left an adapter", where=str(run), hint=hint)
+        hint = "set model to a run with an adapter; a run with a whole model needs no continue"
+        raise RecipeError("technique.continue: no run with an adapter in this folder", where=str(run), hint=hint)
     before = load_recipe(run / "recipe.yaml")
     if technique.name != before.technique.name:
-        what = f"technique.continue: that run learned by {before.technique.name}, not by {technique.name}"
+        what = f"technique.continue: the run used {before.technique.name}, not {technique.name}"
         raise RecipeError(what, where=str(run), hint=f"technique={{name: {before.technique.name}, continue: true}}")
     fields = type(technique).model_fields
-    unsaid = type(technique)(**{key: getattr(technique, key) for key, field in fields.items() if field.is_required()})
+    defaults = type(technique)(**{key: getattr(technique, key) for key, field in fields.items() if field.is_required()})
     for key in fields:
-        asked, was = getattr(technique, key), getattr(before.technique, key)
-        if asked not in (was, getattr(unsaid, key)):
-            what = f"technique.continue: {key} was {was}, not {asked}"
-            raise RecipeError(what, where=str(run), hint="leave it out: the adapter is gone on with as it is")
+        value, was = getattr(technique, key), getattr(before.technique, key)
+        if value not in (was, getattr(defaults, key)):
+            what = f"technique.continue: {key} was {was}, not {value}"
+            hint = f"leave technique.{key} out: a continued adapter keeps its keys"
+            raise RecipeError(what, where=str(run), hint=hint)
     return recipe.over(before.model, before.technique), run
 
 
-def dressed(source: Source, run: Path) -> Source:
-    """The base in the tokenizer that the run left it in."""
+def with_snapshot(source: Source, run: Path) -> Source:
+    """Return the source with the base snapshot of a run (config, tokenizer) as its folder."""
     return replace(source, folder=run / "base")
 
 
-def put_back(model: nn.Module, task: Task, technique: Technique, source: Source, run: Path) -> None:
-    """Give a model that the technique has prepared what the run has learned.
+def load_trained(model: nn.Module, task: Task, technique: Technique, source: Source, run: Path) -> None:
+    """Load the adapter of a run into a model to which the technique has been applied.
 
     Raises:
-        RecipeError: the run had another head.
+        RecipeError: the run has another head.
         CheckpointError: the adapter is damaged, or does not fit.
     """
     before = load_recipe(run / "recipe.yaml").task
-    assert isinstance(before, Task)
     if before.name != task.name or before.head_config() != task.head_config():
-        what = f"technique.continue: that run's head ({before.name}) does not fit {task.name} on this data"
-        raise RecipeError(what, where=str(run), hint="leave continue out: what was learned is merged, the head is new")
+        what = f"technique.continue: the run's head ({before.name}) does not fit {task.name} on this data"
+        raise RecipeError(what, where=str(run), hint="leave continue out: the adapter is merged and the head is new")
     technique.load_adapter(model, predict.read_adapter(run / "adapter", source, task.processor))

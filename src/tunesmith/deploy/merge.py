@@ -1,13 +1,13 @@
-"""Several runs over one base, merged into one model: weighted sums of what each has learned.
+"""Merging of several runs with the same base into one model: a weighted sum of their weight changes.
 
-With d_i = W_i - W, what run i has added to the base, and weights a_i:
+With the change d_i = W_i - W of run i, and weights a_i:
 
     linear   W + sum_i a_i d_i                                    (task arithmetic, Ilharco 2023, arXiv 2212.04089)
-    dare     d_i keeps each entry with probability p, divided by p, then as linear      (Yu 2024, arXiv 2311.03099)
-    ties     d_i keeps its largest share p of entries; per entry the sign of sum_i a_i d_i is elected, and the mean of
-             the a_i d_i of that sign, over their weights, is added                     (Yadav 2023, arXiv 2306.01708)
+    dare     each entry of d_i is kept with probability p and divided by p, then linear (Yu 2024, arXiv 2311.03099)
+    ties     each d_i keeps the fraction p of its entries with the largest magnitude; the sign of sum_i a_i d_i is
+             elected for each entry; the weighted mean of the d_i of that sign is added (Yadav 2023, arXiv 2306.01708)
 
-Sums are in fp32 and leave a plain transformers folder; a head, which no base has, is averaged.
+Sums are in fp32. The result is a plain transformers folder. Heads, which the base does not have, are averaged.
 """
 
 from __future__ import annotations
@@ -22,20 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith import recipe as recipes
-from tunesmith.deploy import artifact as artefact
-from tunesmith.deploy import card, predict
+from tunesmith.deploy import artifact, card, predict
 from tunesmith.errors import RecipeError, UserError, counted
 from tunesmith.models import added_tokens, sources
 from tunesmith.models import load as models
 from tunesmith.storage import files
 from tunesmith.storage.run_folder import claim, clear
 from tunesmith.storage.run_lock import RunLock
-from tunesmith.techniques import Technique
 from tunesmith.training.task_model import load_task_model
 
 Method = Literal["linear", "ties", "dare"]
 DENSITY = {"linear": 1.0, "ties": 0.2, "dare": 0.5}
-"""What share of entries is kept: TIES' own 20 %; of DARE half, which its paper finds harmless for what LoRA adds."""
+"""Default fraction of entries kept: 20 % as in the TIES paper; half for DARE, harmless for LoRA in its paper."""
 
 
 @torch.no_grad()
@@ -51,28 +49,28 @@ def merge(
     allow_pickle: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write a run folder whose `model/` is the merged one; it can be evaluated, asked, and trained on like any other.
-    Of a run alone, what it has learned is merged into its base.
+    """Write a run folder whose `model/` is the merged model; use it like any other run.
 
-    `weights` default to equal shares that add up to 1; `density` is p of the formula.
+    A single run is merged into its base. `weights` default to equal weights with the sum 1; `density` is p in the
+    formulas.
 
     Raises:
-        UserError: runs that differ in base, task or classes; as many weights as runs are needed.
-        RecipeError: a run is not finished, or by a technique that cannot be merged.
+        UserError: the runs differ in base, task or classes, or the number of weights is wrong.
+        RecipeError: a run is not finished, or its technique cannot be merged.
     """
     shares = list(weights) if weights is not None else [1 / len(runs)] * len(runs)
     if len(shares) != len(runs):
         raise UserError(f"--weights: {len(shares)} for {counted(len(runs), 'run')}", hint="give one for each run")
     if not all(map(math.isfinite, shares)) or sum(shares) == 0:
-        hint = "give finite ones whose sum is not 0: heads are averaged by them"
+        hint = "give finite weights whose sum is not 0 (heads are averaged with them)"
         raise UserError(f"--weights: {', '.join(f'{share:g}' for share in shares)}", hint=hint)
     kept = DENSITY[method] if density is None else density
     if not 0 < kept <= 1 or (method == "linear" and kept != 1):
-        raise UserError(f"--density: {kept:g}", hint="above 0 and at most 1, for ties and dare")
+        raise UserError(f"--density: {kept:g}", hint="use a value above 0 and at most 1, with ties or dare")
     if Path(output).resolve() in [Path(run).resolve() for run in runs]:
-        raise UserError("--output: it is one of the runs to be merged", where=str(output), hint="name another folder")
+        raise UserError("--output: this is one of the runs to merge", where=str(output), hint="name another folder")
     if not overwrite and Path(output).exists() and any(Path(output).iterdir()):
-        hint = "--overwrite replaces a run, --output DIR puts the new one elsewhere"
+        hint = "replace the run with --overwrite, or choose another folder with --output"
         raise UserError("--output: the folder is not empty", where=str(output), hint=hint)
     folders = [Path(run) for run in runs]
     parts = [_merged(folder, offline, allow_pickle, exact=True) for folder in folders]
@@ -103,7 +101,7 @@ def merge(
 def combine(
     changes: Sequence[Tensor], shares: Sequence[float], method: Method, density: float, generator: torch.Generator
 ) -> Tensor:
-    """What is added to one parameter of the base."""
+    """Return the change of one parameter of the base."""
     if method == "dare":
         drawn = [torch.rand(change.shape, generator=generator) < density for change in changes]
         changes = [change * keep / density for change, keep in zip(changes, drawn, strict=True)]
@@ -117,34 +115,31 @@ def combine(
 
 
 def _largest(change: Tensor, density: float) -> Tensor:
-    """The largest share of its entries, the others zero."""
+    """Return the change with only the entries of largest magnitude, the others set to zero."""
     count = max(1, round(density * change.numel()))
     kept = change.flatten().abs().topk(count).indices
-    found = torch.zeros(change.numel(), dtype=change.dtype)
-    found[kept] = change.flatten()[kept]
-    return found.view_as(change)
+    trimmed = torch.zeros(change.numel(), dtype=change.dtype)
+    trimmed[kept] = change.flatten()[kept]
+    return trimmed.view_as(change)
 
 
-def fold(run: Path, *, offline: bool = False, allow_pickle: bool = False) -> None:
-    """Write `model/` of a run that has an adapter, so that others can start from it.
+def merge_adapter(run: Path, *, offline: bool = False, allow_pickle: bool = False) -> None:
+    """Write `model/` of a run with an adapter, so that other runs can start from it.
 
     Raises:
-        RecipeError: its technique cannot be merged.
+        RecipeError: the technique cannot be merged.
     """
     tuned, source = _merged(run, offline, allow_pickle)
     unused = models.unused_parts(source, tuned.model, tuned.anatomy.unused)
-    artefact.save(run / "model", tuned.model, tuned.processor, unused)
+    artifact.save(run / "model", tuned.model, tuned.processor, unused)
 
 
 def _merged(
     folder: Path, offline: bool, allow_pickle: bool = False, *, exact: bool = False
-) -> tuple[predict.Tuned, sources.Source]:
-    """A run's model with everything folded in, on the CPU, and where its base is from; `exact`: in fp32, however it is
-    stored.
-    """
+) -> tuple[predict.FineTunedModel, sources.Source]:
+    """Return a run's model on the CPU with its adapter merged, and the source of its base; `exact`: in fp32."""
     tuned = predict.load(folder, device="cpu", offline=offline, allow_pickle=allow_pickle, to_merge=True)
     technique = tuned.recipe.technique
-    assert isinstance(technique, Technique)
     source = sources.resolve(tuned.recipe.model, offline=offline, allow_pickle=allow_pickle)
     if exact:
         tuned.model.float()
@@ -157,31 +152,34 @@ def _merged(
     return tuned, source
 
 
-def _check_alike(folders: Sequence[Path], parts: Sequence[tuple[predict.Tuned, sources.Source]]) -> None:
+def _check_alike(folders: Sequence[Path], parts: Sequence[tuple[predict.FineTunedModel, sources.Source]]) -> None:
     (first, base), *others = parts
     for folder, (tuned, source) in zip(folders[1:], others, strict=True):
         if models.base_hash(source) != models.base_hash(base):
-            raise UserError(f"{source.spec} is another base than {base.spec}", where=str(folder))
-        if _made_for(tuned) != _made_for(first):
+            hint = "merge runs of the same base"
+            raise UserError(f"its base {source.spec} is not {base.spec}", where=str(folder), hint=hint)
+        if _signature(tuned) != _signature(first):
             hint = "merge runs of the same task with the same classes and tokens"
             raise UserError(f"its task, classes or tokens are not those of {folders[0]}", where=str(folder), hint=hint)
 
 
-def _made_for(tuned: predict.Tuned) -> tuple[str, dict[str, Any], list[str]]:
+def _signature(tuned: predict.FineTunedModel) -> tuple[str, dict[str, Any], list[str]]:
     return tuned.task.name, tuned.task.head_config(), list(tuned.task.added_tokens)
 
 
-def _base(first: predict.Tuned, source: sources.Source) -> tuple[nn.Module, Any]:
+def _base(first: predict.FineTunedModel, source: sources.Source) -> tuple[nn.Module, Any]:
     model, anatomy = load_task_model(first.task, source, first.processor, first.recipe.train.seed)
     added_tokens.fold(model)
     return model, anatomy
 
 
-def _write(output: Path, model: nn.Module, first: predict.Tuned, about: dict[str, Any], overwrite: bool) -> None:
+def _write(
+    output: Path, model: nn.Module, first: predict.FineTunedModel, about: dict[str, Any], overwrite: bool
+) -> None:
     with RunLock(output):
         claim(output, resume=False, overwrite=overwrite)
         clear(output)
-        artefact.save(output / "model", model, first.processor)
+        artifact.save(output / "model", model, first.processor)
         files.atomic_write(output / "recipe.yaml", recipes.to_yaml(first.recipe.dump() | {"output": str(output)}))
         done = {"outcome": "done", "run": str(output), "task": first.task.name, "technique": "merge", "metrics": {}}
         files.atomic_write(output / "run.json", json.dumps(done | about, indent=1, ensure_ascii=False) + "\n")

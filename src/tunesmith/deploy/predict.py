@@ -1,4 +1,4 @@
-"""A run, loaded to answer: the artefact as it lies on disk, in the base's stored number format."""
+"""A fine-tuned model loaded for prediction from the artifact on disk, in the dtype of the base's checkpoint."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from tunesmith.console import command
 from tunesmith.data.batches import collate
 from tunesmith.data.columns import Kind, inputs_of
 from tunesmith.data.formats import Row
-from tunesmith.deploy import artifact as artefact
-from tunesmith.deploy import fingerprint as origin
+from tunesmith.deploy import artifact, fingerprint
 from tunesmith.errors import CheckpointError, RecipeError, UserError, shorten
 from tunesmith.models import load as models
 from tunesmith.models import sources
@@ -28,19 +27,18 @@ from tunesmith.recipe import Data, Recipe
 from tunesmith.recipe import load as load_recipe
 from tunesmith.storage.run_folder import check_run
 from tunesmith.tasks import BoundTask, Task
-from tunesmith.techniques import Technique
 from tunesmith.training import evaluate, machine
 from tunesmith.training.dataset import encode_rows
 from tunesmith.training.machine import Machine
 from tunesmith.training.task_model import load_task_model
 
 PLAIN_VALUES: dict[Kind, type] = {"text": str}
-"""Kind of a column -> the type of its values in Python."""
+"""Kind of a column -> type of its values in Python."""
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """A tuned model with all that is needed to ask it."""
+class FineTunedModel:
+    """Fine-tuned model with its task, ready to predict."""
 
     model: nn.Module
     bound: BoundTask
@@ -49,7 +47,7 @@ class Tuned:
     machine: Machine
 
     def __repr__(self) -> str:
-        return f"<{self.task.name} by {self.recipe.technique.name}, run {self.recipe.output}>"
+        return f"<{self.task.name} with {self.recipe.technique.name}, run {self.recipe.output}>"
 
     @property
     def task(self) -> Task:
@@ -64,7 +62,7 @@ class Tuned:
 
     @property
     def generates(self) -> bool:
-        """Whether its answers are generated texts."""
+        """True where answers are generated texts."""
         return self.bound.generator is not None
 
     @property
@@ -75,7 +73,7 @@ class Tuned:
     def predict(
         self, inputs: str | Mapping[str, object] | Iterable[str | Mapping[str, object]]
     ) -> list[dict[str, Any]]:
-        """One answer for each text, or each mapping with the task's columns, in their order; a text alone is one.
+        """Return one answer for each input, in their order: a text, or a mapping with the task's columns.
 
         Example:
             >>> tunesmith.load("runs/reviews").predict(["A lovely film."])  # doctest: +SKIP
@@ -84,13 +82,13 @@ class Tuned:
         return self.predict_rows(self._rows([inputs] if isinstance(inputs, str | Mapping) else inputs))
 
     def stream(self, given: str | Mapping[str, object], say: Callable[[str], None]) -> str:
-        """The text that the model generates for one input, passed to `say` piece by piece.
+        """Generate the text for one input, pass it to `say` piece by piece, and return it.
 
         Raises:
-            UserError: the task of this run generates no texts.
+            UserError: the task does not generate texts.
         """
         if self.bound.generator is None:
-            raise UserError(f"stream: {self.task.name} generates no texts", hint="predict answers")
+            raise UserError(f"stream: {self.task.name} does not generate texts", hint="use predict")
         prompt = [self.bound.as_prompt(row) for row in self._rows([given])]
         batch = collate(encode_rows(prompt, self.bound), np.zeros(1, dtype=np.int64)).to(self.machine.device)
         with torch.inference_mode():
@@ -106,12 +104,12 @@ class Tuned:
             value = values.get(main.name)
             if wanted and (value is None or not isinstance(value, PLAIN_VALUES.get(main.kind, object))):
                 hint = f"give a text, or a mapping with '{main.name}'"
-                raise UserError(f"input {number} has no {main.name}", hint=hint)
+                raise UserError(f"input {number}: no {main.name}", hint=hint)
             rows.append(Row(f"input {number}", values))
         return rows
 
     def predict_rows(self, rows: Iterable[Row]) -> list[dict[str, Any]]:
-        """One answer for each row, in their order. Nothing is written to disk."""
+        """Return one answer for each row, in their order. Nothing is written to disk."""
         prompts = [self.bound.as_prompt(row) for row in rows]
         answers = evaluate.answers(self.model, self.bound, encode_rows(prompts, self.bound), self.machine)
         return [self.bound.postprocess(answer, row) for answer, row in zip(answers, prompts, strict=True)]
@@ -125,39 +123,37 @@ def load(
     offline: bool = False,
     allow_pickle: bool = False,
     to_merge: bool = False,
-) -> Tuned:
-    """The model of a finished run; `allow_pickle` reads `.bin` weights of the base of an adapter (weights_only).
+) -> FineTunedModel:
+    """Load the model of a finished run; `allow_pickle` permits `.bin` weights in an adapter's base (weights_only).
 
-    `base` says where the base of an adapter is now, if it has moved; `to_merge` asks for its weights as they are
-    stored, where the run has learned over others (in 4 or 8 bits).
+    `base` is the new location of an adapter's base, if it has moved. `to_merge` loads the base unquantized where the
+    run used a quantized base.
 
     Raises:
-        RecipeError: there is no finished run in that folder.
-        CheckpointError: the adapter is damaged, or the base is not the one that it was trained on.
+        RecipeError: the folder contains no finished run.
+        CheckpointError: the adapter is damaged, or the base differs from training.
     """
-    folder, found = Path(run), machine.find(device, named="--device")
+    folder, target = Path(run), machine.find(device, named="--device")
     check_run(folder)
-    found.select()
+    target.select()
     recipe = load_recipe(folder / "recipe.yaml")
     if to_merge:
-        assert isinstance(recipe.technique, Technique)
         recipe = recipe.model_copy(update={"technique": recipe.technique.for_merge()})
     if (folder / "adapter" / "adapter_config.json").exists():
         source = sources.resolve(str(base or recipe.model), offline=offline, allow_pickle=allow_pickle)
-        tuned = _ready(recipe, source, folder / "adapter", found.device)
+        tuned = _load_model(recipe, source, folder / "adapter", target.device)
     elif (folder / "model" / "config.json").exists():
-        tuned = _ready(recipe, sources.resolve(str(folder / "model"), offline=True), None, found.device)
+        tuned = _load_model(recipe, sources.resolve(str(folder / "model"), offline=True), None, target.device)
     else:
-        hint = f"`{command('train', '--resume', folder)}`"
+        hint = f"finish it with `{command('train', '--resume', folder)}`"
         raise RecipeError("the run is not finished", where=str(folder), hint=hint)
     if not to_merge:
         machine.store_for_inference(tuned.model, tuned.machine)
     return tuned
 
 
-def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device: torch.device) -> Tuned:
+def _load_model(recipe: Recipe, source: sources.Source, adapter: Path | None, device: torch.device) -> FineTunedModel:
     task, technique = recipe.task, recipe.technique
-    assert isinstance(task, Task) and isinstance(technique, Technique)
     tensors = None if adapter is None else read_adapter(adapter, source, task.processor)
     snapshot = source if adapter is None else replace(source, folder=adapter.parent / "base")
     processor = models.load_processor(snapshot, kind=task.processor)
@@ -167,24 +163,24 @@ def _ready(recipe: Recipe, source: sources.Source, adapter: Path | None, device:
         technique.apply(model, anatomy, processor)
         technique.load_adapter(model, tensors)
     model.to(device).eval()
-    return Tuned(model, bound, anatomy, recipe.model_copy(update={"task": bound.task}), Machine(device, None))
+    return FineTunedModel(model, bound, anatomy, recipe.model_copy(update={"task": bound.task}), Machine(device, None))
 
 
 def read_adapter(adapter: Path, source: sources.Source, kind: models.ProcessorKind) -> dict[str, Tensor]:
-    """What an adapter holds, if this is the base that it belongs to.
+    """Return the tensors of an adapter, if this is the base that it was trained on.
 
     Raises:
-        CheckpointError: it is not, or the adapter is damaged.
+        CheckpointError: it is another base, or the adapter is damaged.
     """
-    with _reading(adapter / origin.FILE) as file:
-        known = origin.read(file)
-    origin.check(known, source, adapter.parent / "base", adapter, kind)
+    with _reading(adapter / fingerprint.FILE) as file:
+        known = fingerprint.read(file)
+    fingerprint.check(known, source, adapter.parent / "base", adapter, kind)
     with _reading(adapter / "adapter_model.safetensors") as file:
-        return artefact.own_names(load_file(file))
+        return artifact.own_names(load_file(file))
 
 
-def base_of(tuned: Tuned, source: sources.Source) -> tuple[nn.Module, Anatomy]:
-    """A base as it was before a run, where the run's model is."""
+def base_of(tuned: FineTunedModel, source: sources.Source) -> tuple[nn.Module, Anatomy]:
+    """Load the base of a run as it was before training, on the device of the run's model."""
     model, anatomy = load_task_model(tuned.task, source, tuned.processor, tuned.recipe.train.seed)
     model.to(tuned.machine.device)
     machine.store_for_inference(model, tuned.machine)
@@ -193,15 +189,15 @@ def base_of(tuned: Tuned, source: sources.Source) -> tuple[nn.Module, Anatomy]:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[Path]:
-    """A file of the adapter that is damaged or gone, as the user's error."""
+    """Raise `CheckpointError` where an adapter file is damaged or missing."""
     try:
         yield file
     except (OSError, ValueError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or shorten(str(error), 120)[1:-1]
-        again = f"`{command('train', '--resume', file.parents[1])}` writes it anew"
+        again = f"write it again with `{command('train', '--resume', file.parents[1])}`"
         raise CheckpointError(f"cannot be read ({reason})", where=str(file), hint=again) from error
 
 
 def predict(run: str | Path, inputs: Iterable[str | Mapping[str, object]], **options: Any) -> list[dict[str, Any]]:
-    """Load a run and ask it once; `load` keeps it for more. Options are those of `load`."""
+    """Load a run and return its answers; options are those of `load`, which avoids loading the run for each call."""
     return load(run, **options).predict(inputs)

@@ -1,1 +1,1 @@
-"""What a run is worth, shown."""
+"""Interpretation of a run: report and hints."""

@@ -1,4 +1,4 @@
-"""One static page of a run: curves, scores against the baseline, where it errs. No script, nothing from outside."""
+"""The report of a run: one static HTML page with curves, scores and errors. No scripts, no external resources."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from tunesmith.errors import CONTROL, counted
 from tunesmith.metrics import ERRORS, MEANINGS, side_by_side
 from tunesmith.recipe import load as load_recipe
 from tunesmith.storage.files import atomic_write
+from tunesmith.storage.run_folder import samples_in
 from tunesmith.tasks import Task
 
 WIDTH, HEIGHT = 560, 180
-WORST_SHOWN = 20
-COLUMNS_AT_MOST = 30
-CHARS_SHOWN = 300
+MAX_ERRORS_SHOWN = 20
+MAX_CLASSES_SHOWN = 30
+MAX_CHARS_SHOWN = 300
 
 _PAGE = Path(__file__).with_name("report.html.jinja")
 
@@ -28,7 +29,6 @@ _PAGE = Path(__file__).with_name("report.html.jinja")
 def write(folder: Path) -> None:
     """Write `report.html` of a finished run from its recipe, `run.json`, `metrics.jsonl` and the test predictions."""
     recipe = load_recipe(folder / "recipe.yaml")
-    assert isinstance(recipe.task, Task)
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     splits = [name for name in ("validation", "test") if name in run["metrics"]]
     scores = run["metrics"][splits[-1]] if splits else {}
@@ -37,6 +37,7 @@ def write(folder: Path) -> None:
     html = page.render(
         run=run,
         splits=splits,
+        samples=samples_in(run),
         columns=side_by_side(run["metrics"]),
         names=[name for name, value in scores.items() if isinstance(value, float)],
         meanings=MEANINGS | ERRORS,
@@ -45,10 +46,10 @@ def write(folder: Path) -> None:
         each=scores["f1"] if isinstance(scores.get("f1"), dict) else {},
         entities=scores.get("entities", {}),
         errors=scores.get("errors", {}),
-        confusion=confusion if len(confusion) <= COLUMNS_AT_MOST else [],
-        worst=_worst(folder / "predictions-test.jsonl", recipe.task),
-        known=recipe.task.baseline_name,
-        chars=CHARS_SHOWN,
+        confusion=confusion if len(confusion) <= MAX_CLASSES_SHOWN else [],
+        worst=_confident_errors(folder / "predictions-test.jsonl", recipe.task),
+        baseline_name=recipe.task.baseline_name,
+        chars=MAX_CHARS_SHOWN,
         counted=counted,
         width=WIDTH,
         height=HEIGHT,
@@ -57,7 +58,7 @@ def write(folder: Path) -> None:
 
 
 def _printable(value: object) -> object:
-    """Without control characters, which no page may hold."""
+    """Replace control characters, which HTML does not allow."""
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
 
 
@@ -74,7 +75,7 @@ def _curves(path: Path, validated: Collection[str | None]) -> list[dict[str, Any
 
 
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most 200 means of neighbours."""
+    """Return at most 200 points, each the mean of adjacent points."""
     size = max(1, len(points) // 200)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
@@ -91,8 +92,8 @@ def _polyline(points: Sequence[tuple[int, float]]) -> dict[str, Any]:
     return {"points": " ".join(drawn), "low": f"{low:.3g}", "high": f"{high:.3g}", "first": steps[0], "last": steps[-1]}
 
 
-def _worst(path: Path, task: Task) -> list[dict[str, Any]]:
-    """The wrong answers that the model was surest of, or that are furthest off."""
+def _confident_errors(path: Path, task: Task) -> list[dict[str, Any]]:
+    """Return the wrong predictions with the highest confidence, or the largest error."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     inputs, targets = inputs_of(task.columns), targets_of(task.columns)
     wrong = []
@@ -101,10 +102,12 @@ def _worst(path: Path, task: Task) -> list[dict[str, Any]]:
             continue
         mistake = task.mistake(row["prediction"], task.parse_target(Row(row["row"], row)))
         if mistake is not None:
-            texts = [_text(row[column.name])[:CHARS_SHOWN] for column in inputs if column.name in row]
+            texts = [_text(row[column.name])[:MAX_CHARS_SHOWN] for column in inputs if column.name in row]
             line = row["row"].rpartition(":")[2]
-            wrong.append({"row": line, "texts": texts, "meant": mistake[0], "said": mistake[1], "score": mistake[2]})
-    return sorted(wrong, key=lambda row: -row["score"])[:WORST_SHOWN]
+            wrong.append(
+                {"row": line, "texts": texts, "true": mistake[0], "predicted": mistake[1], "score": mistake[2]}
+            )
+    return sorted(wrong, key=lambda row: -row["score"])[:MAX_ERRORS_SHOWN]
 
 
 def _text(value: object) -> str:

@@ -16,7 +16,7 @@ from tunesmith.data.encoded import Fields, encode_in_memory
 from tunesmith.data.formats import Row
 from tunesmith.data.preview import Preview
 from tunesmith.data.text.augment import Augmenter, texts_of
-from tunesmith.deploy.back_translation import translated_back
+from tunesmith.deploy.back_translation import back_translate
 from tunesmith.errors import CONTROL, RecipeError, counted
 from tunesmith.inspect_data.files import find_files, guess_task, resolve_target, source_of
 from tunesmith.models import load as models
@@ -98,7 +98,7 @@ def show(
     check_augmentable(read, bound)
     texts = texts_of((one for _, one in numbered), task.columns)
     cache = sources.cache_home() / "translated-back"
-    paraphrases = translated_back(texts, data.augment, cache, offline=offline, say=lambda _: None)
+    paraphrases = back_translate(texts, data.augment, cache, offline=offline, say=lambda _: None)
     augmenter = Augmenter.of(data.augment, seed, task.columns, paraphrases)
     changed = []
     for index, one in numbered:

@@ -83,7 +83,7 @@ def accelerate(
     """
     path = FastPath(num_blocks=len(anatomy.blocks))
     status = dict.fromkeys(PATHS, PathStatus(False, reason=f"not on {device.type}", applies=False))
-    status["chunked_loss"] = _chunk_loss(model, path)
+    status["chunked_loss"] = _chunk_loss(model, path, autocast_dtype)
     if device.type == "cpu":
         status["fast_dropout"] = _replace_dropout(model, path)
         path.buffers = GradBuffers(model.parameters())
@@ -105,9 +105,10 @@ def accelerate(
     return path
 
 
-def _chunk_loss(model: Any, path: FastPath) -> PathStatus:
+def _chunk_loss(model: Any, path: FastPath, autocast_dtype: torch.dtype | None) -> PathStatus:
     try:
-        head = chunked_loss.lm_head_of(model)
+        with _autocast(model, autocast_dtype):
+            head = chunked_loss.lm_head_of(model)
     except PROBE_ERRORS as error:
         head = f"the probe failed: {explain(error)}"
     if head is None or isinstance(head, str):
@@ -115,6 +116,11 @@ def _chunk_loss(model: Any, path: FastPath) -> PathStatus:
     path.lm_head = head
     path.edits.set_forward(head.linear, head.forward)
     return PathStatus(True)
+
+
+def _autocast(model: nn.Module, dtype: torch.dtype | None) -> torch.autocast:
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def _replace_dropout(model: nn.Module, path: FastPath) -> PathStatus:
@@ -268,9 +274,8 @@ def _find_last_block(
     if device.type != "cpu":
         return None, PathStatus(False, reason=f"not on {device.type}", applies=False)
     trial = Edits()
-    autocast = torch.autocast("cpu", autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None)
     try:
-        with set_mode(model, training=False), autocast:
+        with set_mode(model, training=False), _autocast(model, autocast_dtype):
             last = _restrict_last_block(model, pattern, trial, probe)
     except PROBE_ERRORS as error:
         last = explain(error)

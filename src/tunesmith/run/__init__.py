@@ -1,1 +1,1 @@
-"""One run: its story, what it needs first, what it writes down."""
+"""One run: preparation, training, messages, and the files that it writes."""

@@ -1,10 +1,10 @@
-"""What a run needs before its first step, in three parts that `plan`, `compare` and `hpo` call by themselves too:
+"""Preparation of a run before its first step, in three parts that `plan`, `compare` and `hpo` also call:
 
-read_data    rows, targets and splits; the task fitted to the training targets
-load_base    source -> model and processor -> anatomy
-assemble     task.bind, technique.apply, fast paths, encoded splits, and a recipe with every value filled in
+read_data    read rows, targets and splits; fit the task to the training targets
+load_base    resolve the source; load model and processor; find the anatomy
+assemble     bind the task, apply the technique, set up fast paths, encode the splits, complete the recipe
 
-What can be refused is refused here, and what needs no model before anything is fetched.
+Invalid input is refused here; faults of the data are reported before any model is downloaded.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.batches import Batches
 from tunesmith.data.encoded import Encoded, fingerprint
 from tunesmith.data.text import augment
-from tunesmith.deploy import continue_adapter as continuing
-from tunesmith.deploy import merge as merging
+from tunesmith.deploy import continue_adapter, merge
+from tunesmith.deploy.back_translation import back_translate
 from tunesmith.deploy.back_translation import fingerprints as translators
-from tunesmith.deploy.back_translation import translated_back
 from tunesmith.errors import RecipeError, counted
 from tunesmith.kernels.accelerate import accelerate, switched_off
 from tunesmith.kernels.fast_path import FastPath
@@ -48,7 +47,7 @@ EPOCHS = 3.0
 
 @dataclass(frozen=True)
 class Base:
-    """A model before any technique, with its processor and its parts."""
+    """Base model before any technique is applied, with its processor and anatomy."""
 
     source: sources.Source
     processor: Any
@@ -58,7 +57,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a run needs before its first step; `recipe` holds every value that will be used."""
+    """Everything that a run needs before its first step; `recipe` has every default filled in."""
 
     recipe: Recipe
     bound: BoundTask
@@ -68,16 +67,16 @@ class Prepared:
     base: Base
     machine: Machine
     learned: tuple[str, ...]
-    """Names of what the run keeps: what learns, and the buffers that the technique added."""
+    """Names of the trained parameters, and of the buffers that the technique added."""
     fast_path: FastPath
     augmented: Augmented | None
-    """The training examples as they are in an epoch, where the recipe changes them."""
+    """The augmented training examples, with `data.augment`."""
     continued: Path | None = None
-    """The run whose adapter is gone on with."""
+    """The run whose adapter is trained further."""
 
     @property
     def task(self) -> Task:
-        """The recipe's task, with every key filled in."""
+        """The task with every key filled in."""
         task: Task = self.bound.task
         return task
 
@@ -88,7 +87,7 @@ class Prepared:
 
     @property
     def anatomy(self) -> Anatomy:
-        """Its parts."""
+        """The anatomy of the model."""
         return self.base.anatomy
 
     @property
@@ -96,8 +95,8 @@ class Prepared:
         """The number of steps in which only a new head is trained."""
         return math.ceil(self.task.head_warmup_ratio * self.total_steps) if self.anatomy.new else 0
 
-    def thaw(self, step: int) -> None:
-        """After `step` steps, let learn what is to learn now: at first a new head alone, then as the technique says."""
+    def update_trainable(self, step: int) -> None:
+        """Set the parameters that are trained after `step` steps: first only a new head, then all of the technique."""
         if self.head_warmup_steps:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name in self.learned)
@@ -114,17 +113,17 @@ class Prepared:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the whole run."""
         train = self.recipe.train
         return train.max_steps or math.ceil((train.epochs or EPOCHS) * self.batches.steps_per_epoch)
 
     @property
     def draws(self) -> int | None:
-        """The number of different draws of the inputs; None where each epoch has its own."""
+        """Number of different random draws of the inputs; None where every epoch has its own."""
         return feature_cache.draws_of(self.bound, feature_cache.level_of(self.anatomy, self.learned))
 
-    def cache_features(self, talk: Talk) -> float:
-        """Cache the features of the frozen blocks, where examples are read again; returns the seconds it took."""
+    def cache_features(self, console: Console) -> float:
+        """Cache the features of the frozen blocks if examples are used more than once; return the seconds taken."""
         began, features = time.perf_counter(), feature_cache.features_of(self.model)
         epochs, draws = self.total_steps / self.batches.steps_per_epoch, self.draws
         if features is None or draws is None or epochs <= draws or self.augmented:
@@ -138,16 +137,18 @@ class Prepared:
             if (encoded := self.encoded.get(name)) is None:
                 continue
             folder = home / fingerprint(encoded.key, of_model, seed, draw)
-            with talk.during(f"caching frozen features for {name}"), parallel.main_process_first():
-                args = self.model, self.bound, encoded, self.machine, folder, talk.say, seed, draw
-                kept = feature_cache.cache_features(*args)
-            if parallel.all_reduce_max(int(not kept), self.machine.device):  # one without space stops all
+            with console.during(f"caching frozen features for {name}"), parallel.main_process_first():
+                args = self.model, self.bound, encoded, self.machine, folder, console.say, seed, draw
+                cached = feature_cache.cache_features(*args)
+            if parallel.all_reduce_max(
+                int(not cached), self.machine.device
+            ):  # if one process lacks disk space, none caches
                 break
         feature_cache.prune(home)
         return time.perf_counter() - began
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the one it continues."""
+        """Return what must be equal in a resumed run: recipe and hashes of data, base and processor."""
         tree = self.recipe.dump()
         del tree["output"]
         hashes: dict[str, Any] = {
@@ -157,43 +158,44 @@ class Prepared:
         }
         if self.recipe.data.augment:
             hashes["synonyms_sha256"] = augment.synonym_hashes(self.recipe.data.augment)
-            hashes |= {"translators_sha256": found} if (found := translators(self.recipe.data.augment)) else {}
+            hashes |= {"translators_sha256": runs} if (runs := translators(self.recipe.data.augment)) else {}
         return tree | hashes | {"world_size": parallel.world_size()}
 
 
-def prepare(recipe: Recipe, machine: Machine, *, offline: bool, allow_pickle: bool, talk: Talk) -> Prepared:
-    """Data, then model, then technique: what can be refused is refused before anything is fetched."""
-    recipe, run = continuing.earlier(recipe) if recipe.continues else (recipe, None)
-    read = read_data(recipe, offline=offline, talk=talk)
-    base = load_base(recipe, read.task, run, offline=offline, allow_pickle=allow_pickle, talk=talk)
-    return assemble(recipe, read, base, machine, run, offline=offline, talk=talk)
+def prepare(recipe: Recipe, machine: Machine, *, offline: bool, allow_pickle: bool, console: Console) -> Prepared:
+    """Prepare a run: first the data, then the model, then the technique."""
+    recipe, run = continue_adapter.resolve(recipe) if recipe.continues else (recipe, None)
+    read = read_data(recipe, offline=offline, console=console)
+    base = load_base(recipe, read.task, run, offline=offline, allow_pickle=allow_pickle, console=console)
+    return assemble(recipe, read, base, machine, run, offline=offline, console=console)
 
 
-def read_data(recipe: Recipe, *, offline: bool, talk: Talk) -> dataset.Examples:
+def read_data(recipe: Recipe, *, offline: bool, console: Console) -> dataset.Examples:
     """Read rows and targets, fit the task to the training targets, and draw the splits."""
     task = recipe.task
-    assert isinstance(task, Task)
-    missing = task.fetch(talk.say, offline=offline)
-    with talk.during(f"reading {recipe.data.train}"):
+    missing = task.fetch(console.say, offline=offline)
+    with console.during(f"reading {recipe.data.train}"):
         read = dataset.read(task, recipe.data, recipe.train.seed)
     read = replace(read, notes=[*missing, *read.notes])
     for note in read.notes:
-        talk.warn(note)
+        console.warn(note)
     if recipe.train.early_stopping_patience and "validation" not in read.splits:
-        what = "train.early_stopping_patience: there is no validation split to watch"
-        raise RecipeError(what, hint="data.validation=0.1, or leave the key out")
+        what = "train.early_stopping_patience: needs a validation split"
+        raise RecipeError(what, hint="set data.validation=0.1, or leave the key out")
     return read
 
 
-def load_base(recipe: Recipe, task: Task, run: Path | None, *, offline: bool, allow_pickle: bool, talk: Talk) -> Base:
-    """Load model and processor of the recipe's `model`; `run`: the run whose adapter is trained on."""
+def load_base(
+    recipe: Recipe, task: Task, run: Path | None, *, offline: bool, allow_pickle: bool, console: Console
+) -> Base:
+    """Load model and processor of the recipe; `run` is the run whose adapter is trained further."""
     if run is None:
-        _fold_adapter(recipe.model, offline, allow_pickle, talk)
+        _merge_earlier_adapter(recipe.model, offline, allow_pickle, console)
     else:
-        talk.say(f"goes on with the adapter of {run}")
-    with parallel.main_process_first():  # it fetches and converts, the others find what it left
-        source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=talk.say)
-    snapshot = source if run is None else continuing.dressed(source, run)
+        console.say(f"continuing the adapter of {run}")
+    with parallel.main_process_first():  # it downloads and converts, the others use the result
+        source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=console.say)
+    snapshot = source if run is None else continue_adapter.with_snapshot(source, run)
     processor = models.load_processor(snapshot, task.auto_class, task.added_tokens, kind=task.processor)
     model, anatomy = load_task_model(task, source, processor, recipe.train.seed)
     if task.processor == "tokenizer":
@@ -209,12 +211,11 @@ def assemble(
     run: Path | None = None,
     *,
     offline: bool,
-    talk: Talk,
+    console: Console,
 ) -> Prepared:
     """Bind the task, apply the technique to the base's model (in place), accelerate it, and encode the splits."""
     technique, model, anatomy, processor = recipe.technique, base.model, base.anatomy, base.processor
-    assert isinstance(technique, Technique)
-    before = {name for name, _ in model.named_buffers()}
+    base_buffers = {name for name, _ in model.named_buffers()}
     torch.manual_seed(recipe.train.seed)
     longest = max_length(read.data.max_length, model, processor, technique, read.task)
     data = read.data.model_copy(update={"max_length": longest})
@@ -222,40 +223,42 @@ def assemble(
     read = replace(read, task=bound.task, data=data)
     technique.apply(model, anatomy, processor)
     if run is not None:
-        continuing.put_back(model, read.task, technique, base.source, run)
+        continue_adapter.load_trained(model, read.task, technique, base.source, run)
     learned = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    kept = model.state_dict().keys()
-    learned += tuple(name for name, _ in model.named_buffers() if name not in before and name in kept)
+    saved = model.state_dict().keys()
+    learned += tuple(name for name, _ in model.named_buffers() if name not in base_buffers and name in saved)
     store_frozen(model, machine.autocast_dtype)
     model.to(machine.device)
     fast_path = _accelerate(model, anatomy, recipe, machine, longest or UNBOUNDED)
     feature_cache.use_features(model, anatomy, feature_cache.level_of(anatomy, learned))
-    encoded = _encode(read, bound, talk)
-    changed = _augmented(read, bound, recipe, offline, talk) if data.augment else None
+    encoded = _encode(read, bound, console)
+    augmented = _augment(read, bound, recipe, offline, console) if data.augment else None
     _check_metric(recipe.train.metric, bound, encoded)
     resolved = _resolve(recipe, read, bound, technique, anatomy, machine)
-    return Prepared(resolved, bound, technique, read, encoded, base, machine, learned, fast_path, changed, run)
+    return Prepared(resolved, bound, technique, read, encoded, base, machine, learned, fast_path, augmented, run)
 
 
 def _check_metric(metric: str | None, bound: BoundTask, encoded: dict[str, Encoded]) -> None:
-    """Refuse a metric that no score will have."""
+    """Refuse a metric that the task does not compute."""
     if metric is None or "validation" not in encoded:
         return
     metrics = bound.metrics()
     if metric not in metrics.of_answers:
         evaluate.pick(evaluate.random_scores(bound, encoded["train"], encoded["validation"]), metric)
     elif not metrics.answers_needed(encoded["validation"]):
-        raise RecipeError(f"train.metric: {metric} is of texts, and none are generated", hint="task.generate={}")
+        raise RecipeError(
+            f"train.metric: {metric} needs generated texts, and none are generated", hint="set task.generate={}"
+        )
 
 
-def _fold_adapter(model: str, offline: bool, allow_pickle: bool, talk: Talk) -> None:
-    """A run that left an adapter gets a `model/`, once, before another starts from it."""
+def _merge_earlier_adapter(model: str, offline: bool, allow_pickle: bool, console: Console) -> None:
+    """Merge the adapter of an earlier run into its `model/`, once, so that this run can start from it."""
     run = Path(model).expanduser()
     if (run / "adapter" / "adapter_config.json").exists() and not (run / "model").exists():
         with parallel.main_process_first():
             if not (run / "model").exists():
-                merging.fold(run, offline=offline, allow_pickle=allow_pickle)
-                talk.say(f"merged the adapter of {run} into {run / 'model'}")
+                merge.merge_adapter(run, offline=offline, allow_pickle=allow_pickle)
+                console.say(f"merged the adapter of {run} into {run / 'model'}")
 
 
 def _accelerate(model: nn.Module, anatomy: Anatomy, recipe: Recipe, machine: Machine, longest: int) -> FastPath:
@@ -271,47 +274,48 @@ def _accelerate(model: nn.Module, anatomy: Anatomy, recipe: Recipe, machine: Mac
     )
 
 
-def _encode(read: dataset.Examples, bound: BoundTask, talk: Talk) -> dict[str, Encoded]:
+def _encode(read: dataset.Examples, bound: BoundTask, console: Console) -> dict[str, Encoded]:
     cache = sources.cache_home() / "encoded"
     processor_hash = models.processor_hash(bound.processor)
     rows = counted(sum(read.rows.values()), "row")
-    with talk.during(f"encoding {rows}"), parallel.main_process_first():  # it encodes, the others open what it wrote
+    with console.during(f"encoding {rows}"), parallel.main_process_first():  # it encodes, the others open the files
         encoded = dataset.encode_splits(read, bound, processor_hash, cache)
     notes = ((name, f": {note}") for name, split in encoded.items() for note in bound.notes(split))
     for note in merge_notes(notes):
-        talk.warn(note)
+        console.warn(note)
     return encoded
 
 
-def _augmented(read: dataset.Examples, bound: BoundTask, recipe: Recipe, offline: bool, talk: Talk) -> Augmented:
+def _augment(read: dataset.Examples, bound: BoundTask, recipe: Recipe, offline: bool, console: Console) -> Augmented:
     cache, steps = sources.cache_home(), read.data.augment or []
-    with parallel.main_process_first():  # it translates, the others read what it wrote
+    with parallel.main_process_first():  # it translates, the others read the file
         texts, device = augment.texts_of(read.splits["train"].rows(), read.task.columns), recipe.train.device
-        kept = cache / "translated-back"
-        otherwise = translated_back(texts, steps, kept, device=device, offline=offline, say=talk.say)
-    return Augmented(read, bound, recipe.train.seed, cache / "encoded", otherwise)
+        folder = cache / "translated-back"
+        translations = back_translate(texts, steps, folder, device=device, offline=offline, say=console.say)
+    return Augmented(read, bound, recipe.train.seed, cache / "encoded", translations)
 
 
-def max_length(asked: int | None, model: nn.Module, processor: Any, technique: Technique, task: Task) -> int | None:
-    """The number of tokens of a text that are read: the recipe's, else what the model takes, at most MAX_LENGTH.
+def max_length(given: int | None, model: nn.Module, processor: Any, technique: Technique, task: Task) -> int | None:
+    """Return the maximum tokens per text: `given` by the recipe, else the model's limit, at most `MAX_LENGTH`.
 
-    None of a task that reads no texts.
+    None for a task without texts.
 
     Raises:
-        RecipeError: more than the model takes is asked for, or virtual tokens leave no room.
+        RecipeError: `given` exceeds the model's limit, or virtual tokens leave no room for a text.
     """
     if "max_length" not in task.data_keys:
         return None
-    reads = models.length_limit(model, processor)
-    limit = reads - technique.virtual_tokens
+    model_limit = models.length_limit(model, processor)
+    limit = model_limit - technique.virtual_tokens
     if limit <= processor.num_special_tokens_to_add():
-        what = f"{technique.virtual_tokens} virtual positions leave no room for a text in a model that reads {reads}"
-        raise RecipeError(what, where="technique.num_virtual_tokens", hint="give fewer")
-    if asked is not None and asked > limit:
-        raise RecipeError(
-            f"data.max_length: {asked} tokens, but this model reads at most {limit}", hint=f"at most {limit}"
+        what = (
+            f"{technique.virtual_tokens} virtual tokens leave no room for a text (the model's limit is {model_limit})"
         )
-    return asked or min(limit, MAX_LENGTH)
+        raise RecipeError(what, where="technique.num_virtual_tokens", hint="use fewer")
+    if given is not None and given > limit:
+        what = f"data.max_length: {given} tokens, but this model reads at most {limit}"
+        raise RecipeError(what, hint=f"use at most {limit}")
+    return given or min(limit, MAX_LENGTH)
 
 
 def _resolve(
@@ -322,17 +326,16 @@ def _resolve(
     anatomy: Anatomy,
     machine: Machine,
 ) -> Recipe:
-    """The recipe with every default that depends on data, model and machine filled in."""
+    """Return the recipe with every default filled in that depends on data, model or machine."""
     train = recipe.train
     metric = train.metric or bound.metrics().primary
     rate = train.learning_rate or technique.learning_rate(anatomy)
-    of_head = technique.head_learning_rate(rate)
-    of_head = max(of_head, added_tokens.LEARNING_RATE) if anatomy.added else of_head
+    head_rate = technique.head_learning_rate(rate)
+    head_rate = max(head_rate, added_tokens.LEARNING_RATE) if anatomy.added else head_rate
     update = {
         "epochs": train.epochs or (None if train.max_steps else EPOCHS),
         "learning_rate": rate,
-        "head_learning_rate": train.head_learning_rate
-        or (max(of_head, added_tokens.LEARNING_RATE) if anatomy.added else of_head),
+        "head_learning_rate": train.head_learning_rate or head_rate,
         "metric": metric,
         "precision": machine.precision,
         "device": machine.device.type,

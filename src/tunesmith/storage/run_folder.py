@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from tunesmith.errors import RecipeError
 
@@ -28,6 +29,12 @@ def runs_in(folder: Path) -> str:
     runs = [str(path.parent) for path in sorted(folder.glob("*/recipe.yaml"))] if folder.is_dir() else []
     more = f" and {len(runs) - 5} more" if len(runs) > 5 else ""
     return f"use one of the runs in it: {', '.join(runs[:5])}{more}" if runs else ""
+
+
+def samples_in(about: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the samples in the content of a `run.json`; early versions named prompt and reference differently."""
+    names = {"asked": "prompt", "meant": "reference"}
+    return [{names.get(key, key): text for key, text in sample.items()} for sample in about.get("samples") or []]
 
 
 def check_run(folder: Path) -> None:

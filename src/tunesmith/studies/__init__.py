@@ -1,1 +1,1 @@
-"""What makes several runs, or looks at one from outside."""
+"""Studies of several runs, or of a finished one: stages, evaluation, linear probe, demo."""

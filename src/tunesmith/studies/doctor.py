@@ -1,4 +1,4 @@
-"""What this machine has, for a person and for a bug report."""
+"""Facts about the machine for users and bug reports: device, memory, library versions."""
 
 from __future__ import annotations
 
@@ -59,16 +59,15 @@ def _model_of(config: Any) -> Any:
 
 
 def examine() -> dict[str, Any]:
-    """Name -> what was found."""
-    found = machine.find()
-    about = machine.describe(found)
+    """Return name -> value."""
+    about = machine.describe(machine.find())
     report: dict[str, Any] = {
         "device": f"{about['device']} ({about['name']})",
-        "precision": f"{about['precision']} (what train.precision=auto means here)",
+        "precision": f"{about['precision']} (with train.precision=auto)",
         "memory": f"{about['memory_bytes'] / 2**30:.1f} GiB",
         "processors": f"{about['cpus']}, {about['threads']} threads in use",
         "platform": f"{about['platform']}, Python {platform.python_version()}",
-        "cache": f"{cache_home()} ({free_bytes(cache_home()) / 2**30:.1f} GiB free; TUNESMITH_HOME moves it)",
+        "cache": f"{cache_home()} ({free_bytes(cache_home()) / 2**30:.1f} GiB free; set TUNESMITH_HOME to move it)",
     }
     for name in LIBRARIES:
         try:

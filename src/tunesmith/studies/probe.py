@@ -1,8 +1,7 @@
-"""A linear probe: what a linear map can tell from the features of the untouched base (Alain & Bengio 2016).
+"""Linear probe: a linear model on the features of the base model (Alain & Bengio 2016, arXiv 1610.01644).
 
-Features are the last hidden states, in the number format that the machine is fast in, averaged over a text's tokens and
-standardised; the probe is a logistic (or ridge) regression. It answers what fine-tuning was worth better than a
-majority guess does.
+Features are the last hidden states, averaged over the tokens of a text and standardized; the probe is a logistic (or
+ridge) regression. It is a stronger reference for fine-tuning than the majority-class baseline.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from tunesmith.models.sources import Source
 from tunesmith.training import evaluate, machine
 
 MAX_ROWS = 5000
-LEAST_PROBABILITY = 1e-9
+MIN_PROBABILITY = 1e-9
 Array = NDArray[Any]
 
 
 class _Features(nn.Module):
-    """A model whose "logits" are its backbone's last hidden states, of each token or their mean."""
+    """A model whose "logits" are the last hidden states of its backbone, for each token or averaged."""
 
     def __init__(self, model: Any, each_token: bool) -> None:
         super().__init__()
@@ -45,35 +44,40 @@ class _Features(nn.Module):
         return SimpleNamespace(logits=(hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True))
 
 
-def scores(tuned: predict.Tuned, base: Source, train: Encoded, encoded: Encoded) -> dict[str, Any]:
-    """The task's scores of a probe on the features of `base`, fitted on at most `MAX_ROWS` of `train`.
+def scores(tuned: predict.FineTunedModel, base: Source, train: Encoded, encoded: Encoded) -> dict[str, Any]:
+    """Return the task's scores of a probe on the features of `base`, fitted on at most `MAX_ROWS` of `train`.
 
     Raises:
         UserError: the task predicts no classes and no numbers.
     """
     objective = tuned.bound.objective
     if objective is None:
-        raise UserError(f"--base: a linear probe predicts classes or numbers, and {tuned.task.name} does neither")
+        raise UserError(
+            f"--base: a linear probe predicts classes or numbers, but {tuned.task.name} predicts neither",
+            hint="leave --base out",
+        )
     model, _ = predict.base_of(tuned, base)
-    field, each_token = objective.field, objective.field != "label"  # of each word, or of each example
+    field, each_token = objective.field, objective.field != "label"  # per word or per example
     features = _Features(model, each_token).to(tuned.machine.device)
     shuffled = np.random.default_rng(0).permutation(len(train))
-    known, labels = _features(features, tuned, train, np.sort(shuffled[:MAX_ROWS]), field)
-    asked, _ = _features(features, tuned, encoded, np.arange(len(encoded)), field)
-    scale = StandardScaler().fit(known)
+    train_x, train_y = _features(features, tuned, train, np.sort(shuffled[:MAX_ROWS]), field)
+    eval_x, _ = _features(features, tuned, encoded, np.arange(len(encoded)), field)
+    scale = StandardScaler().fit(train_x)
     prior = torch.zeros(len(objective.names)) if each_token else objective.prior(train)
-    fit = {"regression": _fit_number, "multi": _fit_several}.get(objective.kind, _fit_one)
-    outputs = fit(prior, scale.transform(known), labels, scale.transform(asked))
+    fit = {"regression": _fit_number, "multi": _fit_labels}.get(objective.kind, _fit_class)
+    outputs = fit(prior, scale.transform(train_x), train_y, scale.transform(eval_x))
     metrics = tuned.bound.metrics()
     metrics.update(collate(encoded, np.arange(len(encoded))), torch.from_numpy(outputs).float())
     return metrics.compute()
 
 
-def _features(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, rows: Array, field: str) -> tuple[Array, Array]:
-    """(features, labels) of these rows, or of all their words."""
-    fast = machine.find(str(tuned.machine.device))
+def _features(
+    model: nn.Module, tuned: predict.FineTunedModel, encoded: Encoded, rows: Array, field: str
+) -> tuple[Array, Array]:
+    """Return (features, targets) of these rows, or of all their words."""
+    target = machine.find(str(tuned.machine.device))
     values: dict[int, Array] = {}
-    for indices, output, batch in evaluate.outputs(model, tuned.bound, encoded, fast, rows):
+    for indices, output, batch in evaluate.outputs(model, tuned.bound, encoded, target, rows):
         lengths = batch.ragged(field).lengths.tolist() if field != "label" else [1] * len(indices)
         values |= {index: one.cpu().numpy() for index, one in zip(indices.tolist(), output.split(lengths), strict=True)}
     labels, _ = encoded.take(rows)[field]
@@ -82,27 +86,27 @@ def _features(model: nn.Module, tuned: predict.Tuned, encoded: Encoded, rows: Ar
     )
 
 
-def _fit_number(prior: Tensor, known: Array, labels: Array, asked: Array) -> Array:
-    """A number for each row."""  # (rows, 1)
-    return np.asarray(Ridge(alpha=1.0).fit(known, labels[:, 0]).predict(asked)[:, None])
+def _fit_number(prior: Tensor, train_x: Array, train_y: Array, eval_x: Array) -> Array:
+    """Predict a number for each row."""  # (rows, 1)
+    return np.asarray(Ridge(alpha=1.0).fit(train_x, train_y[:, 0]).predict(eval_x)[:, None])
 
 
-def _fit_one(prior: Tensor, known: Array, labels: Array, asked: Array) -> Array:
-    """Log probabilities of the classes; of one that the probe has not seen, the least."""  # (rows, classes)
-    if len(np.unique(labels)) < 2:
-        return np.tile(prior.numpy(), (len(asked), 1))
-    fitted = LogisticRegression(max_iter=2000, C=0.1).fit(known, labels[:, 0])
-    probabilities = np.zeros((len(asked), len(prior)))
-    probabilities[:, fitted.classes_.astype(int)] = fitted.predict_proba(asked)
-    return np.log(np.maximum(probabilities, LEAST_PROBABILITY))
+def _fit_class(prior: Tensor, train_x: Array, train_y: Array, eval_x: Array) -> Array:
+    """Predict log probabilities of the classes; a class without training rows has the minimum."""  # (rows, classes)
+    if len(np.unique(train_y)) < 2:
+        return np.tile(prior.numpy(), (len(eval_x), 1))
+    fitted = LogisticRegression(max_iter=2000, C=0.1).fit(train_x, train_y[:, 0])
+    probabilities = np.zeros((len(eval_x), len(prior)))
+    probabilities[:, fitted.classes_.astype(int)] = fitted.predict_proba(eval_x)
+    return np.log(np.maximum(probabilities, MIN_PROBABILITY))
 
 
-def _fit_several(prior: Tensor, known: Array, labels: Array, asked: Array) -> Array:
-    """Log odds of each label; of one that is always or never there, those of its frequency."""  # (rows, labels)
+def _fit_labels(prior: Tensor, train_x: Array, train_y: Array, eval_x: Array) -> Array:
+    """Predict log odds of each label; a label with constant training targets has its prior."""  # (rows, labels)
     columns = []
-    for wanted, odds in zip(labels.T > 0.5, prior.tolist(), strict=True):
+    for wanted, odds in zip(train_y.T > 0.5, prior.tolist(), strict=True):
         if wanted.all() or not wanted.any():
-            columns.append(np.full(len(asked), odds))
+            columns.append(np.full(len(eval_x), odds))
         else:
-            columns.append(LogisticRegression(max_iter=2000, C=0.1).fit(known, wanted).decision_function(asked))
+            columns.append(LogisticRegression(max_iter=2000, C=0.1).fit(train_x, wanted).decision_function(eval_x))
     return np.stack(columns, axis=1)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import recipe as recipes
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.columns import predicts_labels, predicts_text
 from tunesmith.errors import RecipeError, UserError
 from tunesmith.recipe import Recipe, Stages
@@ -50,7 +50,7 @@ def train(
     resume: str | Path | None = None,
     overwrite: bool = False,
     override: Collection[str] = (),
-    talk: Talk | None = None,
+    console: Console | None = None,
     offline: bool = False,
     allow_pickle: bool = False,
     recipe_file: Path | None = None,
@@ -63,11 +63,11 @@ def train(
     Raises:
         UserError: what the user can fix, with its exit code.
     """
-    talk = talk or Talk()
+    console = console or Console()
     if stages.gain:
         _check_gain(stages)
     folder, first = Path(stages.output), os.environ.get("RANK", "0") in ("", "0")
-    options: dict[str, Any] = {"offline": offline, "allow_pickle": allow_pickle, "talk": talk}
+    options: dict[str, Any] = {"offline": offline, "allow_pickle": allow_pickle, "console": console}
     device = machine.find(stages.recipes[0].train.device).device.type
     with parallel.group(device), RunLock(folder, enabled=first):  # one group for all: joining again may fail
         if first:
@@ -86,9 +86,9 @@ def train(
         result = results[-1] | {"stages": results}
         if stages.gain is not None:
             result["gain"] = _gain(stages, stages.gain.seeds, results[-1], options)
-            _say_gain(result["gain"], talk)
+            _say_gain(result["gain"], console)
         elif len(results) > 1:
-            talk.say("to measure what the earlier stages gain: gain.seeds=3 also trains the last without them")
+            console.say("to measure what the earlier stages gain: gain.seeds=3 also trains the last without them")
         if first:
             files.atomic_write(folder / "stages.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
@@ -97,12 +97,12 @@ def train(
 def _train_stage(
     stages: Stages, number: int, resumed: bool, override: Collection[str], options: dict[str, Any]
 ) -> dict[str, Any]:
-    recipe, folder, talk = stages.recipes[number - 1], Path(stages.output), options["talk"]
+    recipe, folder, console = stages.recipes[number - 1], Path(stages.output), options["console"]
     first_run, first = Path(stages.recipes[0].output), os.environ.get("RANK", "0") in ("", "0")
-    talk.say(f"stage {number} of {len(stages.recipes)}: {recipe.task.name}")
+    console.say(f"stage {number} of {len(stages.recipes)}: {recipe.task.name}")
     own = [key.removeprefix(f"stages.{number}.") for key in override if key.startswith(f"stages.{number}.")]
     if first and (own or not _is_done(recipe)):
-        _remove_dependents(stages, number, talk)
+        _remove_dependents(stages, number, console)
     parallel.barrier()
     try:
         return _run(recipe, own, options)
@@ -158,14 +158,14 @@ def _is_done(recipe: Recipe) -> bool:
     return bool(files.read_json(Path(recipe.output) / "run.json").get("outcome") == "done")
 
 
-def _remove_dependents(stages: Stages, number: int, talk: Talk) -> None:
+def _remove_dependents(stages: Stages, number: int, console: Console) -> None:
     """Remove the runs that depend on a stage that is run now: later stages, and other seeds of the last one."""
     output = Path(stages.output)
     dependents = [Path(later.output) for later in stages.recipes[number:]]
     dependents += [*output.glob(f"{Path(stages.recipes[-1].output).name}-seed-*"), *output.glob("without-seed-*")]
     for folder in dependents:
         if folder.exists():
-            talk.say(f"{folder} depends on a stage that is rerun; rerunning")
+            console.say(f"{folder} depends on a stage that is rerun; rerunning")
             shutil.rmtree(folder)
 
 
@@ -173,7 +173,7 @@ def _run(recipe: Recipe, override: Collection[str], options: dict[str, Any]) -> 
     """Train one run, resuming it if it has begun; return the kept result if it is finished."""
     folder = Path(recipe.output)
     if _is_done(recipe) and not override:
-        options["talk"].say(f"{folder} is finished")
+        options["console"].say(f"{folder} is finished")
         about = files.read_json(folder / "run.json")
         return record.result_in(about)
     begun = folder.exists() and any(folder.iterdir())
@@ -182,10 +182,10 @@ def _run(recipe: Recipe, override: Collection[str], options: dict[str, Any]) -> 
 
 def _gain(stages: Stages, seeds: int, result: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Scores of the last stage with and without the earlier ones, for each seed; `result` is that of its own seed."""
-    last, base, talk = stages.recipes[-1], stages.recipes[0].model, options["talk"]
+    last, base, console = stages.recipes[-1], stages.recipes[0].model, options["console"]
     with_stages, without_stages = [], []
     seed_numbers = list(range(last.train.seed, last.train.seed + seeds))
-    talk.say(f"gain: training {last.task.name} with {seeds} seeds, with and without the earlier stages")
+    console.say(f"gain: training {last.task.name} with {seeds} seeds, with and without the earlier stages")
     for seed in seed_numbers:
         train = last.train.model_copy(update={"seed": seed})
         staged = last.model_copy(update={"train": train, "output": f"{last.output}-seed-{seed}"})
@@ -193,9 +193,9 @@ def _gain(stages: Stages, seeds: int, result: dict[str, Any], options: dict[str,
         if seed == last.train.seed:
             with_stages.append(result)
         else:
-            talk.say(f"gain: seed {seed} with the earlier stages")
+            console.say(f"gain: seed {seed} with the earlier stages")
             with_stages.append(_run(staged, (), options))
-        talk.say(f"gain: seed {seed} without the earlier stages")
+        console.say(f"gain: seed {seed} without the earlier stages")
         without_stages.append(_run(alone, (), options))
     metric = recipes.load(Path(last.output) / "recipe.yaml").train.metric
     assert metric is not None, "a run resolves it"
@@ -223,15 +223,15 @@ def gain_of(
     }
 
 
-def _say_gain(gain: dict[str, Any], talk: Talk) -> None:
+def _say_gain(gain: dict[str, Any], console: Console) -> None:
     metric, seeds = gain["metric"], len(gain["seeds"])
     with_stages, without_stages = (statistics.fmean(gain[arm]) for arm in ("with", "without"))
-    talk.say(
+    console.say(
         f"{metric} on {gain['split']}, mean of {seeds} seeds: {with_stages:.4f} with the earlier stages, "
         f"{without_stages:.4f} without"
     )
     measured = f"gain {gain['mean']:+.4f}, standard error {gain['standard_error']:.4f}"
     if gain["within_noise"]:
-        talk.say(f"{measured}: not significant (within {critical_t(seeds):.3g} standard errors)")
+        console.say(f"{measured}: not significant (within {critical_t(seeds):.3g} standard errors)")
     else:
-        talk.say(f"{measured}: significant; the earlier stages {'help' if gain['mean'] > 0 else 'hurt'}")
+        console.say(f"{measured}: significant; the earlier stages {'help' if gain['mean'] > 0 else 'hurt'}")

@@ -1,4 +1,4 @@
-"""Generation: the composed part of tasks whose answers are texts, as chat and translation are."""
+"""Text generation, composed by the tasks whose answers are texts (text-generation, translation)."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ __all__ = ["PromptGenerator", "SourceGenerator", "last_token", "render", "token_
 
 
 def last_token(processor: Any) -> int | None:
-    """The token that ends a text."""
+    """Return the end-of-text token."""
     last: int | None = processor.eos_token_id
     return processor.sep_token_id if last is None else last  # type: ignore[no-any-return]
 
 
 def render(answer: Answer) -> str:
-    """The text."""
+    """Return the text of an answer."""
     return str(answer.get("generated_text", answer.get("translation")))
 
 
 def token_frequencies(counts: Tensor, labels: Callable[[Batch], Tensor]) -> Baseline:
-    """A baseline that gives each label its log frequency, beside that of the most frequent token."""  # (tokens, 2)
+    """Return a baseline: for each label its log frequency, and that of the most frequent token."""  # (tokens, 2)
     prior = (counts / counts.sum()).log().float()
 
     def outputs(batch: Batch) -> Tensor:
@@ -47,32 +47,32 @@ def token_frequencies(counts: Tensor, labels: Callable[[Batch], Tensor]) -> Base
 
 
 def last_turn(row: Row) -> tuple[str, str]:
-    """The last question and the last answer of a conversation."""
+    """Return the last question and the last answer of a conversation."""
     messages = conversation(row)
     return messages[-2]["content"], messages[-1]["content"]
 
 
 @dataclass(frozen=True)
 class PromptGenerator:
-    """Generates after a prompt (a decoder), or chooses the likeliest of the answers that a row offers."""
+    """Generates after a prompt (decoder), or chooses the most likely of the answers that a row offers."""
 
     processor: Any
     settings: Generation
     stop: frozenset[int]
-    """Tokens that end an answer, or a text."""
+    """Tokens that end an answer or a text."""
     strip: bool
-    """Whether white space around a text is removed."""
+    """True where white space around a text is removed."""
     pair: Callable[[Row], tuple[str, str]] = last_turn
 
     def generate(self, model: nn.Module, batch: Batch) -> list[str]:
-        """The text after each prompt; an empty one where the prompt is not all there.
+        """Return the text after each prompt; empty if the prompt is truncated.
 
-        Of a prompt that leaves no room in the model its end is read.
+        A prompt that is too long for the model loses its start.
         """
         return self._generate(model, batch)
 
     def stream(self, model: nn.Module, batch: Batch, say: Callable[[str], None]) -> str:
-        """Word by word, except by beam search and among given answers."""
+        """Return the text, passed to `say` word by word, except with beam search or given answers."""
         if self._options(batch)[0] or self.settings.num_beams > 1:
             (text,) = self._generate(model, batch)
             say(text)
@@ -80,7 +80,7 @@ class PromptGenerator:
         return self._generate(model, batch, streamer=CallbackStreamer(self.processor, say))[0]
 
     def reference_pair(self, row: Row) -> tuple[str, str]:
-        """The prompt of a row, and the reference for its answer."""
+        """Return the prompt of a row and the reference answer."""
         return self.pair(row)
 
     def _generate(self, model: nn.Module, batch: Batch, **more: Any) -> list[str]:
@@ -102,13 +102,15 @@ class PromptGenerator:
         if free:
             lengths = torch.tensor([0, *(len(prompts[number]) for number in free)], device=ids.device)
             given = Ragged(torch.cat([prompts[number] for number in free]), lengths.cumsum(0))
-            written = generate_tokens(model, given, self.settings, pad=pad, stop=self.stop, limit=limit, **more)
-            for number, text in zip(free, self.processor.batch_decode(written, skip_special_tokens=True), strict=True):
+            generated = generate_tokens(model, given, self.settings, pad=pad, stop=self.stop, limit=limit, **more)
+            for number, text in zip(
+                free, self.processor.batch_decode(generated, skip_special_tokens=True), strict=True
+            ):
                 texts[number] = text.strip() if self.strip else text
         return texts
 
     def _options(self, batch: Batch) -> list[list[Tensor]]:
-        """The answers that each example offers, as tokens."""
+        """Return the tokens of the answers that each example offers."""
         if "options" not in batch:
             return [[] for _ in range(batch.size)]
         lengths = batch.ragged("option_lengths")
@@ -118,17 +120,17 @@ class PromptGenerator:
 
 @dataclass(frozen=True)
 class SourceGenerator:
-    """Generates one text from another (an encoder-decoder), by beam search."""
+    """Generates one text from another (encoder-decoder), with beam search."""
 
     processor: Any
     config: Any
     settings: Generation
     begin: dict[str, int]
-    """`generate` arguments of transformers that name the language to write."""
+    """Arguments of transformers' `generate` that set the target language."""
     pair: Callable[[Row], tuple[str, str]]
 
     def generate(self, model: nn.Module, batch: Batch) -> list[str]:
-        """The text for each source."""
+        """Return the text for each source."""
         ids = generate_tokens(
             model,
             batch.ragged("input_ids"),
@@ -141,13 +143,13 @@ class SourceGenerator:
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
     def stream(self, model: nn.Module, batch: Batch, say: Callable[[str], None]) -> str:
-        """The whole text at once: beam search knows it only at its end."""
+        """Return the text, passed to `say` at once, because beam search ends with it."""
         (text,) = self.generate(model, batch)
         say(text)
         return text
 
     def reference_pair(self, row: Row) -> tuple[str, str]:
-        """Source and target."""
+        """Return source and target."""
         return self.pair(row)
 
 

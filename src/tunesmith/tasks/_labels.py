@@ -1,7 +1,7 @@
-"""Classes, several classes at once, or a number: the objective that classification of texts, pictures and rows shares.
+"""The objective of classification (one class, several labels) and regression, shared by tasks of all modalities.
 
 single       cross-entropy, weighted by class
-multi        binary cross-entropy, the mean over the labels
+multi        binary cross-entropy, averaged over the labels
 regression   squared error
 """
 
@@ -26,11 +26,11 @@ from tunesmith.tasks import Answer, Baseline, Metrics
 __all__ = ["LabelObjective", "head_config", "mistake", "render"]
 
 THRESHOLD = 0.5
-"""Probability above which one of several labels is predicted."""
+"""Probability above which a label is predicted, with several labels per example."""
 
 
 def head_config(kind: LabelKind, classes: Sequence[str] | None) -> dict[str, Any]:
-    """Head size, class names and transformers' name for the kind of problem."""
+    """Return head size, class names and transformers' `problem_type`."""
     if kind == "regression":
         return {"num_labels": 1, "problem_type": "regression"}
     assert classes is not None, "the task is fitted first"
@@ -43,17 +43,17 @@ def head_config(kind: LabelKind, classes: Sequence[str] | None) -> dict[str, Any
 
 
 def render(answer: Answer) -> str:
-    """The predicted label or labels with the score, or the number."""
+    """Return the predicted labels with the score, or the number."""
     label = answer.get("label") or ", ".join(answer.get("labels", [])) or f"{answer.get('value', 0):.4g}"
     return f"{label}  {answer['score']:.3f}" if "score" in answer else label
 
 
 def mistake(answer: Answer, target: Label) -> tuple[str, str, float] | None:
-    """(true, predicted, confidence or error) of a wrong answer; of a number, however near."""
+    """Return (true, predicted, confidence) of a wrong answer, or (true, predicted, error) of any number."""
     if "value" in answer:
         return f"{target:g}", f"{answer['value']:.4g}", abs(answer["value"] - target)  # type: ignore[operator]
     if "labels" in answer:
-        assert isinstance(target, tuple), "several labels a row"
+        assert isinstance(target, tuple), "several labels per row"
         wrong = set(answer["labels"]) ^ set(target)
         confidence = [
             p if name in answer["labels"] else 1 - p for name, p in answer["probabilities"].items() if name in wrong
@@ -64,7 +64,7 @@ def mistake(answer: Answer, target: Label) -> tuple[str, str, float] | None:
 
 @dataclass(frozen=True)
 class LabelObjective:
-    """Loss, metrics, baseline and answers of labels. Logits are (examples, classes), or (examples, 1) for a number."""
+    """Loss, metrics, baseline and answers of labels. Logits are (examples, classes), for regression (examples, 1)."""
 
     kind: LabelKind
     classes: Sequence[str] | None
@@ -75,21 +75,21 @@ class LabelObjective:
 
     def __post_init__(self) -> None:
         if self.kind == "regression" and self.label_smoothing:
-            what = "train.label_smoothing: a regression has no classes to smooth"
+            what = "train.label_smoothing: regression has no classes"
             raise RecipeError(what, hint="leave the key out")
 
     @property
     def names(self) -> Sequence[str]:
-        """The class names in the order of the outputs."""
+        """Class names in the order of the outputs."""
         assert self.classes is not None, "the task is fitted first"
         return self.classes
 
     def fields(self, label: Label) -> Fields:
-        """A label as encoded fields: a number, a 0 or 1 for each class, or a class index and its weight."""
+        """Return a label as encoded fields: a number, 0 or 1 for each class, or class index and weight."""
         return label_fields(label, None if self.classes is None else list(self.classes), dict(self.class_weights))
 
     def shown(self, fields: Fields) -> str:
-        """The target of encoded fields, as a person reads it."""
+        """Return the target of encoded fields as text."""
         target = fields["label"]
         if self.kind == "regression":
             return f"{target:g}"
@@ -98,13 +98,13 @@ class LabelObjective:
         return str(self.names[target])
 
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
-        """The sum of the examples' weights, else their number."""
+        """Return the sum of the example weights, or the number of examples."""
         if "weight" in batch:
             return {"weight": batch.tensor("weight").sum()}
         return {"weight": torch.tensor(float(batch.size))}
 
     def loss(self, logits: Tensor, batch: Batch, normalizers: dict[str, Tensor]) -> Tensor:
-        """This batch's share of the weighted mean over the step."""
+        """Return this batch's share of the weighted mean over the step."""
         return self._sum_of_losses(logits, batch) / normalizers["weight"]
 
     def _sum_of_losses(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -119,13 +119,13 @@ class LabelObjective:
         return (losses * batch.tensor("weight")).sum()
 
     def metrics(self) -> Metrics:
-        """The metrics of this kind of problem."""
+        """Return the metrics for this kind of labels."""
         if self.kind == "regression":
             return RegressionMetrics()
         return MultiLabelMetrics(list(self.names)) if self.kind == "multi" else ClassificationMetrics(list(self.names))
 
     def prior(self, train: Encoded) -> Tensor:
-        """Log frequency of each class, log odds of each label, or the mean, in the training targets."""  # (classes,)
+        """Return log class frequencies, log odds of each label, or the mean of the training targets."""  # (classes,)
         labels = torch.from_numpy(np.array(train.column("label")))
         if self.kind == "regression":
             return labels.mean()[None]
@@ -134,12 +134,12 @@ class LabelObjective:
         return (torch.bincount(labels.long(), minlength=len(self.names)) / len(labels)).clamp_min(1e-9).log()
 
     def baseline(self, train: Encoded) -> Baseline:
-        """The prior for every example."""
+        """Return a predictor whose outputs are the prior for every example."""
         prior = self.prior(train)
         return lambda batch: prior.expand(batch.size, -1)
 
     def answers(self, outputs: Tensor) -> list[Answer]:
-        """Label, score and the probability of every class; or the number."""
+        """Return label, score and class probabilities, or the number."""
         if self.kind == "regression":
             return [{"value": value} for value in outputs.squeeze(-1).tolist()]
         if self.kind == "multi":

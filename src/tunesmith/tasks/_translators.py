@@ -1,7 +1,6 @@
-"""The two ways in which a model translates.
+"""The bound tasks of translation, for an encoder-decoder and for a decoder.
 
-An encoder-decoder reads the source and writes the target. A decoder is asked, `Translate from English to German: ...`,
-and answers: a conversation of text-generation.
+A decoder is prompted with `Translate from English to German: ...`; its examples are conversations of text-generation.
 """
 
 from __future__ import annotations
@@ -42,22 +41,22 @@ SCORES = ("bleu", "chrf")
 IGNORED = -100
 """Padding of labels."""
 START_WITH_LAST = frozenset({"mbart", "plbart"})
-CUT = "sources are longer than data.max_length and were cut"
-CUT_TARGET = "targets are longer than data.max_length and were cut"
-SAME = "targets are their sources word for word (`data check` names them)"
+CUT = "sources are longer than data.max_length and were truncated"
+CUT_TARGET = "targets are longer than data.max_length and were truncated"
+SAME = "targets equal their sources (`data check` lists them)"
 BLEU_TOKENS = {"zh": "zh", "ja": "char", "th": "char", "km": "char", "my": "char"}
-"""Language -> how sacrebleu divides it into words; others at blanks and punctuation (13a)."""
+"""Language -> tokenizer of sacrebleu; the default is 13a (white space and punctuation)."""
 
 
 def translation_metrics(task: Any) -> Metrics:
-    """Loss, perplexity, accuracy of the next token; BLEU and chrF of generated translations."""
-    known = languages.language(task.target_lang or "")
-    texts = TextMetrics(SCORES, tokenize=BLEU_TOKENS.get(known.two if known else "", "13a"))
+    """Return the metrics: loss, perplexity, accuracy; BLEU and chrF of generated translations."""
+    target = languages.language(task.target_lang or "")
+    texts = TextMetrics(SCORES, tokenize=BLEU_TOKENS.get(target.two if target else "", "13a"))
     return PerplexityMetrics(texts, max_texts=task.scored_rows)
 
 
 def shift_right(config: Any, labels: Tensor) -> Tensor:
-    """What the decoder reads to predict `labels` (padded by -100), as its family in transformers shifts them.
+    """Return the decoder input for `labels` (padded with -100), shifted as the family does in transformers.
 
     mBART and PLBart start with the last token of the labels, which names the language.
     """  # (targets, tokens)
@@ -70,12 +69,12 @@ def shift_right(config: Any, labels: Tensor) -> Tensor:
 
 
 def pair_of(row: Row) -> tuple[str, str]:
-    """Source and target."""
+    """Return source and target."""
     return str(row.values["source"]), str(row.values["target"])
 
 
 def _with_references(fields: list[Fields], rows: Sequence[Row]) -> list[Fields]:
-    """Fields with the target as it is written (UTF-8 bytes), and whether it is the source."""
+    """Add the target as UTF-8 bytes (`reference`), and `same`: 1 if it equals the source."""
     for one, row in zip(fields, rows, strict=True):
         if "target" in row.values:
             source, target = (text.strip() for text in pair_of(row))
@@ -94,16 +93,16 @@ def _texts(rows: Sequence[Row], side: str, prefix: str = "") -> list[str]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EncoderDecoderTranslation(BoundTask):
-    """Reads the source (`input_ids`), and writes the target (`label`)."""
+    """Translation with an encoder-decoder, from the source (`input_ids`) to the target (`label`)."""
 
     def encode(self, rows: Sequence[Row]) -> list[Fields]:
-        """Tokens of both sides, whether either was cut, and their length together (`length`).
+        """Return the tokens of source and target, their total number (`length`), and which were truncated.
 
         Raises:
             DataError: a text has no tokens.
         """
         most = self.data.max_length
-        assert most is not None, "the run resolves max_length"
+        assert most is not None, "assemble sets max_length"
         places = [row.place for row in rows]
         sources = _texts(rows, "source", self.task.prefix or "")
         coded = tokenize_truncated(sources, self.processor, most, "source", places)
@@ -117,21 +116,21 @@ class EncoderDecoderTranslation(BoundTask):
         return _with_references(fields, rows)
 
     def costs(self, encoded: Encoded) -> NDArray[np.int64]:
-        """Tokens of both sides."""
+        """Return the number of tokens of source and target."""
         return token_costs(encoded)
 
     def notes(self, encoded: Encoded) -> list[str]:
-        """Texts cut, unknown tokens above 5 %, and targets that are their sources."""
-        said = {"cut": CUT, "cut_target": CUT_TARGET}
-        counts = {name: int(encoded.column(name).sum()) for name in said if name in encoded}
-        notes = [f"{count} of {len(encoded)} {said[name]}" for name, count in counts.items() if count]
+        """Return notes on truncated texts, unknown tokens above 5 %, and targets that equal their sources."""
+        texts = {"cut": CUT, "cut_target": CUT_TARGET}
+        counts = {name: int(encoded.column(name).sum()) for name in texts if name in encoded}
+        notes = [f"{count} of {len(encoded)} {texts[name]}" for name, count in counts.items() if count]
         return notes + unknown_notes(encoded, self.processor) + _same_notes(encoded)
 
     def inspect(self, rows: Sequence[Row]) -> Inspection:
-        """Tokens of the sources, and targets that are cut off."""
+        """Return the sizes of sources, and faults of truncated targets."""
         most = self.data.max_length
-        assert most is not None, "the check knows it"
-        what, fix = f"a target is longer than the {most} tokens that are written", "raise data.max_length"
+        assert most is not None, "data check sets max_length"
+        what, fix = f"a target is longer than {most} tokens and truncated", "raise data.max_length"
         targets = _texts(rows, "target")
         written = self.processor(text_target=targets, verbose=False)["input_ids"]
         faults = [
@@ -143,7 +142,7 @@ class EncoderDecoderTranslation(BoundTask):
         return Inspection(*count_tokens(ids, self.processor), most, "data.max_length", faults)
 
     def model_inputs(self, batch: Batch) -> list[dict[str, Any]]:
-        """Padded sources, and targets shifted to the right."""
+        """Return padded sources, and targets shifted to the right."""
         rows, labels = batch.ragged("input_ids"), batch.ragged("label")
         return [
             {
@@ -156,41 +155,41 @@ class EncoderDecoderTranslation(BoundTask):
         ]
 
     def _at_labels(self, batch: Batch) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """The model's arguments, and row and place of each token of the targets."""
+        """Return the model's arguments, and row and position of each target token."""
         (inputs,) = self.model_inputs(batch)
         row, place = inputs["decoder_attention_mask"].nonzero(as_tuple=True)
         return inputs, row, place
 
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
-        """The number of tokens of the targets."""
+        """Return the number of target tokens."""
         return {"tokens": torch.tensor(float(len(batch.ragged("label").values)))}
 
     def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor]) -> Tensor:
-        """This batch's share of the mean over the step's tokens."""
+        """Return this batch's share of the mean over the target tokens of the step."""
         labels = batch.ragged("label").values
         total = token_loss(model, *self._at_labels(batch), labels, self.label_smoothing)
         return total / normalizers["tokens"]
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Log-probabilities of each token of the targets, and of the likeliest one in its place."""  # (tokens, 2)
+        """Return the log probability of each target token, and of the most likely token there."""  # (tokens, 2)
         return token_log_probs(model, *self._at_labels(batch), batch.ragged("label").values)
 
     def metrics(self) -> Metrics:
-        """Loss, perplexity, accuracy of the next token; BLEU and chrF."""
+        """Return the metrics: loss, perplexity, accuracy, BLEU and chrF."""
         return translation_metrics(self.task)
 
     def baseline(self, train: Encoded) -> Baseline:
-        """Log frequency of each token in the training targets, and of the most frequent."""  # (tokens, 2)
+        """Return a predictor of the token frequencies of the training targets."""  # (tokens, 2)
         counts = np.bincount(train.column("label"), minlength=self.config.vocab_size)
         return token_frequencies(torch.from_numpy(counts) + 1.0, lambda batch: batch.ragged("label").values)
 
     def predict(self, model: nn.Module, batch: Batch, outputs: Tensor | None = None) -> list[Answer]:
-        """The translations, by beam search."""
-        assert self.generator is not None, "it is set in bind"
+        """Return the translations."""
+        assert self.generator is not None, "bind sets it"
         return [{"translation": text} for text in self.generator.generate(model, batch)]
 
     def preview(self, fields: Fields) -> Preview:
-        """Tokens of the source, then those of the target, which all carry loss."""
+        """Return the tokens of the source, then those of the target, which all have a loss."""
         source = preview_tokens(fields, self.processor)
         if "label" not in fields:
             return source
@@ -202,16 +201,16 @@ class EncoderDecoderTranslation(BoundTask):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DecoderTranslation(BoundTask):
-    """Is asked for a translation, and answers: a conversation of text-generation, which does the rest."""
+    """Translation with a decoder, as conversations of text-generation."""
 
     chat: BoundTextGeneration
 
     def encode(self, rows: Sequence[Row]) -> list[Fields]:
-        """The fields of a conversation."""
+        """Return the fields of the conversations."""
         return _with_references(self.chat.encode(list(self._conversations(rows))), rows)
 
     def _conversations(self, rows: Sequence[Row]) -> Iterator[Row]:
-        """Rows as a decoder is asked, with answers where there are targets."""
+        """Yield rows as conversations, with answers if there are targets."""
         for row in rows:
             source = f"{self.task.prefix or ''}{str(row.values['source']).strip()}"
             prompt = {"role": "user", "content": source}
@@ -222,52 +221,52 @@ class DecoderTranslation(BoundTask):
             yield Row(row.place, {"messages": [prompt, {"role": "assistant", "content": target}]})
 
     def costs(self, encoded: Encoded) -> NDArray[np.int64]:
-        """Tokens of each conversation."""
+        """Return the number of tokens of each conversation."""
         return self.chat.costs(encoded)
 
     def notes(self, encoded: Encoded) -> list[str]:
-        """What is lost of conversations, and targets that are their sources."""
+        """Return the notes of text-generation, and a note on targets that equal their sources."""
         return self.chat.notes(encoded) + _same_notes(encoded)
 
     def inspect(self, rows: Sequence[Row]) -> Inspection:
-        """Sizes and faults of conversations."""
+        """Return sizes and faults of the conversations."""
         return self.chat.inspect(list(self._conversations(rows)))
 
     def model_inputs(self, batch: Batch) -> list[dict[str, Any]]:
-        """Those of conversations."""
+        """Return the arguments for the conversations."""
         return self.chat.model_inputs(batch)
 
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
-        """The number of tokens of the answers."""
+        """Return the number of answer tokens."""
         return self.chat.normalizers(batch)
 
     def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor]) -> Tensor:
-        """This batch's share of the mean over the step's tokens."""
+        """Return this batch's share of the mean over the target tokens of the step."""
         return self.chat.loss(model, batch, normalizers)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Log-probabilities of each token of the answers, and of the likeliest one in its place."""  # (tokens, 2)
+        """Return the log probability of each answer token, and of the most likely token there."""  # (tokens, 2)
         return self.chat.outputs(model, batch)
 
     def metrics(self) -> Metrics:
-        """Loss, perplexity, accuracy of the next token; BLEU and chrF."""
+        """Return the metrics: loss, perplexity, accuracy, BLEU and chrF."""
         return translation_metrics(self.task)
 
     def baseline(self, train: Encoded) -> Baseline:
-        """Log frequency of each token in the training answers, and of the most frequent."""  # (tokens, 2)
+        """Return a predictor of the token frequencies of the training answers."""  # (tokens, 2)
         return self.chat.baseline(train)
 
     def predict(self, model: nn.Module, batch: Batch, outputs: Tensor | None = None) -> list[Answer]:
-        """The translations, by beam search."""
-        assert self.generator is not None, "it is set in bind"
+        """Return the translations."""
+        assert self.generator is not None, "bind sets it"
         return [{"translation": text} for text in self.generator.generate(model, batch)]
 
     def preview(self, fields: Fields) -> Preview:
-        """Tokens of the conversation."""
+        """Return the tokens of the conversation."""
         return self.chat.preview(fields)
 
 
 def conversation_task(settings: Generation, chat_template: str | None) -> TextGeneration:
-    """The task of text-generation that translates by a decoder."""
+    """Return the text-generation task for translation with a decoder."""
     keys = {"form": "chat", "chat_template": chat_template, "general": "none", "generate": settings}
     return TextGeneration.model_validate(keys)

@@ -1,9 +1,9 @@
-"""Text generation: a decoder learns to answer (instructions, dialogue), or goes on learning a language from raw text.
+"""Text generation with a decoder: instruction tuning and dialogue, or continued pretraining on raw text.
 
-    loss = mean over the learned tokens of the step of -log p(token | all before it in its conversation or document)
+    loss = mean of -log p(token | preceding tokens of its conversation or document) over the tokens with loss
 
-In conversations these are the assistant's answers with the token that ends each (`data/chats.py`); in raw text all but
-the first token of a document (`data/blocks.py`). Nothing attends across conversations or documents.
+The tokens with loss are the assistant's answers with their end tokens (`data/text/chats.py`), or all but the first
+token of a document (`data/text/blocks.py`). There is no attention across conversations or documents.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from tunesmith.tasks import Answer, Baseline, BoundTask, Inspection, Metrics, Ta
 from tunesmith.tasks._generation import PromptGenerator, last_token, render, token_frequencies
 
 GROUPS = Limits(2**20, 2**40, 512)
-"""The cost of one more forward pass over some windows, in padded tokens."""
+"""Limits for groups of windows; the third value is the cost of one more forward pass in padded tokens."""
 
 SCORES = ("exact_match", "rouge_l", "chrf")
 
@@ -92,78 +92,81 @@ class TextGeneration(Task):
 
     @property
     def columns(self) -> Sequence[Column]:
-        """A text, or what conversations are made of."""
+        """Text, or the columns of a conversation."""
         return COLUMNS
 
     @property
     def added_tokens(self) -> Sequence[str]:
-        """`add_tokens`."""
+        """Tokens that the recipe adds to the vocabulary."""
         return self.add_tokens
 
     def parse_target(self, row: Row) -> str:
-        """The form of the row: chat or text.
+        """Return the form of the row: chat or text.
 
         Raises:
-            DataError: nothing can be learned from it.
+            DataError: the row has neither a conversation with an answer nor a text.
         """
         if self.form != "text" and is_conversation(row):
             conversation(row, system=self.system)
             return "chat"
         if "text" not in row.values:
-            what = "no messages, no question with an answer, and no text in it"
-            raise DataError(what, where=row.place, hint="data.columns.ROLE=NAME, ROLE messages, prompt, answer or text")
+            what = "neither messages, nor prompt and answer, nor text"
+            hint = "set data.columns.ROLE=NAME for a ROLE of messages, prompt, answer or text"
+            raise DataError(what, where=row.place, hint=hint)
         return "text"
 
     def fit(self, targets: Sequence[str], data: Data) -> tuple[Self, Data]:
-        """The form, where it is left to the data; checks that scores of texts can be computed."""
+        """Fit the form, and check that scores of generated texts can be computed."""
         forms = Counter(targets)
         if len(forms) > 1:
             what = f"{forms['chat']} rows are conversations and {forms['text']} raw text"
-            raise DataError(what, where=str(data.train), hint="give each a run of its own, or task.form=text")
+            raise DataError(what, where=str(data.train), hint="train a run on each, or set task.form=text")
         (form,) = forms
         if self.form not in ("auto", form):
             what = f"task.form: {self.form}, but the rows are raw text"
-            raise RecipeError(what, hint="data.columns.prompt=NAME data.columns.answer=NAME, or leave the key out")
+            raise RecipeError(
+                what, hint="set data.columns.prompt=NAME and data.columns.answer=NAME, or leave the key out"
+            )
         if self.generate is not None:
             TextMetrics(SCORES)
         return self.model_copy(update={"form": form}), data
 
     def sample_row(self, number: int) -> dict[str, object]:
-        """A conversation of one or two turns."""
+        """Return a conversation of one or two turns."""
         return {"messages": _samples.conversation(number)}
 
     def extra_eval_sets(self) -> dict[str, str]:
-        """The general text."""
+        """Return the general-domain text."""
         return general_files(self.general)
 
     def fetch(self, say: Callable[[str], None], *, offline: bool) -> list[str]:
-        """Fetch the general text, unless it is there or `general` is none."""
+        """Download the general-domain text, unless it is cached or `general` is none."""
         return fetch_general(self.general, say, offline=offline)
 
     def bind(self, processor: Any, config: Any, data: Data, label_smoothing: float = 0.0) -> BoundTask:
-        """With tokenizer and template; the tokenizer is saved with the template that was used.
+        """Return the bound task; the tokenizer gets the chat template that is used.
 
         Raises:
-            RecipeError: the template cannot be split at its answers, or the tokenizer has no end-of-text token.
+            RecipeError: the template has no separable answers, or the tokenizer has no end-of-text token.
         """
         return bind_generation(self, processor, config, data, label_smoothing)
 
     def render(self, answer: Answer, row: Row) -> str:
-        """The generated text."""
+        """Return the generated text."""
         return render(answer)
 
 
 def bind_generation(
     task: TextGeneration, processor: Any, config: Any, data: Data, label_smoothing: float
 ) -> BoundTextGeneration:
-    """The bound task, of its own type: translation by a decoder is a conversation too."""
+    """Return the bound task; translation with a decoder uses it too."""
     if (end := last_token(processor)) is None:
-        raise RecipeError("model: its tokenizer has no token that ends a text", hint="choose another model")
+        raise RecipeError("model: its tokenizer has no end-of-text token", hint="choose another model")
     chats, template_notes, stop = None, list[str](), {end}
     if task.form != "text":
         if task.chat_template is None and own_template(processor) is None:
             task = task.model_copy(update={"chat_template": PLAIN})
-            template_notes = [f"this model has no chat template: the {PLAIN} one is used (task.chat_template)"]
+            template_notes = [f"the model has no chat template; using task.chat_template={PLAIN}"]
         chats = ChatEncoder.of(processor, task.chat_template, task.train_on, task.system)
         processor.chat_template = chats.template
         stop |= chats.end_ids
@@ -183,17 +186,17 @@ def bind_generation(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BoundTextGeneration(BoundTask):
-    """Causal language modeling with a tokenizer, on conversations or raw text."""
+    """Causal language modeling on conversations or raw text, bound to a tokenizer and a model config."""
 
     chats: ChatEncoder | None
     template_notes: list[str]
 
     def _chats(self) -> ChatEncoder:
-        assert self.chats is not None, "of raw text there are no conversations"
+        assert self.chats is not None, "raw text has no conversations"
         return self.chats
 
     def as_prompt(self, row: Row) -> Row:
-        """A conversation up to its last question; a text alone is one, except where raw text was learned from."""
+        """Return the conversation up to its last question; in chat form, a single text is a question."""
         if self.task.form == "text":
             return replace(row, values={"text": row.values["text"]})
         prompt = row if is_conversation(row) else replace(row, values={"prompt": row.values["text"]})
@@ -201,8 +204,8 @@ class BoundTextGeneration(BoundTask):
         return Row(row.place, {"asked": messages, "choices": choices_of(row)})
 
     def chunks(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Conversations as they are; raw text in blocks of `max_length` tokens."""
-        assert self.data.max_length is not None, "the run resolves max_length"
+        """Yield conversations unchanged, and raw text in blocks of `max_length` tokens."""
+        assert self.data.max_length is not None, "assemble sets max_length"
         first, last = first_token(self.processor), last_token(self.processor)
         edges = [[] if token is None else [token] for token in (first, last)]
         rows = iter(rows)
@@ -214,15 +217,15 @@ class BoundTextGeneration(BoundTask):
         yield from every if chat else pack_documents(every, "text", self.processor, self.data.max_length, *edges)
 
     def encode(self, rows: Sequence[Row]) -> list[Fields]:
-        """`input_ids` and the places in them with loss (`learned`).
+        """Return `input_ids` and the positions with loss (`learned`).
 
-        Raw text has the `windows` that its documents make; a conversation (`ChatEncoder.encode`) has `reference`, its
-        last answer in bytes. A prompt has its length, `prompt`.
+        Raw text has `windows`, the lengths of its documents. A conversation (`ChatEncoder.encode`) has `reference`, the
+        bytes of its last answer. A prompt has its length, `prompt`.
 
         Raises:
             DataError: the template refuses a conversation.
         """
-        assert self.data.max_length is not None, "the run resolves max_length"
+        assert self.data.max_length is not None, "assemble sets max_length"
         if "input_ids" in rows[0].values:
             return [_block(row) for row in rows]
         if "text" in rows[0].values and self.task.form == "text":
@@ -240,14 +243,14 @@ class BoundTextGeneration(BoundTask):
         ]
 
     def costs(self, encoded: Encoded) -> NDArray[np.int64]:
-        """Tokens of each conversation or block."""
+        """Return the number of tokens of each conversation or block."""
         return token_costs(encoded)
 
     def notes(self, encoded: Encoded) -> list[str]:
-        """The template, answers cut away, special tokens in texts, and unknown tokens above 5 %.
+        """Return notes on the template, truncated answers, special tokens in texts, unknown tokens above 5 %.
 
         Raises:
-            DataError: nothing is left to learn.
+            DataError: no token with loss is left.
         """
         notes = unknown_notes(encoded, self.processor)
         if "cut" not in encoded:
@@ -256,21 +259,23 @@ class BoundTextGeneration(BoundTask):
         whole, part = int((cut == ALL_CUT).sum()), int((cut == SOME_CUT).sum())
         refused = int((cut == TEMPLATE_REFUSED).sum())
         if whole + refused == size:
-            what = "no answer is left: every one lies beyond data.max_length"
+            what = "no answer is within data.max_length"
             raise DataError(what, where=encoded.key, hint="raise data.max_length")
         if refused:
-            notes.append(f"{refused} of {size} conversations are refused by the chat template and are not trained on")
+            notes.append(f"{refused} of {size} conversations are refused by the chat template and have no loss")
         if whole:
-            notes.append(f"{whole} of {size} conversations have no answer within data.max_length: no loss there")
+            notes.append(f"{whole} of {size} conversations have no answer within data.max_length and have no loss")
         if part:
-            notes.append(f"{part} of {size} conversations are longer than data.max_length: answers are cut off there")
+            notes.append(f"{part} of {size} conversations are longer than data.max_length; their answers are truncated")
         if special := int(encoded.column("has_special_tokens").sum()):
-            notes.append(f"{special} of {size} conversations spell special tokens of this model: read as plain words")
+            notes.append(
+                f"{special} of {size} conversations contain special tokens of this model, which are read as plain text"
+            )
         return [*self.template_notes, *notes]
 
     def inspect(self, rows: Sequence[Row]) -> Inspection:
-        """Tokens of conversations in their template, and of raw text (`data/chat_faults.py`)."""
-        assert self.data.max_length is not None, "the check knows it"
+        """Return sizes and faults of conversations in their template, or of raw text (`data/text/chat_faults.py`)."""
+        assert self.data.max_length is not None, "data check sets max_length"
         unfitted = self.task.form == "auto" and all("text" in row.values for row in rows)
         if self.task.form == "text" or unfitted:
             ids, faults = text_faults(self.processor, [(row.place, str(row.values["text"])) for row in rows])
@@ -279,22 +284,22 @@ class BoundTextGeneration(BoundTask):
             for row in rows:
                 try:
                     read.append((row.place, conversation(row, system=self.task.system)))
-                except DataError:  # one that cannot be read is reported already
+                except DataError:  # unreadable rows are reported already
                     read.append((row.place, []))
             ids, faults = chat_faults(self._chats(), read, self.data.max_length)
         limit = None if self.task.form == "text" else self.data.max_length  # raw text is joined and cut into blocks
         return Inspection(*count_tokens(ids, self.processor), limit, "data.max_length", faults)
 
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
-        """The number of tokens with loss."""
+        """Return the number of tokens with loss."""
         return {"tokens": torch.tensor(float(len(batch.ragged("learned").values)))}
 
     def model_inputs(self, batch: Batch) -> list[dict[str, Any]]:
-        """Padded windows, in groups of like length where padding would cost more than another forward pass."""
+        """Return padded windows, in groups of similar length where padding costs more than another forward pass."""
         return [inputs for _, (inputs, _, _) in self._groups(batch, padded=True)]
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Log-probabilities of each token with loss, and of the likeliest one in its place."""  # (tokens, 2)
+        """Return the log probability of each token with loss, and of the most likely token there."""  # (tokens, 2)
         labels = _labels(batch)
         outputs = torch.empty(len(labels), 2, device=labels.device)
         for which, inputs in self._groups(batch, padded=not fast_path(model).unpadded):
@@ -302,14 +307,14 @@ class BoundTextGeneration(BoundTask):
         return outputs
 
     def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor]) -> Tensor:
-        """This batch's share of the mean over the step's tokens with loss."""
+        """Return this batch's share of the mean over the tokens with loss in the step."""
         labels, groups = _labels(batch), self._groups(batch, padded=not fast_path(model).unpadded)
         losses = [token_loss(model, *inputs, labels[which], self.label_smoothing) for which, inputs in groups]
-        return torch.stack(losses).sum() / normalizers["tokens"].clamp_min(1)  # all answers may be cut away
+        return torch.stack(losses).sum() / normalizers["tokens"].clamp_min(1)  # all answers may be truncated
 
     def _groups(self, batch: Batch, *, padded: bool) -> list[tuple[Tensor, tuple[dict[str, Any], Tensor, Tensor]]]:
-        """Groups of windows: which of the tokens with loss they hold, the model's arguments, and the row and place
-        before each of these tokens.
+        """Return groups of windows: the indices of their tokens with loss, and the model's arguments with row and
+        position before each of these tokens.
         """
         window, place = _before(batch)
         pad, more = self.config.pad_token_id or 0, {"use_cache": False}
@@ -331,25 +336,25 @@ class BoundTextGeneration(BoundTask):
         return groups
 
     def metrics(self) -> Metrics:
-        """Loss, perplexity, accuracy; and scores of generated texts."""
+        """Return the metrics: loss, perplexity, accuracy; with `generate`, scores of generated texts."""
         if self.task.generate is None:
             return PerplexityMetrics(of_answers=SCORES)
         return PerplexityMetrics(TextMetrics(SCORES), max_texts=self.task.generate.rows)
 
     def baseline(self, train: Encoded) -> Baseline:
-        """Log frequency of each token among those with loss, and of the most frequent."""  # (tokens, 2)
+        """Return a predictor of the frequencies of the training tokens with loss."""  # (tokens, 2)
         starts, counts = train.offsets("input_ids")[:-1], train.lengths("learned")
         ids = train.column("input_ids")[np.asarray(train.column("learned")) + np.repeat(starts, counts)]
         frequency = torch.from_numpy(np.bincount(ids, minlength=len(self.processor))).float() + 1.0
         return token_frequencies(frequency, _labels)
 
     def predict(self, model: nn.Module, batch: Batch, outputs: Tensor | None = None) -> list[Answer]:
-        """The text that the model generates after each prompt."""
-        assert self.generator is not None, "it is set in bind"
+        """Return the generated text for each prompt."""
+        assert self.generator is not None, "bind sets it"
         return [{"generated_text": text} for text in self.generator.generate(model, batch)]
 
     def preview(self, fields: Fields) -> Preview:
-        """Tokens, and which of them carry loss."""
+        """Return the tokens, and those with loss."""
         learned = set(fields["learned"])
         spelled = spell(fields["input_ids"], self.processor)
         targets = [text if place in learned else None for place, text in enumerate(spelled)]
@@ -363,7 +368,7 @@ def _prompt(row: Row, chats: ChatEncoder) -> Fields:
 
 
 def _continued(row: Row, processor: Any) -> Fields:
-    """A text to continue."""
+    """Return the fields of a text to continue."""
     ids = processor(str(row.values["text"]), add_special_tokens=False, split_special_tokens=True)["input_ids"]
     first = first_token(processor)
     ids = [*([] if first is None else [first]), *ids]
@@ -371,26 +376,26 @@ def _continued(row: Row, processor: Any) -> Fields:
 
 
 def _block(row: Row) -> dict[str, Any]:
-    """The fields of a block of raw text: all but the first token of each window is learned."""
+    """Return the fields of a block of raw text: all but the first token of each window have a loss."""
     ids: Any = row.values["input_ids"]
     windows: Any = row.values["windows"]
     firsts = {0, *np.cumsum(windows).tolist()}
     return {"input_ids": ids, "windows": windows, "learned": [n for n in range(len(ids)) if n not in firsts]}
 
 
-def _places(batch: Batch) -> Tensor:
-    """Where the learned tokens are among all tokens of a batch."""
+def _positions(batch: Batch) -> Tensor:
+    """Return the flat positions of the tokens with loss."""
     rows, learned = batch.ragged("input_ids"), batch.ragged("learned")
     return learned.values + torch.repeat_interleave(rows.offsets[:-1], learned.lengths)
 
 
 def _labels(batch: Batch) -> Tensor:
-    return batch.ragged("input_ids").values[_places(batch)]
+    return batch.ragged("input_ids").values[_positions(batch)]
 
 
 def _before(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Window and place in it of the token before each learned one."""
-    flat = _places(batch) - 1
+    """Return window and position of the token before each token with loss."""
+    flat = _positions(batch) - 1
     rows = batch.ragged("input_ids")
     ends = batch.ragged("windows").values.cumsum(0) if "windows" in batch else rows.offsets[1:]
     window = torch.bucketize(flat, ends, right=True)

@@ -1,7 +1,7 @@
 """Token classification: a tag for each word, and the entities that the tags mark.
 
-Loss: cross-entropy at the first sub-word of each word (Devlin et al. 2019, section 5.3), or at all of them. A word is
-answered at its first sub-word; sentences longer than the model reads are read in windows, each word answered once.
+Loss: cross-entropy at the first sub-word of each word (Devlin et al. 2019, section 5.3), or at all sub-words. The
+prediction of a word is taken at its first sub-word. Long sentences are read in windows; each word is predicted once.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from tunesmith.tasks import Answer, Baseline, BoundTask, Inspection, Metrics, Ta
 from tunesmith.tasks._labels import LabelObjective
 
 _WORD = zlib.crc32
-MAX_ROWS_SEEN = 10_000
-"""Rows whose words are looked at to find `inner_marks`."""
+MAX_ROWS_INSPECTED = 10_000
+"""Maximum rows from which `inner_marks` is inferred."""
 
 COLUMNS = (
     Column("text", "text", ("sentence", "content", "document", "body", "tweet", "文本", "内容"), required=False),
@@ -64,13 +64,14 @@ COLUMNS = (
 
 
 class TokenClassification(Task):
-    """Finds the entities in a text: which words belong to one, and of what type it is."""
+    """Finds the entities in a text and their types."""
 
-    tags: list[str] | None = Field(None, description="their names in the order of the outputs; default: from train")
-    scheme: Literal["auto"] | Scheme = Field("auto", description="how tags mark entities; auto: from train")
-    sub_words: Literal["first", "all"] = Field("first", description="which sub-words of a word carry loss")
+    tags: list[str] | None = Field(None, description="tag names in the order of the outputs; default: from train")
+    scheme: Literal["auto"] | Scheme = Field("auto", description="tagging scheme; auto: inferred from train")
+    sub_words: Literal["first", "all"] = Field("first", description="sub-words of each word that have a loss")
     inner_marks: str | None = Field(
-        None, description="marks that part no word of a raw text that is asked; default: those inside words of train"
+        None,
+        description="intra-word punctuation, which does not split words of raw texts; default: from train",
     )
 
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
@@ -80,19 +81,19 @@ class TokenClassification(Task):
 
     @property
     def columns(self) -> Sequence[Column]:
-        """A text or its words, and a tag for each word (or spans)."""
+        """Text or words, and a tag for each word (or spans)."""
         return COLUMNS
 
     @model_validator(mode="after")
     def _sane(self) -> Self:
         twice = [name for name, count in Counter(self.tags).items() if count > 1]
         if twice or self.tags == []:
-            what = f"tags: {shorten(twice[0])} is given twice" if twice else "tags: there is none in the list"
+            what = f"tags: {shorten(twice[0])} is given twice" if twice else "tags: the list is empty"
             raise ValueError(f"{what}; give each tag once, or leave the key out")
         return self
 
     def parse_target(self, row: Row) -> tuple[str, ...]:
-        """The tag of each word; once the scheme is known, it must be sound, and of those that are learned."""
+        """Return the tag of each word. Once scheme and tags are known, check the tags against them."""
         tags = read_tags(row, self.tags)
         if self.scheme != "auto":
             for fault in tag_faults(tags, self.scheme):
@@ -104,37 +105,37 @@ class TokenClassification(Task):
         return tags
 
     def infer_from_rows(self, rows: Iterable[Row]) -> Self:
-        """With the marks inside words, where rows are given as words."""
+        """Infer the intra-word punctuation from rows that are given as words."""
         if self.inner_marks is not None:
             return self
         sentences = []
-        for row in islice(rows, MAX_ROWS_SEEN):
-            with contextlib.suppress(DataError):  # `parse_target` says what is wrong
+        for row in islice(rows, MAX_ROWS_INSPECTED):
+            with contextlib.suppress(DataError):  # `parse_target` reports the fault
                 sentences += [] if has_spans(row) else [words_of(row).words]
         return self.model_copy(update={"inner_marks": inner_marks(sentences)})
 
     def fit(self, targets: Sequence[tuple[str, ...]], data: Data) -> tuple[Self, Data]:
-        """Scheme, tags and their weights from the training targets."""
+        """Fit the tagging scheme, the tags and their weights."""
         where = str(data.train)
         counts = Counter(tag for tags in targets for tag in tags)
         if len(targets) == 1 and len(targets[0]) > 50:
-            what = f"all {len(targets[0])} words stand in one sentence"
-            raise DataError(what, where=where, hint="put a blank line after each sentence, or give more of them")
+            what = f"all {len(targets[0])} words are in one sentence"
+            raise DataError(what, where=where, hint="put a blank line after each sentence, or add more sentences")
         if (scheme := scheme_of(targets) if self.scheme == "auto" else self.scheme) is None or set(counts) == {"O"}:
-            what = f"every one of the {counts.total()} words is tagged O; there is nothing to find"
-            raise DataError(what, where=where, hint="data.columns.label=N if the tags stand in another column")
+            what = f"all {counts.total()} words have the tag O; there are no entities"
+            raise DataError(what, where=where, hint="set data.columns.label=N if the tags are in another column")
         bare = scheme == "IO" and not any(tag.startswith("I-") for tag in counts)
         types = {split_tag(tag)[1] for tag in counts if tag != "O" and is_tag_of(tag, scheme)}
         if not types:
             fault = tag_faults([next(tag for tag in counts if tag != "O")], scheme)[0]
-            raise DataError(f"label: {fault.what}, nor is any other", where=where, hint=fault.hint)
+            raise DataError(f"label: {fault.what}, and no other tag is valid", where=where, hint=fault.hint)
         tags = self.tags or tags_of_types(types, scheme, bare)
         weights = class_weights(data.class_weights, "single", tags, counts)
         fitted = self.model_copy(update={"scheme": scheme, "tags": tags})
         return fitted, data.model_copy(update={"class_weights": weights})
 
     def head_config(self) -> dict[str, Any]:
-        """Head size and names of the tags."""
+        """Return head size and tag names."""
         assert self.tags is not None, "the task is fitted first"
         return {
             "num_labels": len(self.tags),
@@ -143,39 +144,40 @@ class TokenClassification(Task):
         }
 
     def sample_row(self, number: int) -> dict[str, object]:
-        """A sentence with one entity."""
+        """Return a sentence with one entity."""
         words, tags = _samples.tagged(number)
         return {"tokens": words, "label": tags}
 
     def bind(self, processor: Any, config: Any, data: Data, label_smoothing: float = 0.0) -> BoundTask:
-        """With an objective over the tags."""
+        """Return the bound task with an objective over the tags."""
         objective = LabelObjective("single", self.tags, field="tags")
         return BoundTokenClassification(self, processor, config, data, label_smoothing, objective=objective)
 
     def render(self, answer: Answer, row: Row) -> str:
-        """The entities with their labels and scores."""
+        """Return the entities with labels and scores."""
         entities = (f"{one['text']} ({one['label']} {one['score']:.3f})" for one in answer["entities"])
-        return ", ".join(entities) or "no entity"
+        return ", ".join(entities) or "no entities"
 
     def mistake(self, answer: Answer, target: Any) -> tuple[str, str, float] | None:
-        """The words with a wrong tag: their tags, the predicted ones, the highest confidence."""
+        """Return true and predicted tags of the wrong words, and the highest confidence among them."""
         words = [n for n, (tag, other) in enumerate(zip(answer["tags"], target, strict=True)) if tag != other]
         sides = [", ".join(f"word {n + 1} {tags[n]}" for n in words) for tags in (target, answer["tags"])]
         return (sides[0], sides[1], max(answer["scores"][n] for n in words)) if words else None
 
     def faults(self, rows: Iterable[Row]) -> Iterator[findings.Fault]:
-        """Tags that cannot follow one another in the scheme, of which train is not known that of most sentences; then
-        those that train lacks.
+        """Yield invalid sequences of tags, then tags that train lacks.
+
+        If the scheme is not known yet, it is the one that fits most sentences.
         """
         read = []
         for row in rows:
-            with contextlib.suppress(DataError):  # one that cannot be read is told already
+            with contextlib.suppress(DataError):  # unreadable rows are reported already
                 read.append((row, read_tags(row, self.tags)))
         scheme = scheme_of(tags for _, tags in read) if self.scheme == "auto" else self.scheme
         if scheme is None:
             return
         for place, fault in row_faults(read, scheme):
-            yield findings.Fault("tags", f"a tag is unsound in {scheme}", place, fault.what, fault.hint, "error")
+            yield findings.Fault("tags", f"a tag is invalid in {scheme}", place, fault.what, fault.hint, "error")
         for row, tags in read:
             for index, tag in enumerate(tags):
                 if self.tags and tag not in self.tags and is_tag_of(tag, scheme):
@@ -187,12 +189,12 @@ class TokenClassification(Task):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BoundTokenClassification(BoundTask):
-    """Token classification with a tokenizer."""
+    """Token classification bound to a tokenizer and a model config."""
 
     objective: LabelObjective
 
     def encode(self, rows: Sequence[Row]) -> list[Fields]:
-        """The fields of the words (`encode_words`), a hash of each word, and its tag where there are labels."""
+        """Return the fields of the words (`encode_words`), a hash of each word, and its tag if there are labels."""
         assert self.data.max_length is not None, "the run resolves max_length"
         sentences = [words_of(row, self.task.inner_marks or "").words for row in rows]
         inside = self.task.sub_words == "all"
@@ -208,21 +210,21 @@ class BoundTokenClassification(BoundTask):
     def _labels(
         self, tags: Sequence[str], fields: Fields, codes: dict[str, int], weights: dict[str, float]
     ) -> dict[str, list[Any]]:
-        """A tag for each word, for each other sub-word with loss, and their weights where there are any."""
+        """Return a tag for each word and for each other sub-word with loss, and their weights if any."""
         labels: dict[str, list[Any]] = {"tags": [codes[tag] for tag in tags]}
         if self.task.sub_words == "all":
             labels["rest_tags"] = [codes[_inside(tags[word], codes)] for word in fields["owner"]]
         if weights:
-            owners = [tags[word] for word in fields.get("owner", ())]  # a word counts by its own tag, in all its parts
+            owners = [tags[word] for word in fields.get("owner", ())]  # all sub-words have the weight of the word's tag
             labels["weight"] = [weights.get(tag, 1.0) for tag in (*tags, *owners)]
         return labels
 
     def costs(self, encoded: Encoded) -> NDArray[np.int64]:
-        """Tokens of all windows."""
+        """Return the number of tokens in all windows."""
         return token_costs(encoded)
 
     def notes(self, encoded: Encoded) -> list[str]:
-        """The scheme; windows, words cut or void, and unknown tokens above 5 %."""
+        """Return notes on the scheme, windows, truncated or empty words, and unknown tokens above 5 %."""
         types = TagSet(self.objective.names).types
         shown = f"{', '.join(types[:10])}{' ...' if len(types) > 10 else ''}"
         return [
@@ -231,18 +233,18 @@ class BoundTokenClassification(BoundTask):
         ]
 
     def model_inputs(self, batch: Batch) -> list[dict[str, Any]]:
-        """Padded windows of all sentences."""
+        """Return the padded windows of all sentences."""
         return [model_inputs(batch, self.config.pad_token_id or 0)]
 
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
-        """The sum of the weights of all sub-words with loss, else their number."""
+        """Return the sum of the weights of all sub-words with loss, or their number."""
         if "weight" in batch:
             return {"weight": batch.ragged("weight").values.sum()}
         count = len(batch.ragged("tags").values)
         return {"weight": torch.tensor(float(count + (len(batch.ragged("rest").values) if "rest" in batch else 0)))}
 
     def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor]) -> Tensor:
-        """This batch's share of the weighted mean over all sub-words of the step with loss."""
+        """Return this batch's share of the weighted mean over all sub-words with loss in the step."""
         every = self._logits(model, batch)
         logits, tags = _at(every, batch, "first"), batch.ragged("tags").values
         if "rest" in batch:
@@ -254,23 +256,23 @@ class BoundTokenClassification(BoundTask):
         return losses.sum() / normalizers["weight"]
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits in fp32 of all words of the batch."""  # (words, tags)
+        """Return the fp32 logits of all words."""  # (words, tags)
         return _at(self._logits(model, batch), batch, "first")
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits of every token of every window."""  # (windows, tokens, tags)
+        """Return the logits of all tokens."""  # (windows, tokens, tags)
         (inputs,) = self.model_inputs(batch)
         logits: Tensor = model(**inputs).logits
         return logits
 
     def metrics(self) -> Metrics:
-        """The metrics of entities."""
+        """Return the entity metrics."""
         return EntityMetrics(self.objective.names)
 
     def baseline(self, train: Encoded) -> Baseline:
-        """The tag that each word most often has in training, and of a word that is not there the most frequent tag.
+        """Return a predictor of the most frequent tag of each word in train, or of all words for an unknown word.
 
-        Log shares of each tag, mixed with one word's worth of the shares over all words.
+        Its outputs are log tag frequencies of the word, smoothed by one pseudo-count of the frequencies over all words.
         """
         words, tags, count = train.column("word"), train.column("tags"), len(self.objective.names)
         known, which = np.unique(words, return_inverse=True)
@@ -287,7 +289,7 @@ class BoundTokenClassification(BoundTask):
         return outputs
 
     def predict(self, model: nn.Module, batch: Batch, outputs: Tensor | None = None) -> list[Answer]:
-        """The tag of each word with its probability, sentence by sentence."""
+        """Return the tag of each word with its probability, for each sentence."""
         logits = self.outputs(model, batch) if outputs is None else outputs
         scores, tags = logits.softmax(-1).max(-1)
         lengths = batch.ragged("first").lengths.tolist()
@@ -300,7 +302,7 @@ class BoundTokenClassification(BoundTask):
         ]
 
     def postprocess(self, answer: Answer, row: Row) -> Answer:
-        """With the entities as they stand in the text, `text[start:end]`; a score is the mean over the words."""
+        """Return the answer with its entities, `text[start:end]`; their scores are means over the words."""
         sentence = words_of(row, self.task.inner_marks or "")
         entities = [
             {
@@ -319,7 +321,7 @@ class BoundTokenClassification(BoundTask):
         }
 
     def preview(self, fields: Fields) -> Preview:
-        """Tokens, and the tag at each that carries loss."""
+        """Return the tokens, and the tag of each token with loss."""
         tags = dict(zip(fields["first"], fields.get("tags", ()), strict="tags" in fields))
         tags |= dict(zip(fields.get("rest", ()), fields.get("rest_tags", ()), strict=False))
         targets = [
@@ -328,7 +330,7 @@ class BoundTokenClassification(BoundTask):
         return preview_tokens(fields, self.processor, targets=targets)
 
     def inspect(self, rows: Sequence[Row]) -> Inspection:
-        """Tokens of each sentence; none is cut, for longer ones are read in windows."""
+        """Return the number of tokens of each sentence; long sentences are read in windows."""
         words = [row.values.get("tokens") for row in rows]
         texts = [
             [" ".join(map(str, own)) if isinstance(own, list) else str(row.values.get("text", ""))]
@@ -338,13 +340,13 @@ class BoundTokenClassification(BoundTask):
 
 
 def _inside(tag: str, codes: dict[str, int]) -> str:
-    """What the other sub-words of a word are taught: to go on with what it begins."""
+    """Return the tag of the other sub-words of a word: B- becomes I-."""
     part, type_ = split_tag(tag)
     return f"I-{type_}" if part == "B" and f"I-{type_}" in codes else tag
 
 
 def _at(logits: Tensor, batch: Batch, name: str) -> Tensor:
-    """The logits at the places that a field names, which are counted in each example's tokens."""  # (places, tags)
+    """Return the logits at the token positions in a field."""  # (places, tags)
     places, tokens, lengths = batch.ragged(name), batch.ragged("input_ids"), batch.ragged("windows").values
     flat = places.values + torch.repeat_interleave(tokens.offsets[:-1], places.lengths)
     ends = lengths.cumsum(0)
@@ -353,7 +355,7 @@ def _at(logits: Tensor, batch: Batch, name: str) -> Tensor:
 
 
 def _weights(batch: Batch) -> Tensor:
-    """Those of all first sub-words, then those of the others."""
+    """Return the weights of all first sub-words, then those of the others."""
     weights, words = batch.ragged("weight"), batch.ragged("tags").lengths
     within = torch.arange(len(weights.values), device=words.device)
     within = within - torch.repeat_interleave(weights.offsets[:-1], weights.lengths)

@@ -1,10 +1,9 @@
-"""Translation: a text in one language becomes one in another, by an encoder-decoder or by a decoder that is asked to.
+"""Translation from one language into another, with an encoder-decoder or a decoder.
 
-    loss = mean over the target's tokens, the end among them, of the cross-entropy      (Vaswani 2017, arXiv 1706.03762)
+    loss = mean cross-entropy over the target tokens, including the end token      (Vaswani 2017, arXiv 1706.03762)
 
-An encoder-decoder reads the source and writes the target; how its family is told the languages is in
-`models/directions.py`. A decoder is asked, `Translate from English to German: ...`, and answers: a conversation of
-text-generation, which does the rest. Translations are found by beam search.
+The language codes of each encoder-decoder family are in `models/directions.py`. A decoder is prompted with
+`Translate from English to German: ...` and trained as in text-generation. Translations use beam search.
 """
 
 from __future__ import annotations
@@ -48,19 +47,19 @@ class Translation(Task):
     """Translates texts from one language into another."""
 
     source_lang: Annotated[str, AfterValidator(languages.validate_code)] | None = Field(
-        None, description="language that is read, e.g. en; null: from the names of the columns"
+        None, description="source language, e.g. en; null: from the column names"
     )
     target_lang: Annotated[str, AfterValidator(languages.validate_code)] | None = Field(
-        None, description="language that is written, likewise"
+        None, description="target language; null: from the column names"
     )
-    prefix: str | None = Field(None, description="put before each source; null: what the model was made with")
+    prefix: str | None = Field(None, description="prefix of each source; null: the prefix of the model's pretraining")
     num_beams: int = Field(4, ge=1, description="beam width; 1: greedy")
-    max_new_tokens: int = Field(128, ge=1, description="tokens of a translation at most")
+    max_new_tokens: int = Field(128, ge=1, description="maximum tokens per translation")
     scored_rows: int = Field(
-        2000, ge=1, description="rows of a split, evenly spread, whose translations are generated to be scored"
+        2000, ge=1, description="evenly spaced rows of a split for which translations are generated and scored"
     )
     chat_template: Annotated[str, AfterValidator(template_text)] | None = Field(
-        None, description="of a decoder: plain, chatml ..., or a Jinja file; default: the model's own, else plain"
+        None, description="for a decoder: plain, chatml ..., or a Jinja file; default: the model's own, else plain"
     )
 
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
@@ -81,67 +80,72 @@ class Translation(Task):
         )
 
     def with_columns(self, columns: Mapping[str, str | int]) -> Self:
-        """With the languages that columns are named after.
+        """Infer the languages from the column names.
 
         Raises:
-            RecipeError: they are named after others than the recipe says.
+            RecipeError: the column names contradict the recipe.
         """
         for role, code in (("source", self.source_lang), ("target", self.target_lang)):
             column = str(columns.get(role, ""))
             if code and languages.language(column) and not languages.same(column, code):
-                what = f"task.{role}_lang: {shorten(code)}, but the {role}s stand under {shorten(column)}"
-                raise RecipeError(what, hint=f"task.{role}_lang={column}, or data.columns.{role}=NAME")
-        said = {f"{role}_lang": str(column) for role, column in columns.items() if languages.language(str(column))}
-        return self.model_copy(update={key: code for key, code in said.items() if getattr(self, key, code) is None})
+                what = f"task.{role}_lang: {shorten(code)}, but the {role} column is {shorten(column)}"
+                raise RecipeError(what, hint=f"set task.{role}_lang={column}, or data.columns.{role}=NAME")
+        inferred = {f"{role}_lang": str(column) for role, column in columns.items() if languages.language(str(column))}
+        return self.model_copy(update={key: code for key, code in inferred.items() if getattr(self, key, code) is None})
 
     def parse_target(self, row: Row) -> tuple[str, str, bool]:
-        """The scripts of source and target, and whether both are the same text."""
+        """Return the scripts of source and target, and True if both are the same text."""
         source, target = str(row.values["source"]).strip(), str(row.values["target"]).strip()
         return languages.script_of(source), languages.script_of(target), source == target
 
     def fit(self, targets: Sequence[tuple[str, str, bool]], data: Data) -> tuple[Self, Data]:
-        """Check that most pairs are translations, in the direction of the recipe; nothing is learned from them."""
+        """Check that most pairs are translations in the direction of the recipe."""
         where = str(data.train)
-        TextMetrics(SCORES)  # whose library may be missing
+        TextMetrics(SCORES)  # raises if its library is missing
         same = sum(copied for _, _, copied in targets)
         if same > len(targets) / 2:
-            what = f"the target of {same:,} of {len(targets):,} rows is the source itself"
-            raise DataError(what, where=where, hint="data.columns.target=NAME if it is another column")
+            what = f"target equals source in {same:,} of {len(targets):,} rows"
+            raise DataError(what, where=where, hint="set data.columns.target=NAME if it is another column")
         wanted = tuple(languages.script_of_language(code or "") for code in (self.target_lang, self.source_lang))
         scripts = Counter[Any]((source, target) for source, target, _ in targets)
         if None not in wanted and wanted[0] != wanted[1] and scripts[wanted] > len(targets) / 2:
-            what = f"most sources are in the script of {self.target_lang}, and targets in that of {self.source_lang}"
-            raise DataError(what, where=where, hint="exchange data.columns.source and target, or the task's languages")
+            what = (
+                f"most sources are in the script of {self.target_lang}, and most targets in that of {self.source_lang}"
+            )
+            what += ": columns appear to be swapped"
+            raise DataError(
+                what, where=where, hint="swap data.columns.source and data.columns.target, or the languages"
+            )
         return self, data
 
     def faults(self, rows: Iterable[Row]) -> Iterator[Fault]:
-        """Pairs that are no translations."""
+        """Yield pairs that are not translations."""
         return pair_faults(rows)
 
     def sample_row(self, number: int) -> dict[str, object]:
-        """A review and its words in reverse order."""
+        """Return a review and its words in reverse order."""
         source, target = _samples.pair(number)
         return {"source": source, "target": target}
 
     def bind(self, processor: Any, config: Any, data: Data, label_smoothing: float = 0.0) -> BoundTask:
-        """With the way in which this model is told the languages, and translates.
+        """Return the bound task for an encoder-decoder or a decoder, with the language codes of its family.
 
         Raises:
-            RecipeError: it has to be told a language that is not given, or that it does not know.
+            RecipeError: a language is missing, or the model does not support it.
         """
-        told = direction(processor, config, self.source_lang, self.target_lang, self.prefix)
-        task = self.model_copy(update={"prefix": told.prefix})
+        codes = direction(processor, config, self.source_lang, self.target_lang, self.prefix)
+        task = self.model_copy(update={"prefix": codes.prefix})
         settings = Generation.model_validate({"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams})
         run = (task, processor, config, data, label_smoothing)
         if not config.is_encoder_decoder:
             chat = bind_generation(conversation_task(settings, self.chat_template), *run[1:])
-            assert isinstance(chat.generator, PromptGenerator), "it is a decoder's"
+            assert isinstance(chat.generator, PromptGenerator), "a decoder has one"
             return DecoderTranslation(*run, chat=chat, generator=replace(chat.generator, pair=pair_of))
-        tokens = {"forced_bos_token_id": told.first, "decoder_start_token_id": told.start}
+        tokens = {"forced_bos_token_id": codes.first, "decoder_start_token_id": codes.start}
         begin = {name: token for name, token in tokens.items() if token is not None}
         generator = SourceGenerator(processor, config, settings, begin, pair_of)
         return EncoderDecoderTranslation(*run, generator=generator)
 
     def render(self, answer: Answer, row: Row) -> str:
-        """The translation."""
+        """Return the translation."""
         return render(answer)

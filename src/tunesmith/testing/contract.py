@@ -312,7 +312,7 @@ def _check_training(case: Case) -> None:
     if case.technique.artifact == "adapter":
         case.technique.load_adapter(again, dict(case.technique.adapter_tensors(case.model)))
     else:
-        artefact.put(again, artefact.learned(case.model, names))
+        artefact.load_trained(again, artefact.trained_tensors(case.model, names))
     assert torch.allclose(case.answers(again), trained, atol=1e-5), "base + what was saved is not the trained model"
     if case.technique.cannot_merge:
         return
@@ -343,7 +343,7 @@ def _resumed(case: Case, engine: loop.Engine) -> loop.Engine:
     """A fresh engine with what a checkpoint holds put in."""
     fresh = case.engine(copy.deepcopy(case.model))
     names = [name for name, parameter in case.model.named_parameters() if parameter.requires_grad]
-    artefact.put(fresh.model, artefact.learned(engine.model, names))
+    artefact.load_trained(fresh.model, artefact.trained_tensors(engine.model, names))
     state = {key: value.clone() for key, value in optimizer.state_tensors(engine.optimizer, engine.model).items()}
     optimizer.load_state_tensors(fresh.optimizer, fresh.model, state)
     return fresh

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tunesmith import console as talk
+from tunesmith import console
 from tunesmith.errors import RecipeError, ResourceError
 
 BUCKET_BYTES = 25 * 2**20
@@ -110,7 +110,7 @@ def world_size() -> int:
 def command(*words: object) -> str:
     """Return the shell command that runs `tunesmith WORDS` with the same number of processes on each machine."""
     if world_size() == 1:
-        return talk.command(*words)
+        return console.command(*words)
     per_node = os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))
     return shlex.join(["torchrun", f"--nproc-per-node={per_node}", "-m", "tunesmith", *map(str, words)])
 

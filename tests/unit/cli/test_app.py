@@ -22,7 +22,7 @@ import typer
 import tunesmith
 from tunesmith import recipe, registry
 from tunesmith.cli import app as cli
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.batches import Batches
 from tunesmith.models.package_index import FETCHED
 from tunesmith.recipe import starter
@@ -62,7 +62,7 @@ def finished(tiny_bert: Path, reviews_csv: Path, tmp_path_factory: pytest.TempPa
     values = {"task": "text-classification", "model": str(tiny_bert), "data": {"train": str(reviews_csv), "test": 0.2}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(folder / "home"))
-        tunesmith.train(values, *QUICK, f"output={folder / 'run'}", "limit=40", talk=Talk(level=-1))
+        tunesmith.train(values, *QUICK, f"output={folder / 'run'}", "limit=40", console=Console(level=-1))
     return folder / "run"
 
 
@@ -461,7 +461,7 @@ def test_a_user_error_has_a_traceback_with_debug(
         ("train.sede=1", 2, "command line: train.sede: unknown key; did you mean 'seed'?"),
         ("data.train=none.csv", 3, "none.csv: no such file; "),
         ("train.device=cuda:99", 4, "command line: train.device: "),
-        ("train.learning_rate=1e30", 5, "a lower learning rate than "),
+        ("train.learning_rate=1e30", 5, "a learning rate below "),
     ),
 )
 def test_exit_codes(change: str, code: int, said: str, command: Command, words: list[str]) -> None:

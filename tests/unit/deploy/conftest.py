@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.testing import tiny_model, tiny_tokenizer
 
 PRETRAINED = {"bert": "AutoModelForMaskedLM", "gpt2": "AutoModelForCausalLM", "llama": "AutoModelForCausalLM"}
@@ -36,7 +36,7 @@ def finish(recipe_of: Any, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def run(*overrides: str, **values: Any) -> dict[str, Any]:
         recipe = recipe_of("data.test=0.25", "train.learning_rate=5e-3", *overrides, **values)
-        return tunesmith.train(recipe, talk=Talk(level=-1))
+        return tunesmith.train(recipe, console=Console(level=-1))
 
     return run
 

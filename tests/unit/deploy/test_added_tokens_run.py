@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.deploy import merge as merging
 from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.recipe import load
@@ -28,7 +28,7 @@ with warnings.catch_warnings():
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 
 TOKENS = ["<yes>", "<no>"]
-QUIET = Talk(level=-1)
+QUIET = Console(level=-1)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def _recipe(base: Path, chats: Path, output: Path, *words: str, **keys: Any) -> 
 @pytest.fixture(scope="module")
 def trained(base: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("runs") / "tokens"
-    return folder, tunesmith.train(_recipe(base, chats, folder), talk=QUIET)
+    return folder, tunesmith.train(_recipe(base, chats, folder), console=QUIET)
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ def test_new_rows_learn_at_a_rate_of_their_own(base: Path, chats: Path, tmp_path
     short = ("train.max_steps=1", "train.learning_rate=1e-4", "task.generate=null")
     for words, rate in (((), 5e-3), (("train.head_learning_rate=1e-3",), 1e-3), (("task.add_tokens=[]",), 1e-4)):
         recipe = _recipe(base, chats, tmp_path / f"run-{rate}", *short, *words)
-        tunesmith.train(recipe, talk=QUIET)
+        tunesmith.train(recipe, console=QUIET)
         assert load(tmp_path / f"run-{rate}" / "recipe.yaml").train.head_learning_rate == rate
 
 
@@ -123,7 +123,7 @@ def test_merged_it_is_a_plain_model_that_answers_the_same(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path, chats: Path
 ) -> None:
     folder, _ = trained
-    merging.fold(folder)
+    merging.merge_adapter(folder)
     size = len(tokenizer(template=CHATML)) + 2
     plain = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert plain.config.vocab_size == size and plain.lm_head.weight is plain.model.embed_tokens.weight
@@ -132,14 +132,14 @@ def test_merged_it_is_a_plain_model_that_answers_the_same(
     torch.testing.assert_close(_logits(plain, asked), own, atol=1e-5, rtol=1e-5)
     again = _recipe(folder, chats, tmp_path / "again", "train.max_steps=2")
     with pytest.raises(RecipeError, match="task.add_tokens: '<yes>'"):
-        tunesmith.train(again, talk=QUIET)
-    result = tunesmith.train(again, "task.add_tokens=[]", talk=QUIET)
+        tunesmith.train(again, console=QUIET)
+    result = tunesmith.train(again, "task.add_tokens=[]", console=QUIET)
     assert result["metrics"]["before"]["validation"]["loss"] < 3, "what was learned of them is the start"
 
 
 @pytest.mark.parametrize("technique", ("full", {"name": "freeze", "last_n_blocks": 1}), ids=("full", "freeze"))
 def test_a_whole_model_has_them_in_its_tables(technique: Any, base: Path, chats: Path, tmp_path: Path) -> None:
-    result = tunesmith.train(_recipe(base, chats, tmp_path / "run", technique=technique), talk=QUIET)
+    result = tunesmith.train(_recipe(base, chats, tmp_path / "run", technique=technique), console=QUIET)
     size = len(tokenizer(template=CHATML)) + 2
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert (
@@ -154,7 +154,7 @@ def test_a_whole_model_has_them_in_its_tables(technique: Any, base: Path, chats:
 def test_two_runs_with_the_same_tokens_are_summed(base: Path, chats: Path, tmp_path: Path) -> None:
     for number in (1, 2):
         recipe = _recipe(base, chats, tmp_path / f"run{number}", f"train.seed={number}", "train.max_steps=4")
-        tunesmith.train(recipe, talk=QUIET)
+        tunesmith.train(recipe, console=QUIET)
     merging.merge([tmp_path / "run1", tmp_path / "run2"], tmp_path / "sum")
     merged = load_file(tmp_path / "sum" / "model" / "model.safetensors")["model.embed_tokens.weight"]
     rows = [
@@ -183,15 +183,15 @@ def test_stopped_and_resumed_it_gives_the_same_bits(
     monkeypatch.setattr(loop, "steps", cut)
     recipe = _recipe(base, chats, tmp_path / "run", "train.save_every=3")
     with pytest.raises(KeyboardInterrupt):
-        tunesmith.train(recipe, talk=QUIET)
+        tunesmith.train(recipe, console=QUIET)
     monkeypatch.setattr(loop, "steps", steps)
-    tunesmith.train(resume=tmp_path / "run", talk=QUIET)
+    tunesmith.train(resume=tmp_path / "run", console=QUIET)
     again = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 def test_other_tokens_in_the_dress_are_refused(base: Path, chats: Path, tmp_path: Path) -> None:
-    tunesmith.train(_recipe(base, chats, tmp_path / "run", "train.max_steps=2"), talk=QUIET)
+    tunesmith.train(_recipe(base, chats, tmp_path / "run", "train.max_steps=2"), console=QUIET)
     file = tmp_path / "run" / "base" / "tokenizer.json"
     file.write_text(file.read_text(encoding="utf-8").replace("<yes>", "<yea>"), encoding="utf-8")
     with pytest.raises(CheckpointError, match="run/base: .*the tokenizer differs"):

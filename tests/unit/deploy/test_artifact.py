@@ -47,13 +47,13 @@ def test_what_is_put_is_what_was_learned(tmp_path: Path) -> None:
     trial = case({"name": "lora", "init": "pissa", "r": 2}, "text-classification", "bert", tmp_path)
     names = [name for name, parameter in trial.model.named_parameters() if parameter.requires_grad]
     names += [name for name, _ in trial.model.named_buffers() if "pissa" in name]
-    kept = {name: value.clone() for name, value in artefact.learned(trial.model, names).items()}
+    kept = {name: value.clone() for name, value in artefact.trained_tensors(trial.model, names).items()}
     assert set(kept) == set(names) and any("pissa" in name for name in names)
     trial.train(trial.engine(), 0, 3)
-    changed = artefact.learned(trial.model, names)
+    changed = artefact.trained_tensors(trial.model, names)
     assert not all(torch.equal(changed[name], kept[name]) for name in names)
-    artefact.put(trial.model, kept)
-    assert all(torch.equal(value, kept[name]) for name, value in artefact.learned(trial.model, names).items())
+    artefact.load_trained(trial.model, kept)
+    assert all(torch.equal(value, kept[name]) for name, value in artefact.trained_tensors(trial.model, names).items())
 
 
 def test_an_adapter_and_what_its_base_must_be_dressed_in(finish: Any, tiny_bert: Path, tmp_path: Path) -> None:

@@ -10,16 +10,16 @@ import pytest
 
 import tunesmith
 from tunesmith import registry
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.formats import Row
 from tunesmith.data.text.augment import Augmenter, texts_of
 from tunesmith.deploy import back_translation, predict
-from tunesmith.deploy.back_translation import translated_back
+from tunesmith.deploy.back_translation import back_translate
 from tunesmith.errors import RecipeError
 from tunesmith.recipe.fields import Augmentation
 from tunesmith.testing import sample_row
 
-QUIET = Talk(level=-1)
+QUIET = Console(level=-1)
 Runs = tuple[Path, Path]
 
 
@@ -38,7 +38,7 @@ def translators(tiny_marian: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             technique="full",
             train={"max_steps": 60, "batch_size": 16, "learning_rate": 5e-3, "precision": "fp32", "device": "cpu"},
             output=str(folder / source),
-            talk=QUIET,
+            console=QUIET,
         )
     return folder / "en", folder / "de"
 
@@ -51,18 +51,18 @@ def _step(runs: Runs, probability: float = 0.5) -> Augmentation:
 def test_texts_go_there_and_back_once(translators: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [str(sample_row("translation", number)["source"]) for number in range(5)]
     said: list[str] = []
-    found = translated_back(texts, [_step(translators)], tmp_path, device="cpu", say=said.append)
+    found = back_translate(texts, [_step(translators)], tmp_path, device="cpu", say=said.append)
     there, back = (predict.load(run, device="cpu") for run in translators)
     halfway = [answer["translation"] for answer in there.predict(sorted(set(texts)))]
     wanted = [answer["translation"] for answer in back.predict(halfway)]
     assert found == dict(zip(sorted(set(texts)), wanted, strict=True)) and len(said) == 2
     monkeypatch.setattr(predict, "load", lambda *_, **__: pytest.fail("it is kept"))
-    assert translated_back(reversed(texts), [_step(translators, 0.9)], tmp_path) == found
-    assert translated_back(texts, [], tmp_path) == {}
+    assert back_translate(reversed(texts), [_step(translators, 0.9)], tmp_path) == found
+    assert back_translate(texts, [], tmp_path) == {}
 
 
 def test_a_text_that_is_nothing_stays_as_it_is(translators: Runs, tmp_path: Path) -> None:
-    found = translated_back(["the film was great", "\u200b"], [_step(translators)], tmp_path, device="cpu", say=str)
+    found = back_translate(["the film was great", "\u200b"], [_step(translators)], tmp_path, device="cpu", say=str)
     assert found["\u200b"] == "\u200b" and found["the film was great"] != ""
 
 
@@ -86,14 +86,14 @@ def test_a_run_learns_from_them_and_a_resume_goes_on_bit_for_bit(recipe_of: Any,
     )
 
     def losses(*words: str, **how: Any) -> list[float]:
-        tunesmith.train(recipe, *words, talk=QUIET, **how)
+        tunesmith.train(recipe, *words, console=QUIET, **how)
         lines = Path(recipe.output, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
     whole = losses()
     assert losses(overwrite=True) == whole
     plain = recipe_of("train.epochs=2", "data.validation=null")
-    tunesmith.train(plain, overwrite=True, talk=QUIET)
+    tunesmith.train(plain, overwrite=True, console=QUIET)
     lines = Path(plain.output, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert whole != [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
@@ -102,9 +102,9 @@ def test_runs_that_are_none_are_refused(recipe_of: Any, tmp_path: Path, translat
     with pytest.raises(RecipeError, match=r"data\.augment: no run in .*nowhere"):
         back_translation.fingerprints([_step((tmp_path / "nowhere", tmp_path))])
     recipe = recipe_of("train.max_steps=1", "train.epochs=null")
-    tunesmith.train(recipe, talk=QUIET)
-    with pytest.raises(RecipeError, match=r"is a run of text-classification, and a text is translated there and back"):
-        translated_back(["a"], [_step((Path(recipe.output), translators[1]))], tmp_path, say=str)
+    tunesmith.train(recipe, console=QUIET)
+    with pytest.raises(RecipeError, match=r"is a run of text-classification, not of translation"):
+        back_translate(["a"], [_step((Path(recipe.output), translators[1]))], tmp_path, say=str)
     tagged = Row("a:1", {"tokens": ["a"], "label": ["O"]})
     with pytest.raises(RecipeError, match=r"back-translation cannot carry tags of words"):
         Augmenter.of([_step(translators)], 0, registry.get("task", "token-classification")().columns).row(tagged, 0, 0)

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from loopback import Login, StubIndex
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.deploy import card
 from tunesmith.metrics import MEANINGS
 from tunesmith.models.load import base_hash
@@ -72,7 +72,7 @@ def test_the_lines_of_the_card_load_the_run(
 
 def test_the_lines_of_the_card_load_an_adapter_on_an_earlier_run(finish: Any, recipe_of: Any, tmp_path: Path) -> None:
     first = recipe_of("technique=full", "train.max_steps=2", "train.epochs=null", output=str(tmp_path / "first"))
-    tunesmith.train(first, talk=Talk(level=-1))
+    tunesmith.train(first, console=Console(level=-1))
     finish("technique=lora", model=str(tmp_path / "first"))
     _check_loading(tmp_path / "run")
 
@@ -123,7 +123,7 @@ def finished(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(folder / "home"))
         patch.setattr(sys, "argv", ["tunesmith", "train", "a recipe.yaml"])
-        yield folder / "run", tunesmith.train(given, talk=Talk(level=-1))
+        yield folder / "run", tunesmith.train(given, console=Console(level=-1))
 
 
 def test_what_run_json_holds(finished: tuple[Path, dict[str, Any]], tiny_bert: Path, reviews_csv: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_licence_is_written_as_the_hub_writes_it(
 ) -> None:
     head, text = _rewritten(finished, tmp_path, license=stated)
     assert {name: value for name, value in head.to_dict().items() if name.startswith("license")} == wanted
-    assert f"- licence of the base model: {stated}\n" in text and "package" not in text.split("## How it was made")[1]
+    assert f"- license of the base model: {stated}\n" in text and "package" not in text.split("## Training details")[1]
 
 
 @pytest.mark.parametrize(("own", "head"), (("apache-2.0", "apache-2.0"), (None, "mit")))
@@ -220,14 +220,14 @@ def test_the_licence_of_the_model_goes_before_that_of_its_package(
     own: str | None, head: str, finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     data, text = _rewritten(finished, tmp_path, kind="pypi", license=own, package_license="MIT")
-    assert data.license == head and "- licence of the package that it came in: MIT\n" in text
-    assert ("- licence of the base model: apache-2.0\n" in text) == (own is not None)
+    assert data.license == head and "- license of its package: MIT\n" in text
+    assert ("- license of the base model: apache-2.0\n" in text) == (own is not None)
 
 
 def test_without_held_out_rows_there_is_no_score_to_show(finish: Any, tmp_path: Path) -> None:
     finish("data.validation=null", "data.test=null", "train.max_steps=2", "train.epochs=null")
     text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
-    assert "No rows were held out, so there is no score." in text and ModelCard(text).data.eval_results is None
+    assert "No rows were held out, so there are no scores." in text and ModelCard(text).data.eval_results is None
     assert "model-index" not in text and "No rows were held out" in (tmp_path / "run" / "report.html").read_text()
 
 

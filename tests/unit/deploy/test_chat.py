@@ -11,7 +11,7 @@ import pytest
 from chatting import CHATML, tokenizer
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.deploy.chat import chat
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import load
@@ -20,7 +20,7 @@ from tunesmith.run import train as run
 from tunesmith.testing import tiny_model
 
 HOW = Generation.model_validate({"max_new_tokens": 5})
-QUIET = Talk(level=-1)
+QUIET = Console(level=-1)
 
 
 def _trained(folder: Path, lines: list[dict[str, Any]], **task: Any) -> Path:
@@ -37,7 +37,7 @@ def _trained(folder: Path, lines: list[dict[str, Any]], **task: Any) -> Path:
         "train": {"max_steps": 2, "precision": "fp32", "device": "cpu"},
         "output": str(folder / "run"),
     }
-    run.train(load(None, (), given), talk=QUIET)
+    run.train(load(None, (), given), console=QUIET)
     return folder / "run"
 
 
@@ -96,8 +96,8 @@ def test_streamed_and_written_answers_write_nothing_to_disk(chats: Path, home: P
 
 def test_a_run_on_raw_text_does_not_converse(tmp_path: Path, tiny_bert: Path, recipe_of: Any) -> None:
     folder = _trained(tmp_path, [{"text": f"one two {n}"} for n in range(12)])
-    with pytest.raises(RecipeError, match="this run has learned no conversations; `tunesmith predict` asks it"):
+    with pytest.raises(RecipeError, match="this run was not trained on conversations; use `tunesmith predict`"):
         chat(tunesmith.load(folder), ["hi"], print, HOW)
-    run.train(recipe_of(output=str(tmp_path / "reviews")), talk=QUIET)
-    with pytest.raises(RecipeError, match="this run has learned no conversations"):
+    run.train(recipe_of(output=str(tmp_path / "reviews")), console=QUIET)
+    with pytest.raises(RecipeError, match="this run was not trained on conversations"):
         chat(tunesmith.load(tmp_path / "reviews"), ["hi"], print, HOW)

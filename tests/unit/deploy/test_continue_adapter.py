@@ -50,11 +50,11 @@ def test_what_does_not_fit_is_refused(recipe_of: Any, tmp_path: Path) -> None:
             tunesmith.train(recipe_of(**given | values))
 
     refused("adapter cannot be merged: .*technique={name: adapter, continue: true}", technique="full")
-    refused("learned by adapter, not by lora; technique={name: adapter, continue: true}",
+    refused("used adapter, not lora; technique={name: adapter, continue: true}",
             technique={"name": "lora", "continue": True})  # fmt: skip
-    refused("reduction_factor was 16.0, not 4.0; leave it out",
+    refused("reduction_factor was 16.0, not 4.0; leave technique.reduction_factor out",
             technique={"name": "adapter", "reduction_factor": 4, "continue": True})  # fmt: skip
-    refused("that run's head .* does not fit", data={"train": str(three), "validation": None})
-    refused("no run that left an adapter", model=str(tmp_path))
+    refused("the run's head .* does not fit", data={"train": str(three), "validation": None})
+    refused("no run with an adapter", model=str(tmp_path))
     with pytest.raises(RecipeError, match="technique.continue: must be true or false, not 'yes'"):
         recipe_of(technique={"name": "lora", "continue": "yes"})

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.deploy import merge as merging
-from tunesmith.deploy.multi_adapter import Several
+from tunesmith.deploy.multi_adapter import MultiAdapterModel
 from tunesmith.errors import CheckpointError, RecipeError, UserError
 
 TEXTS = ["the film was great", "bad", "a very very dull plot", "lovely"]
@@ -37,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, reviews_csv:
                 technique=technique,
                 train=train | {"seed": len(name)},
                 output=str(folder / name),
-                talk=Talk(level=-1),
+                console=Console(level=-1),
             )
         yield folder
 
@@ -48,7 +48,7 @@ def _probabilities(answers: list[dict[str, Any]]) -> torch.Tensor:
 
 def test_each_answers_as_it_does_alone(runs: Path, tiny_bert: Path) -> None:
     several = tunesmith.load(tiny_bert, adapters=[runs / name for name in TECHNIQUES])
-    assert isinstance(several, Several)
+    assert isinstance(several, MultiAdapterModel)
     for name in TECHNIQUES:
         alone = tunesmith.load(runs / name).predict(TEXTS)
         assert torch.allclose(_probabilities(several.predict(TEXTS, name)), _probabilities(alone), atol=1e-6)
@@ -67,8 +67,8 @@ def test_what_is_frozen_is_held_once(runs: Path, tiny_bert: Path) -> None:
 
 def test_it_says_in_a_line_what_it_is(runs: Path, tiny_bert: Path) -> None:
     several = tunesmith.load(tiny_bert, adapters=[runs / "lora", runs / "ia3"])
-    assert repr(several) == "<2 runs over one base: lora, ia3>"
-    assert repr(several.runs["lora"]) == f"<text-classification by lora, run {runs / 'lora'}>"
+    assert repr(several) == "<2 runs with one base: lora, ia3>"
+    assert repr(several.runs["lora"]) == f"<text-classification with lora, run {runs / 'lora'}>"
 
 
 def test_the_only_run_need_not_be_named(runs: Path, tiny_bert: Path) -> None:
@@ -80,7 +80,7 @@ def test_what_several_refuses(runs: Path, tiny_bert: Path, tmp_path: Path) -> No
     several = tunesmith.load(tiny_bert, adapters=[runs / "lora"])
     with pytest.raises(UserError, match="did you mean 'lora'"):
         several.predict(TEXTS, "lorra")
-    with pytest.raises(UserError, match="which run is to answer\\?; name it after the inputs: lora, ia3"):
+    with pytest.raises(UserError, match="adapter: missing; name one of lora, ia3"):
         tunesmith.load(tiny_bert, adapters=[runs / "lora", runs / "ia3"]).predict(TEXTS)
     with pytest.raises(UserError, match="2 adapters for 4 inputs"):
         several.predict(TEXTS, ["lora", "lora"])
@@ -114,7 +114,7 @@ def test_a_weighted_sum_is_one(runs: Path, tiny_bert: Path, tmp_path: Path) -> N
         parts = []
         for name in ("lora", "lora2"):
             if not (runs / name / "model").exists():
-                merging.fold(runs / name)
+                merging.merge_adapter(runs / name)
             shutil.copytree(runs / name, tmp_path / name, dirs_exist_ok=True)
             shutil.rmtree(tmp_path / name / "adapter")
             parts.append(_weights(tmp_path / name))
@@ -147,7 +147,7 @@ def test_what_merging_refuses(runs: Path, tmp_path: Path, command: Command) -> N
         assert code == 2 and "whose sum is not 0" in said
     assert not (tmp_path / "merged").exists() and not Path("m").exists()
     code, _, said = command("merge", str(runs / "lora"), "--output", str(runs / "lora"), "--overwrite")
-    assert code == 2 and "--output: it is one of the runs to be merged; name another folder" in said
+    assert code == 2 and "--output: this is one of the runs to merge; name another folder" in said
 
 
 def test_the_verb_writes_a_run(runs: Path, tmp_path: Path, command: Command) -> None:
@@ -157,7 +157,7 @@ def test_the_verb_writes_a_run(runs: Path, tmp_path: Path, command: Command) -> 
     assert code == 0 and out == f'merged 2 runs into {merged}; try it: tunesmith predict {merged} "..."\n'
     card = (merged / "README.md").read_text(encoding="utf-8")
     assert f"- 0.5 x `{runs / 'lora'}`\n- 0.5 x `{runs / 'full'}`\n" in card and "- merge\n" in card
-    assert "Sum (ties, 20% of its entries kept, seed 0)" in card and f"`tunesmith evaluate {merged}`" in card
+    assert "Merged (ties, 20% of entries kept, seed 0)" in card and f"`tunesmith evaluate {merged}`" in card
     lines = re.findall(r"```python\n(.*?)```", card, re.S)
     assert len(lines) == 2
     for code_of_card in lines:
@@ -166,7 +166,7 @@ def test_the_verb_writes_a_run(runs: Path, tmp_path: Path, command: Command) -> 
     code, out, _ = command("predict", str(merged), "lovely")
     assert code == 0 and out
     code, _, said = command(*words)
-    assert code == 2 and "--overwrite replaces a run" in said
+    assert code == 2 and "replace the run with --overwrite" in said
 
 
 def test_a_run_with_an_adapter_is_a_base(runs: Path, reviews_csv: Path, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_run_with_an_adapter_is_a_base(runs: Path, reviews_csv: Path, tmp_path
     given = {"task": "text-classification", "data": {"train": str(reviews_csv)}, "output": str(tmp_path / "second")}
     train = {"max_steps": 1, "batch_size": 8, "precision": "fp32", "device": "cpu", "learning_rate": 1e-12}
     tunesmith.train(
-        given | {"model": str(tmp_path / "first"), "technique": "bitfit", "train": train}, talk=Talk(level=-1)
+        given | {"model": str(tmp_path / "first"), "technique": "bitfit", "train": train}, console=Console(level=-1)
     )
     first, second = (_probabilities(tunesmith.load(tmp_path / name).predict(TEXTS)) for name in ("first", "second"))
     assert torch.allclose(first, second, atol=1e-5)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.formats import Row
 from tunesmith.errors import CheckpointError, DataError, RecipeError, UserError
 from tunesmith.testing import tiny_tokenizer
@@ -56,7 +56,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, reviews_csv
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(folder / "home"))
-        tunesmith.train(given, talk=Talk(level=-1))
+        tunesmith.train(given, console=Console(level=-1))
     return tunesmith.load(folder / "run")
 
 
@@ -135,7 +135,7 @@ def _an_old_origin(run: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut short": (
         _cut_short,
-        "adapter_model.safetensors: cannot be read .*; `tunesmith train --resume .*` writes it anew",
+        "adapter_model.safetensors: cannot be read .*; write it again with `tunesmith train --resume .*`",
     ),
     "a tensor lost": (_lose_a_tensor, "the adapter lacks 1 of "),
     "origin of old": (_an_old_origin, "tunesmith.json: cannot be read .it does not say what .*; .*anew"),
@@ -153,7 +153,7 @@ def test_a_damaged_adapter_is_refused(
         tunesmith.load(tmp_path / "run")
     assert command("predict", str(tmp_path / "run"), "a film")[0] == 6
     if "anew" in said:
-        tunesmith.train(resume=tmp_path / "run", talk=Talk(level=-1))
+        tunesmith.train(resume=tmp_path / "run", console=Console(level=-1))
         assert tunesmith.predict(tmp_path / "run", ["a film"])
 
 
@@ -164,7 +164,7 @@ def test_an_adapter_on_other_weights_is_refused(finish: Any, tiny_bert: Path, tm
     save_file({name: value + 0.01 for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(
         CheckpointError,
-        match=r"belongs to other weights of .*: the model.safetensors differs \(sha256 .*, was .*\); give the base",
+        match=r"was trained on other weights of .*: the model.safetensors differs \(sha256 .*, was .*\); use the base",
     ):
         tunesmith.load(tmp_path / "run")
 
@@ -193,12 +193,10 @@ def test_an_adapter_over_another_tokenizer_or_template_is_refused(
     moved = shutil.copytree(base, tmp_path / "moved")
     assert tunesmith.load(run, base=moved)
     change(moved)
-    with pytest.raises(CheckpointError, match=f"moved is not as it was in training: {said}; give the base it was"):
+    with pytest.raises(CheckpointError, match=f"moved has changed since training: {said}; use the base that"):
         tunesmith.load(run, base=moved)
     change(run / "base")
-    with pytest.raises(
-        CheckpointError, match=f"run/base: what the base is dressed in is not as the run left it: {said}"
-    ):
+    with pytest.raises(CheckpointError, match=f"run/base: the base snapshot has changed since training: {said}"):
         tunesmith.load(run)
     assert command("predict", str(run), "a film")[0] == 6
 
@@ -206,7 +204,7 @@ def test_an_adapter_over_another_tokenizer_or_template_is_refused(
 def test_what_is_no_finished_run_is_refused(recipe_of: Any, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="not a run folder"):
         tunesmith.load(tmp_path)
-    tunesmith.train(recipe_of(), talk=Talk(level=-1))
+    tunesmith.train(recipe_of(), console=Console(level=-1))
     shutil.rmtree(tmp_path / "run" / "model")
     with pytest.raises(RecipeError, match="the run is not finished; `tunesmith train --resume .*run`"):
         tunesmith.load(tmp_path / "run")
@@ -219,7 +217,7 @@ def test_a_base_of_pickled_weights_is_read_where_that_is_allowed(
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
     recipe = recipe_of("technique=lora", "data.test=0.25", model=str(base))
-    result = tunesmith.train(recipe, allow_pickle=True, talk=Talk(level=-1))
+    result = tunesmith.train(recipe, allow_pickle=True, console=Console(level=-1))
     run = str(tmp_path / "run")
     code, out, err = command("predict", run, "a film")
     assert code == 2 and out == "" and "--allow-pickle" in err

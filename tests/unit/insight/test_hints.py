@@ -20,23 +20,23 @@ EPOCHS, STEPS = {"epochs": 3.0, "metric": "accuracy"}, {"max_steps": 4, "metric"
 @pytest.mark.parametrize(
     ("losses", "scores", "train", "said"),
     (
-        (FALLS, RISES, EPOCHS, "in 4 steps validation accuracy was best at the last evaluation: training longer may h"),
+        (FALLS, RISES, EPOCHS, "after 4 steps validation accuracy was still improving: longer training may h"),
         (FALLS, RISES, STEPS, "(train.max_steps=12)"),
         (
             STAYS,
             FELL,
             EPOCHS,
-            "in 4 steps the loss has hardly moved (0.700 to 0.690): training longer may help (train.ep",
+            "after 4 steps the loss has hardly decreased (0.700 to 0.690): longer training may help (train.ep",
         ),
         (STAYS, [], EPOCHS, "(train.epochs=9)"),
         (FALLS, FELL, EPOCHS, None),
-        (FALLS, FELL, EPOCHS | {"gain": 0.0}, "accuracy has come no further than a guess: training longer may help"),
+        (FALLS, FELL, EPOCHS | {"gain": 0.0}, "accuracy is no better than the baseline: longer training may help"),
         (FALLS, LEVEL, EPOCHS, None),
-        (FALLS, FELL, EPOCHS | {"metric": "loss"}, "validation loss was best at the last"),
+        (FALLS, FELL, EPOCHS | {"metric": "loss"}, "validation loss was still improving"),
         (FALLS, [0.5], EPOCHS, None),
         (FALLS * 25, RISES, EPOCHS, None),
         (["nan"] * 4, [], EPOCHS, None),
-        (FALLS, [0.5, "nan", 0.6], EPOCHS, "was best at the last"),
+        (FALLS, [0.5, "nan", 0.6], EPOCHS, "was still improving"),
         ([], [], EPOCHS, None),
     ),
 )
@@ -55,7 +55,7 @@ def test_when_more_epochs_are_advised(
 @pytest.mark.parametrize(
     ("held_out", "said"),
     [
-        ([2.0, 1.99, 1.98], "the validation loss has hardly moved (2.000 to 1.980): training longer"),
+        ([2.0, 1.99, 1.98], "the validation loss has hardly decreased (2.000 to 1.980): longer training"),
         ([2.0, 1.5], None),
         ([2.0, 2.1], None),
     ],

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.insight import report
 from tunesmith.metrics import MEANINGS
 from tunesmith.recipe import load, to_yaml
@@ -94,7 +94,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, reviews_
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(folder / "home"))
-        tunesmith.train(given, talk=Talk(level=-1))
+        tunesmith.train(given, console=Console(level=-1))
     return folder / "run"
 
 
@@ -151,7 +151,7 @@ def test_scores_stand_beside_the_baseline(finished: Path) -> None:
     confusion = page.table("Confusion matrix")
     assert confusion[0] == ["", "negative", "positive"]
     assert [[int(cell) for cell in row[1:]] for row in confusion[1:]] == metrics["test"]["confusion_matrix"]
-    each = page.table("F1 of each class")
+    each = page.table("F1 by class")
     assert each == [[name, f"{value:.4f}"] for name, value in metrics["test"]["f1"].items()]
     assert "torch 2" in page.source and "seed 0" in page.source
 
@@ -202,7 +202,7 @@ def test_hostile_texts_and_labels_are_shown_and_nothing_more(hostile: str, page:
     first, second = found.errors
     assert first == ["2", f"{shown} film", shown, "neg", "0.9000"]
     assert second == ["3", f"{shown} film", "neg", shown, "0.8000"]
-    assert [row[0] for row in found.table("F1 of each class")] == [shown, "neg"]
+    assert [row[0] for row in found.table("F1 by class")] == [shown, "neg"]
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_errors_of_numbers_are_what_is_furthest_off(page: Any) -> None:
 def test_at_most_twenty_errors_of_both_texts_cut_short(page: Any) -> None:
     row = _row("positive", ("negative", 0.9), text_pair="dull " * 200)
     found = page([row] * 30)
-    assert len(found.errors) == report.WORST_SHOWN
+    assert len(found.errors) == report.MAX_ERRORS_SHOWN
     assert all("film" in cells[1] and 0 < cells[1].count("dull") < 100 for cells in found.errors)
 
 

@@ -12,6 +12,7 @@ from tunesmith.kernels import chunked_loss
 from tunesmith.kernels.chunked_loss import lm_head_of, logits_at, token_log_probs, token_loss
 from tunesmith.testing import FAMILIES, tiny_model
 from tunesmith.testing import contract as testing
+from tunesmith.training.machine import store_frozen
 
 CAUSAL, MASKED, BOTH = "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"
 FURTHER = {
@@ -101,6 +102,12 @@ def test_an_output_map_that_is_adapted_or_small_or_absent_is_left_alone(monkeypa
     monkeypatch.setattr(chunked_loss, "MIN_PARAMETERS", 1)
     model.lm_head.__class__ = type("Adapted", (nn.Linear,), {})
     assert isinstance(lm_head_of(model), str)
+
+
+def test_frozen_weights_in_half_precision_are_no_obstacle() -> None:
+    model: Any = tiny_model("llama", CAUSAL)
+    store_frozen(model.requires_grad_(False), torch.bfloat16)
+    assert accelerated(model, torch.bfloat16).statuses["chunked_loss"].on
 
 
 def test_a_frozen_weight_is_cast_once_and_one_that_changes_again() -> None:

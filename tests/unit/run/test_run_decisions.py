@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tunesmith
 from tunesmith import recipe as recipes
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.batches import Batch
 from tunesmith.errors import NumericError, ResourceError
 from tunesmith.tasks.text_classification import BoundTextClassification
@@ -107,7 +107,7 @@ def test_best_is_kept_and_shipped(
     result = tunesmith.train(recipe_of(*settings, "train.keep_checkpoints=1"))
     run = tmp_path / "run"
     assert result["best_step"] == best and result["steps"] == 8
-    assert f"kept: step {best} of 8, the best on validation" in capsys.readouterr().out
+    assert f"best step on validation: {best} of 8" in capsys.readouterr().out
     assert _saved(run) == sorted({best, 8}), "best and last, and no other"
     assert _same(_weights(run), _weights(run, best)), "what is shipped is the best"
     assert not _same(_weights(run), _weights(run, 8))
@@ -152,7 +152,7 @@ def test_it_stops_when_nothing_gets_better(
     recipe = recipe_of(*settings, task=task, **({"data": data} if data else {}))
     result = tunesmith.train(recipe)
     assert result["steps"] == 8 and result["best_step"] == 4
-    assert f"no better {metric} in 2 evaluations: stopped at step 8 of 12" in capsys.readouterr().out
+    assert f"early stopping at step 8 of 12: {metric} has not improved in 2 evaluations" in capsys.readouterr().out
     again = tunesmith.train(resume=tmp_path / "run")
     assert again["steps"] == 8, "and stays stopped"
 
@@ -232,7 +232,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(
 ) -> None:
     seen = nan_at(6)
     with pytest.raises(
-        NumericError, match=r"^step 6: loss nan, gradient norm nan \(.*a lower learning rate"
+        NumericError, match=r"^step 6: loss nan, gradient norm nan \(.*use a learning rate below"
     ) as stopped:
         tunesmith.train(recipe_of(*TWELVE))
     assert stopped.value.exit_code == 5
@@ -257,7 +257,7 @@ def test_skip_leaves_the_step_out(
     nan_at(6, 9)
     result = tunesmith.train(recipe_of(*TWELVE, "train.on_nan=skip", "train.max_skips=2"))
     said = capsys.readouterr().out
-    assert "left out (1 of at most 2)" in said and "left out (2 of at most 2)" in said and result["steps"] == 12
+    assert "skipped (1 of at most 2)" in said and "skipped (2 of at most 2)" in said and result["steps"] == 12
     assert all(weight.isfinite().all() for weight in _weights(tmp_path / "run").values())
     losses = _lines(tmp_path / "run", "loss")
     assert [step for step, loss in losses.items() if loss == "nan"] == [6, 9]
@@ -278,7 +278,7 @@ def test_rollback_goes_back_to_the_last_checkpoint(
 ) -> None:
     nan_at(12)
     tunesmith.train(recipe_of(*TWELVE, "train.on_nan=rollback", "data.validation=null"))
-    assert "went back to the weights of step 8, left this step out" in capsys.readouterr().out
+    assert "skipped; restored the weights of step 8" in capsys.readouterr().out
     assert _same(_weights(tmp_path / "run", 12), _weights(tmp_path / "run", 8))
 
 
@@ -287,7 +287,7 @@ def test_rollback_before_the_first_checkpoint_leaves_the_step_out(
 ) -> None:
     nan_at(2)
     assert tunesmith.train(recipe_of(*TWELVE, "train.on_nan=rollback"))["steps"] == 12
-    assert "left out (1 of at most 3)" in capsys.readouterr().out
+    assert "skipped (1 of at most 3)" in capsys.readouterr().out
 
 
 def test_weights_that_are_not_finite_are_never_saved(recipe_of: Any, tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_run_that_does_not_fit_ends_with_advice(recipe_of: Any, tmp_path: Path
     with pytest.raises(
         ResourceError, match=r"one example at a time does not fit in memory; lower data\.max_length"
     ) as end:
-        tunesmith.train(recipe_of(), talk=Talk(level=-1))
+        tunesmith.train(recipe_of(), console=Console(level=-1))
     assert end.value.exit_code == 4 and _saved(tmp_path / "run") == []
 
 
@@ -343,5 +343,5 @@ def test_a_resumed_run_has_the_threads_it_began_with(
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert "on 2 threads, as before" in capsys.readouterr().out
+    assert "using 2 threads, as before" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "run.json").read_text())["hardware"]["threads"] == 2

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.errors import RecipeError
 from tunesmith.storage.run_folder import RUN_FILES, claim, put_aside, put_back
 
-QUIET = Talk(level=-1)
+QUIET = Console(level=-1)
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def finished(recipe_of: Any, reviews_csv: Path, tmp_path: Path) -> Path:
     """A finished run with every optional file."""
     data = {"train": str(reviews_csv), "validation": 0.2, "test": 0.2}
     recipe = recipe_of("train.epochs=null", "train.max_steps=1", technique="lora", data=data)
-    return Path(tunesmith.train(recipe.model_copy(update={"output": str(tmp_path / "finished")}), talk=QUIET)["run"])
+    return Path(tunesmith.train(recipe.model_copy(update={"output": str(tmp_path / "finished")}), console=QUIET)["run"])
 
 
 def test_every_file_of_a_run_is_known(finished: Path) -> None:
@@ -42,9 +42,9 @@ def test_what_a_run_needs_is_not_overwritten(finished: Path, recipe_of: Any, tmp
     before = sorted(path.relative_to(run) for path in run.rglob("*"))
     for keys in ({"model": str(run)}, {"data": {"train": str(run / "predictions-test.jsonl")}}):
         with pytest.raises(RecipeError, match=r"output: .*run.* not overwritten"):
-            tunesmith.train(recipe_of(**keys), overwrite=True, talk=QUIET)
+            tunesmith.train(recipe_of(**keys), overwrite=True, console=QUIET)
     with pytest.raises(RecipeError, match=r"output: .*recipe.yaml .*not overwritten"):
-        tunesmith.train(run / "recipe.yaml", f"output={run}", overwrite=True, talk=QUIET)
+        tunesmith.train(run / "recipe.yaml", f"output={run}", overwrite=True, console=QUIET)
     assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
 
 
@@ -63,9 +63,9 @@ def test_stages_that_are_refused_leave_what_they_would_replace(
 ) -> None:
     one = {"task": "text-classification", "data": {"train": str(reviews_csv)}, "train": {"max_steps": 1}}
     keys = {"model": str(tiny_bert), "stages": [one, one], "output": str(tmp_path / "out"), "gain": None}
-    first = tunesmith.train(keys, talk=QUIET)
+    first = tunesmith.train(keys, console=QUIET)
     with pytest.raises(RecipeError, match="model: "):
-        tunesmith.train(keys | {"model": "./nothing-there"}, overwrite=True, talk=QUIET)
-    assert tunesmith.train(resume=tmp_path / "out", talk=QUIET) == first
-    assert tunesmith.train(keys, overwrite=True, talk=QUIET)["steps"] == 1
+        tunesmith.train(keys | {"model": "./nothing-there"}, overwrite=True, console=QUIET)
+    assert tunesmith.train(resume=tmp_path / "out", console=QUIET) == first
+    assert tunesmith.train(keys, overwrite=True, console=QUIET)["steps"] == 1
     assert not (tmp_path / "out" / ".replaced").exists()

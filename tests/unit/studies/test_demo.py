@@ -12,7 +12,7 @@ import pytest
 from loopback import StubIndex, sdist
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.models import sources
 from tunesmith.studies import demo
 from tunesmith.testing import sample_row
@@ -43,11 +43,11 @@ def test_the_demo(index: StubIndex, command: Any, home: Path, tmp_path: Path, mo
     assert code == 0 and out.count("\n") == 1
     assert set(result["metrics"]) == {"validation", "test", "baseline"} and 0 <= result["before"]["accuracy"] <= 1
     said = err.splitlines()
-    announced = next(number for number, line in enumerate(said) if line.startswith("fetching "))
+    announced = next(number for number, line in enumerate(said) if line.startswith("downloading "))
     before = "\n".join(said[:announced])
     assert "about 85 MB" in before and "MIT" in before and "Apache-2.0" in before, "size and licence come first"
-    compared = [line.split()[0] for line in said[said.index("Held-out accuracy") + 1 :][:3]]
-    assert compared == ["always", "linear", "fine-tuned"] and "Three sentences it has not seen" in said
+    compared = [line.split()[0] for line in said[said.index("Test accuracy") + 1 :][:3]]
+    assert compared == ["majority-class", "linear", "fine-tuned"] and "Predictions for three new sentences" in said
     assert said[-1] == '  tunesmith predict runs/demo "I would watch it again."'
     assert {"README.md", "report.html", "adapter", "run.json"} <= {path.name for path in Path("runs/demo").iterdir()}
     with (home / "demo" / "reviews.csv").open(encoding="utf-8", newline="") as file:
@@ -58,7 +58,7 @@ def test_the_demo(index: StubIndex, command: Any, home: Path, tmp_path: Path, mo
     asked = len(index.asked)
     code, out, err = command("demo", "--offline")
     assert code == 2 and "--overwrite" in err, "an earlier demo is not overwritten"
-    assert demo.reviews(offline=True, talk=Talk()) == home / "demo" / "reviews.csv"
+    assert demo.reviews(offline=True, console=Console()) == home / "demo" / "reviews.csv"
     assert sources.resolve(demo.MODEL, offline=True).kind == "pypi" and len(index.asked) == asked
 
 
@@ -73,19 +73,19 @@ def test_what_it_shows_is_what_the_run_holds_and_can_be_typed(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(Path.cwd() / ".venv" / "bin" / "python"))
     run = tmp_path / "my demo"
-    result = demo.demo(run, talk=Talk())
+    result = demo.demo(run, console=Console())
     said = capsys.readouterr().out.splitlines()
-    start = said.index("Held-out accuracy") + 1
+    start = said.index("Test accuracy") + 1
     metrics = json.loads((run / "run.json").read_text(encoding="utf-8"))["metrics"]
     shown = [float(line.split()[-1]) for line in said[start : start + 3]]
     scores = (metrics["baseline"], tunesmith.evaluate(run, base=True)["metrics"], metrics["test"])
     assert shown == [round(one["accuracy"], 3) for one in scores] and result["before"] == scores[1]
-    start = said.index("Three sentences it has not seen") + 1
-    answers = tunesmith.predict(run, demo.ASKED)
+    start = said.index("Predictions for three new sentences") + 1
+    answers = tunesmith.predict(run, demo.EXAMPLES)
     assert [line.split(maxsplit=2) for line in said[start : start + 3]] == [
-        [answer["label"], f"{answer['score']:.2f}", text] for answer, text in zip(answers, demo.ASKED, strict=True)
+        [answer["label"], f"{answer['score']:.2f}", text] for answer, text in zip(answers, demo.EXAMPLES, strict=True)
     ]
-    assert f"The run is in {run}: README.md is its card, report.html a page to look at in a browser." in said
+    assert f"The run is in {run}: README.md is the model card; open report.html in a browser." in said
     assert "`tunesmith` is not on your PATH; it is .venv/bin/tunesmith." in said
     *_, own_data, _, last = said
     assert own_data.startswith("  .venv/bin/tunesmith train task=text-classification model=pypi:")
@@ -93,8 +93,8 @@ def test_what_it_shows_is_what_the_run_holds_and_can_be_typed(
 
 
 def test_what_is_here_is_not_announced_as_a_download(index: StubIndex, command: Any, tmp_path: Path) -> None:
-    demo.reviews(offline=False, talk=Talk(level=-1))
+    demo.reviews(offline=False, console=Console(level=-1))
     sources.resolve(demo.MODEL)
     (tmp_path / "run.txt").write_text("no folder")
     code, out, _ = command("demo", "--offline", "--output", str(tmp_path / "run.txt"))
-    assert code != 0 and out.startswith("The demo fetches nothing, since both are on this machine")
+    assert code != 0 and out.startswith("The demo uses two Python packages and finds both on this machine")

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, AutoModelForMaskedLM
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.studies import probe
 from tunesmith.testing import sample_row, tiny_tokenizer
 
@@ -45,7 +45,7 @@ def probed(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
         data = {"train": str(tmp_path / "train.jsonl"), "validation": None, "test": str(tmp_path / "test.jsonl")}
         task = {"name": "text-classification", **({"labels": "regression"} if kind == "number" else {})}
         recipe = recipe_of("train.max_steps=1", "train.epochs=null", data=data, task=task, **keys)
-        tunesmith.train(recipe, talk=Talk(level=-1))
+        tunesmith.train(recipe, console=Console(level=-1))
         return tunesmith.evaluate(tmp_path / "run", base=True)["metrics"], found
 
     return run
@@ -125,7 +125,7 @@ def test_a_tag_a_word(recipe_of: Any, tiny_bert: Path, tmp_path: Path, monkeypat
         (tmp_path / f"{split}.jsonl").write_text(text, encoding="utf-8")
     data = {"train": str(tmp_path / "train.jsonl"), "validation": None, "test": str(tmp_path / "test.jsonl")}
     recipe = recipe_of("train.max_steps=1", "train.epochs=null", data=data, task="token-classification")
-    tunesmith.train(recipe, talk=Talk(level=-1))
+    tunesmith.train(recipe, console=Console(level=-1))
     scores = tunesmith.evaluate(tmp_path / "run", base=True)["metrics"]
     model, tokenizer = AutoModel.from_pretrained(tiny_bert, add_pooling_layer=False).eval(), tiny_tokenizer()
     states, tags = [], []

@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.testing import sample_row
 
@@ -33,7 +33,7 @@ def finished(
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(folder / "home"))
-        return folder / "run", tunesmith.train(given, talk=Talk(level=-1))
+        return folder / "run", tunesmith.train(given, console=Console(level=-1))
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -72,7 +72,7 @@ def test_a_folder_gives_its_file_of_the_split(finished: Any, tmp_path: Path) -> 
     (tmp_path / "test.csv").write_text("text,label\nthe film was bad,negative\nit was great,positive\n")
     assert tunesmith.evaluate(finished[0], data=tmp_path)["examples"] == 2
     assert tunesmith.evaluate(finished[0], data=tmp_path, split="train")["examples"] == 1
-    with pytest.raises(DataError, match=f"{tmp_path}: no file for validation in this folder; --split test or train"):
+    with pytest.raises(DataError, match=f"{tmp_path}: no validation file in this folder; use --split test or train"):
         tunesmith.evaluate(finished[0], data=tmp_path, split="validation")
 
 
@@ -104,7 +104,7 @@ def test_a_class_that_another_file_lacks_has_no_say(finished: Any, tmp_path: Pat
 
 def test_the_base_scores_the_same_whatever_was_trained(finished: Any, recipe_of: Any, tmp_path: Path) -> None:
     recipe = recipe_of("data.test=0.2", "train.max_steps=1", "train.epochs=null", "technique=full")
-    tunesmith.train(recipe, talk=Talk(level=-1))
+    tunesmith.train(recipe, console=Console(level=-1))
     by_lora = tunesmith.evaluate(finished[0], base=True)
     by_full = tunesmith.evaluate(tmp_path / "run", base=True)
     assert by_lora["metrics"] == by_full["metrics"] and by_lora["base"] is True
@@ -135,7 +135,7 @@ def test_a_run_without_a_test_split_is_scored_on_validation(recipe_of: Any, tmp_
 
 def test_a_split_that_the_run_lacks_is_refused(finished: Any) -> None:
     with pytest.raises(
-        RecipeError, match="the run has no dev split; it has test, train, validation; or give --data FILE"
+        RecipeError, match="the run has no dev split; use one of test, train, validation, or --data FILE"
     ):
         tunesmith.evaluate(finished[0], split="dev")
 
@@ -153,5 +153,5 @@ def test_data_that_changed_since_are_refused(finished: Any, tmp_path: Path) -> N
     tunesmith.evaluate(folder / "run")
     with (folder / "reviews.csv").open("a") as file:
         file.write("one more film,positive\n")
-    with pytest.raises(DataError, match="reviews.csv: the file has changed since the run; .*name them with --data"):
+    with pytest.raises(DataError, match="reviews.csv: the file has changed since training; .*use --data"):
         tunesmith.evaluate(folder / "run")

@@ -11,13 +11,13 @@ import pytest
 
 import tunesmith
 from tunesmith import recipe as recipes
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.errors import CheckpointError, Interrupted, RecipeError, UserError
 from tunesmith.run import train as run
 from tunesmith.studies import stages
 from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 
-QUIET = Talk(level=-1)
+QUIET = Console(level=-1)
 
 
 @pytest.fixture
@@ -60,10 +60,10 @@ def test_a_stage_starts_from_the_run_before_it(written: Path, tmp_path: Path, ca
     assert about["model"]["lineage"][0]["model"]["spec"] == str(tmp_path / "base")
     assert f"train --resume {tmp_path / 'out'}\n" in said and "1-fill-mask\n" not in said, "the whole is gone on with"
     assert json.loads((tmp_path / "out" / "stages.json").read_text()) == result
-    again = tunesmith.train(resume=tmp_path / "out", talk=QUIET)
+    again = tunesmith.train(resume=tmp_path / "out", console=QUIET)
     assert again == result, "what is finished is not run again"
     (tmp_path / "alone").mkdir()
-    alone = run.train(recipes.load(second / "recipe.yaml", [f"output={tmp_path / 'alone' / 'run'}"]), talk=QUIET)
+    alone = run.train(recipes.load(second / "recipe.yaml", [f"output={tmp_path / 'alone' / 'run'}"]), console=QUIET)
     assert _weights(second) == _weights(Path(alone["run"])), "a stage is an ordinary run"
 
 
@@ -71,7 +71,7 @@ def test_a_stage_starts_from_the_run_before_it(written: Path, tmp_path: Path, ca
 def test_a_killed_stage_resumes_and_a_finished_one_is_kept(
     stage: int, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tunesmith.train(written, f"output={tmp_path / 'whole'}", talk=QUIET)
+    whole = tunesmith.train(written, f"output={tmp_path / 'whole'}", console=QUIET)
     save, begun = run._save, []
 
     def interrupted(prepared: Any, engine: Any, progress: Any, folder: Path) -> None:
@@ -82,10 +82,10 @@ def test_a_killed_stage_resumes_and_a_finished_one_is_kept(
 
     monkeypatch.setattr(run, "_save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tunesmith.train(written, talk=QUIET)
+        tunesmith.train(written, console=QUIET)
     out = tmp_path / "out"
     first = (out / "1-fill-mask" / "run.json").read_text()
-    result = tunesmith.train(resume=out, talk=QUIET)
+    result = tunesmith.train(resume=out, console=QUIET)
     assert stage == 1 or (out / "1-fill-mask" / "run.json").read_text() == first
     assert result["metrics"] == whole["metrics"]
     for name in ("1-fill-mask", "2-text-classification"):
@@ -93,25 +93,25 @@ def test_a_killed_stage_resumes_and_a_finished_one_is_kept(
 
 
 def test_other_stages_are_not_resumed(written: Path, tmp_path: Path) -> None:
-    tunesmith.train(written, talk=QUIET)
+    tunesmith.train(written, console=QUIET)
     with pytest.raises(CheckpointError, match=r"stages\.2\.train\.max_steps was '3', is '5'"):
-        tunesmith.train(written, "stages.2.train.max_steps=5", resume=tmp_path / "out", talk=QUIET)
+        tunesmith.train(written, "stages.2.train.max_steps=5", resume=tmp_path / "out", console=QUIET)
     with pytest.raises(RecipeError, match="^.*output: .*not empty"):
-        tunesmith.train(written, talk=QUIET)
-    result = tunesmith.train(written, "stages.1.train.max_steps=1", overwrite=True, talk=QUIET)
+        tunesmith.train(written, console=QUIET)
+    result = tunesmith.train(written, "stages.1.train.max_steps=1", overwrite=True, console=QUIET)
     assert result["stages"][0]["steps"] == 1
 
 
 def test_dependents_of_a_rerun_stage_are_rerun(written: Path, tmp_path: Path) -> None:
-    tunesmith.train(written, "gain.seeds=2", talk=QUIET)
+    tunesmith.train(written, "gain.seeds=2", console=QUIET)
     key = "stages.1.train.max_steps"
-    again = tunesmith.train(written, "gain.seeds=2", f"{key}=6", resume=tmp_path / "out", override=[key], talk=QUIET)
+    again = tunesmith.train(written, "gain.seeds=2", f"{key}=6", resume=tmp_path / "out", override=[key], console=QUIET)
     assert [one["steps"] for one in again["stages"]] == [6, 3]
     about = json.loads((tmp_path / "out" / "2-text-classification" / "run.json").read_text())
     assert about["model"]["lineage"][0]["steps"] == 6
     key = "stages.2.train.max_steps"
     words = ("gain.seeds=2", "stages.1.train.max_steps=6", f"{key}=5")
-    tunesmith.train(written, *words, resume=tmp_path / "out", override=[key], talk=QUIET)
+    tunesmith.train(written, *words, resume=tmp_path / "out", override=[key], console=QUIET)
     runs = (path for path in (tmp_path / "out").glob("*/run.json") if "fill-mask" not in str(path))
     assert [json.loads(path.read_text())["steps"] for path in runs] == [5] * 4
 
@@ -121,7 +121,7 @@ def test_a_gain_on_rows_seen_in_training_is_refused(written: Path, reviews_csv: 
     with pytest.raises(
         RecipeError, match=r"^gain: stage 1 .*reviews\.csv.*; .*data\.validation and data\.test.*gain=null"
     ):
-        tunesmith.train(written, *learned, talk=QUIET)
+        tunesmith.train(written, *learned, console=QUIET)
 
 
 def test_the_gain_is_paired_and_has_a_standard_error(written: Path, tmp_path: Path, capsys: Any) -> None:
@@ -170,7 +170,7 @@ def test_the_gain_is_paired_and_has_a_standard_error(written: Path, tmp_path: Pa
     ),
 )
 def test_the_report_of_a_gain(gains: tuple[float, ...], said: str, capsys: Any) -> None:
-    stages._say_gain(stages.gain_of("accuracy", "test", [0, 1, 2], gains, (0.0, 0.0, 0.0)), Talk())
+    stages._say_gain(stages.gain_of("accuracy", "test", [0, 1, 2], gains, (0.0, 0.0, 0.0)), Console())
     assert said in capsys.readouterr().out
     lower = stages.gain_of("loss", "test", [0, 1, 2], (1.0, 1.1, 1.2), (2.0, 2.2, 2.1))
     assert lower["mean"] == pytest.approx(1.0) and not lower["within_noise"], "of a loss less is better"
@@ -211,10 +211,10 @@ def test_a_later_error_names_its_line_in_the_stage(written: Path, command: Calla
 
 def test_a_refused_first_stage_leaves_no_folder(written: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gone"):
-        tunesmith.train(written, "stages.1.data.train=" + str(tmp_path / "gone.txt"), talk=QUIET)
+        tunesmith.train(written, "stages.1.data.train=" + str(tmp_path / "gone.txt"), console=QUIET)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError):
-        tunesmith.train(written, "stages.2.data.train=" + str(tmp_path / "gone.csv"), talk=QUIET)
+        tunesmith.train(written, "stages.2.data.train=" + str(tmp_path / "gone.csv"), console=QUIET)
     assert (tmp_path / "out" / "stages.yaml").exists(), "the first stage stands, and is gone on with"
 
 
@@ -243,7 +243,7 @@ def test_data_verbs_take_a_stage(written: Path, command: Callable[..., tuple[int
 def test_a_folder_of_runs_names_them(
     written: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
-    tunesmith.train(written, "train.max_steps=1", "stages.2.train.max_steps=1", talk=QUIET)
+    tunesmith.train(written, "train.max_steps=1", "stages.2.train.max_steps=1", console=QUIET)
     out = tmp_path / "out"
     runs = f"use one of the runs in it: {out / '1-fill-mask'}, {out / '2-text-classification'}\n"
     for words in (
@@ -269,4 +269,4 @@ def test_a_signal_prints_the_resume_command_of_all_stages(
 
     monkeypatch.setattr(run, "_fit", asked)
     with pytest.raises(Interrupted, match=f"tunesmith.*train --resume {tmp_path / 'out'}$"):
-        tunesmith.train(written, talk=QUIET)
+        tunesmith.train(written, console=QUIET)

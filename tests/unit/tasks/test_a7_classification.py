@@ -158,7 +158,7 @@ def test_a7_75_a_list_written_as_text_is_read_where_several_labels_are_asked_for
 
 def test_a7_76_one_text_for_all_rows_is_refused(refuse: Refuse) -> None:
     said = refuse([(GOOD, label) for _, label in _reviews(20)])
-    assert _place(said, "train.jsonl: text: ", "20 rows", "data.columns.text=NAME ")
+    assert _place(said, "train.jsonl: text: ", "20 rows", "; set data.columns.text=NAME ")
 
 
 def test_a7_77_rows_given_twice_are_counted_and_stay_on_one_side(written: Any) -> None:
@@ -173,7 +173,7 @@ def test_a7_77_rows_given_twice_are_counted_and_stay_on_one_side(written: Any) -
 def test_a7_78_texts_with_two_labels_are_counted(written: Any) -> None:
     rows = [*_reviews(20), (GOOD + " .", "pos"), (GOOD.upper() + "  .", "neg"), (BAD + " .", "neg")]
     (note,) = _read(written(rows)).notes
-    assert _place(note, "3 of 23 train rows ", "; 1 of ", "labels")
+    assert _place(note, "3 of 23 train rows ", "; 1 of these texts ", "labels")
 
 
 TEXTS = {

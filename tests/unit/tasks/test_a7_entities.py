@@ -31,7 +31,7 @@ def _text(label: Any, text: str = "Zoë lives in Köln") -> str:
 BAD: dict[str, tuple[str, str, int]] = {
     "81 one giant sentence": (
         SOUND.replace("\n\n", "\n") + "\n",
-        "all 72 words stand in one sentence; put a blank line",
+        "all 72 words are in one sentence; put a blank line",
         0,
     ),
     "82 I without B": (
@@ -66,7 +66,7 @@ BAD: dict[str, tuple[str, str, int]] = {
     "94 UTF-16": (_text([[3, 6, "X"]], "👋 Zoë lives"), "the spans appear to count UTF-16 units: count characters", 1),
     "nothing to find": (
         OTHERS.replace("B-X", "O"),
-        "every one of the 40 words is tagged O; there is nothing to find",
+        "all 40 words have the tag O; there are no entities",
         0,
     ),
     "tags of numbers": ('{"tokens": ["a", "b"], "ner_tags": [0, 1]}\n' * 3, "set task.tags=[O, B-PER, ...]", 0),

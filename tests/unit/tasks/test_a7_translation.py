@@ -96,7 +96,7 @@ def test_keys_that_are_not_the_languages_that_were_said(command: Command, tmp_pa
 def test_a7_98_targets_that_are_sources(command: Command, tmp_path: Path) -> None:
     most = [(en, en) for en, _ in PAIRS[:20]] + PAIRS[20:]
     said = _refused(command, tmp_path, _parallel(tmp_path, most), *LANGUAGES)
-    assert said.startswith("train: the target of 20 of 30 rows is the source itself; data.columns.target=NAME")
+    assert said.startswith("train: target equals source in 20 of 30 rows; set data.columns.target=NAME")
     found = check(str(tmp_path / _parallel(tmp_path, _with(4, ("Anna", "Anna")))), ("task=translation", *LANGUAGES))
     (one,) = [one for one in found["findings"] if one["kind"] == "copied-source"]
     assert (
@@ -130,7 +130,7 @@ def test_a_language_that_is_not_there(command: Command, tmp_path: Path) -> None:
     [
         (
             "zz",
-            "task.target_lang: 'zz', but the targets stand under 'de'; task.target_lang=de, or data.columns.target=",
+            "task.target_lang: 'zz', but the target column is 'de'; set task.target_lang=de, or data.columns.target=",
         ),
         ("klingon", "unknown language 'klingon'; give a code such as en, deu or zh_CN, or its English name"),
     ],
@@ -146,7 +146,8 @@ def test_the_other_way_round_is_seen_by_the_script(command: Command, tmp_path: P
     (tmp_path / "a.tsv").write_text("".join(f"number {n}\t第{n}号\n" for n in range(30)))
     said = _refused(command, tmp_path, "a.tsv", "task.source_lang=zh", "task.target_lang=en")
     assert said.startswith(
-        "a.tsv: most sources are in the script of en, and targets in that of zh; exchange data.columns"
+        "a.tsv: most sources are in the script of en, and most targets in that of zh: columns appear to be swapped; "
+        "swap data.columns"
     )
 
 

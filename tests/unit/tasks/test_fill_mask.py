@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.batches import Batch, collate
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load as models
@@ -28,7 +28,7 @@ from tunesmith.training import evaluate
 from tunesmith.training.machine import Machine
 
 CPU = Machine(torch.device("cpu"), None)
-QUIET = Talk(level=-1)
+QUIET = Console(level=-1)
 
 
 @pytest.fixture
@@ -137,14 +137,14 @@ def test_what_has_no_meaning_is_refused(why: str, recipe_of: Any, texts: Path, m
     values, said = REFUSED[why]
     values = values | {"data": {"train": str(texts), **values.get("data", {})}}
     with pytest.raises(RecipeError, match=said):
-        tunesmith.train(_recipe(recipe_of, texts, **values), talk=QUIET)
+        tunesmith.train(_recipe(recipe_of, texts, **values), console=QUIET)
 
 
 def test_a_model_or_tokenizer_that_fills_no_masks_is_refused(recipe_of: Any, texts: Path, tmp_path: Path) -> None:
     tiny_model("gpt2", "AutoModelForCausalLM").save_pretrained(tmp_path / "gpt2")
     tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(RecipeError, match="gpt2 .*MaskedLM"):
-        tunesmith.train(_recipe(recipe_of, texts, model=str(tmp_path / "gpt2")), talk=QUIET)
+        tunesmith.train(_recipe(recipe_of, texts, model=str(tmp_path / "gpt2")), console=QUIET)
     tokenizer = tiny_tokenizer()
     tokenizer.mask_token = None
     with pytest.raises(RecipeError, match="^model: .*mask"):
@@ -166,7 +166,7 @@ def finished(texts: Path, headless: Path, tmp_path_factory: pytest.TempPathFacto
             data={"train": str(texts), "validation": 0.2, "test": 0.1, "max_length": 16},
             train={"max_steps": 20, "batch_size": 8, "learning_rate": 3e-3, "head_learning_rate": 1e-2,
                    "precision": "fp32", "device": "cpu", "save_every": 5},
-            talk=QUIET,
+            console=QUIET,
         )  # fmt: skip
     return work / "run", result
 
@@ -191,11 +191,11 @@ def test_the_head_alone_learns_first(recipe_of: Any, texts: Path, headless: Path
     recipe = _recipe(
         recipe_of, texts, "train.max_steps=10", "train.epochs=null", "task.head_warmup=0.3", model=str(headless)
     )
-    prepared = run.prepare(recipe, CPU, offline=True, allow_pickle=False, talk=QUIET)
+    prepared = run.prepare(recipe, CPU, offline=True, allow_pickle=False, console=QUIET)
     new = prepared.anatomy.new
     assert new and all(name.startswith("cls.") for name in new) and prepared.head_warmup_steps == 3
     for step, alone in ((0, True), (2, True), (3, False), (9, False)):
-        prepared.thaw(step)
+        prepared.update_trainable(step)
         learns = {name for name, parameter in prepared.model.named_parameters() if parameter.requires_grad}
         assert learns == (new if alone else set(prepared.learned)), step
 
@@ -235,7 +235,7 @@ def test_a_text_without_a_mask_is_no_question(finished: tuple[Path, dict[str, An
 def test_the_untouched_base_is_scored_as_it_came(
     recipe_of: Any, texts: Path, tiny_bert: Path, finished: tuple[Path, dict[str, Any]]
 ) -> None:
-    result = tunesmith.train(_recipe(recipe_of, texts, "train.max_steps=6", "train.epochs=null"), talk=QUIET)
+    result = tunesmith.train(_recipe(recipe_of, texts, "train.max_steps=6", "train.epochs=null"), console=QUIET)
     scored = tunesmith.evaluate(result["run"], split="validation", base=True)
     assert scored["probe"] is False and scored["notes"] == []
     assert scored["metrics"]["loss"] == pytest.approx(result["metrics"]["before"]["validation"]["loss"], abs=1e-5)
@@ -249,9 +249,9 @@ def test_a_run_is_the_base_of_one_with_another_head(
     technique: str, recipe_of: Any, texts: Path, headless: Path, reviews_csv: Path, tmp_path: Path, capsys: Any
 ) -> None:
     first = _recipe(recipe_of, texts, model=str(headless), technique=technique, output=str(tmp_path / "first"))
-    tunesmith.train(first, talk=QUIET)
+    tunesmith.train(first, console=QUIET)
     second = recipe_of(model=str(tmp_path / "first"), output=str(tmp_path / "second"))
-    tunesmith.train(second, "train.max_steps=1", "train.epochs=null", talk=Talk())
+    tunesmith.train(second, "train.max_steps=1", "train.epochs=null", console=Console())
     said = capsys.readouterr().out
     (line,) = [line for line in said.splitlines() if line.startswith("new head")]
     assert "(classifier)" in line and line.count("cls.predictions") == 3, "with what is unused of the checkpoint"
@@ -273,12 +273,12 @@ def test_stopped_and_resumed_is_undisturbed(
 ) -> None:
     words = ("train.max_steps=12", "train.epochs=null", "train.save_every=2", "task.head_warmup=0.3")
     given = {"model": str(headless), "technique": technique}
-    whole = tunesmith.train(_recipe(recipe_of, texts, *words, **given, output=str(tmp_path / "whole")), talk=QUIET)
+    whole = tunesmith.train(_recipe(recipe_of, texts, *words, **given, output=str(tmp_path / "whole")), console=QUIET)
     stop_at, save = iter((3, 5)), run._save
 
     def killed(now: Any) -> None:
         save(now)
-        if now.progress.step >= killed.at:
+        if now.state.step >= killed.at:
             killed.at = next(stop_at, 99)
             raise KeyboardInterrupt
 
@@ -287,7 +287,7 @@ def test_stopped_and_resumed_is_undisturbed(
     recipe = _recipe(recipe_of, texts, *words, **given, output=str(tmp_path / "parts"))
     for attempt in range(3):
         try:
-            parts = tunesmith.train(recipe, resume=tmp_path / "parts" if attempt else None, talk=QUIET)
+            parts = tunesmith.train(recipe, resume=tmp_path / "parts" if attempt else None, console=QUIET)
         except KeyboardInterrupt:
             continue
     assert parts["metrics"] == whole["metrics"]
@@ -304,7 +304,7 @@ def test_stopped_and_resumed_is_undisturbed(
 def test_adapters_over_a_new_head_load_in_peft(recipe_of: Any, texts: Path, headless: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     given = {"model": str(headless), "technique": {"name": "lora", "r": 4}, "output": str(tmp_path / "run")}
-    tunesmith.train(_recipe(recipe_of, texts, **given), talk=QUIET)
+    tunesmith.train(_recipe(recipe_of, texts, **given), console=QUIET)
     base = AutoModelForMaskedLM.from_pretrained(headless)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
     ids = tiny_tokenizer()("the film was [MASK] . very [MASK] acting", return_tensors="pt")

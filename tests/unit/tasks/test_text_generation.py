@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.batches import Batch, Limits, collate
 from tunesmith.data.encoded import encode, encode_in_memory
 from tunesmith.data.formats import Row
@@ -32,7 +32,7 @@ from tunesmith.training import evaluate
 from tunesmith.training.machine import Machine
 
 CPU = Machine(torch.device("cpu"), None)
-QUIET = Talk(level=-1)
+QUIET = Console(level=-1)
 DOCUMENTS = [
     "one two three",
     "four",
@@ -224,7 +224,7 @@ def trained(base: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -
     recipe = _recipe(
         base, chats, folder, general=str(general), generate={"max_new_tokens": 6, "rows": 3}, system="Say."
     )
-    return folder, tunesmith.train(recipe, talk=QUIET)
+    return folder, tunesmith.train(recipe, console=QUIET)
 
 
 def test_a_run_on_chats(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -241,12 +241,12 @@ def test_a_run_on_chats(trained: tuple[Path, dict[str, Any]]) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "pipeline_tag: text-generation" in card and "general before" in card
     samples = json.loads((folder / "run.json").read_text())["samples"]
-    assert len(samples) == 3 and all(set(one) == {"row", "asked", "meant", "before", "after"} for one in samples)
-    assert "## Answers before and after" in card and f"| {samples[0]['asked']} | {samples[0]['meant']} |" in card
+    assert len(samples) == 3 and all(set(one) == {"row", "prompt", "reference", "before", "after"} for one in samples)
+    assert "## Answers before and after" in card and f"| {samples[0]['prompt']} | {samples[0]['reference']} |" in card
     places = [one["row"] for one in samples]
     model = tunesmith.load(folder)
     assert [one["after"] for one in samples] == [
-        one["generated_text"] for one in model.predict([one["asked"] for one in samples])
+        one["generated_text"] for one in model.predict([one["prompt"] for one in samples])
     ]
     assert len(set(places)) == 3
 
@@ -292,7 +292,9 @@ def test_a_run_on_raw_text_goes_on_with_it(base: Path, tmp_path: Path) -> None:
     folder.mkdir()
     for number, text in enumerate(DOCUMENTS * 3):
         (folder / f"{number}.txt").write_text(f"{number} {text}", encoding="utf-8")
-    result = tunesmith.train(_recipe(base, folder, tmp_path / "run", "data.max_length=16", general="none"), talk=QUIET)
+    result = tunesmith.train(
+        _recipe(base, folder, tmp_path / "run", "data.max_length=16", general="none"), console=QUIET
+    )
     assert set(result["metrics"]["test"]) == {"loss", "perplexity", "accuracy"}
     (answer,) = tunesmith.load(tmp_path / "run").predict("one two")
     assert set(answer) == {"generated_text"}
@@ -303,18 +305,18 @@ def test_a_run_on_raw_text_goes_on_with_it(base: Path, tmp_path: Path) -> None:
 def test_the_metric_may_be_one_of_texts(base: Path, chats: Path, tmp_path: Path) -> None:
     words = ("train.metric=rouge_l", "train.max_steps=2", "train.evaluate_every=1")
     how = {"max_new_tokens": 4, "rows": 2}
-    tunesmith.train(_recipe(base, chats, tmp_path / "run", *words, general="none", generate=how), talk=QUIET)
+    tunesmith.train(_recipe(base, chats, tmp_path / "run", *words, general="none", generate=how), console=QUIET)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum("validation/rouge_l" in line for line in lines) == 2
-    with pytest.raises(RecipeError, match=r"^train\.metric: rouge_l .*; task\.generate="):
-        tunesmith.train(_recipe(base, chats, tmp_path / "other", *words, general="none"), talk=QUIET)
+    with pytest.raises(RecipeError, match=r"^train\.metric: rouge_l .*; set task\.generate="):
+        tunesmith.train(_recipe(base, chats, tmp_path / "other", *words, general="none"), console=QUIET)
 
 
 def test_the_template_of_a_run_is_saved_with_it(base: Path, chats: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text(CHATML.replace("user", "you"))
     recipe = _recipe(base, chats, tmp_path / "run", "train.max_steps=1", general="none", chat_template=str(file))
-    tunesmith.train(recipe, talk=QUIET)
+    tunesmith.train(recipe, console=QUIET)
     file.unlink()
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "base").chat_template == CHATML.replace("user", "you")
     assert tunesmith.load(tmp_path / "run").predict("say 1")
@@ -324,13 +326,13 @@ def test_rows_that_cannot_be_learned_from_stop_a_run_or_are_counted(base: Path, 
     bad = tmp_path / "bad.jsonl"
     bad.write_text(chats.read_text() + '{"conversations": [{"from": "human", "value": "x"}]}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:41: .*user"):
-        tunesmith.train(_recipe(base, bad, tmp_path / "run", general="none"), talk=QUIET)
+        tunesmith.train(_recipe(base, bad, tmp_path / "run", general="none"), console=QUIET)
     words = ("data.on_bad_row=skip", "train.max_steps=1")
-    tunesmith.train(_recipe(base, bad, tmp_path / "run", *words, general="none"), talk=QUIET)
+    tunesmith.train(_recipe(base, bad, tmp_path / "run", *words, general="none"), console=QUIET)
     notes = json.loads((tmp_path / "run" / "run.json").read_text())["data"]["notes"]
     assert "train: skipped 1 row (unusable row)" in notes
     with pytest.raises(DataError, match=r"data\.max_length; raise data\.max_length"):
-        tunesmith.train(_recipe(base, chats, tmp_path / "none", "data.max_length=8", general="none"), talk=QUIET)
+        tunesmith.train(_recipe(base, chats, tmp_path / "none", "data.max_length=8", general="none"), console=QUIET)
 
 
 def test_chats_and_raw_text_are_not_mixed() -> None:
@@ -347,7 +349,7 @@ def test_a_base_without_a_template_gets_the_plain_one_and_that_is_said(tmp_path:
     bare = tmp_path / "bare"
     _model("gpt2").save_pretrained(bare)
     tokenizer().save_pretrained(bare)
-    tunesmith.train(_recipe(bare, chats, tmp_path / "run", "train.max_steps=1", general="none"), talk=QUIET)
+    tunesmith.train(_recipe(bare, chats, tmp_path / "run", "train.max_steps=1", general="none"), console=QUIET)
     assert "Assistant:" in AutoTokenizer.from_pretrained(tmp_path / "run" / "base").chat_template
     bound = _bind(TextGeneration(form="chat"), tokenizer())  # type: ignore[call-arg]
     assert bound.task.chat_template == "plain" and "Assistant:" in bound.processor.chat_template
@@ -361,7 +363,7 @@ def test_a_tokenizer_without_an_end_and_an_encoder_are_refused(tiny_bert: Path, 
     with pytest.raises(RecipeError, match="^model: "):
         _bind(TextGeneration(form="text"), endless)  # type: ignore[call-arg]
     with pytest.raises(RecipeError, match="model: a bert model .*decoder"):
-        tunesmith.train(_recipe(tiny_bert, chats, tmp_path / "run", general="none"), talk=QUIET)
+        tunesmith.train(_recipe(tiny_bert, chats, tmp_path / "run", general="none"), console=QUIET)
 
 
 def test_what_was_forgotten_is_said_to_be_unknown_without_the_general_text(home: Path) -> None:
@@ -413,7 +415,7 @@ def test_stages_first_the_language_of_a_field_then_its_answers(base: Path, chats
         "train": {"max_steps": 3, "batch_size": 8, "precision": "fp32", "device": "cpu"},
         "stages": [{"data": {"train": str(texts)}}, {"data": {"train": str(chats)}}],
     }  # fmt: skip
-    tunesmith.train(given, talk=QUIET)
+    tunesmith.train(given, console=QUIET)
     forms = [load(tmp_path / "out" / f"{n}-text-generation" / "recipe.yaml").task.form for n in (1, 2)]  # type: ignore[attr-defined]
     assert forms == ["text", "chat"]
     assert tunesmith.load(tmp_path / "out" / "2-text-generation").predict("say 1")

@@ -15,7 +15,7 @@ from transformers import DataCollatorForTokenClassification, PreTrainedModel
 
 import tunesmith
 from tunesmith import recipe as recipes
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.batches import Batch, collate
 from tunesmith.data.encoded import Encoded, encode_in_memory
 from tunesmith.data.formats import Row
@@ -306,7 +306,7 @@ def _given(files: Path, name: str) -> dict[str, Any]:
 
 def test_a_run_from_file_to_answers(files: Path, recipe_of: Any, tmp_path: Path) -> None:
     recipe = recipe_of("train.epochs=20", "train.learning_rate=5e-3", "technique=full", **_given(files, "train.conll"))
-    result = tunesmith.train(recipe, talk=Talk(level=-1))
+    result = tunesmith.train(recipe, console=Console(level=-1))
     scores = result["metrics"]["test"]
     assert scores["f1"] > 0.9 and set(scores["entities"]) == {"BLAME", "PRAISE"}
     assert result["metrics"]["baseline"]["f1"] <= 1 and scores["errors"]["right"] > 5
@@ -320,7 +320,7 @@ def test_a_run_from_file_to_answers(files: Path, recipe_of: Any, tmp_path: Path)
     card = (tmp_path / "run" / "README.md").read_text()
     assert "pipeline_tag: token-classification" in card and "AutoModelForTokenClassification" in card
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Entities of each type" in page and "boundary_and_type" in page
+    assert "Scores by entity type" in page and "boundary_and_type" in page
 
 
 def test_columns_and_json_lines_teach_the_same(files: Path, recipe_of: Any, tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_columns_and_json_lines_teach_the_same(files: Path, recipe_of: Any, tmp_
         recipe = recipe_of(
             "train.max_steps=3", "train.epochs=null", f"output={tmp_path / name}-run", **_given(files, name)
         )
-        tunesmith.train(recipe, talk=Talk(level=-1))
+        tunesmith.train(recipe, console=Console(level=-1))
         lines = [json.loads(line) for line in (tmp_path / f"{name}-run" / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert len(losses[0]) == 3 and losses[0] == losses[1]
@@ -340,4 +340,4 @@ def test_a_tag_that_train_lacks_is_refused_by_its_line(files: Path, recipe_of: A
     given = _given(files, "train.conll")
     given["data"] = {"train": given["data"]["train"], "validation": str(files / "valid.conll")}
     with pytest.raises(DataError, match=r"valid\.conll:2: label: 'B-PRASE' .* 5 tags.*'B-PRAISE'"):
-        tunesmith.train(recipe_of(**given), talk=Talk(level=-1))
+        tunesmith.train(recipe_of(**given), console=Console(level=-1))

@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import tunesmith
 from tunesmith import recipe as recipes
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.data.batches import Batch, collate
 from tunesmith.data.encoded import encode
 from tunesmith.data.formats import Row
@@ -34,7 +34,7 @@ from tunesmith.training import evaluate
 from tunesmith.training.machine import Machine
 
 CPU = Machine(torch.device("cpu"), None)
-QUIET = Talk(level=-1)
+QUIET = Console(level=-1)
 SEQ2SEQ = ("t5", "bart", "marian")
 
 
@@ -248,7 +248,7 @@ def _recipe(tiny_marian: Path, pairs: Path, output: Path, *words: str, **values:
 
 @pytest.mark.parametrize("technique", ["full", "lora", "prompt"])
 def test_a_run_from_files_to_answers(technique: str, tiny_marian: Path, pairs: Path, tmp_path: Path) -> None:
-    result = tunesmith.train(_recipe(tiny_marian, pairs, tmp_path / "run", f"technique={technique}"), talk=QUIET)
+    result = tunesmith.train(_recipe(tiny_marian, pairs, tmp_path / "run", f"technique={technique}"), console=QUIET)
     scores = result["metrics"]
     assert {"loss", "bleu", "chrf", "bleu_signature"} <= scores["test"].keys() and "bleu" in scores["before"][
         "validation"
@@ -271,7 +271,7 @@ def test_a_run_from_files_to_answers(technique: str, tiny_marian: Path, pairs: P
 
 
 def test_transformers_alone_writes_the_same(tiny_marian: Path, pairs: Path, tmp_path: Path) -> None:
-    tunesmith.train(_recipe(tiny_marian, pairs, tmp_path / "run"), talk=QUIET)
+    tunesmith.train(_recipe(tiny_marian, pairs, tmp_path / "run"), console=QUIET)
     ours = tunesmith.load(tmp_path / "run").predict("the film was great")[0]["translation"]
     folder = tmp_path / "run" / "model"
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -282,7 +282,7 @@ def test_transformers_alone_writes_the_same(tiny_marian: Path, pairs: Path, tmp_
 
 def test_the_best_epoch_may_be_chosen_by_bleu(tiny_marian: Path, pairs: Path, tmp_path: Path) -> None:
     words = ("train.metric=bleu", "train.evaluate_every=6")
-    result = tunesmith.train(_recipe(tiny_marian, pairs, tmp_path / "run", *words), talk=QUIET)
+    result = tunesmith.train(_recipe(tiny_marian, pairs, tmp_path / "run", *words), console=QUIET)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     found = {line["step"]: line["validation/bleu"] for line in lines if "validation/bleu" in line}
     assert found.keys() == {6, 12} and result["best_step"] in found
@@ -292,7 +292,7 @@ def test_keys_that_mean_nothing_here_are_refused(
     tiny_marian: Path, pairs: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     with pytest.raises(RecipeError, match=r"data\.class_weights: .*translation"):
-        tunesmith.train(_recipe(tiny_marian, pairs, tmp_path / "run", "data.class_weights=balanced"), talk=QUIET)
+        tunesmith.train(_recipe(tiny_marian, pairs, tmp_path / "run", "data.class_weights=balanced"), console=QUIET)
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
     with pytest.raises(RecipeError, match=r"^bleu: .*pip install 'tunesmith\[text\]'"):
-        tunesmith.train(_recipe(tiny_marian, pairs, tmp_path / "run"), talk=QUIET)
+        tunesmith.train(_recipe(tiny_marian, pairs, tmp_path / "run"), console=QUIET)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunesmith import registry
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.errors import RecipeError
 from tunesmith.models.anatomy import anatomy
 from tunesmith.run import prepare
@@ -139,7 +139,7 @@ def test_a_text_leaves_room_for_virtual_tokens(technique: str, most: int, recipe
     def length(*words: str) -> int:
         recipe = recipe_of(*words, technique=technique)
         found = machine.find("cpu", "fp32")
-        prepared = prepare.prepare(recipe, found, offline=True, allow_pickle=False, talk=Talk(level=-1))
+        prepared = prepare.prepare(recipe, found, offline=True, allow_pickle=False, console=Console(level=-1))
         return int(prepared.recipe.data.max_length or 0)
 
     assert length() == most and length(f"data.max_length={most}") == most
@@ -152,7 +152,7 @@ def test_virtual_tokens_that_leave_no_room_are_refused(technique: str, taken: in
     recipe = recipe_of("technique.num_virtual_tokens=62", technique={"name": technique})
     found = machine.find("cpu", "fp32")
     with pytest.raises(RecipeError) as caught:
-        prepare.prepare(recipe, found, offline=True, allow_pickle=False, talk=Talk(level=-1))
+        prepare.prepare(recipe, found, offline=True, allow_pickle=False, console=Console(level=-1))
     assert "technique.num_virtual_tokens: " in str(caught.value) and f"{taken} " in str(caught.value)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.deploy import merge as merging
 from tunesmith.kernels.ops.quantized import QuantizedLinear, QuantizedWeight
 from tunesmith.models.anatomy import anatomy
@@ -110,7 +110,7 @@ def trained(bert: Path, reviews_csv: Path, tmp_path_factory: pytest.TempPathFact
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(folder.parent / "home"))
-        return folder, tunesmith.train(given, talk=Talk(level=-1))
+        return folder, tunesmith.train(given, console=Console(level=-1))
 
 
 def test_what_is_scored_is_the_adapter_over_the_packed_base(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -139,7 +139,7 @@ def test_the_lines_of_the_card_load_it_over_the_same_bits(trained: tuple[Path, d
 
 def test_a_merge_adds_to_the_stored_weights(trained: tuple[Path, dict[str, Any]], bert: Path) -> None:
     folder, _ = trained
-    merging.fold(folder)
+    merging.merge_adapter(folder)
     merged, base = (load_file(path / "model.safetensors") for path in (folder / "model", bert))
     held = load_file(folder / "adapter" / "adapter_model.safetensors")
     name = "bert.encoder.layer.0.attention.self.query"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import load
 from tunesmith.recipe.starter import schema
@@ -18,7 +18,7 @@ CHANGES = "data.augment=[{name: word-dropout, probability: 0.3}, {name: typos}]"
 
 
 def _losses(recipe: Any, *words: str) -> list[float]:
-    tunesmith.train(recipe, *words, overwrite=True, talk=Talk(level=-1))
+    tunesmith.train(recipe, *words, overwrite=True, console=Console(level=-1))
     lines = Path(recipe.output, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
@@ -32,7 +32,7 @@ def test_epochs_differ_runs_do_not_and_a_resume_goes_on_bit_for_bit(recipe_of: A
             recipe, f"train.max_steps={step}", "train.epochs=null", "train.schedule=constant", "train.warmup_ratio=0"
         )
         longer = ("train.max_steps=14", "train.epochs=null", "train.schedule=constant", "train.warmup_ratio=0")
-        tunesmith.train(recipe, *longer, resume=recipe.output, override=["train.max_steps"], talk=Talk(level=-1))
+        tunesmith.train(recipe, *longer, resume=recipe.output, override=["train.max_steps"], console=Console(level=-1))
         weights = Path(recipe.output, "model", "model.safetensors").read_bytes()
         _losses(recipe, *longer)
         assert Path(recipe.output, "model", "model.safetensors").read_bytes() == weights

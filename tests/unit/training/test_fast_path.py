@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerating import accelerated
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.kernels import layout
 from tunesmith.kernels.ops import attention, elementwise
 from tunesmith.techniques.lora import LoraLinear
@@ -34,7 +34,7 @@ BASES = {"translation": "AutoModelForSeq2SeqLM", "text-generation": "AutoModelFo
 
 
 def _losses(recipe: dict[str, Any], output: Path) -> list[float]:
-    tunesmith.train(recipe, output=str(output), talk=Talk(level=-1))
+    tunesmith.train(recipe, output=str(output), console=Console(level=-1))
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "grad_norm" in line]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tunesmith.console import Talk
+from tunesmith.console import Console
 from tunesmith.kernels.accelerate import switched_off
 from tunesmith.models import sources
 from tunesmith.run import prepare
@@ -17,7 +17,7 @@ from tunesmith.run import train as run
 from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 from tunesmith.training import feature_cache
 
-QUIET = Talk(level=-1)
+QUIET = Console(level=-1)
 TECHNIQUES = {
     "head": {"name": "freeze", "head_only": True},
     "last": {"name": "freeze", "last_n_blocks": 1},
@@ -48,7 +48,7 @@ def _run(tmp_path: Path, name: str, family: str, task: Any, technique: Any, **mo
     }
     train = {"epochs": 3, "batch_size": 8, "precision": "fp32", "device": "cpu", "learning_rate": 1e-2}
     recipe = {"task": task, "model": str(base), "data": data, "technique": technique, "train": train | more}
-    return tunesmith.train(recipe, output=str(tmp_path / name), talk=QUIET)
+    return tunesmith.train(recipe, output=str(tmp_path / name), console=QUIET)
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_too_large_they_are_not_kept(
     monkeypatch.setattr(feature_cache, "MAX_BYTES", 100)
     monkeypatch.setattr(QUIET, "say", print)
     _run(tmp_path, "run", "bert", "text-classification", TECHNIQUES["last"])
-    assert watched == [False] and "GiB on the disk" in capsys.readouterr().out
+    assert watched == [False] and "GiB of disk space" in capsys.readouterr().out
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(
@@ -191,13 +191,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
     def saved(own: Any) -> None:
         save(own)
-        if own.progress.step == 10:
+        if own.state.step == 10:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "_save", saved)
     with pytest.raises(KeyboardInterrupt):
         _run(tmp_path, "half", "bert", "text-classification", TECHNIQUES["last"], save_every=5)
     monkeypatch.setattr(run, "_save", save)
-    tunesmith.train(resume=tmp_path / "half", talk=QUIET)
+    tunesmith.train(resume=tmp_path / "half", console=QUIET)
     assert _losses(tmp_path / "half") == _losses(tmp_path / "whole") and len(_losses(tmp_path / "whole")) == 15
     assert watched == [True] * 6

@@ -92,7 +92,7 @@ def _gpus(monkeypatch: pytest.MonkeyPatch, count: int, capability: tuple[int, in
 def test_a_device_that_is_not_there(device: str, gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _gpus(monkeypatch, gpus)
     with pytest.raises(
-        ResourceError, match=rf"train\.device: there is no {device}.* use device=auto or cpu"
+        ResourceError, match=rf"train\.device: this machine has no {device}.* use auto or cpu"
     ) as refused:
         machine.find(device)
     assert refused.value.exit_code == 4
@@ -114,7 +114,7 @@ def test_each_process_has_its_own_gpu(device: str, monkeypatch: pytest.MonkeyPat
     assert machine.find(device, "fp32").device == torch.device("cuda:1")
     assert machine.find("cuda:0", "fp32").device == torch.device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ResourceError, match="there is no cuda:2"):
+    with pytest.raises(ResourceError, match="this machine has no cuda:2"):
         machine.find(device)
     monkeypatch.setenv("LOCAL_RANK", "x")
     with pytest.raises(RecipeError, match="LOCAL_RANK=x"):

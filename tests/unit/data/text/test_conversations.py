@@ -225,5 +225,5 @@ def test_a_file_without_any_such_column_is_refused_at_its_header(tmp_path: Path)
 
 
 def test_a_row_without_conversation_or_text() -> None:
-    with pytest.raises(DataError, match="x:1: no messages, no question with an answer, and no text in it"):
+    with pytest.raises(DataError, match="x:1: neither messages, nor prompt and answer, nor text"):
         TASK.parse_target(Row("x:1", {"system": "Be short."}))

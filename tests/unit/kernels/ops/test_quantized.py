@@ -101,8 +101,8 @@ def test_the_extra_is_named_where_it_is_missing(weight: torch.Tensor, monkeypatc
 
 
 def test_the_library_warns_of_no_kernel_that_nobody_asked_for(caplog: pytest.LogCaptureFixture) -> None:
-    talk = logging.getLogger("bitsandbytes")
+    logger = logging.getLogger("bitsandbytes")
     with quantized.quiet_bitsandbytes():
-        talk.warning("no kernel at the hub")
-    talk.warning("a warning of its own")
+        logger.warning("no kernel at the hub")
+    logger.warning("a warning of its own")
     assert [record.message for record in caplog.records] == ["a warning of its own"]
