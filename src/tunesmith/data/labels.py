@@ -63,7 +63,7 @@ def _single(value: object, row: Row, column: str, brackets: bool) -> str:
 def _known(name: str, row: Row, column: str, classes: list[str] | None) -> str:
     if classes is None or name in classes:
         return name
-    what = f"{shorten(name)} is not among the {len(classes)} training classes"
+    what = f"{shorten(name)} is not among the {len(classes)} classes of train"
     raise row.fault(column, what, did_you_mean(name, classes[:20]))
 
 

@@ -222,7 +222,7 @@ def _read_usable(split: Split, task: Task, data: Data) -> _Part:
         what = f"no row can be used; skipped {remarks.skipped_rows(skipped)}"
         hint = "`tunesmith data check` lists the faults of each row"
         if first is not None:
-            what, hint = f"{what}; first fault: {first.what}", first.hint.removesuffix(", or data.on_bad_row=skip")
+            what, hint = f"{what}; first fault: {first.what}", first.hint.removesuffix(", or set data.on_bad_row=skip")
         raise DataError(what, where=str(split.table.path), hint=hint)
     split = replace(split, indices=np.frombuffer(kept, dtype=np.int64)) if unusable or unlabeled else split
     grouped = np.frombuffer(groups, dtype=np.uint64) if groups else None

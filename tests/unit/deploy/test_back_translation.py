@@ -106,5 +106,5 @@ def test_runs_that_are_none_are_refused(recipe_of: Any, tmp_path: Path, translat
     with pytest.raises(RecipeError, match=r"is a run of text-classification, not of translation"):
         back_translate(["a"], [_step((Path(recipe.output), translators[1]))], tmp_path, say=str)
     tagged = Row("a:1", {"tokens": ["a"], "label": ["O"]})
-    with pytest.raises(RecipeError, match=r"back-translation says a text otherwise, and tags of words cannot go along"):
+    with pytest.raises(RecipeError, match=r"back-translation cannot carry tags of words"):
         Augmenter.of([_step(translators)], 0, registry.get("task", "token-classification")().columns).row(tagged, 0, 0)

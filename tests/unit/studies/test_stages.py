@@ -230,7 +230,7 @@ def test_data_verbs_take_a_stage(written: Path, command: Callable[..., tuple[int
     assert [code for code, _, _ in said.values()] == [0, 0]
     assert "target: " in said[()][1] and "[MASK]" in said["--stage", "1"][1]
     code, out, _ = command("data", "check", str(written), "--stage", "1")
-    assert code == 0 and out.startswith("note: stage 1 of 2, fill-mask); set --stage N for another")
+    assert code == 0 and out.startswith("note: inspecting stage 1 of 2 (fill-mask); set --stage N for another")
     assert json.loads(command("data", "check", str(written), "--json")[1])["task"] == "text-classification"
     for words, why in (
         ((str(written), "--stage", "3"), "no stage 3; 1 to 2"),

@@ -251,7 +251,7 @@ def test_a7_99_a_target_that_is_no_finite_number_is_refused(label: object, refus
 
 def test_a7_99_words_for_numbers_are_not_to_be_skipped_all(refuse: Refuse) -> None:
     said = refuse(_reviews(20), "task.labels=regression", "data.on_bad_row=skip")
-    assert _place(said, "train.jsonl: ", "20 rows (unusable label)", "label: 'pos' ", "; task.labels=single ")
+    assert _place(said, "train.jsonl: ", "20 rows (unusable label)", "label: 'pos' ", "set task.labels=single ")
     assert "data.on_bad_row" not in said, "there is no use in skipping all"
 
 
@@ -259,7 +259,7 @@ def test_a7_99_one_word_among_numbers_makes_no_classes_of_them(written: Any, ref
     rows: list[tuple[object, object]] = [(text, n / 10 + 0.05) for n, (text, _) in enumerate(_reviews(20))]
     assert _read(written(rows)).task.labels == "regression"  # type: ignore[attr-defined]
     said = refuse([*rows, (GOOD, "inf")])
-    assert _place(said, "train.jsonl: label: 'inf' ", "(20 ", "; ", "task.labels=regression")
+    assert _place(said, "train.jsonl: label: 'inf' ", "20 ", "; ", "task.labels=regression")
     assert _read(written([*rows, (GOOD, "inf")]), labels="single").task.labels == "single"  # type: ignore[attr-defined]
 
 

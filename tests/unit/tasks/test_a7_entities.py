@@ -62,17 +62,17 @@ BAD: dict[str, tuple[str, str, int]] = {
     "91 unaligned": (_text([[1, 3, "X"]]), "train.any:11: spans: the span 1-3 'oë' splits the word 'Zoë'", 1),
     "92 overlap": (_text([[0, 3, "X"], [0, 9, "X"]]), "train.any:11: spans: the spans 0-3 'Zoë' and 0-9", 1),
     "93 beyond": (_text([[0, 99, "X"]]), "train.any:11: spans: the span 0-99 exceeds the text of 17", 1),
-    "94 bytes": (_text([[14, 19, "X"]]), "train.any:11: spans: the span 14-19 lies beyond the text", 1),
+    "94 bytes": (_text([[14, 19, "X"]]), "train.any:11: spans: the span 14-19 exceeds the text", 1),
     "94 UTF-16": (_text([[3, 6, "X"]], "👋 Zoë lives"), "the spans appear to count UTF-16 units: count characters", 1),
     "nothing to find": (
         OTHERS.replace("B-X", "O"),
         "all 40 words have the tag O; there are no entities",
         0,
     ),
-    "tags of numbers": ('{"tokens": ["a", "b"], "ner_tags": [0, 1]}\n' * 3, "task.tags=[O, B-PER, ...] names them", 0),
+    "tags of numbers": ('{"tokens": ["a", "b"], "ner_tags": [0, 1]}\n' * 3, "set task.tags=[O, B-PER, ...]", 0),
     "a table of texts": (
         "text,label\nlovely,good\nawful,bad\n",
-        "train.any:2: label: 'good' is neither a list of tags",
+        "train.any:2: label: 'good' is not a list of tags",
         0,
     ),
 }

@@ -70,15 +70,15 @@ def test_a7_97_or_is_skipped_and_counted(tmp_path: Path) -> None:
 def test_a_target_that_is_missing_or_none(command: Command, tmp_path: Path) -> None:
     rows: list[object] = [{"translation": {"en": en, "de": de}} for en, de in PAIRS]
     for bad, said in (
-        ({"translation": {"en": "a dog"}}, "pairs.jsonl:3: de: not there; fill it in"),
+        ({"translation": {"en": "a dog"}}, "pairs.jsonl:3: de: missing; fill it in"),
         ({"translation": {"en": "a dog", "de": None}}, "pairs.jsonl:3: de: empty; fill it in"),
         ({"translation": {"en": "a dog", "de": 7}}, "pairs.jsonl:3: de: '7' is not a text; put it in quotes"),
         (
             {"translation": {"en": "a dog", "de": ["x"]}},
             "pairs.jsonl:3: de: '['x']' is not a text; give one text",
         ),
-        ({"translation": "a dog"}, "pairs.jsonl:3: en: not there"),
-        ({"id": 3}, "pairs.jsonl:3: en: not there"),
+        ({"translation": "a dog"}, "pairs.jsonl:3: en: missing"),
+        ({"id": 3}, "pairs.jsonl:3: en: missing"),
     ):
         name = _jsonl(tmp_path, [*rows[:2], bad, *rows[2:]])
         assert _refused(command, tmp_path, name, *LANGUAGES).startswith(said)
@@ -109,7 +109,7 @@ def test_a7_98_targets_that_are_sources(command: Command, tmp_path: Path) -> Non
 def test_unequal_files_are_refused_with_both_names(command: Command, tmp_path: Path) -> None:
     said = _refused(command, tmp_path, _parallel(tmp_path, missing=2), *LANGUAGES, "data.on_bad_row=skip")
     assert said.startswith(
-        "train.en:29: train.de ends after 28 lines, and train.en goes on; line by line one translates"
+        "train.en:29: train.de ends after 28 lines, but train.en has more; the files must be aligned"
     )
 
 
@@ -122,7 +122,7 @@ def test_languages_that_are_not_said(command: Command, tmp_path: Path) -> None:
 
 def test_a_language_that_is_not_there(command: Command, tmp_path: Path) -> None:
     said = _refused(command, tmp_path, _parallel(tmp_path), "task.source_lang=en", "task.target_lang=fr")
-    assert said.startswith("train:1: no column for target among: de, en; data.columns.target=NAME")
+    assert said.startswith("train:1: no column for target among: de, en; set data.columns.target=NAME")
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_words_in_windows_have_the_logits_of_their_window(fitted: Any) -> None:
     assert len(by_window) > 1
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     (note,) = bound.notes(encoded)[1:]
-    assert " 1 window " in note
+    assert " 1 additional window;" in note
     assert encoded.costs.tolist() == encoded.lengths("input_ids").tolist()
 
 

@@ -289,7 +289,7 @@ def test_a_file_that_changes_after_it_was_read_is_not_encoded(written: Any, tmp_
     path = written(_reviews(40))
     read = _read(path, validation=0.25)
     _change_a_label(path)
-    with pytest.raises(DataError, match=r"train.csv: the file has changed since it was first read; leave it alone"):
+    with pytest.raises(DataError, match=r"train.csv: the file has changed since it was first read; do not edit it"):
         dataset.encode_splits(read, _bound(read), "tiny", tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*"))
 
@@ -375,7 +375,7 @@ OTHERS = {
     "huatuo_zh/llama_data.json": ":1: no column for label among: instruction, input, output; ",
     "tatoeba_en_zh/cmn.txt.gz": ":1: no header, and the values do not show which column is text and label: Hi.",
     "multi30k_en_de/train.en.gz": ":1: no header, and the values do not show which column is text and label: Two",
-    "pneumoniamnist/pneumoniamnist_merged.npz": ": this is a zip, Excel or Word file; ",
+    "pneumoniamnist/pneumoniamnist_merged.npz": ": unsupported format: the content is a zip, Excel or Word file; ",
     "hymenoptera": ": no train file in this folder; name the file train.csv, or set data.train to a file",
 }
 

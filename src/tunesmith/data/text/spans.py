@@ -167,7 +167,7 @@ def span_edges(label: list[Any]) -> list[tuple[int, int]]:
 
 def unknown_tag(tag: str, index: int, row: Row, names: Sequence[str]) -> DataError:
     """Return the error for a tag that does not occur in training data."""
-    what, type_ = f"{shorten(tag)} is not among the {len(names)} training tags", split_tag(tag)[1]
+    what, type_ = f"{shorten(tag)} is not among the {len(names)} tags of train", split_tag(tag)[1]
     near = did_you_mean(type_, {split_tag(name)[1] for name in names} - {""})
     if near.startswith("did"):  # the type is known or misspelled; a common prefix alone does not make tags similar
         return row.fault("label", what, did_you_mean(tag, names[:20]), index)
