@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CHUNK_ROWS = 1024
-SCHEMA = 3
+SCHEMA = 4
 Array = NDArray[Any]
 RowT = TypeVar("RowT")
 Fields = dict[str, Any]

@@ -74,10 +74,10 @@ def test_a_killed_stage_resumes_and_a_finished_one_is_kept(
     whole = tunesmith.train(written, f"output={tmp_path / 'whole'}", console=QUIET)
     save, begun = run._save, []
 
-    def interrupted(prepared: Any, engine: Any, progress: Any, folder: Path) -> None:
-        save(prepared, engine, progress, folder)
-        if folder.name.startswith(str(stage)) and progress.step == 2 and not begun:
-            begun.append(folder)
+    def interrupted(one: Any) -> None:
+        save(one)
+        if one.folder.name.startswith(str(stage)) and one.state.step == 2 and not begun:
+            begun.append(one.folder)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "_save", interrupted)
@@ -233,11 +233,11 @@ def test_data_verbs_take_a_stage(written: Path, command: Callable[..., tuple[int
     assert code == 0 and out.startswith("note: inspecting stage 1 of 2 (fill-mask); set --stage N for another")
     assert json.loads(command("data", "check", str(written), "--json")[1])["task"] == "text-classification"
     for words, why in (
-        ((str(written), "--stage", "3"), "no stage 3; 1 to 2"),
-        (("a.csv", "--stage", "1"), "no stages"),
+        ((str(written), "--stage", "3"), "there is no stage 3; 1 to 2"),
+        (("a.csv", "--stage", "1"), "the recipe has no stages"),
     ):
         code, _, err = command("data", "check", *words)
-        assert code == 2 and f"--stage: there {'is' if '3' in why else 'are'} {why}" in err
+        assert code == 2 and f"--stage: {why}" in err
 
 
 def test_a_folder_of_runs_names_them(

@@ -42,12 +42,12 @@ def test_epochs_differ_runs_do_not_and_a_resume_goes_on_bit_for_bit(recipe_of: A
 @pytest.mark.parametrize(
     ("given", "said"),
     (
-        ("[{name: word-drop}]", "data.augment: name: no 'word-drop'; did you mean 'word-dropout'"),
+        ("[{name: word-drop}]", "data.augment: unknown name 'word-drop'; did you mean 'word-dropout'"),
         ("[{name: typos, probability: 0}]", "data.augment: must be above 0"),
-        ("[{name: typos, chance: 0.1}]", "data.augment: unknown key 'chance' in it"),
+        ("[{name: typos, chance: 0.1}]", "data.augment: unknown key 'chance'"),
         ("[{name: synonyms}]", "synonyms needs file; e.g."),
         ("[{name: back-translation}]", "back-translation needs runs; e.g. {name: back-translation, runs: [runs/en-de"),
-        ("[{name: typos, file: x.txt}]", "typos has no file; e.g."),
+        ("[{name: typos, file: x.txt}]", "typos has no key file; e.g."),
         ("typos", "data.augment: must be a list"),
     ),
 )

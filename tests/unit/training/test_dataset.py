@@ -311,7 +311,7 @@ def test_f13_a_run_does_not_go_on_with_other_data(command: Any, tiny_bert: Path,
     assert f"…': {path} has changed" in err
     assert "data_sha256.validation was '" in err and "--override data_sha256.train" in err
     code, _, err = command("evaluate", str(tmp_path / "run"), "--split", "validation")
-    assert code == 3 and "train.csv: the file has changed since the run; sha256 is " in err
+    assert code == 3 and "train.csv: the file has changed since training; " in err
 
 
 def test_what_is_left_out_of_another_file_is_said(command: Any, tiny_bert: Path, written: Any, tmp_path: Path) -> None:
