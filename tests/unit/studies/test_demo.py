@@ -71,7 +71,11 @@ def test_what_it_shows_is_what_the_run_holds_and_can_be_typed(
     index: StubIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(sys, "executable", str(Path.cwd() / ".venv" / "bin" / "python"))
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "tunesmith").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
     run = tmp_path / "my demo"
     result = demo.demo(run, console=Console())
     said = capsys.readouterr().out.splitlines()
