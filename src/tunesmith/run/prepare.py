@@ -140,9 +140,8 @@ class Prepared:
             with console.during(f"caching frozen features for {name}"), parallel.main_process_first():
                 args = self.model, self.bound, encoded, self.machine, folder, console.say, seed, draw
                 cached = feature_cache.cache_features(*args)
-            if parallel.all_reduce_max(
-                int(not cached), self.machine.device
-            ):  # if one process lacks disk space, none caches
+            # if one process lacks disk space, none caches
+            if parallel.all_reduce_max(int(not cached), self.machine.device):
                 break
         feature_cache.prune(home)
         return time.perf_counter() - began

@@ -99,7 +99,7 @@ def _as_user_error(error: BaseException, folder: Path, begun: bool) -> BaseExcep
 
 def _run(run: Run, resumed: bool, override: Collection[str], signals: Signals) -> dict[str, Any]:
     if resumed:
-        run.state = _restore(run, override)
+        _restore(run, override)
     torch.set_num_threads(run.state.threads or torch.get_num_threads())
     run.state.threads = torch.get_num_threads()
     if parallel.rank() == 0:
@@ -221,7 +221,7 @@ def _update_state(run: Run, step: loop.Step) -> None:
 
 
 def _handle_non_finite(run: Run, step: loop.Step) -> None:
-    """Handle a step that was not taken, as train.on_nan says: stop, skip, or return to the last checkpoint."""
+    """Handle a step with a non-finite loss or gradient by `train.on_nan`: stop, skip, or restore the last checkpoint."""
     prepared, state, folder, console = run.prepared, run.state, run.folder, run.console
     train = prepared.recipe.train
     indices = prepared.batches.indices(step.number - 1)
@@ -290,7 +290,7 @@ def _save(run: Run) -> None:
     parallel.barrier()
 
 
-def _restore(run: Run, override: Collection[str]) -> TrainState:
+def _restore(run: Run, override: Collection[str]) -> None:
     """Restore the newest intact checkpoint; without one, training starts from the beginning."""
     prepared, engine, folder, console = run.prepared, run.engine, run.folder, run.console
     where = folder / "checkpoints"
@@ -299,7 +299,7 @@ def _restore(run: Run, override: Collection[str]) -> TrainState:
     if saved is None:
         console.say("no checkpoint: starting from the beginning")
         files.truncate_metrics(folder / "metrics.jsonl", -1)
-        return TrainState()
+        return
     read = {f"data_sha256.{name}": str(split.table.path) for name, split in prepared.examples.splits.items()}
     known = read | {"base_sha256": prepared.base.source.spec}
     overridden = checkpoint.check_same_run(saved.identity, prepared.identity(), override, known)
@@ -318,16 +318,12 @@ def _restore(run: Run, override: Collection[str]) -> TrainState:
         loop.checkpoint_activations(engine)
     if parallel.rank() == 0:
         files.truncate_metrics(folder / "metrics.jsonl", saved.step)
-        for name, step in (
-            ("last", saved.step),
-            ("best", state.best_step),
-        ):  # a kill may have come before these were written
+        for name, step in (("last", saved.step), ("best", state.best_step)):  # a kill may have come before these
             if step is not None and checkpoint.path_of(where, step).exists():
                 checkpoint.write_pointer(where, name, checkpoint.path_of(where, step))
     console.say(f"resumed after step {saved.step} of {prepared.total_steps}")
     if state.threads != torch.get_num_threads():
         console.say(f"using {state.threads} threads, as before, so that results are identical")
-    return state
 
 
 def _load_tensors(run: Run, tensors: dict[str, dict[str, Tensor]]) -> None:
