@@ -57,6 +57,12 @@ def _long_answers(root: Path) -> list[Any]:
     return [(text, label) for text, label in rows if text.count(" ") >= CUT_AT]
 
 
+def _questions(root: Path) -> list[Any]:
+    """Return the questions of medquad (13 tokens on average), each with its type."""
+    with gzip.open(root / "medquad" / "medquad_qa.jsonl.gz", "rt", encoding="utf-8") as file:
+        return sorted({(" ".join(row["question"].split()), row["qtype"]) for row in map(json.loads, file)})
+
+
 def _sentences(root: Path) -> list[Any]:
     return list(read_sentences(root / "wnut17" / ENTITIES["wnut17"][0]))
 
@@ -110,6 +116,7 @@ def _put_pairs(folder: Path, rows: list[Any]) -> Path:
 KINDS: dict[str, tuple[Draw, MakeUp, Callable[[Path, list[Any]], Path]]] = {
     "sst2": (_reviews, lambda draw: (_text(draw, 19), draw.choice("01")), _put_texts),
     "medquad": (_long_answers, lambda draw: (_text(draw, 200, CUT_AT), draw.choice("abcdefgh")), _put_texts),
+    "medquad-questions": (_questions, lambda draw: (_text(draw, 10), draw.choice("abcdefgh")), _put_texts),
     "wnut17": (_sentences, _made_up_sentence, _put_sentences),
     "alpaca_en": (_conversations, _made_up_conversation, _put_conversations),
     "multi30k_en_de": (_pairs, lambda draw: (_text(draw, 12), _text(draw, 11)), _put_pairs),
