@@ -1,4 +1,4 @@
-"""What most tests stand on: a tiny BERT with a real tokenizer on disk, sixty reviews, a cache folder of their own."""
+"""Shared fixtures: a tiny BERT with a real tokenizer, sixty reviews, and a separate cache folder."""
 
 from __future__ import annotations
 

@@ -160,9 +160,9 @@ def _duration(seconds: float) -> str:
 def command(*words: object) -> str:
     """Return the shell command for `tunesmith WORDS`: the name if it is on PATH, else the path of the program."""
     python = Path(sys.executable)
-    script, found = python.with_name("tunesmith"), shutil.which("tunesmith")
+    script, on_path = python.with_name("tunesmith"), shutil.which("tunesmith")
     program: list[object] = [script] if script.exists() else [python, "-m", "tunesmith"]
-    if found and (not script.exists() or script.samefile(found)):
+    if on_path and (not script.exists() or script.samefile(on_path)):
         program = ["tunesmith"]
     elif python.is_relative_to(Path.cwd()):
         program[0] = Path(str(program[0])).relative_to(Path.cwd())

@@ -1,4 +1,4 @@
-"""What tests of chats stand on: two kinds of tokenizers made on the spot, and twenty conversations."""
+"""Fixtures for chat tests: two kinds of tokenizers and twenty conversations."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def _add(file: GGUFWriter, name: str, weight: Tensor, kind: str) -> None:
 
 
 def logits(model: PreTrainedModel) -> Tensor:
-    """What it answers to its first forty tokens."""
+    """Return its outputs for its first forty tokens."""
     with torch.no_grad():
         answer: Tensor = model.eval()(input_ids=torch.arange(40)[None]).logits
     return answer

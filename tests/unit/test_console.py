@@ -1,4 +1,4 @@
-"""What is said: where to, how much of it, and how it looks on a terminal, in a file and in a notebook."""
+"""Console output: streams, verbosity, and its form on a terminal, in a file and in a notebook."""
 
 from __future__ import annotations
 

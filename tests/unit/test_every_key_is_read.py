@@ -194,13 +194,13 @@ Outcome = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def known() -> dict[tuple[str, ...], dict[str, Any]]:
-    """What came out of the runs to compare with, each of them run once."""
+    """Results of the reference runs, each run once."""
     return {}
 
 
 @pytest.fixture
 def outcome(room: Path, known: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Outcome:
-    """What comes out of a run with these words, clocks left out."""
+    """Return the result of a run with these overrides, without times."""
 
     def of(*words: str) -> dict[str, Any]:
         if words not in known:

@@ -34,7 +34,7 @@ def back_translate(
     step = next((one for one in steps if one.runs is not None), None)
     if step is None:
         return {}
-    assert step.runs is not None, "a condition of the choice"
+    assert step.runs is not None, "the step was chosen by its runs"
     wanted = sorted(set(texts))
     file = cache / f"{fingerprint(wanted, fingerprints(steps))}.json"
     if not file.exists():

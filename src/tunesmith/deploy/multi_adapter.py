@@ -1,4 +1,4 @@
-"""MultiAdapterModel adapters that share one base in memory: `tunesmith.load(base, adapters=["runs/a", "runs/b"])`.
+"""Several adapters that share one base in memory: `tunesmith.load(base, adapters=["runs/a", "runs/b"])`.
 
 Each run has its own modules; frozen tensors that runs have in common are stored once. Each call chooses its run, and
 switching costs nothing, because no weights are moved.

@@ -33,17 +33,17 @@ LIBRARIES = (
 
 def fast_paths(spec: str, *, offline: bool = False, allow_pickle: bool = False) -> dict[str, Any]:
     """Return `FastPath.dump` of a model's architecture on this machine, with random weights, all trainable."""
-    source, found = sources.resolve(spec, offline=offline, allow_pickle=allow_pickle), machine.find()
+    source, target = sources.resolve(spec, offline=offline, allow_pickle=allow_pickle), machine.find()
     config = transformers.AutoConfig.from_pretrained(source.folder)
     model = _model_of(config).eval()
     parts = anatomy(model)
     limit = min(getattr(config, "max_position_embeddings", None) or MAX_LENGTH, MAX_LENGTH)
-    model.to(found.device)
+    model.to(target.device)
     path = accelerate(
         model,
         parts,
-        device=found.device,
-        autocast_dtype=found.autocast_dtype,
+        device=target.device,
+        autocast_dtype=target.autocast_dtype,
         max_tokens=limit - 2,  # some families start to count positions behind the padding token
         world_size=1,
     )

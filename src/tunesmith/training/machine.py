@@ -92,14 +92,14 @@ def find(device: str = "auto", precision: str = "auto", *, named: str = "train.d
         ResourceError: the machine has no such device.
         RecipeError: the device does not support the precision.
     """
-    found = _device(device, named)
+    target = _device(device, named)
     if precision == "auto":
-        return Machine(found, torch.bfloat16 if _has_bf16(found) else None)
-    if precision == "fp16" and found.type == "cpu":
+        return Machine(target, torch.bfloat16 if _has_bf16(target) else None)
+    if precision == "fp16" and target.type == "cpu":
         raise RecipeError("train.precision: fp16 cannot be trained on a CPU", hint="use bf16, fp32 or auto")
-    if precision == "bf16" and found.type == "cuda" and not _has_bf16(found):
+    if precision == "bf16" and target.type == "cuda" and not _has_bf16(target):
         raise RecipeError("train.precision: this GPU has no bf16", hint="use fp16, fp32 or auto")
-    return Machine(found, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
+    return Machine(target, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
 
 
 def _device(name: str, named: str) -> torch.device:

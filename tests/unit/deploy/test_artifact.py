@@ -1,4 +1,4 @@
-"""What a run leaves on disk: what was learned, over weights that are those of the base, in the base's number format."""
+"""Artifacts on disk: trained weights, unchanged base weights, and the dtype of the base."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ TEXTS = ("the film was great", "bad", "a very very dull plot . not so very fine 
 
 
 def _same(answers: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
-    """Whether answers are equal but for the last bits, in which batches of another shape differ."""
+    """Return whether answers are equal up to rounding, which depends on the batch shape."""
     return len(answers) == len(others) and all(
         one["label"] == other["label"] and one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
         for one, other in zip(answers, others, strict=True)

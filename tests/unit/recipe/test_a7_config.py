@@ -23,9 +23,9 @@ QUICK = ("train.max_steps=2", "train.batch_size=8", "train.precision=fp32", "tra
 
 @pytest.fixture
 def refuse(command: Any, reviews_csv: Path, tmp_path: Path) -> Refuse:
-    """What `tunesmith train recipe.yaml` says, on one line, to a recipe whose second line and the rest are `text`.
+    """Return the one-line error of `tunesmith train recipe.yaml` for a recipe with `text` from the second line on.
 
-    Unless another is given its model cannot be had here, so a refusal came before it was sought.
+    By default the model does not exist, so an error shows that the recipe is checked before the model is resolved.
     """
 
     def said(text: str, *words: str, model: object = "org/none", code: int = 2) -> str:

@@ -350,7 +350,7 @@ TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool,
 
 
 def _fits(value: Any, wanted: dict[str, Any], root: dict[str, Any] | None = None) -> bool:
-    """Whether a value is one of a JSON schema, as far as ours use the language."""
+    """Return whether a value is valid by a JSON schema, for the keywords that ours use."""
     root = root or wanted
     if "$ref" in wanted:
         return _fits(value, root["$defs"][wanted["$ref"].removeprefix("#/$defs/")], root)

@@ -1,4 +1,4 @@
-"""What a run decides as it goes: what is best, when to stop, save and score, and what to do with what is not finite."""
+"""Decisions during a run: best step, early stopping, saving, evaluation, and non-finite steps."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_a_base_in_bf16_is_probed_too(probed: Any, tiny_bert: Path, tmp_path: Pa
 
 
 def test_a_tag_a_word(recipe_of: Any, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the state of each word's sub-word; the words of the tiny model are one each."""
+    """Return the hidden state of each word; every word of the tiny model is a single token."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     rows = [sample_row("token-classification", n) for n in range(60)]

@@ -90,7 +90,7 @@ def test_merged_in_place_it_answers_as_it_did(family: str) -> None:
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of rows of 64, which the peer decodes rightly too."""
+    """Return a model whose weights have rows of 64, which bitsandbytes decodes correctly."""
     folder = tmp_path_factory.mktemp("models") / "bert"
     tiny_model("bert", "AutoModelForMaskedLM", hidden_size=64, intermediate_size=128).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What is faster is the same: 50 losses in fp32 without dropout, with the blocks of the model and with ours."""
+"""Fast paths give equal results: 50 losses in fp32 without dropout, with the model's blocks and with ours."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def _run(tmp_path: Path, name: str, family: str, task: Any, technique: Any, **mo
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
-    """What `cache_features` answered, in a cache of its own."""
+    """Return values of `cache_features`, with a cache of its own."""
     monkeypatch.setattr(sources, "cache_home", lambda: tmp_path / "cache")
     monkeypatch.setattr(prepare.sources, "cache_home", lambda: tmp_path / "cache")
     answers: list[bool] = []

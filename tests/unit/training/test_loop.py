@@ -1,4 +1,4 @@
-"""What one optimizer step promises: the same update however it is cut, none from what is not finite, one after all."""
+"""Optimizer steps: equal updates for any micro-batches, and none from a non-finite loss or gradient."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _run(trial: Case, *, micro: int = 8, start: int = 0, stop: int = 4, batch: i
 
 
 def _moved(trial: Case, engine: loop.Engine) -> Tensor:
-    """How far the step moved what learns, flat."""
+    """Return the flat change of the trainable parameters in one step."""
     before = dict(trial.model.named_parameters())
     return torch.cat([(p - before[name]).detach().flatten() for name, p in engine.model.named_parameters()])
 
