@@ -1,9 +1,9 @@
-"""What others reach and what we reach, measured side by side; `bench/README.md` says what each part does.
+"""Benchmarks of tunesmith against its peers; see `bench/README.md`.
 
-Run from the repository's root: `python -m bench` for speed, `python -m bench.quality` for how good the answers are.
+Run from the repository root: `python -m bench` for speed, `python -m bench.quality` for quality.
 """
 
 import os
 
 LOAD = os.getloadavg()[0]
-"""Of the last minute, before anything heavy is imported: that alone would take it to a third."""
+"""Load average of the last minute, read before the heavy imports, which alone would raise it to about 0.3."""

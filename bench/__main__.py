@@ -1,10 +1,10 @@
-"""How fast tunesmith trains beside its peers: every arm in turn, in processes that wait for each other.
+"""Speed benchmark of tunesmith and its peers. Each arm has its own process; one arm runs at a time.
 
-    python -m bench                            # all workloads whose data, models and peers are there: hours
+    python -m bench                            # all workloads whose models and peers are installed: hours
     python -m bench C1 C2 mem --pairs 7 --threads 2
     python -m bench C5-lora --rows 32 --pairs 1 --output build/trial.md
 
-Prints a table and adds it to bench/results/DATE-DEVICE.md. The machine must be quiet: it is said how busy it was.
+Prints a table and appends it to bench/results/DATE-DEVICE.md. The machine must be idle; the report shows its load.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from tunesmith.training import machine
 
 PEERS = Path("build/trl/bin/python")
 QUIET_LOAD = 0.3
-"""Load average above which the machine is doing something else."""
+"""Load average above which the machine counts as busy."""
 
 
 def main() -> int:
-    """All that was asked for."""
+    """Run the selected workloads and write the report."""
     given = arguments()
     if given.list:
         print("\n".join(f"{workload.name:12} {workload.about}" for workload in WORKLOADS))
         return 0
     busy = f"load before the first run {LOAD:.2f}" + (": the machine was busy" if LOAD > QUIET_LOAD else "")
-    print(busy if LOAD <= QUIET_LOAD else f"warning: {busy}, times compare little", flush=True)
+    print(busy if LOAD <= QUIET_LOAD else f"warning: {busy}; times are not comparable", flush=True)
     found = machine.find(given.device)
     wanted = chosen(given.names, found.device.type)
     setting = conduct.Setting(
@@ -52,7 +52,7 @@ def main() -> int:
     day = time.strftime("%Y-%m-%d")
     device = found.device.type
     path = given.output or Path(__file__).parent / "results" / f"{day}-{device}.md"
-    title = f"{day}, {device.upper() if device == 'cpu' else device}: speed beside the peers"
+    title = f"{day}, {device.upper() if device == 'cpu' else device}: speed compared with the peers"
     names = ", ".join(outcome.workload.name for outcome in outcomes)
     report.write(path, title, f"{names} ({time.strftime('%H:%M')})", body)
     return 0 if len(outcomes) == len(wanted) else 1
@@ -61,9 +61,9 @@ def main() -> int:
 def measured(
     workload: Workload, setting: conduct.Setting, given: argparse.Namespace, found: machine.Machine
 ) -> conduct.Outcome | None:
-    """A workload's outcome; None, and a line that says why, where it cannot be run here."""
+    """Run a workload and return its outcome; if it cannot run, print the cause and return None."""
     if workload.device == "cuda" != found.device.type:
-        _say(f"{workload.name}: left out: it is meant for a GPU, and this is {found.device.type}")
+        _say(f"{workload.name}: skipped: needs a GPU (device: {found.device.type})")
         return None
     if given.rows:
         workload = replace(workload, rows=given.rows)
@@ -73,11 +73,11 @@ def measured(
         where: dict[str, Any] = {"model": str(model), "data": str(path.absolute())}
         outcome = conduct.run(workload, setting, where | {"device": found.device.type, "precision": found.precision})
     except (conduct.Missing, UserError) as problem:
-        _say(f"{workload.name}: left out: {problem}")
+        _say(f"{workload.name}: skipped: {problem}")
         return None
     if not real:
-        missing = f"{workload.data} is not in {given.data.name}"
-        outcome.notes.append(f"{workload.name}: {missing}: made-up texts of like length")
+        missing = f"{workload.data} not found in {given.data.name}"
+        outcome.notes.append(f"{workload.name}: {missing}; used synthetic texts of similar length")
     return outcome
 
 
@@ -90,7 +90,7 @@ def _machine(found: machine.Machine, given: argparse.Namespace) -> list[str]:
     memory = about["memory_bytes"] / 2**30
     threads, rounds = counted(given.threads, "thread"), counted(given.pairs, "round")
     where = f"{about['name']}, {about['cpus']} CPUs, {memory:.0f} GiB, {threads}, {about['precision']}"
-    return [where, f"medians of {rounds} after one to warm up; peaks are of the first, in a fresh process"]
+    return [where, f"medians of {rounds} after one warmup run; peaks are from the first run of a fresh process"]
 
 
 def _versions(outcomes: list[conduct.Outcome]) -> dict[str, str]:
@@ -107,15 +107,15 @@ def _commit() -> str:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser("bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="workloads, or how they begin: C1, C5-lora, mem")
-    parser.add_argument("--list", action="store_true", help="only say what there is")
-    parser.add_argument("--pairs", type=int, default=7, help="rounds that count")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="workload names or prefixes: C1, C5-lora, mem")
+    parser.add_argument("--list", action="store_true", help="list the workloads and exit")
+    parser.add_argument("--pairs", type=int, default=7, help="number of measured rounds")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rows", type=int, default=None, help="rows to train on, for trials")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the public data sets")
-    parser.add_argument("--peer-python", type=Path, default=PEERS, help="of an environment with TRL")
+    parser.add_argument("--rows", type=int, default=None, help="number of training rows, for quick trials")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the public data sets")
+    parser.add_argument("--peer-python", type=Path, default=PEERS, help="Python of the environment with TRL")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=None, help="default: bench/results/DATE-DEVICE.md")
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Time and memory that a process has taken, as every arm measures them."""
+"""Time and memory measurements of a process, shared by all arms."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Clock:
-    """Wall and CPU seconds, added up over what is to be timed; a GPU's work counts until it is done.
+    """Stopwatch that accumulates wall and CPU seconds over the timed sections; synchronizes the GPU first.
 
-    `peak_bytes` is the most that was held up to the last stop: what is saved and read again after it is not in it.
+    `peak_bytes` is the peak memory up to the last stop. Later saving and reloading is not included.
     """
 
     def __init__(self) -> None:
@@ -24,11 +24,11 @@ class Clock:
         self.begin = (0.0, 0.0)
 
     def start(self) -> None:
-        """From here on."""
+        """Start a timed section."""
         self.begin = _now()
 
     def stop(self) -> None:
-        """Up to here."""
+        """End the timed section and add its time."""
         wall, cpu = _now()
         self.seconds += wall - self.begin[0]
         self.cpu_seconds += cpu - self.begin[1]
@@ -36,7 +36,7 @@ class Clock:
 
 
 def _cuda() -> Any:
-    """PyTorch's, where an arm has imported PyTorch and there is a GPU."""
+    """Return `torch.cuda` if the arm has imported PyTorch and a GPU is available, else None."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
@@ -48,14 +48,14 @@ def _now() -> tuple[float, float]:
 
 
 def held_bytes() -> int:
-    """Resident memory at this moment; on a GPU what its allocator has given out."""
+    """Return the current resident memory, or the allocated memory on a GPU."""
     if (cuda := _cuda()) is not None:
         return int(cuda.memory_allocated())
     return _status("VmRSS") or peak_bytes()
 
 
 def forget_peak() -> None:
-    """Let the peak be what is held now, where the system allows that."""
+    """Reset the peak to the current memory, if the system supports it."""
     if (cuda := _cuda()) is not None:
         cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
@@ -63,7 +63,7 @@ def forget_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """The most that was held since `forget_peak`, or since the process began."""
+    """Return the peak memory since `forget_peak`, or since the process started."""
     if (cuda := _cuda()) is not None:
         return int(cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -71,6 +71,6 @@ def peak_bytes() -> int:
 
 
 def _status(key: str) -> int:
-    """A line of Linux's account of this process, in bytes; 0 on other systems."""
+    """Return a field of /proc/self/status in bytes; 0 on systems without it."""
     lines = STATUS.read_text(encoding="utf-8").splitlines() if STATUS.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)

@@ -1,4 +1,4 @@
-"""Runs the arms of a workload in turn, each in a process of its own that waits while another is at work."""
+"""Scheduling of the arms of a workload: each has its own process, and only one works at a time."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ INSTALLED_BY = {
     "trl": "python -m venv build/trl && build/trl/bin/pip install -e '.[dev]' trl",
     "unsloth": "build/trl/bin/pip install --no-deps unsloth unsloth_zoo",
 }
-"""Library -> how it comes into the peers' environment; all others are in the extra `dev`."""
+"""Library -> command that installs it into the peers' environment; all others are in the `dev` extra."""
 
 SAME_WORK = 0.005
-"""Share by which counts of tokens may differ: ours are read off rounded rates."""
+"""Relative tolerance of token counts: ours are computed from rounded rates."""
 
 Said = dict[str, Any]
 
 
 class Missing(Exception):
-    """An arm that cannot run here, and why."""
+    """Raised if an arm cannot run; the message states the cause."""
 
 
 class Worker:
-    """One `bench.worker`; its stderr goes to a file."""
+    """Process of one `bench.worker`; its stderr goes to a log file."""
 
     def __init__(self, arm: str, python: str, environment: Mapping[str, str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -48,41 +48,41 @@ class Worker:
                     text=True,
                 )
             except FileNotFoundError:
-                raise Missing(f"there is no {python}; {INSTALLED_BY['trl']}") from None
+                raise Missing(f"{python}: no such file; create it with: {INSTALLED_BY['trl']}") from None
         try:
             said = self._listen()
             if (name := said.get("missing")) is not None:
                 how = INSTALLED_BY.get(name, "pip install -e '.[dev]'")
-                raise Missing(f"{name} is not installed for {python}; {how}")
+                raise Missing(f"{name} is not installed for {python}; install it with: {how}")
         except Missing:
             self.close()
             raise
         self.versions: dict[str, str] = said["versions"]
 
     def ask(self, job: Mapping[str, Any]) -> Said:
-        """Have a job done.
+        """Run a job and return its result.
 
         Raises:
-            Missing: it failed.
+            Missing: the job failed.
         """
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         answer = self._listen()
         if "error" in answer:
-            raise Missing(f"{self.arm}: {answer['error']} ({self.log})")
+            raise Missing(f"{self.arm}: {answer['error']}; see {self.log}")
         return answer
 
     def _listen(self) -> Said:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise Missing(f"{self.arm}: the process ended ({self.log})")
+            raise Missing(f"{self.arm}: the process ended unexpectedly; see {self.log}")
         said: Said = json.loads(line)
         return said
 
     def close(self) -> None:
-        """Let it end."""
+        """Close the pipes and wait for the process to end."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait()
@@ -97,7 +97,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how everything is run."""
+    """Settings shared by all workers: interpreters, threads, number of rounds and log folder."""
 
     python: str
     peer_python: str
@@ -107,7 +107,7 @@ class Setting:
     say: Callable[[str], None] = print
 
     def start(self, arm: str, apart: bool) -> Worker:
-        """A worker; `apart`: in the environment of peers that cannot share ours."""
+        """Start a worker; `apart`: in the separate environment of the peers."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         return Worker(arm, self.peer_python if apart else self.python, environment, self.log / f"{arm}.log")
@@ -115,16 +115,16 @@ class Setting:
 
 @dataclass
 class Outcome:
-    """What one workload gave: the goes of each arm in the order of the rounds."""
+    """Results of one workload: the runs of each arm, in the order of the rounds."""
 
     workload: Workload
     goes: dict[str, list[Said]] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
-    """Arm -> bytes above its imports, in its first go."""
+    """Arm -> peak bytes above its imports, in its first run."""
     versions: dict[str, str] = field(default_factory=dict)
     multiply_adds: int = 0
     rates: list[float] = field(default_factory=list)
-    """Multiply-adds a second, measured between rounds."""
+    """Multiply-adds per second, measured between rounds."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -133,10 +133,10 @@ APART = ("bench.arms.sft", "bench.arms.unsloth")
 
 
 def run(workload: Workload, setting: Setting, where: Mapping[str, Any]) -> Outcome:
-    """Every arm once, to warm up; then `pairs` rounds of every arm, each round in the opposite order of the last.
+    """Run every arm once to warm up, then `pairs` rounds of all arms, in alternating order.
 
     Raises:
-        Missing: ours failed.
+        Missing: the arm of tunesmith failed.
     """
     outcome = Outcome(workload)
     arms: dict[str, Peer | None] = {OURS: None, **{peer.name: peer for peer in workload.peers}}
@@ -152,7 +152,7 @@ def _start(setting: Setting, name: str, peer: Peer | None) -> Worker:
 
 
 def _speed(outcome: Outcome, setting: Setting, arms: Mapping[str, Peer | None], jobs: Mapping[str, Said]) -> None:
-    """Persistent workers, and one more that measures the machine."""
+    """Measure speed with persistent workers, and the machine's rate with one more."""
     workers: dict[str, Worker] = {}
     floor = setting.start(FLOOR_ARM, False)
     try:
@@ -177,7 +177,7 @@ def _speed(outcome: Outcome, setting: Setting, arms: Mapping[str, Peer | None], 
 
 
 def _memory(outcome: Outcome, setting: Setting, arms: Mapping[str, Peer | None], jobs: Mapping[str, Said]) -> None:
-    """A fresh worker for every go: what an earlier one left behind is in no peak."""
+    """Measure peak memory with a fresh worker for every run, so that runs do not affect each other."""
     outcome.goes = {name: [] for name in arms}
     for number in range(setting.pairs):
         for name in _in_turn(outcome, number):
@@ -199,7 +199,7 @@ def _in_turn(outcome: Outcome, number: int) -> list[str]:
 def _leave_out(outcome: Outcome, setting: Setting, name: str, problem: Missing) -> None:
     if name == OURS:
         raise problem
-    outcome.notes.append(f"{outcome.workload.name}: without {name}: {problem}")
+    outcome.notes.append(f"{outcome.workload.name}: skipped {name}: {problem}")
     setting.say(outcome.notes[-1])
 
 
@@ -211,7 +211,7 @@ def _say_round(outcome: Outcome, setting: Setting, number: int) -> None:
 
 
 def _compare_work(outcome: Outcome) -> None:
-    """Say where an arm did other work than ours: other rows, other tokens, other parameters."""
+    """Add a note for each arm whose rows, tokens or trainable parameters differ from ours."""
     if not outcome.goes[OURS]:
         return
     ours = outcome.goes[OURS][0]

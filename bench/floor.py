@@ -1,10 +1,11 @@
-"""The multiply-adds that a way of training cannot do without, and what the machine needs for them.
+"""Minimum number of multiply-adds of a training run, and the machine's rate for them.
 
-Of each linear map: forward, in every pass over the data, but only once for what lies below all that learns; the
-gradient of its input, where something before it learns; the gradient of its weight, where that learns. Of attention:
-two products forward and four backward. What no loss depends on is not counted: the last block gives its keys and values
-at all tokens, and all else, like the head and the vocabulary, only where a loss is. Everything that is no matrix
-product (norms, dropout, softmax, AdamW) counts nothing, so the floor is never reached.
+For each linear layer, the count includes the forward pass in every epoch (once only below all trainable parameters),
+the gradient of the input if an earlier layer is trainable, and the gradient of the weight if it is trainable. Attention
+has two matrix products forward and four backward. Computations that do not affect the loss are not counted: the last
+block computes keys and values at all tokens, and everything else, like the task head or LM head, only at positions with
+a loss. Operations other than matrix products (norms, dropout, softmax, AdamW) are not counted, so no implementation
+reaches the floor.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from torch import Tensor, nn
 from tunesmith.models.anatomy import Anatomy
 
 M, K, N = 2048, 768, 3072
-"""Of the product that the machine is measured by: 2048 tokens through the widening map of a BERT."""
+"""Sizes of the matrix product that measures the machine: 2048 tokens through the first FFN layer of a BERT."""
 
 SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example: tokens read, tokens `written` by a decoder behind an encoder (else 0), places that carry loss."""
+    """One example: input tokens, decoder tokens of an encoder-decoder (`written`, else 0), positions with a loss."""
 
     read: int
     written: int
@@ -36,7 +37,7 @@ class Row:
 
 
 class Model:
-    """A model after its technique was applied, as the count sees it."""
+    """Structure of a model after its technique is applied, for counting."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, virtual_tokens: int) -> None:
         self.anatomy, self.virtual = anatomy, virtual_tokens
@@ -51,7 +52,7 @@ class Model:
         self.given = {path for role in ("key", "value") for path in anatomy.roles[role]}
 
     def maps(self) -> dict[str, str]:
-        """Every matrix that tokens go through -> the linear map of the untouched model that it is or stands beside."""
+        """Return weight name -> linear layer of the base model that it belongs to or adapts."""
         own = {f"{path}.weight": path for path in self.anatomy.linears}
         beside = {
             name: next((path for path in self.anatomy.linears if name.startswith(f"{path}.")), name)
@@ -61,7 +62,7 @@ class Model:
         return own | beside
 
     def multiply_adds(self, rows: Sequence[Row], epochs: int) -> int:
-        """In a whole run."""
+        """Return the multiply-adds of a whole run."""
         total = 0
         for name, path in self.maps().items():
             weight, depth = self.parameters[name], self.anatomy.depth_of(name)
@@ -78,23 +79,23 @@ class Model:
         return total
 
     def _after_learning(self, name: str, path: str) -> bool:
-        """Whether something that learns comes before a matrix, so that its input needs a gradient."""
+        """Return True if a trainable parameter comes before a weight, so that its input needs a gradient."""
         depth = self.anatomy.depth_of(name)
         if self.lowest < depth:
             return True
         before = (other for other in self.learning if self.anatomy.depth_of(other) == depth)
         before = (other for other in before if self.order[other] < self.order[name])
-        siblings = self.enters - {path} if path in self.enters else set()  # they read the same, not each other
+        siblings = self.enters - {path} if path in self.enters else set()  # they share their input
         return any(not any(other.startswith(f"{sibling}.") for sibling in siblings) for other in before)
 
     def _stack(self, depth: int, row: Row) -> int:
-        """Tokens that go through a block."""
+        """Return the number of tokens that a block processes."""
         if self.two_stacks and "decoder" in self.anatomy.blocks[depth - 1]:
             return row.written
         return row.read + self.virtual
 
     def _places(self, path: str, depth: int, row: Row) -> int:
-        """Tokens that go through a linear map."""
+        """Return the number of tokens that a linear layer processes."""
         last = len(self.anatomy.blocks)
         if path in self.given and _across(path):
             return row.read + self.virtual
@@ -103,23 +104,23 @@ class Model:
         return self._stack(depth, row)
 
     def _pairs(self, path: str, depth: int, row: Row) -> int:
-        """Queries times the keys that each of them sees."""
+        """Return the number of query-key pairs."""
         tokens = self._stack(depth, row)
         queries = row.losses if depth == len(self.anatomy.blocks) else tokens
         if _across(path):
             return queries * (row.read + self.virtual)
         if self.causal and (not self.two_stacks or "decoder" in path):
-            return queries * tokens - queries * (queries - 1) // 2  # the last of its places, each sees those before
+            return queries * tokens - queries * (queries - 1) // 2  # the last positions; each sees those before it
         return queries * tokens
 
 
 def _across(path: str) -> bool:
-    """Whether a map belongs to a decoder's attention to the encoder."""
+    """Return True if a layer belongs to cross-attention."""
     return "encoder_attn" in path or "EncDecAttention" in path
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds a second in products of M x K by K x N, the median over half a second."""
+    """Return the multiply-adds per second of M x K by K x N matrix products, the median over half a second."""
     x: Tensor = torch.randn(M, K, device=device).to(dtype)
     weight: Tensor = torch.randn(N, K, device=device).to(dtype)
     rates: list[float] = []

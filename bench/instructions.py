@@ -1,13 +1,13 @@
-"""Instruction tuning beside TRL's SFTTrainer: one run of one arm, scored by the same few lines of plain PyTorch.
+"""Instruction tuning with tunesmith or TRL's SFTTrainer: one run of one arm, evaluated by the same PyTorch code.
 
     python -m bench.instructions ours --model FOLDER --source DATA/alpaca_en --seed 0 --test
     python -m bench.instructions peer --model FOLDER --source DATA/alpaca_en --seed 0 --test --learning-rate 5e-4
     python -m bench.instructions mask --model FOLDER --source DATA/alpaca_en
 
-600 rows of alpaca for one epoch in batches of 8, LoRA of rank 16 on all linear maps, at most 512 tokens, bf16; 100
-other rows are for the choice of a rate, 200 for the test. Both arms read the same conversations through the model's own
-template. The loss is the mean over all tokens of the answers, their ends included, in fp32, each conversation alone.
-`mask` compares what ours learns with what TRL's `assistant_only_loss` does. TRL is needed for `peer` and `mask` alone.
+Training: 600 alpaca rows, one epoch, batch size 8, LoRA r 16 on all linear layers, at most 512 tokens, bf16. Another
+100 rows are for validation (choice of the learning rate) and 200 for test. Both arms use the same conversations and the
+model's chat template. The loss is the mean over all answer tokens including the end-of-turn token, in fp32, with batch
+size 1. `mask` compares our target tokens with those of TRL's `assistant_only_loss`. Only `peer` and `mask` need TRL.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ MARKED = (
     "{% if message['role'] == 'assistant' %}{{'<|im_start|>assistant\n'}}{% generation %}"
     "{{message['content'] + '<|im_end|>'}}{% endgeneration %}{{'\n'}}{% else %}" + TURN + "{% endif %}"
 )
-"""SmolLM2's turn, and the same with the marks that TRL asks for around what is learned."""
+"""Turn of SmolLM2's chat template, and the same with the `generation` markers that TRL requires."""
 
 ADAPTER: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 UNCHECKPOINTED = {"gradient_checkpointing": False}
-"""TRL recomputes activations unless told otherwise; here they fit."""
+"""TRL uses gradient checkpointing by default; here the activations fit in memory."""
 
 
 def splits(source: Path) -> dict[str, list[dict[str, Any]]]:
-    """Conversations of one question and one answer, drawn once."""
+    """Return random splits of single-turn conversations, with seed 0."""
     rows = [row for file in sorted(source.glob("*.json")) for row in json.loads(file.read_text(encoding="utf-8"))]
     rows = [row for row in rows if row["instruction"].strip() and row["output"].strip()]
     random.Random(0).shuffle(rows)
@@ -59,7 +59,7 @@ def splits(source: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def conversation(row: dict[str, str]) -> dict[str, Any]:
-    """A row of alpaca as a question and its answer."""
+    """Return an alpaca row as a conversation of one question and one answer."""
     asked = "\n\n".join(part.strip() for part in (row["instruction"], row["input"]) if part.strip())
     answer = row["output"].strip()
     return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
@@ -67,7 +67,7 @@ def conversation(row: dict[str, str]) -> dict[str, Any]:
 
 @torch.no_grad()
 def answer_loss(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
-    """Nats a token of the answers."""
+    """Return the mean cross-entropy (nats) of the answer tokens."""
     total, count = 0.0, 0
     for row in rows:
         messages = row["messages"]
@@ -84,7 +84,7 @@ def answer_loss(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float
 
 
 def train_ours(given: argparse.Namespace, rows: dict[str, list[dict[str, Any]]], output: Path) -> dict[str, Any]:
-    """By tunesmith at its defaults, but for what is fixed for both."""
+    """Train with tunesmith at its defaults, except for the settings shared by both arms."""
     import tunesmith
 
     for split in ("train", "validation"):
@@ -106,7 +106,7 @@ def train_ours(given: argparse.Namespace, rows: dict[str, list[dict[str, Any]]],
 
 
 def sft_trainer(model: Any, tokenizer: Any, rows: list[dict[str, Any]], settings: dict[str, Any], **more: Any) -> Any:
-    """TRL's trainer over prompt and completion of each conversation; the loss is on completions."""
+    """Return TRL's SFTTrainer on prompt-completion pairs, with the loss on completions only."""
     import datasets
     import trl
 
@@ -121,7 +121,7 @@ def sft_trainer(model: Any, tokenizer: Any, rows: list[dict[str, Any]], settings
 
 
 def train_peer(given: argparse.Namespace, rows: dict[str, list[dict[str, Any]]], output: Path) -> dict[str, Any]:
-    """By TRL at its best practice: prompt and answer apart, batches of like length, fused AdamW, no checkpointing."""
+    """Train with TRL at best practice: length-grouped batches, fused AdamW, no gradient checkpointing."""
     asked = {key: getattr(given, key) for key in ("learning_rate", "seed", "device")}
     settings = work(epochs=1, batch_size=8, **asked) | best_practice("bf16") | UNCHECKPOINTED
     trainer = sft_trainer(
@@ -140,7 +140,7 @@ def train_peer(given: argparse.Namespace, rows: dict[str, list[dict[str, Any]]],
 
 
 def compare_masks(given: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ids and learned tokens of ours beside those of TRL with a marked template; chats of several turns are joined."""
+    """Compare our target tokens with those of TRL and a marked template; joined chats add multi-turn cases."""
     import datasets
     import trl
 
@@ -151,7 +151,7 @@ def compare_masks(given: argparse.Namespace, rows: list[dict[str, Any]]) -> dict
     chats += [one + two for one, two in zip(chats[::2], chats[1::2], strict=True)]
     ours = ChatEncoder.of(tokenizer, None, "answers", None).encode([("", chat) for chat in chats], MAX_LENGTH)
     tokenizer.chat_template = tokenizer.chat_template.replace(TURN, MARKED)
-    assert "generation" in tokenizer.chat_template, "this model's template is another"
+    assert "generation" in tokenizer.chat_template, "the chat template is not SmolLM2's"
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl.SFTTrainer(
             model=transformers.AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32),
@@ -172,15 +172,15 @@ def compare_masks(given: argparse.Namespace, rows: list[dict[str, Any]]) -> dict
 
 
 def main() -> None:
-    """Print one JSON line."""
+    """Run one arm and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arm", choices=("ours", "peer", "mask"))
     parser.add_argument("--model", required=True, help="folder of SmolLM2")
-    parser.add_argument("--source", type=Path, required=True, help="folder of alpaca's JSON files")
-    parser.add_argument("--learning-rate", type=float, default=None, help="default of ours: tunesmith's own")
+    parser.add_argument("--source", type=Path, required=True, help="folder with alpaca's JSON files")
+    parser.add_argument("--learning-rate", type=float, default=None, help="default for ours: tunesmith's default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--test", action="store_true", help="score the test split too")
+    parser.add_argument("--test", action="store_true", help="also evaluate on the test split")
     given = parser.parse_args()
     rows = splits(given.source)
     if given.arm == "mask":

@@ -1,10 +1,10 @@
-"""A small Marian with random weights and a tokenizer of its own, since no pretrained one is to be had here.
+"""Write a small Marian with random weights and its own tokenizer, because no pretrained one is available.
 
     python -m bench.marian --data DATA/multi30k_en_de --output build/marian-en-de
 
-The tokenizer is a joint BPE over both languages, trained on `train.en` and `train.de` (or .gz) alone; the model has
-7.8 million parameters (0.26 million of them computed positions), one table of embeddings for encoder, decoder and
-output, and random weights by seed.
+The tokenizer is a joint BPE of both languages, trained only on `train.en` and `train.de` (or .gz). The model has 7.8
+million parameters (0.26 million of them fixed sinusoidal positions), shared embeddings for encoder, decoder and output,
+and random weights from a seed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SIZES: dict[str, Any] = {
 
 
 def lines(path: Path) -> Iterator[str]:
-    """Of a text, compressed or not."""
+    """Yield the stripped lines of a text file, gzip-compressed or not."""
     path = path if path.exists() else path.with_name(f"{path.name}.gz")
     opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
     with opened as file:
@@ -40,7 +40,7 @@ def lines(path: Path) -> Iterator[str]:
 
 
 def build_tokenizer(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
-    """Joint BPE: blanks are kept as a mark before words, the end is added behind each text."""
+    """Train a joint BPE tokenizer with Metaspace pre-tokenization; `</s>` is appended to each text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -61,7 +61,7 @@ def build_tokenizer(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def build_model(vocabulary: int, seed: int) -> MarianMTModel:
-    """Random weights."""
+    """Return a model with random weights."""
     config = MarianConfig(
         vocab_size=vocabulary,
         max_position_embeddings=512,
@@ -82,7 +82,7 @@ def build_model(vocabulary: int, seed: int) -> MarianMTModel:
 
 
 def write(data: Path, output: Path, vocabulary: int = 8000, seed: int = 0) -> None:
-    """A model and its tokenizer, for the pairs in a folder."""
+    """Write a model and its tokenizer for the pairs in a folder."""
     texts = (line for language in ("en", "de") for line in lines(data / f"train.{language}"))
     tokenizer = build_tokenizer(texts, vocabulary)
     model = build_model(len(tokenizer), seed)
@@ -93,7 +93,7 @@ def write(data: Path, output: Path, vocabulary: int = 8000, seed: int = 0) -> No
 
 
 def main() -> None:
-    """Write the folder."""
+    """Parse the command line and write the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.en and train.de")
     parser.add_argument("--output", type=Path, default=Path("build/marian-en-de"))

@@ -1,5 +1,5 @@
-"""The models of the speed bench: two from packages, the others made here once, into `build/`, of random weights: how
-fast a model learns does not depend on what it knows.
+"""Models of the speed benchmark: two from packages, the others created once in `build/` with random weights, because
+training speed does not depend on the weights.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ DECODERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
         },
     ),
 }
-"""Sizes of LLaMA 3.2 and 3.1 and of Qwen2.5, behind SmolLM2's tokenizer."""
+"""Sizes of LLaMA 3.2, LLaMA 3.1 and Qwen2.5, with SmolLM2's tokenizer."""
 
 
 def folder_of(name: str, root: Path) -> Path:
-    """Where a model lies, fetched or made where it is not there yet; `root` holds the public data."""
+    """Return the folder of a model; download or create it first if needed. `root` holds the public data."""
     if name in FETCHED:
         return sources.resolve(FETCHED[name]).folder
     folder = BUILD / name
@@ -59,16 +59,16 @@ def folder_of(name: str, root: Path) -> Path:
 
 
 def _make_bert(folder: Path, blocks: int) -> None:
-    """Behind MiniLM's tokenizer."""
+    """Write a BERT with random weights and MiniLM's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(sources.resolve(FETCHED["minilm"]).folder)
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=blocks)  # the rest is as in bert-base
+    config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=blocks)  # other sizes: bert-base
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _make_decoder(folder: Path, kind: type[Any], sizes: dict[str, Any]) -> None:
-    """Stored in bf16, as such models are."""
+    """Write a decoder with random weights in bf16, the usual dtype of such checkpoints."""
     tokenizer = AutoTokenizer.from_pretrained(sources.resolve(FETCHED["smollm2"]).folder)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     torch.manual_seed(0)
@@ -79,6 +79,6 @@ def _make_decoder(folder: Path, kind: type[Any], sizes: dict[str, Any]) -> None:
 
 
 def _make_marian(folder: Path, root: Path) -> None:
-    """As `bench.marian` writes it."""
+    """Write a Marian with `bench.marian`."""
     path, _ = rows.write("multi30k_en_de", root, 29_000, BUILD / "bench" / "pairs")
     marian.write(path, folder)

@@ -1,10 +1,10 @@
-"""One run of tunesmith on the rows that the peer reads; the learning rate is the default unless one is given.
+"""Run tunesmith once on the same rows as the peer, at its default learning rate unless one is given.
 
     python -m bench.ours --model FOLDER --data sst2 --data-root build/splits --technique lora --seed 0
 
-Prints one JSON line with the keys of the peer (`peer_classification.py`, `peer_entities.py`). `head` and `last-2` are
-`freeze`. `--plain` leaves the model as transformers made it: padded batches, its own blocks, PyTorch's dropout and
-cross-entropy, LoRA by its formula. It is what the faster mathematics is held to.
+Prints one JSON line with the keys of the peer (`peer_classification.py`, `peer_entities.py`). `head` and `last-2` use
+`freeze`. `--plain` disables the fast paths and is the reference for them: padded batches, transformers' own blocks,
+PyTorch's dropout and cross-entropy, unfused LoRA.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LIBRARIES = ("tunesmith", "torch", "transformers")
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    """Train and return the scores of the artefact as it is shipped."""
+    """Train and return the scores of the saved artifact."""
     if given.plain:
         LoraLinear.part = lambda *_: None  # type: ignore[method-assign]
     folder = Path(given.data_root) / given.data
@@ -89,21 +89,21 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a pretrained model")
     parser.add_argument("--data", required=True, help="name of a folder under --data-root")
-    parser.add_argument("--data-root", default="build/splits", help="what bench/splits.py wrote")
+    parser.add_argument("--data-root", default="build/splits", help="output folder of bench/splits.py")
     parser.add_argument("--technique", choices=tuple(TECHNIQUES), required=True)
-    parser.add_argument("--learning-rate", type=float, default=None, help="default: tunesmith's own")
+    parser.add_argument("--learning-rate", type=float, default=None, help="default: tunesmith's default")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--plain", action="store_true", help="without what makes it faster")
-    parser.add_argument("--test", action="store_true", help="score the test split too")
+    parser.add_argument("--plain", action="store_true", help="disable the fast paths")
+    parser.add_argument("--test", action="store_true", help="also evaluate on the test split")
     return parser.parse_args()
 
 

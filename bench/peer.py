@@ -1,8 +1,8 @@
-"""What the peer's scripts share: its settings, what is timed and measured, the command line.
+"""Settings, measurements and command line shared by the peer's scripts.
 
-bf16 autocast unless fp32 is asked for, dynamic padding, batches grouped by length, fused AdamW, linear schedule with
-warm-up, the best epoch on validation kept. Training is timed alone: evaluation and saving are outside of it.
-`cpu_seconds` are the whole process's, which hold where others have the machine too.
+bf16 autocast (fp32 by option), dynamic padding, length-grouped batches, fused AdamW, linear schedule with warmup, best
+epoch by validation score. Times cover training only, without evaluation and saving. `cpu_seconds` covers the whole
+process and is comparable on a shared machine too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 
 class TrainingTime(TrainerCallback):
-    """The time between the begin and the end of each epoch, before it is evaluated and saved."""
+    """Callback that times each epoch from its begin to its end, without evaluation and saving."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -42,13 +42,13 @@ class TrainingTime(TrainerCallback):
 def work(
     *, epochs: float, batch_size: int, learning_rate: float, seed: int, device: str, save: str = "no"
 ) -> dict[str, Any]:
-    """What is done, however it is done: settings of the Trainer, and of TRL's."""
+    """Return the training arguments shared by all arms of the Trainer and TRL."""
     return {
         "num_train_epochs": epochs,
         "per_device_train_batch_size": batch_size,
         "learning_rate": learning_rate,
         "weight_decay": 0.01,
-        "warmup_steps": 0.06,  # below 1 it is a share of all steps
+        "warmup_steps": 0.06,  # values below 1 are a fraction of all steps
         "lr_scheduler_type": "linear",
         "seed": seed,
         "use_cpu": device == "cpu" or not torch.cuda.is_available(),
@@ -60,7 +60,7 @@ def work(
 
 
 def best_practice(precision: str) -> dict[str, Any]:
-    """How an experienced user would have it done."""
+    """Return the training arguments that an experienced user would choose."""
     return {
         "optim": "adamw_torch_fused",
         "bf16": precision == "bf16",
@@ -71,7 +71,7 @@ def best_practice(precision: str) -> dict[str, Any]:
 def training_arguments(
     given: argparse.Namespace, output: str, metric: str, kind: type[TrainingArguments] = TrainingArguments, **more: Any
 ) -> TrainingArguments:
-    """The work that was asked for, at its best practice, with the best epoch kept, and `more`."""
+    """Return the training arguments at best practice with best-epoch selection, updated by `more`."""
     asked = {key: getattr(given, key) for key in ("epochs", "batch_size", "learning_rate", "seed", "device")}
     settings: dict[str, Any] = {
         "output_dir": output,
@@ -89,7 +89,7 @@ def training_arguments(
 def measure(
     given: argparse.Namespace, model: nn.Module, encoded: dict[str, Any], collator: Any, scores: Any, main: str
 ) -> dict[str, Any]:
-    """Train, keep the best epoch by the score `main`, score it."""
+    """Train, keep the best epoch by the metric `main` and evaluate it."""
     timer = TrainingTime()
     clock = timer.clock
     with tempfile.TemporaryDirectory() as output:
@@ -109,7 +109,7 @@ def measure(
         artefact_bytes = weights_bytes(Path(output) / "artefact")
     dev = trainer.evaluate(encoded["validation"])
     best = trainer.state.best_metric
-    assert best is None or abs(dev[f"eval_{main}"] - best) < 0.02, "the best epoch was not put back"
+    assert best is None or abs(dev[f"eval_{main}"] - best) < 0.02, "the best checkpoint was not restored"
     test = trainer.evaluate(encoded["test"]) if given.test else {}
     examples = len(encoded["train"]) * given.epochs
     return {
@@ -130,30 +130,30 @@ def measure(
 
 
 def weights_bytes(folder: Path) -> int:
-    """Of the safetensors files under a folder."""
+    """Return the total size of the safetensors files under a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The allocator's peak on a GPU, else the peak of resident memory."""
+    """Return the allocator's peak on a GPU, else the peak resident memory."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def device_name(device: torch.device) -> str:
-    """For example 'NVIDIA H100 80GB HBM3', or 'cpu, threads: 1'."""
+    """Return the device name, for example 'NVIDIA H100 80GB HBM3' or 'cpu, threads: 1'."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, threads: {torch.get_num_threads()}"
 
 
 def arguments(about: str | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a pretrained model")
     parser.add_argument("--data", required=True, help="name of a folder under --data-root")
-    parser.add_argument("--data-root", default="build/splits", help="what bench/splits.py wrote")
+    parser.add_argument("--data-root", default="build/splits", help="output folder of bench/splits.py")
     parser.add_argument("--technique", choices=TECHNIQUES, default="full")
     parser.add_argument("--learning-rate", type=float, required=True)
     parser.add_argument("--epochs", type=float, default=3)
@@ -162,5 +162,5 @@ def arguments(about: str | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--test", action="store_true", help="score the test split too")
+    parser.add_argument("--test", action="store_true", help="also evaluate on the test split")
     return parser.parse_args()

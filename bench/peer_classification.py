@@ -1,4 +1,4 @@
-"""One run of the peer, transformers' Trainer and PEFT, on text classification, at its best practice (`peer.py`).
+"""Run the peer once on text classification: transformers' Trainer and PEFT at best practice (`peer.py`).
 
     python -m bench.peer_classification --model FOLDER --data sst2 --data-root build/splits --technique lora \\
         --learning-rate 2e-3 --epochs 3 --seed 0 --test
@@ -31,7 +31,7 @@ from bench.splits import Rows, read_rows
 
 
 def build_model(folder: str, classes: list[str], technique: str, **changed: Any) -> Any:
-    """The pretrained model with a new head; what learns is what the technique says."""
+    """Return the pretrained model with a new head and the technique applied."""
     model = AutoModelForSequenceClassification.from_pretrained(
         folder,
         num_labels=len(classes),
@@ -43,7 +43,7 @@ def build_model(folder: str, classes: list[str], technique: str, **changed: Any)
 
 
 def encode(rows: Rows, tokenizer: Any, classes: list[str], max_length: int) -> list[dict[str, Any]]:
-    """Token ids and label of each row, unpadded."""
+    """Return the unpadded token ids and the label of each row."""
     codes = {name: index for index, name in enumerate(classes)}
     coded = tokenizer([text for text, _ in rows], truncation=True, max_length=max_length)
     return [
@@ -53,14 +53,14 @@ def encode(rows: Rows, tokenizer: Any, classes: list[str], max_length: int) -> l
 
 
 def scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy and macro F1."""
+    """Return accuracy and macro F1."""
     said = np.argmax(prediction.predictions, axis=-1)
     labels = prediction.label_ids
     return {"accuracy": accuracy_score(labels, said), "f1_macro": f1_score(labels, said, average="macro")}
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    """Read the rows, build the model, measure."""
+    """Read the rows, build the model, train and evaluate."""
     set_seed(given.seed)
     folder = Path(given.data_root) / given.data
     rows = {split: read_rows(folder / f"{split}.csv") for split in ("train", "validation", "test")}

@@ -1,10 +1,10 @@
-"""One run of the peer on named entities: transformers' Trainer and PEFT, at its best practice (`peer.py`).
+"""Run the peer once on named-entity recognition: transformers' Trainer and PEFT at best practice (`peer.py`).
 
     python -m bench.peer_entities --model FOLDER --data wnut17 --data-root build/splits --technique lora \\
         --learning-rate 2e-3 --epochs 3 --seed 0 --test
 
-As transformers' own example has it: words split by the tokenizer, loss at the first sub-word of each, entity scores by
-seqeval, the best epoch by F1 on validation. Prints one JSON line.
+As in transformers' own example, the loss is computed at the first subword of each word, seqeval computes the entity
+scores, and the best epoch is chosen by validation F1. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IGNORED = -100
 
 
 def build_model(folder: str, tags: list[str], technique: str, **changed: Any) -> Any:
-    """The pretrained model with a new head; what learns is what the technique says."""
+    """Return the pretrained model with a new head and the technique applied."""
     model = AutoModelForTokenClassification.from_pretrained(
         folder,
         num_labels=len(tags),
@@ -46,7 +46,7 @@ def build_model(folder: str, tags: list[str], technique: str, **changed: Any) ->
 
 
 def encode(sentences: Sentences, tokenizer: Any, tags: list[str], max_length: int) -> list[dict[str, Any]]:
-    """Token ids of each sentence, and the tag of each word at its first sub-word."""
+    """Return the token ids of each sentence, with the tag of each word at its first subword."""
     codes = {name: index for index, name in enumerate(tags)}
     words = [[word for word, _ in sentence] for sentence in sentences]
     coded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
@@ -60,7 +60,7 @@ def encode(sentences: Sentences, tokenizer: Any, tags: list[str], max_length: in
 
 
 def entity_scores(tags: list[str]) -> Any:
-    """Micro and macro F1 of entities, as the Trainer asks for them."""
+    """Return a `compute_metrics` function for micro and macro entity F1."""
 
     def scores(prediction: EvalPrediction) -> dict[str, float]:
         said = np.argmax(prediction.predictions, axis=-1)
@@ -76,7 +76,7 @@ def entity_scores(tags: list[str]) -> Any:
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    """Read the sentences, build the model, measure."""
+    """Read the sentences, build the model, train and evaluate."""
     set_seed(given.seed)
     folder = Path(given.data_root) / given.data
     sentences = {split: read_sentences(folder / f"{split}.conll") for split in ("train", "validation", "test")}

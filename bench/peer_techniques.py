@@ -1,4 +1,4 @@
-"""How the peer makes a model learn by each technique: PEFT where it has the method, else plain PyTorch."""
+"""Implementation of each technique for the peer: PEFT if it has the method, else plain PyTorch."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ OF_PEFT: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {
     "prompt": (PromptTuningConfig, {"num_virtual_tokens": 20}),
     "prefix": (PrefixTuningConfig, {"num_virtual_tokens": 20}),
 }
-"""At the sizes of our defaults. "output.dense" is a BERT's two output maps; PEFT itself picks them."""
+"""Sizes are our defaults. "output.dense" matches both output layers of a BERT block, as PEFT's own mapping does."""
 
 TECHNIQUES = ("full", "head", "last-2", "bitfit", "adapter", *OF_PEFT)
 REDUCTION = 16
 
 
 class WithBottleneck(nn.Module):
-    """A linear map with a Houlsby adapter (2019, arXiv 1902.00751) behind it, which starts as the identity."""
+    """Linear layer followed by a Houlsby adapter (2019, arXiv 1902.00751) initialized to the identity."""
 
     def __init__(self, dense: nn.Linear) -> None:
         super().__init__()
@@ -47,14 +47,14 @@ class WithBottleneck(nn.Module):
             nn.init.zeros_(start_at_zero)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Map (..., in) to (..., out)."""
         y: Tensor = self.dense(x)
         added: Tensor = self.up(F.gelu(self.down(y)))
         return y + added
 
 
 def adapt(model: Any, technique: str, task_type: str, **changed: Any) -> Any:
-    """The model in which what the technique says learns, and the head always; `changed`: keys of PEFT's config."""
+    """Apply a technique; the head is always trainable. `changed` overrides keys of PEFT's config."""
     if technique in OF_PEFT:
         config, keys = OF_PEFT[technique]
         return get_peft_model(model, config(task_type=task_type, **keys | changed))
@@ -64,7 +64,7 @@ def adapt(model: Any, technique: str, task_type: str, **changed: Any) -> Any:
         parameter.requires_grad_(False)
     if technique == "last-2":
         for part in (*model.base_model.encoder.layer[-2:], model.base_model.pooler):
-            if part is not None:  # a model that tags words has no pooler
+            if part is not None:  # token-classification models have no pooler
                 part.requires_grad_(True)
     if technique == "bitfit":
         for name, parameter in model.named_parameters():

@@ -1,12 +1,12 @@
-"""How good tunesmith's answers are with its default settings, beside the peer at its best learning rate.
+"""Quality of tunesmith at its default settings, compared with the peer at its best learning rate.
 
     python -m bench.quality --model FOLDER --jobs 2 --results build/quality.jsonl --report build/quality.md
 
-Per data set and technique: the peer runs a grid of four learning rates (seed 0, validation only); its best rate, and
-our default, then run with five seeds and are scored on test once. The arm `plain` is ours without what makes it faster
-(`bench.ours --plain`), and has to be as good. Each run is a process of its own. Finished runs stand in the JSONL file
-and are not repeated, so a stopped bench goes on where it was; a new machine or version takes a new file. Times are
-those of runs side by side on one device: they compare nothing.
+For each data set and technique, the peer runs a grid of four learning rates (seed 0, validation only). Its best
+learning rate and our default then run with five seeds and are evaluated on test once. The arm `plain` is ours without
+the fast paths (`bench.ours --plain`) and must reach the same quality. Each run is a separate process. Finished runs are
+stored in the JSONL file and not repeated, so an interrupted benchmark resumes; use a new file for a new machine or
+version. Runs share the device, so their times are not comparable.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ GRID = {
     "prompt": (3e-3, 1e-2, 3e-2, 1e-1),
 }
 ENTITY_GRID = {"full": (5e-5, 1e-4, 2e-4, 4e-4), "lora": (1e-3, 2e-3, 4e-3, 8e-3)}
-"""A head over every token wants more than one over a text: on WNUT the upper edge of the other grid was the best."""
+"""Token classification needs higher learning rates: on WNUT the largest value of `GRID` was the best."""
 EPOCHS = {
     **{("sst2", technique): 3 for technique in GRID},
     **{("symptom2disease", technique): 8 for technique in GRID},
@@ -53,25 +53,25 @@ EPOCHS = {
     ("ncbi_disease", "full"): 2,
     ("ncbi_disease", "lora"): 2,
 }
-"""What is compared; few examples need more passes."""
+"""(data set, technique) -> epochs, for every comparison; small data sets need more epochs."""
 
 ALLOWED_POINTS = 0.7
 
 
 def peer_of(data: str) -> str:
-    """The peer's module for a data set."""
+    """Return the peer's module for a data set."""
     return "bench.peer_entities" if data in ENTITIES else "bench.peer_classification"
 
 
 def scores_of(data: str) -> tuple[str, ...]:
-    """What is compared; the peer's rate is chosen by the first."""
+    """Return the names of the compared scores; the first selects the peer's learning rate."""
     main = "f1" if data in ENTITIES else "accuracy"
     return (f"dev_{main}", f"test_{main}", "test_f1_macro")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run; `learning_rate` None is our default, `test` whether the test split is scored."""
+    """One run; `learning_rate` None means our default, `test` also evaluates on the test split."""
 
     arm: str
     data: str
@@ -81,7 +81,7 @@ class Job:
     test: bool
 
     def command(self, given: argparse.Namespace) -> list[str]:
-        """The process that runs it."""
+        """Return the command line of the run."""
         module = peer_of(self.data) if self.arm == "peer" else "bench.ours"
         words = [sys.executable, "-m", module, "--model", given.model, "--data-root", given.data_root]
         words += ["--data", self.data, "--technique", self.technique, "--seed", str(self.seed)]
@@ -93,7 +93,7 @@ class Job:
 
 
 class Results:
-    """The JSONL file of finished runs."""
+    """JSONL file of finished runs."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock, self.done = path, Lock(), {}
@@ -103,35 +103,35 @@ class Results:
             self.done[astuple(Job(**record["job"]))] = record
 
     def get(self, job: Job) -> dict[str, Any] | None:
-        """What the run gave, if it was run."""
+        """Return the result of a run, or None if it is not finished."""
         return self.done.get(astuple(job))
 
     def add(self, job: Job, result: dict[str, Any]) -> None:
-        """Keep a finished run."""
+        """Store a finished run."""
         record = {"job": asdict(job), **result}
         with self.lock, self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             self.done[astuple(job)] = record
 
     def all_of(self, jobs: Sequence[Job]) -> list[dict[str, Any]] | None:
-        """The runs, once every one of them is finished."""
+        """Return the results of all runs, or None if one is not finished."""
         found = [self.get(job) for job in jobs]
         return None if None in found else [run for run in found if run is not None]
 
 
 def grid(arm: str, data: str, technique: str) -> list[Job]:
-    """The runs that a learning rate is chosen by."""
+    """Return the runs of the learning-rate grid."""
     rates = (ENTITY_GRID if data in ENTITIES else GRID)[technique]
     return [Job(arm, data, technique, rate, 0, False) for rate in rates]
 
 
 def finals(arm: str, data: str, technique: str, learning_rate: float | None, seeds: int) -> list[Job]:
-    """The runs that are compared."""
+    """Return the final runs that are compared, one per seed."""
     return [Job(arm, data, technique, learning_rate, seed, True) for seed in range(seeds)]
 
 
 def best_rate(results: Results, data: str, technique: str) -> float | None:
-    """The peer's best learning rate on validation, once its grid is finished; the lower one of two equals."""
+    """Return the peer's best learning rate on validation (ties: the lower one), or None until its grid is finished."""
     runs = results.all_of(grid("peer", data, technique))
     if runs is None:
         return None
@@ -140,7 +140,7 @@ def best_rate(results: Results, data: str, technique: str) -> float | None:
 
 
 def run_all(jobs: list[Job], results: Results, given: argparse.Namespace) -> int:
-    """Run what is not finished, several at a time; the number of failures."""
+    """Run all unfinished jobs, several in parallel; return the number of failures."""
     jobs = [job for job in jobs if results.get(job) is None]
     threads = max(1, (os.cpu_count() or 1) // given.jobs)
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ}
@@ -150,7 +150,7 @@ def run_all(jobs: list[Job], results: Results, given: argparse.Namespace) -> int
             return 0
         begin = time.monotonic()
         done = subprocess.run(job.command(given), env=environment, capture_output=True, text=True, check=False)
-        label = f"{job.arm} {job.data} {job.technique} rate {job.learning_rate or 'default'} seed {job.seed}"
+        label = f"{job.arm} {job.data} {job.technique} learning rate {job.learning_rate or 'default'} seed {job.seed}"
         if done.returncode != 0:
             print(f"FAILED ({done.returncode}) {label}\n{done.stderr[-1500:]}", flush=True)
             return 1
@@ -164,16 +164,17 @@ def run_all(jobs: list[Job], results: Results, given: argparse.Namespace) -> int
 
 
 def percent(runs: list[dict[str, Any]], score: str) -> tuple[float, float]:
-    """Mean and its standard error, in points."""
+    """Return the mean and its standard error, in percentage points."""
     values = [100 * run[score] for run in runs]
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return statistics.mean(values), error
 
 
 def compare(results: Results, pairs: list[tuple[str, str]], seeds: int, arms: Sequence[str]) -> str:
-    """The report as Markdown: scores and differences, then the peer's grids."""
+    """Return the comparison as Markdown: scores and differences, then the learning-rate grids."""
     lines = [
-        "| data | technique | epochs | peer's rate | our rate | score | peer | ours | difference | allowed | holds |",
+        "| data | technique | epochs | peer learning rate | our learning rate | score | peer | ours | difference "
+        "| tolerance | within tolerance |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for data, technique in pairs:
@@ -182,8 +183,8 @@ def compare(results: Results, pairs: list[tuple[str, str]], seeds: int, arms: Se
         ours = results.all_of(finals("ours", data, technique, None, seeds)) if "ours" in arms else None
         for score in scores_of(data) if peer or ours else ():
             lines.append(_row(data, technique, rate, score, peer, ours))
-    lines += ["", "The grids: accuracy, or F1 of entities, on validation, seed 0.", ""]
-    lines += ["| data | technique | of | rates |", "|---|---|---|---|"]
+    lines += ["", "Learning-rate grids: validation accuracy (entities: F1), seed 0.", ""]
+    lines += ["| data | technique | arm | learning rate: score |", "|---|---|---|---|"]
     for data, technique in pairs:
         for arm in arms:
             runs = [run for job in grid(arm, data, technique) if (run := results.get(job)) is not None]
@@ -194,8 +195,8 @@ def compare(results: Results, pairs: list[tuple[str, str]], seeds: int, arms: Se
 
 
 def parity(results: Results, pairs: list[tuple[str, str]], seeds: int) -> str:
-    """As Markdown: ours beside itself without what makes it faster, where both are finished."""
-    lines = ["| data | technique | score | plain | fast | difference | 2 standard errors | holds |"]
+    """Return the comparison of ours with and without the fast paths as Markdown, for finished runs."""
+    lines = ["| data | technique | score | plain | fast | difference | 2 standard errors | within tolerance |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for data, technique in pairs:
         sides = [results.all_of(finals(arm, data, technique, None, seeds)) for arm in ("plain", "ours")]
@@ -209,9 +210,10 @@ def parity(results: Results, pairs: list[tuple[str, str]], seeds: int) -> str:
 
 
 def costs(results: Results, pairs: list[tuple[str, str]], seeds: int) -> str:
-    """What each technique gives and takes: the table of the README."""
+    """Return the scores and costs of each technique as Markdown, for the README."""
     lines = [
-        "| data | technique | score on test | the peer's | learned | CPU seconds | peak memory, MB | on disk, MB |",
+        "| data | technique | test score | peer test score | trainable parameters | CPU seconds | peak memory, MB "
+        "| size on disk, MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for data, technique in pairs:
@@ -243,19 +245,19 @@ def _cell(runs: list[dict[str, Any]] | None, score: str) -> str:
 
 
 def write_report(results: Results, pairs: list[tuple[str, str]], given: argparse.Namespace) -> None:
-    """Table, and where, with what and by which command it came about."""
+    """Write the tables, with the devices, versions and command."""
     records = list(results.done.values())
-    text = "# Quality beside the peer\n\n"
+    text = "# Quality compared with the peer\n\n"
+    text += f"Mean ± standard error over {given.seeds} seeds, in percentage points. The peer uses the best of four "
     text += (
-        f"Mean ± standard error over {given.seeds} seeds, in points. The peer runs at the best learning rate of four "
+        "learning rates (chosen on validation with seed 0), ours its default. Difference = ours - peer; tolerance = "
     )
-    text += "(chosen on validation with seed 0), ours at its default. Difference = ours - peer; it holds when it is no "
-    text += f"worse than -max({ALLOWED_POINTS}, 2 standard errors of the difference).\n\n"
+    text += f"-max({ALLOWED_POINTS}, 2 standard errors of the difference).\n\n"
     text += compare(results, pairs, given.seeds, given.arms)
-    text += "\nWhat ours gives and takes, medians over runs, beside the peer's score:\n\n"
+    text += "\nScores and costs of ours (costs: medians over runs), with the peer's score:\n\n"
     text += costs(results, pairs, given.seeds)
     if "plain" in given.arms:
-        text += "\nOurs beside itself without what makes it faster, both at the default rate:\n\n"
+        text += "\nOurs with and without the fast paths, both at the default learning rate:\n\n"
         text += parity(results, pairs, given.seeds)
     for arm in given.arms:
         of_arm = [record for record in records if record["job"]["arm"] == arm]
@@ -267,23 +269,25 @@ def write_report(results: Results, pairs: list[tuple[str, str]], given: argparse
 
 
 def main() -> int:
-    """Two waves: everything that depends on nothing, then the peer's finals; then the report."""
+    """Run the grids and our final runs, then the peer's final runs, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a pretrained model")
-    parser.add_argument("--data-root", default="build/splits", help="what bench/splits.py wrote")
-    parser.add_argument("--only", nargs="*", default=[], help="data sets or techniques or both, e.g. sst2 lora")
+    parser.add_argument("--data-root", default="build/splits", help="output folder of bench/splits.py")
+    parser.add_argument("--only", nargs="*", default=[], help="data sets, techniques or both, for example: sst2 lora")
     parser.add_argument("--arms", nargs="*", default=["peer", "ours"], choices=("peer", "ours", "plain"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
-        "--our-grid", action="store_true", help="run the grid of rates of ours too: to choose a default"
+        "--our-grid", action="store_true", help="also run the learning-rate grid for ours, to choose a default"
     )
-    parser.add_argument("--only-grids", action="store_true", help="no finals: test is not read")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--only-grids", action="store_true", help="skip the final runs; test is not read")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of both sides")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="precision of all arms")
     parser.add_argument("--results", default="build/quality.jsonl")
     parser.add_argument("--report", default="build/quality.md")
-    parser.add_argument("--stop-after", type=float, default=float("inf"), metavar="SECONDS", help="then begin no run")
+    parser.add_argument(
+        "--stop-after", type=float, default=float("inf"), metavar="SECONDS", help="start no run after this time"
+    )
     given = parser.parse_args()
     given.precision = machine.find(given.device, given.precision).precision
     given.stop_at = time.monotonic() + given.stop_after
@@ -301,7 +305,7 @@ def main() -> int:
     failed += run_all(second, results, given)
     write_report(results, pairs, given)
     missing = [job for job in first + second if results.get(job) is None]
-    print(f"{len(results.done)} runs finished, {len(missing)} of those asked for are missing, {failed} failed")
+    print(f"{len(results.done)} runs finished, {len(missing)} selected runs missing, {failed} failed")
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""What the speed bench writes down: a table with a row for each peer, and where, with what and by which command."""
+"""Report of the speed benchmark: a table with one row per peer, the machine, the versions and the command."""
 
 from __future__ import annotations
 
@@ -14,44 +14,47 @@ from bench.workloads import Peer
 
 RESAMPLES = 10_000
 FEWEST = 3
-"""Rounds below which nothing is said to be reached."""
+"""Minimum number of rounds for a verdict on the target."""
 
 SAME_LOSS = 0.1
-"""Mean losses further apart than this share are marked: seeds and the order of batches move them less."""
+"""Relative difference of mean losses above which they are marked; seeds and batch order cause smaller differences."""
 
 HEAD = (
-    "| workload | peer | tokens/s peer | ours | ours / peer (95 %) | wanted | reached | CPU s peer | ours "
+    "| workload | peer | tokens/s peer | ours | ours / peer (95 %) | target | reached | CPU s peer | ours "
     "| peak MB peer | ours | share of floor peer | ours | loss peer | ours |\n" + "|---" * 15 + "|"
 )
 MEMORY_HEAD = (
-    "| workload | peer | peak MB peer | ours | ours / peer (95 %) | wanted | reached | loss peer | ours |\n"
+    "| workload | peer | peak MB peer | ours | ours / peer (95 %) | target | reached | loss peer | ours |\n"
     + "|---" * 9
     + "|"
 )
 
 
 def command_line(module: str) -> str:
-    """This command with folders cut to their names: where they lie says nothing to others."""
+    """Return this command, with each path reduced to its last component."""
     said = ["python", "-m", module, *(Path(word).name if "/" in word else word for word in sys.argv[1:])]
     return " ".join(said)
 
 
 def bootstrap(ratios: Sequence[float]) -> tuple[float, float]:
-    """The interval that 95 % of the medians of resampled ratios lie in."""
+    """Return the 95 % bootstrap interval of the median ratio."""
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
     return medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES) - 1]
 
 
 def reached(low: float, high: float, wanted: float, *, less: bool = False) -> str:
-    """Whether a whole interval is where it is wanted, above or (`less`) below."""
+    """Return the verdict: "yes" or "**no**" if the whole interval is on one side of the target, else "open".
+
+    `less`: lower values are better.
+    """
     if less:
         low, high, wanted = -high, -low, -wanted
     return "yes" if low >= wanted else "**no**" if high < wanted else "open"
 
 
 def rows(outcome: Outcome) -> list[str]:
-    """One for each peer that ran."""
+    """Return one table row per peer that ran."""
     row = _memory_row if outcome.workload.memory else _speed_row
     return [row(outcome, peer) for peer in outcome.workload.peers if outcome.goes.get(peer.name)]
 
@@ -60,7 +63,7 @@ def _speed_row(outcome: Outcome, peer: Peer) -> str:
     cells = [outcome.workload.name, peer.name]
     both = (peer.name, OURS)
     pairs = zip(*(outcome.goes[name] for name in both), strict=True)
-    ratios = [theirs["seconds"] / mine["seconds"] for theirs, mine in pairs]  # the work is the same
+    ratios = [theirs["seconds"] / mine["seconds"] for theirs, mine in pairs]  # both do the same work
     cells += [f"{_median(outcome, name, lambda go: go['tokens'] / go['seconds']):.0f}" for name in both]
     cells += _ratio(ratios, peer.wanted)
     cells += [f"{_median(outcome, name, lambda go: go['cpu_seconds']):.3g}" for name in both]
@@ -88,7 +91,7 @@ def _median(outcome: Outcome, name: str, value: Callable[[dict[str, Any]], float
 
 
 def _losses(outcome: Outcome, peer: Peer) -> list[str]:
-    """Both sides' mean over the run, or at its end where the peer has only that; marked where they differ."""
+    """Return the mean loss of both arms in bold if they differ, or the final losses if the peer has no mean."""
     key = "loss" if "loss" in outcome.goes[peer.name][0] else "last_loss"
     theirs, ours = (_median(outcome, name, lambda go: go[key]) for name in (peer.name, OURS))
     cells = [f"{theirs:.3f}", f"{ours:.3f}"]
@@ -98,7 +101,7 @@ def _losses(outcome: Outcome, peer: Peer) -> list[str]:
 
 
 def text(outcomes: Sequence[Outcome], about: Sequence[str]) -> str:
-    """A section: what was asked, the tables, what each workload is, what was left out."""
+    """Return a report section: run details, tables, workload descriptions and notes."""
     parts = ["\n".join(f"- {line}" for line in about)]
     for head, memory in ((HEAD, False), (MEMORY_HEAD, True)):
         lines = [line for outcome in outcomes if outcome.workload.memory == memory for line in rows(outcome)]
@@ -112,7 +115,7 @@ def text(outcomes: Sequence[Outcome], about: Sequence[str]) -> str:
 def _described(outcome: Outcome) -> str:
     workload, ours = outcome.workload, outcome.goes[OURS][0]
     said = f"{workload.about}; {ours['samples'] // workload.epochs} rows, batch {workload.batch_size}, "
-    said += f"{ours['tokens']:,} valid tokens in all"
+    said += f"{ours['tokens']:,} non-padding tokens in total"
     if outcome.rates:
         peak = 2 * statistics.median(outcome.rates) / 1e9
         said += f"; floor {2 * outcome.multiply_adds / 1e9:,.0f} GFLOP at {peak:.0f} GFLOP/s"
@@ -120,7 +123,7 @@ def _described(outcome: Outcome) -> str:
 
 
 def write(path: Path, title: str, section: str, body: str) -> None:
-    """Append a section to the page, which is begun where it is not there."""
+    """Append a section to the page; create the page if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     begun = path.read_text(encoding="utf-8") if path.exists() else f"# {title}\n"
     path.write_text(f"{begun}\n## {section}\n\n{body}", encoding="utf-8")

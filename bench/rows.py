@@ -1,5 +1,5 @@
-"""The rows that all arms of a workload read: drawn once with seed 0 from public data with lengths as they are, or made
-up with lengths like theirs where the data is absent.
+"""Rows that all arms of a workload train on: sampled once with seed 0 from public data, or synthetic rows of similar
+length if the data is missing.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ WORDS = (
     "the of and a to in is was that for it with as his on be at by this had not are but from or have an they which one "
     "you were her all she there would their we him been has when who will more no if out so said what up its about into"
 ).split()
-"""Common ones, each a token of its own to any English tokenizer."""
+"""Common words, each a single token in any English tokenizer."""
 
 Draw = Callable[[Path], list[Any]]
 MakeUp = Callable[[random.Random], Any]
 
 
 def write(kind: str, root: Path, count: int, folder: Path) -> tuple[Path, bool]:
-    """Write `count` rows of a kind as both sides read them; where they lie, and whether they are real."""
+    """Write `count` rows of a kind; return their path, and True if they are real data."""
     read, make_up, put = KINDS[kind]
     draw = random.Random(0)
     try:
@@ -40,7 +40,7 @@ def write(kind: str, root: Path, count: int, folder: Path) -> tuple[Path, bool]:
 
 
 def _text(draw: random.Random, mean: float, least: int = 3) -> str:
-    """Words, their number log-normal as that of real texts is."""
+    """Return random words; their number is log-normal, as in real texts."""
     spread = 0.5
     number = draw.lognormvariate(math.log(mean) - spread**2 / 2, spread)
     return " ".join(draw.choices(WORDS, k=max(least, round(number))))
@@ -51,14 +51,14 @@ def _reviews(root: Path) -> list[Any]:
 
 
 def _long_answers(root: Path) -> list[Any]:
-    """Of medquad, those that are cut, with the type of their question."""
+    """Return the medquad answers that exceed the maximum length, each with its question type."""
     with gzip.open(root / "medquad" / "medquad_qa.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [(" ".join(row["answer"].split()), row["qtype"]) for row in map(json.loads, file)]
     return [(text, label) for text, label in rows if text.count(" ") >= CUT_AT]
 
 
 def _questions(root: Path) -> list[Any]:
-    """Return the questions of medquad (13 tokens on average), each with its type."""
+    """Return the medquad questions (13 tokens on average), each with its type."""
     with gzip.open(root / "medquad" / "medquad_qa.jsonl.gz", "rt", encoding="utf-8") as file:
         return sorted({(" ".join(row["question"].split()), row["qtype"]) for row in map(json.loads, file)})
 
@@ -121,4 +121,4 @@ KINDS: dict[str, tuple[Draw, MakeUp, Callable[[Path, list[Any]], Path]]] = {
     "alpaca_en": (_conversations, _made_up_conversation, _put_conversations),
     "multi30k_en_de": (_pairs, lambda draw: (_text(draw, 12), _text(draw, 11)), _put_pairs),
 }
-"""Folder of the data -> how it is read, how a row is made up, and how rows are written."""
+"""Kind of data -> functions that read the data, generate a synthetic row, and write rows."""

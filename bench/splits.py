@@ -1,10 +1,10 @@
-"""The rows that every arm of `bench/` reads: one folder per data set with train, validation and test, as `text,label`
-or, for entities, a word, a tab and its tag a line.
+"""Train, validation and test splits that all arms of `bench/` read: one folder per data set, as CSV (`text,label`) or,
+for entities, CoNLL files with one word, a tab and its tag per line.
 
     python -m bench.splits --source DATA --output build/splits
 
-Public splits are kept (sst2, wnut17, ncbi_disease); the others are drawn once, stratified, with seed 0. Rows without
-text are left out, and runs of white space become one blank, so that no reader can see other rows than another.
+Public splits are kept (sst2, wnut17, ncbi_disease); the others are stratified random splits with seed 0. Empty texts
+are dropped and whitespace is normalized, so that all arms read identical rows.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ ENTITIES = {
     "wnut17": ("wnut17train.conll", "emerging.dev.conll", "emerging.test.annotated"),
     "ncbi_disease": ("train.tsv", "devel.tsv", "test.tsv"),
 }
-"""Data sets of sentences -> their published files."""
+"""Entity data set -> its published files."""
 
 SPLITS = ("train", "validation", "test")
 SEED = 0
 
 
 def write_all(source: Path, output: Path) -> None:
-    """Write every data set that is not there yet."""
+    """Write all data sets; skip classification sets that already exist."""
     for name, draw in {"sst2": sst2, "symptom2disease": symptom2disease, "hotel_zh": hotel_zh}.items():
         folder = output / name
         if all((folder / f"{split}.csv").exists() for split in SPLITS):
@@ -51,7 +51,7 @@ def write_all(source: Path, output: Path) -> None:
 
 
 def read_sentences(path: Path) -> Sentences:
-    """(word, tag) by sentence; a line of blanks ends one."""
+    """Read (word, tag) pairs by sentence; a blank line ends a sentence."""
     sentences: Sentences = [[]]
     for line in path.read_text(encoding="utf-8").split("\n"):
         if line.strip():
@@ -63,13 +63,13 @@ def read_sentences(path: Path) -> Sentences:
 
 
 def write_sentences(path: Path, sentences: Sentences) -> None:
-    """A word, a tab and its tag a line, an empty line between sentences."""
+    """Write one word, a tab and its tag per line, with an empty line between sentences."""
     lines = ("".join(f"{word}\t{tag}\n" for word, tag in sentence) for sentence in sentences)
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def write_rows(path: Path, rows: Rows) -> None:
-    """One CSV file with the header `text,label`."""
+    """Write a CSV file with the header `text,label`."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("text", "label"))
@@ -77,19 +77,19 @@ def write_rows(path: Path, rows: Rows) -> None:
 
 
 def read_rows(path: Path) -> Rows:
-    """(text, label) of one written file."""
+    """Read the (text, label) rows of a CSV file."""
     with path.open(encoding="utf-8", newline="") as file:
         return [(row["text"], row["label"]) for row in csv.DictReader(file)]
 
 
 def sst2(source: Path) -> tuple[Rows, Rows, Rows]:
-    """As published: 6920 / 872 / 1821."""
+    """Return the published splits: 6920 / 872 / 1821 rows."""
     train, validation, test = (_clean(_tsv(source / f"{name}.tsv")) for name in ("train", "dev", "test"))
     return train, validation, test
 
 
 def symptom2disease(source: Path) -> tuple[Rows, Rows, Rows]:
-    """20 % test, then 10 % of the rest for validation."""
+    """Return random splits: 20 % for test, then 10 % of the rest for validation."""
     rows = _clean((row["text"], row["label"]) for row in _table(source / "Symptom2Disease.csv"))
     rest, test = _stratified(rows, 0.2)
     train, validation = _stratified(rest, 0.1)
@@ -97,7 +97,7 @@ def symptom2disease(source: Path) -> tuple[Rows, Rows, Rows]:
 
 
 def hotel_zh(source: Path) -> tuple[Rows, Rows, Rows]:
-    """400 / 200 / 600 of its 7765 rows: few examples of long texts."""
+    """Return 400 / 200 / 600 of the 7765 rows: a small set of long texts."""
     rows = _clean((row["review"], row["label"]) for row in _table(source / "ChnSentiCorp_htl_all.csv"))
     rest, test = _stratified(rows, 600)
     rest, validation = _stratified(rest, 200)
@@ -128,7 +128,7 @@ def _stratified(rows: Rows, share: float) -> tuple[Rows, Rows]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder of sst2/, wnut17/ ...")
+    parser.add_argument("--source", type=Path, required=True, help="folder with sst2/, wnut17/ ...")
     parser.add_argument("--output", type=Path, default=Path("build/splits"))
     arguments = parser.parse_args()
     write_all(arguments.source, arguments.output)

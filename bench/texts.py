@@ -1,14 +1,14 @@
-"""The data of the recipes that write texts, drawn once with seed 0 from public sets.
+"""Data of the text-generation recipes, sampled once with seed 0 from public data sets.
 
 python -m bench.texts --source DATA --output .
 
-questions.jsonl        500 of medquad's questions with answers of at most 600 characters: question, answer, focus
-dialogues.jsonl        200 diseases, two to four such questions in a row about each: messages
-instructions.jsonl     500 rows of alpaca and all of self-instruct's seed tasks, each in its own layout
-instructions-zh.jsonl  300 rows of alpaca in Chinese and 300 of huatuo (medicine): instruction, input, output
-contracts/             16 of CUAD's contracts of at most 40 kB, some 90,000 tokens
-spoken/                multi30k's first 8,000 pairs, and its held-out ones, with the English as a speech recogniser
-                       writes it: small letters, no marks
+questions.jsonl        500 medquad questions with answers of at most 600 characters: question, answer, focus
+dialogues.jsonl        200 diseases, each a dialogue of two to four such questions: messages
+instructions.jsonl     500 alpaca rows and all self-instruct seed tasks, each in its original format
+instructions-zh.jsonl  300 Chinese alpaca rows and 300 huatuo rows (medicine): instruction, input, output
+contracts/             16 CUAD contracts of at most 40 kB, about 90,000 tokens
+spoken/                the first 8,000 multi30k training pairs and the held-out pairs, with the English in the format of
+                       a speech recognizer: lowercase, no punctuation
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SPOKEN_PAIRS = 8000
 
 
 def questions(source: Path) -> Rows:
-    """Medquad's with short answers."""
+    """Return the medquad questions with short answers."""
     with gzip.open(source / "medquad" / "medquad_qa.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = map(json.loads, file)
         kept = [row for row in rows if row["question"].strip() and 0 < len(row["answer"].strip()) <= LONGEST_ANSWER]
@@ -37,7 +37,7 @@ def questions(source: Path) -> Rows:
 
 
 def dialogues(rows: Rows) -> Rows:
-    """Two to four questions about one disease, as one conversation."""
+    """Return conversations of two to four questions about one disease."""
     about = defaultdict(list)
     for row in rows:
         about[row["focus"]].append(row)
@@ -55,12 +55,12 @@ def dialogues(rows: Rows) -> Rows:
 
 
 def spoken(text: str) -> str:
-    """As a speech recogniser writes it."""
+    """Return the text in the format of a speech recognizer: lowercase, no punctuation."""
     return " ".join("".join(c for c in word if c.isalnum() or c == "'").lower() for word in text.split())
 
 
 def write_spoken(source: Path, folder: Path) -> None:
-    """Pairs whose English is spoken, under the names that the set's files have."""
+    """Write the pairs with spoken English, under the original file names."""
     folder.mkdir(exist_ok=True)
     for path in sorted(source.glob("*.??.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -70,7 +70,7 @@ def write_spoken(source: Path, folder: Path) -> None:
 
 
 def read(*paths: Path) -> Rows:
-    """Rows of JSON and of JSON lines."""
+    """Read rows from JSON and JSONL files."""
     rows: Rows = []
     for path in paths:
         text = path.read_text(encoding="utf-8")
@@ -79,19 +79,19 @@ def read(*paths: Path) -> Rows:
 
 
 def some(rows: Rows, number: int) -> Rows:
-    """Drawn with seed 0."""
+    """Return a random sample with seed 0."""
     return random.Random(0).sample(rows, number)
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """JSON lines."""
+    """Write rows as JSONL."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def main() -> None:
-    """Write all of it."""
+    """Write all files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder of medquad/, alpaca_en/ ...")
+    parser.add_argument("--source", type=Path, required=True, help="folder with medquad/, alpaca_en/ ...")
     parser.add_argument("--output", type=Path, default=Path())
     given = parser.parse_args()
     source, output = given.source, given.output

@@ -1,10 +1,10 @@
-"""The script that the field's tutorials show, run as written on the first 1000 rows of sst2, and ours on the same rows.
+"""Comparison of a typical tutorial script, run as written on the first 1000 rows of sst2, with tunesmith.
 
     python -m bench.tutorial --model FOLDER --data-root build/splits --output build/tutorial.json
 
-Arms: `script` (as written), `script-sorted` (rows sorted by class, as in the usual film-review set, so that the first
-1000 are all of one), `ours`, `ours-sorted`. What the script does not tell is measured afterwards: accuracy, how much of
-what it computed was padding, what learned, whether the classifier changed. Feeds docs/tutorial-compared.md.
+Arms: `script` (as written), `script-sorted` (rows sorted by class, as film-review files often are, so that the first
+1000 rows have one class), `ours`, `ours-sorted`. Values that the script does not print are measured afterwards:
+accuracy, share of padding, trainable parameters, and whether the classifier changed. Feeds docs/tutorial-compared.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CLI = "import sys; from tunesmith.cli import main; sys.exit(main())"
 
 
 class Reviews(Dataset[dict[str, torch.Tensor]]):
-    """What the tutorial calls its dataset."""
+    """Dataset class of the tutorial."""
 
     def __init__(self, rows: Rows, tokenizer: Any) -> None:
         texts = [text for text, _ in rows]
@@ -50,7 +50,7 @@ class Reviews(Dataset[dict[str, torch.Tensor]]):
 
 
 def as_written(model_name: str, rows: Rows, output: str) -> tuple[Any, Reviews]:
-    """The tutorial's lines, nothing added."""
+    """Run the code of the tutorial unchanged."""
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     model = AutoModelForSequenceClassification.from_pretrained(model_name, num_labels=2)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], lora_dropout=0.1)
@@ -70,10 +70,10 @@ def as_written(model_name: str, rows: Rows, output: str) -> tuple[Any, Reviews]:
 
 
 def script(given: argparse.Namespace, rows: Rows) -> dict[str, Any]:
-    """Run the tutorial, keep what it prints, then measure what it does not say."""
+    """Run the tutorial, capture its output and measure the values that it does not print."""
     torch.manual_seed(given.seed)
     before = AutoModelForSequenceClassification.from_pretrained(given.model, num_labels=2).classifier.weight.clone()
-    torch.manual_seed(given.seed)  # the same draw of the classifier again
+    torch.manual_seed(given.seed)  # same initial classifier weights
     said = io.StringIO()
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(said):
@@ -97,7 +97,7 @@ def script(given: argparse.Namespace, rows: Rows) -> dict[str, Any]:
 
 @torch.inference_mode()
 def accuracy(model: Any, given: argparse.Namespace, split: str) -> float:
-    """Share of a split's rows that the model classifies right."""
+    """Return the accuracy of the model on a split."""
     rows = read_rows(given.folder / f"{split}.csv")
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model.eval()
@@ -111,7 +111,7 @@ def accuracy(model: Any, given: argparse.Namespace, split: str) -> float:
 
 
 def ours(given: argparse.Namespace, rows: Rows) -> dict[str, Any]:
-    """`tunesmith train` on the same rows, every setting left at its default."""
+    """Run `tunesmith train` on the same rows with default settings."""
     with tempfile.TemporaryDirectory() as output:
         train = Path(output) / "reviews.csv"
         write_rows(train, rows[:FIRST])
@@ -125,7 +125,7 @@ def ours(given: argparse.Namespace, rows: Rows) -> dict[str, Any]:
 
 
 def by_class(rows: Rows) -> Rows:
-    """Sorted by label, as the usual film-review set is."""
+    """Return the rows sorted by label, as film-review files often are."""
     return sorted(rows, key=lambda row: row[1])
 
 
@@ -138,10 +138,10 @@ ARMS: dict[str, Callable[[argparse.Namespace, Rows], dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Run the arms asked for and add each to the JSON file."""
+    """Run the selected arms and add each result to the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a pretrained BERT-like model")
-    parser.add_argument("--data-root", default="build/splits", help="what bench/splits.py wrote")
+    parser.add_argument("--data-root", default="build/splits", help="output folder of bench/splits.py")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=tuple(ARMS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("build/tutorial.json"))

@@ -1,10 +1,10 @@
-"""A wider BERT that computes what a given one does: for rates of learning by width where no wide model is at hand.
+"""Widen a BERT without changing its function, to study learning rates by hidden size if no wide model is available.
 
     python -m bench.widen --model FOLDER --width 2048 --blocks 2 --output build/minilm-2048
 
-Every unit is there several times, and what leaves a unit is divided by that number (Net2WiderNet, Chen 2015, arXiv
-1511.05641); noise of a fifth of each weight lets the copies part. The heads of attention become more, not larger, so
-`width` is a multiple of their size. With the width that the model has it keeps all but the first `blocks`.
+Each unit is replicated, and its outgoing weights are divided by the number of copies (Net2WiderNet, Chen 2015, arXiv
+1511.05641). Noise of 20 % of each weight breaks the symmetry of the copies. The number of attention heads grows, not
+the head size, so `width` must be a multiple of the head size. Only the first `blocks` blocks are kept.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NOISE = 0.2
 
 
 def copies(weight: Tensor, shape: torch.Size, *, divide: bool) -> Tensor:
-    """A weight (out, in) or a vector in a larger shape, units in turn; `divide`: the second axis is summed over."""
+    """Return a weight (out, in) or a vector tiled to a larger shape; `divide`: normalize the replicated inputs."""
     if weight.ndim == 1:
         return weight[torch.arange(shape[0]) % len(weight)]
     rows, columns = (torch.arange(size) % old for size, old in zip(shape, weight.shape, strict=True))
@@ -33,7 +33,7 @@ def copies(weight: Tensor, shape: torch.Size, *, divide: bool) -> Tensor:
 
 
 def widen(model: Any, config: transformers.BertConfig, width: int, blocks: int) -> Any:
-    """The first blocks of a `BertModel` at a width."""
+    """Return a `BertModel` with the first blocks of `model` at the given width."""
     values = config.to_dict()
     size = config.hidden_size // config.num_attention_heads
     values |= {"hidden_size": width, "num_hidden_layers": blocks, "num_attention_heads": width // size}
@@ -47,9 +47,9 @@ def widen(model: Any, config: transformers.BertConfig, width: int, blocks: int) 
 
 
 def main() -> None:
-    """Write the wide model and the tokenizer."""
+    """Write the widened model and its tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a BERT")
+    parser.add_argument("--model", required=True, help="folder of a BERT model")
     parser.add_argument("--width", type=int, required=True)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
@@ -68,7 +68,7 @@ def main() -> None:
         before, after = (one.eval()(**words).last_hidden_state[0, 0] for one in (narrow, wide))
     near = torch.cosine_similarity(before, after[: len(before)], dim=0)
     size = sum(p.numel() for p in wide.parameters())
-    print(f"{size:,} parameters; the cosine of the first vector to the narrow one: {near:.4f}")
+    print(f"{size:,} parameters; cosine similarity of the first hidden state to the original: {near:.4f}")
 
 
 if __name__ == "__main__":

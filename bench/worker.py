@@ -1,9 +1,9 @@
-"""A process that runs one arm as often as it is told to.
+"""Worker process that runs one arm repeatedly.
 
     python -m bench.worker bench.arms.ours
 
-Once the arm is imported a JSON line says so; then each line read, a job, is answered by one line: what `go` said, and
-the peak of memory above what the imports had left. Whatever else is printed goes to stderr. Waiting costs nothing.
+The worker writes one JSON line after importing the arm. Then it reads one job per line and writes one result line: the
+return value of `go` and the peak memory above the imports. All other output goes to stderr. Idle workers use no CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench import clock
 
 
 def main() -> None:
-    """Until there are no more lines."""
+    """Process jobs until the end of stdin."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:

@@ -1,8 +1,7 @@
-"""The workloads of the speed bench, as a table: what is trained on what, by whom, and how much faster ours is to be.
+"""Workloads of the speed benchmark: model, data, technique, peers and target ratios.
 
-Each peer is there as the stack's defaults have it and at its best practice. All arms of a workload train from the same
-weights on the same rows for as many epochs in batches of the same size at the same rate, with the dropout of the model
-and none in LoRA, which is the default of PEFT and ours.
+Each peer runs at its defaults and at best practice. All arms of a workload use the same initial weights, rows, epochs,
+batch size and learning rate, with the model's dropout and no LoRA dropout (the default of PEFT and ours).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ Keys = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Peer:
-    """One arm to be compared with: its module of `bench.arms`, what it is told, the ratio that ours is to reach."""
+    """Arm to compare with: its module in `bench.arms`, the target ratio (`wanted`) and additional job keys."""
 
     name: str
     arm: str
@@ -26,7 +25,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Workload:
-    """What all arms do. `technique` is ours, `theirs` the same by a name of `peer_techniques` and keys of PEFT's."""
+    """Work of all arms. `technique` is ours; `theirs` is the peer's: a name in `peer_techniques` and keys of PEFT."""
 
     name: str
     about: str
@@ -42,12 +41,12 @@ class Workload:
     max_length: int = 256
     learning_rate: float = 1e-3
     memory: bool = False
-    """Whether peaks of memory are compared, each in a fresh process, instead of times."""
+    """Compare peak memory, each in a fresh process, instead of time."""
     device: str = "cpu"
-    """Where it is meant to run."""
+    """Target device type: "cpu" or "cuda"."""
 
     def job(self, peer: Peer | None, **where: Any) -> dict[str, Any]:
-        """What an arm is told; `where`: model, data, device, precision. No peer: it is ours."""
+        """Return the job of a peer, or of ours if `peer` is None; `where`: model, data, device, precision."""
         shared = {key: getattr(self, key) for key in ("task", "batch_size", "epochs", "max_length", "learning_rate")}
         return {
             **shared,
@@ -67,7 +66,7 @@ ALL_LINEAR: Keys = {"name": "lora", "r": 16, "target_modules": "all-linear"}
 
 
 def _two(best: float, defaults: float, *, named: str = "Trainer", as_is: Keys = DEFAULTS) -> tuple[Peer, ...]:
-    """The Trainer twice."""
+    """Return the Trainer at best practice and at defaults."""
     return (Peer(f"{named}, best practice", TRAINER, best, BEST), Peer(f"{named}, defaults", TRAINER, defaults, as_is))
 
 
@@ -83,13 +82,13 @@ def _c1(blocks: int) -> Workload:
 
 
 def _chats(name: str, about: str, model: str, peers: tuple[Peer, ...], **more: Any) -> Workload:
-    """Instructions with lengths as they are."""
+    """Return an instruction-tuning workload on alpaca rows of natural length."""
     given: dict[str, Any] = {"technique": ALL_LINEAR, "theirs": {"name": "lora"}, "max_length": 512} | more
     return Workload(name, about, "text-generation", model=model, data="alpaca_en", peers=peers, **given)
 
 
 def _sft(best: float, defaults: float, unsloth: float | None = None) -> tuple[Peer, ...]:
-    """TRL twice, and Unsloth between."""
+    """Return TRL at best practice and at defaults, with Unsloth between them if it has a target."""
     between = () if unsloth is None else (Peer("Unsloth", "bench.arms.unsloth", unsloth, BEST),)
     return (Peer("TRL, best practice", SFT, best, BEST), *between, Peer("TRL, defaults", SFT, defaults, DEFAULTS))
 
@@ -101,7 +100,7 @@ def _last_two(role: str) -> list[str]:
 def _c7(name: str, technique: Keys, theirs: Keys) -> Workload:
     return Workload(
         f"C7-{name}",
-        f"Marian of 7.8 million, {name}, multi30k_en_de",
+        f"Marian 7.8M, {name}, multi30k_en_de",
         "translation",
         model="marian-en-de",
         data="multi30k_en_de",
@@ -115,7 +114,7 @@ def _c7(name: str, technique: Keys, theirs: Keys) -> Workload:
 
 
 def _c11(name: str, technique: Keys, theirs: Keys, wanted: float, **more: Any) -> Workload:
-    """Short texts, where the fixed costs of a step dominate."""
+    """Return a workload on short texts, where the fixed cost of a step dominates."""
     about = f"MiniLM, {name}, questions of 13 tokens"
     given: dict[str, Any] = {"data": "medquad-questions", "rows": 1280, "max_length": 128} | more
     return _classify(f"C11-{name}", about, technique, theirs, _two(wanted, 2 * wanted), **given)
@@ -141,7 +140,7 @@ SPEED = (
     ),
     Workload(
         "C3",
-        "MiniLM, entities, LoRA r 8 all linear maps, wnut17",
+        "MiniLM, entities, LoRA r 8 on all linear layers, wnut17",
         "token-classification",
         model="minilm",
         data="wnut17",
@@ -172,7 +171,7 @@ SPEED = (
     ),
     _classify(
         "C5-lora",
-        "MiniLM, LoRA r 8 query+value of the last 2 blocks of 6, 3 epochs, sst2",
+        "MiniLM, LoRA r 8 query+value in the last 2 of 6 blocks, 3 epochs, sst2",
         {"name": "lora", "r": 8, "target_modules": _last_two("query") + _last_two("value")},
         {**PLAIN_LORA, "layers_to_transform": [4, 5]},
         _two(1.7, 3.0),
@@ -180,7 +179,7 @@ SPEED = (
     ),
     _chats(
         "C6",
-        "SmolLM2-135M, instructions, LoRA r 16 all linear maps, alpaca",
+        "SmolLM2-135M, instructions, LoRA r 16 on all linear layers, alpaca",
         "smollm2",
         _sft(1.5, 3.0, unsloth=1.2),
         rows=64,
@@ -190,7 +189,7 @@ SPEED = (
     _c7("lora", QUERY_VALUE, {**PLAIN_LORA, "target_modules": ["q_proj", "v_proj"]}),
     _classify(
         "C10",
-        "MiniLM, prompt of 20 tokens, sst2",
+        "MiniLM, prompt tuning with 20 virtual tokens, sst2",
         {"name": "prompt", "num_virtual_tokens": 20},
         {"name": "prompt"},
         _two(1.3, 2.0),
@@ -219,7 +218,7 @@ ON_GPUS = (
     ),
     _chats(
         "G2",
-        "LLaMA of 1.2 billion, LoRA r 16 all linear maps, 64 of alpaca a step (8,000 tokens)",
+        "LLaMA 1.2B, LoRA r 16 on all linear layers, 64 alpaca rows per step (8,000 tokens)",
         "llama-1b",
         _sft(1.5, 2.2, unsloth=1.1),
         rows=1280,
@@ -228,7 +227,7 @@ ON_GPUS = (
     ),
     _chats(
         "G3",
-        "LLaMA of 8 billion, LoRA r 16 all linear maps, 64 of alpaca a step (8,000 tokens)",
+        "LLaMA 8B, LoRA r 16 on all linear layers, 64 alpaca rows per step (8,000 tokens)",
         "llama-8b",
         _sft(1.25, 1.8, unsloth=1.05),
         rows=640,
@@ -237,7 +236,7 @@ ON_GPUS = (
     ),
     _chats(
         "G4",
-        "Qwen2 of half a billion, full, 128 of alpaca a step (16,000 tokens)",
+        "Qwen2 0.5B, full, 128 alpaca rows per step (16,000 tokens)",
         "qwen-0.5b",
         _sft(1.25, 2.0),
         technique={"name": "full"},
@@ -249,11 +248,11 @@ ON_GPUS = (
     ),
 )
 MEMORY = {"C1-6x768": 0.75, "C1-12x768": 0.75, "C2": 0.75, "C6": 0.75, "C11-full": 0.9, "C11-lora": 0.9}
-"""Workload -> target of its peak memory over the peer's best practice."""
+"""Workload -> target ratio of peak memory to the peer at best practice."""
 
 
 def _memory(workload: Workload) -> Workload:
-    """Return the workload with the same peers, compared by peak memory."""
+    """Return the workload with its peers compared by peak memory."""
     best = MEMORY[workload.name]
     peers = tuple(replace(peer, wanted=best if peer.keys.get("best") else best - 0.15) for peer in workload.peers)
     return replace(workload, name=f"mem-{workload.name}", peers=peers, memory=True)
@@ -263,14 +262,14 @@ WORKLOADS = (*SPEED, *(_memory(workload) for workload in SPEED if workload.name 
 
 
 def chosen(names: Sequence[str], device: str = "cpu") -> list[Workload]:
-    """The workloads that names mean: one, or all that begin so (`C1`, `mem`); no names: all that are for this device.
+    """Return the workloads selected by name or prefix (`C1`, `mem`), or all for the device if no name is given.
 
     Raises:
-        ValueError: a name means none.
+        ValueError: a name matches no workload.
     """
     found = {name: [w for w in WORKLOADS if w.name == name or w.name.startswith(f"{name}-")] for name in names}
     for name, meant in found.items():
         if not meant:
-            raise ValueError(f"{name}: no such workload; there are {', '.join(w.name for w in WORKLOADS)}")
+            raise ValueError(f"{name}: unknown workload; choose from {', '.join(w.name for w in WORKLOADS)}")
     wanted = [w for meant in found.values() for w in meant]
     return [w for w in WORKLOADS if (w in wanted if names else w.device == device)]

@@ -1,7 +1,8 @@
-"""What SetFit does once its body is trained, in plain transformers: texts encoded once, a logistic head on them.
+"""Head training as in SetFit, in plain transformers: the texts are encoded once, then a logistic regression is fitted.
 
-SetFit itself is not installed: its pins are others. Here features are means over tokens (as sentence-transformers has
-them for MiniLM), in batches of 32 sorted by length, under bf16; the head is scikit-learn's logistic regression.
+SetFit itself is not installed because its pinned dependencies conflict. The features use mean pooling (as
+sentence-transformers does for MiniLM), in batches of 32 sorted by length, in bf16. The head is scikit-learn's
+logistic regression.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ AT_ONCE = 32
 
 
 def go(job: dict[str, Any]) -> dict[str, Any]:
-    """One encoding and one fit; samples and tokens are those of the epochs it stands for."""
+    """Encode and fit once; samples and tokens are those of the epochs that this replaces."""
     rows, _ = encoded(job["task"], job["model"], job["data"], job["max_length"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     gpu = job["device"] != "cpu" and torch.cuda.is_available()
@@ -44,7 +45,7 @@ def go(job: dict[str, Any]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _features(model: Any, tokenizer: Any, rows: list[dict[str, Any]], bf16: bool) -> np.ndarray[Any, Any]:
-    """Mean over the tokens of each row."""  # (rows, hidden)
+    """Return the mean-pooled features of each row."""  # (rows, hidden)
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
     found = np.empty((len(rows), model.config.hidden_size), dtype=np.float32)
     for start in range(0, len(order), AT_ONCE):

@@ -1,4 +1,4 @@
-"""No arm: how many multiply-adds a job cannot do without, and how fast the machine does them at this moment."""
+"""Compute floor of a job: its minimum number of multiply-adds, and the machine's current rate. It trains nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIBRARIES = ("torch",)
 
 
 def go(job: dict[str, Any]) -> dict[str, Any]:
-    """The count is made once for a job, the measurement each time."""
+    """Return the multiply-adds (counted once per job) and the rate (measured on every call)."""
     found = machine.find(job["device"], job["precision"])
     count = _counted(json.dumps(job))
     return {"multiply_adds": count, "rate": product_rate(found.device, found.autocast_dtype or torch.float32)}
@@ -40,7 +40,7 @@ def _counted(job: str) -> int:
 
 
 def _rows(prepared: Prepared) -> list[Row]:
-    """How long the examples are as they are encoded."""
+    """Return the lengths of the encoded examples."""
     encoded, config = prepared.encoded["train"], cast(Any, prepared.model.config)
     baseline = prepared.bound.baseline(encoded)
     rows = []

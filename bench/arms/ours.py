@@ -1,4 +1,4 @@
-"""tunesmith by its public API."""
+"""tunesmith, called through its public API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench.clock import Clock
 from tunesmith import registry
 from tunesmith.console import Console
 
-train = tunesmith.train  # named here, so that all it needs is imported before anything is measured
+train = tunesmith.train  # resolved here so that its imports are done before measuring
 for task in registry.names("task"):
     registry.get("task", task)
 LIBRARIES = ("tunesmith", "torch", "transformers")
@@ -30,10 +30,9 @@ TOLD: dict[str, dict[str, Any]] = {
 
 
 class Timed(Console):
-    """Keeps silent, and times what comes between the last news before the loop and its last step.
+    """Silent console that measures the time from the last message before the training loop to the last step.
 
-    What a technique computes once before it learns from it (what frozen blocks give) is inside: the peer computes that
-    while it trains. What is saved is not.
+    Caching frozen features is included, because the peer computes them during training. Saving is not included.
     """
 
     def __init__(self) -> None:
@@ -41,24 +40,24 @@ class Timed(Console):
         self.taken = Clock()
 
     def say(self, text: str) -> None:
-        """All that is said before the loop is of getting ready."""
+        """Restart the clock: messages before the training loop report preparation."""
         self.taken.start()
 
     @contextlib.contextmanager
     def during(self, text: str) -> Iterator[None]:
-        """Nothing is news here."""
+        """Print nothing."""
         yield
 
     @contextlib.contextmanager
     def progress(
         self, total: int, done: int = 0, *, of: str = "training", unit: str = "step"
     ) -> Iterator[Callable[[int, str], None]]:
-        """Stops after the last step, before what is saved."""
+        """Stop the clock after the last step, before saving."""
         yield lambda completed, text: self.taken.stop() if completed == total else None
 
 
 def keywords(job: dict[str, Any], output: str) -> dict[str, Any]:
-    """The job as `tunesmith.train` is told of it: no validation, nothing saved before the end."""
+    """Return the arguments of `tunesmith.train` for a job: no validation, no checkpoints."""
     return {
         "task": {"name": job["task"], **TOLD.get(job["task"], {})},
         "model": job["model"],
@@ -75,7 +74,7 @@ def keywords(job: dict[str, Any], output: str) -> dict[str, Any]:
 
 
 def go(job: dict[str, Any]) -> dict[str, Any]:
-    """One run into a folder that is thrown away, and with it what was cached: every run is the first of its kind."""
+    """Train once in a temporary folder that includes the cache, so that no run reuses another run's cache."""
     console = Timed()
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
         os.environ["TUNESMITH_HOME"] = f"{output}/home"

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, at its defaults or at best practice."""
+"""TRL's SFTTrainer, at defaults or best practice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import peft
 import torch
-import trl  # noqa: F401  # its absence is to be known at once
+import trl  # noqa: F401  # fail at import if it is missing
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from bench.arms.trainer import how, measured
@@ -20,16 +20,16 @@ LIBRARIES = ("trl", "transformers", "torch", "peft", "accelerate")
 
 
 def go(job: dict[str, Any]) -> dict[str, Any]:
-    """One run from the pretrained weights."""
+    """Train once from the pretrained weights."""
     set_seed(0)
     full, on_gpu = job["technique"]["name"] == "full", job["device"] == "cuda"
-    frozen = torch.bfloat16 if on_gpu else torch.float32  # as best practice has it on each
+    frozen = torch.bfloat16 if on_gpu else torch.float32  # best practice on each device
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32 if full else frozen)
     return trained(job, model, **({} if full else {"peft_config": peft.LoraConfig(**ADAPTER)}))
 
 
 def trained(job: dict[str, Any], model: Any, **more: Any) -> dict[str, Any]:
-    """Train a model on the job's conversations."""
+    """Train a model on the conversations of a job."""
     rows = [json.loads(line) for line in Path(job["data"]).read_text(encoding="utf-8").splitlines()]
     timer = TrainingTime()
     with tempfile.TemporaryDirectory() as output:

@@ -1,4 +1,4 @@
-"""transformers' Trainer and PEFT, at their defaults or at best practice, on every task but instruction tuning."""
+"""transformers' Trainer and PEFT, at defaults or best practice, for all tasks except instruction tuning."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def go(job: dict[str, Any]) -> dict[str, Any]:
-    """One run from the pretrained weights; `best`: at best practice, `pad_to`: the length every row is padded to."""
+    """Train once from the pretrained weights; `best`: use best practice, `pad_to`: pad every row to this length."""
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     rows, classes = encoded(job["task"], job["model"], job["data"], job["max_length"])
@@ -56,14 +56,14 @@ def go(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def how(job: dict[str, Any]) -> dict[str, Any]:
-    """The work, and with `best` how it is best done, `compiled` or not; else what the trainer's defaults make of it."""
+    """Return the training arguments: the shared ones and, with `best`, those of best practice (`compiled` or not)."""
     asked = {key: job[key] for key in ("epochs", "batch_size", "learning_rate", "device")}
     compiled = {"torch_compile": bool(job.get("compiled"))}
     return work(**asked, seed=0) | (best_practice(job["precision"]) | compiled if job["best"] else {})
 
 
 def measured(trainer: Any, timer: TrainingTime, rows: Encoded, job: dict[str, Any]) -> dict[str, Any]:
-    """Train and say what it took. Tokens are those of the texts: no padding, no virtual ones."""
+    """Train and return the measurements. Token counts exclude padding and virtual tokens."""
     trainer.remove_callback(PrinterCallback)
     done = trainer.train()
     both = ("input_ids", "labels") if job["task"] == "translation" else ("input_ids",)
@@ -80,7 +80,7 @@ def measured(trainer: Any, timer: TrainingTime, rows: Encoded, job: dict[str, An
 
 @lru_cache(maxsize=1)
 def encoded(task: str, model: str, data: str, max_length: int) -> tuple[Encoded, list[str]]:
-    """The rows as token ids and labels, and the names of the classes; found once for all runs of a process."""
+    """Return the rows as token ids and labels, and the class names; cached for all runs of a process."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     if task == "text-classification":
         rows = read_rows(Path(data))

@@ -1,10 +1,10 @@
-"""Unsloth's path for CPUs, and for GPUs: its model, its adapters, TRL's trainer at best practice."""
+"""Unsloth on CPU or GPU: its model and adapters, with TRL's trainer at best practice."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import unsloth  # first: it changes what trl and transformers are
+import unsloth  # must come first: it patches trl and transformers
 from transformers import set_seed
 
 from bench.arms.sft import trained
@@ -15,7 +15,7 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def go(job: dict[str, Any]) -> dict[str, Any]:
-    """One run from the pretrained weights."""
+    """Train once from the pretrained weights."""
     set_seed(0)
     model, _ = unsloth.FastLanguageModel.from_pretrained(
         job["model"], max_seq_length=MAX_LENGTH, load_in_4bit=False, dtype=None

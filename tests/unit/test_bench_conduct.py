@@ -55,8 +55,8 @@ def test_rounds_alternate_and_what_cannot_run_is_left_out(setting: Setting, tmp_
     outcome = conduct.run(WORKLOAD, setting, {})
     assert (tmp_path / "order").read_text() == "oss" + "osso" * 2  # warm-up, the failing one too, then rounds
     assert {name: len(goes) for name, goes in outcome.goes.items()} == {"ours": 4, "slow": 4}
-    assert any("without absent: nobody_has_this is not installed" in note for note in outcome.notes)
-    assert any("without failing: stub_slow: ValueError: no luck" in note for note in outcome.notes)
+    assert any("skipped absent: nobody_has_this is not installed" in note for note in outcome.notes)
+    assert any("skipped failing: stub_slow: ValueError: no luck" in note for note in outcome.notes)
     assert "to stderr" in (tmp_path / "logs" / "stub_ours.log").read_text()
     (row,) = report.rows(outcome)
     assert row.startswith("| W1 | slow | 50 | 100 | 2.00 (2.00 to 2.00) | 1.5 | yes | 2 | 1 |")
@@ -84,7 +84,7 @@ def test_a_python_that_is_not_there(setting: Setting, monkeypatch: pytest.Monkey
     monkeypatch.setattr(conduct, "APART", ("stub_slow",))
     outcome = conduct.run(WORKLOAD, replace(setting, peer_python="build/nowhere/python"), {})
     assert list(outcome.goes) == ["ours"]
-    assert any("there is no build/nowhere/python" in note for note in outcome.notes)
+    assert any("build/nowhere/python: no such file" in note for note in outcome.notes)
 
 
 def test_other_work_is_said() -> None:
@@ -125,7 +125,7 @@ def test_a_page_is_added_to(tmp_path: Path) -> None:
     body = report.text([outcome], ["where it was"])
     assert "- where it was" in body and "- a note" in body and "| **2.000** | **1.000** |" in body
     assert "| open |" in body, "one round shows nothing"
-    assert "- W1: made up; 8 rows, batch 16, 100 valid tokens in all; floor 2 GFLOP at 8 GFLOP/s" in body
+    assert "- W1: made up; 8 rows, batch 16, 100 non-padding tokens in total; floor 2 GFLOP at 8 GFLOP/s" in body
     path = tmp_path / "results" / "page.md"
     for name in ("C1", "C2"):
         report.write(path, "A title", name, body)

@@ -221,7 +221,7 @@ def _update_state(run: Run, step: loop.Step) -> None:
 
 
 def _handle_non_finite(run: Run, step: loop.Step) -> None:
-    """Handle a step with a non-finite loss or gradient by `train.on_nan`: stop, skip, or restore the last checkpoint."""
+    """Handle a non-finite loss or gradient by `train.on_nan`: stop, skip the step, or restore the last checkpoint."""
     prepared, state, folder, console = run.prepared, run.state, run.folder, run.console
     train = prepared.recipe.train
     indices = prepared.batches.indices(step.number - 1)
