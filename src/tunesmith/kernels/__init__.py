@@ -1,1 +1,1 @@
-"""The mathematics we do faster, each beside the plain formula that it is held to."""
+"""Fast paths: faster implementations of a model's arithmetic, each checked against the model's own code."""

@@ -1,7 +1,7 @@
-"""Switch on the fast paths that suit a model and a device, and keep those that leave its results unchanged.
+"""Enable the fast paths that a model and a device support, and keep those that do not change its results.
 
     path              device      condition
-    chunked_loss      any         the LM head's output becomes logits by a scale, a bias or a soft cap
+    chunked_loss      any         logits are the LM head's output, up to a scale, bias or soft cap
     fast_dropout      CPU         the model has `nn.Dropout`
     grad_buffers      CPU         large trainable matrices in fused blocks
     sparse_embedding  CPU         one process; a large trainable embedding that no other module shares
@@ -12,7 +12,7 @@
     eager_attention   CPU         an encoder-decoder that computes with padding
 
 Each path that changes the arithmetic of blocks is checked against the model's own code (`equality.py`). A path that
-fails, or raises, is undone, and its reason stays in the `FastPath`.
+fails the check or raises is undone; the `FastPath` has the reason.
 """
 
 from __future__ import annotations
@@ -54,17 +54,16 @@ PATHS = (
 """All fast paths, in the order of a run's output."""
 
 MIN_TABLE = 2**20
-"""Fewest elements of an embedding table that gets sparse gradients."""
+"""Minimum number of elements of an embedding table that gets sparse gradients."""
 
 ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 """Keys of transformers' configs. PyTorch's variable-length kernel on a GPU has no dropout."""
-
 
 NEEDS_UNPADDED = PathStatus(False, reason="blocks compute with padding", applies=False)
 
 
 def switched_off(reason: str) -> FastPath:
-    """Return a `FastPath` of a model that runs its own code."""
+    """Return a `FastPath` with every path off, for a model that runs its own code."""
     return FastPath({name: PathStatus(False, reason=reason) for name in PATHS})
 
 
@@ -77,9 +76,10 @@ def accelerate(
     max_tokens: int,
     world_size: int,
 ) -> FastPath:
-    """Switch on the fast paths of a model in place, and return which are on and why the others are not.
+    """Enable the fast paths of a model in place; return which are on, and why the others are off.
 
-    `device` is where the model will run, `max_tokens` the most tokens of a text, `world_size` the number of processes.
+    `device` is the device that the model will run on, `max_tokens` the maximum number of tokens per text, and
+    `world_size` the number of processes.
     """
     path = FastPath(num_blocks=len(anatomy.blocks))
     status = dict.fromkeys(PATHS, PathStatus(False, reason=f"not on {device.type}", applies=False))
@@ -131,7 +131,7 @@ def _replace_dropout(model: nn.Module, path: FastPath) -> PathStatus:
 
 
 def _sparse_embeddings(model: nn.Module, path: FastPath, world_size: int) -> PathStatus:
-    """Give large trainable tables sparse gradients, unless another module shares the weight."""
+    """Use sparse gradients for large trainable embedding tables, unless another module shares the weight."""
     if world_size > 1:  # other processes would add to rows that this one has not looked up
         return PathStatus(False, reason=f"{world_size} processes")
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
@@ -145,7 +145,7 @@ def _sparse_embeddings(model: nn.Module, path: FastPath, world_size: int) -> Pat
             path.edits.set_forward(module, embedding)
             looked_up[module.weight] = embedding.rows
     path.looked_up = looked_up
-    return PathStatus(bool(looked_up), reason="" if looked_up else "no large trainable table of its own", applies=False)
+    return PathStatus(bool(looked_up), reason="" if looked_up else "no large unshared table to train", applies=False)
 
 
 def _grad_buffers(path: FastPath, fused: bool) -> PathStatus:
@@ -156,7 +156,7 @@ def _grad_buffers(path: FastPath, fused: bool) -> PathStatus:
 
 
 def _why_padded(model: Any, device: torch.device, autocast_dtype: torch.dtype | None) -> PathStatus | None:
-    """Return the status of a model whose blocks keep padding without a trial; None if they are to be tried."""
+    """Return the status of `unpadded` if padding cannot be removed; None if it should be tried."""
     if device.type not in ("cpu", "cuda"):
         return PathStatus(False, reason=f"not on {device.type}", applies=False)
     if not isinstance(model.get_input_embeddings(), nn.Embedding):
@@ -180,7 +180,7 @@ def _accelerate_blocks(
     autocast_dtype: torch.dtype | None,
     max_tokens: int,
 ) -> dict[str, PathStatus]:
-    """Remove padding, then fuse blocks; keep what leaves the results equal."""
+    """Remove padding, then fuse blocks; keep each change only if the model's results stay equal."""
     status = dict.fromkeys(("unpadded", "fused_blocks", "last_block"), NEEDS_UNPADDED)
     padded_attention = model.config._attn_implementation
     if not blocks:
@@ -208,7 +208,10 @@ def _accelerate_blocks(
 
 
 def _try(edits: Edits, probe: Probe, change: Callable[[Edits], None]) -> str:
-    """Apply a change and keep it if the model's results stay equal; else undo it and return the reason."""
+    """Apply a change and keep it if the model's results stay equal; else undo it and return the reason.
+
+    A change that fails is tried again if the tolerance can be widened to the model's own rounding errors.
+    """
     reason = _try_once(edits, probe, change)
     if reason and probe.measure_rounding():
         reason = _try_once(edits, probe, change)
@@ -232,7 +235,7 @@ def _try_once(edits: Edits, probe: Probe, change: Callable[[Edits], None]) -> st
 def _fuse(
     model: Any, anatomy: Anatomy, blocks: Sequence[nn.Module], buffers: GradBuffers, edits: Edits, probe: Probe
 ) -> tuple[PathStatus, dict[nn.Module, BlockPattern]]:
-    """Fuse the blocks that match a pattern; blocks with LayerNorm do not show which one, so both are tried."""
+    """Fuse the blocks that match a pattern. A block with LayerNorm may be post-norm or pre-norm, so both are tried."""
     reason = ""
     for kind in fused_blocks.KINDS:
         patterns, unsupported = dict[nn.Module, BlockPattern](), ""
@@ -251,7 +254,7 @@ def _fuse(
                 fused_blocks.fuse_block(pattern, trial)
 
         reason = _try(edits, probe, fuse)
-        buffers.clear()  # the probe has filled those of frozen weights too
+        buffers.clear()  # the probe has also filled buffers of frozen weights
         if not reason:
             fused = tuple(name for block, name in zip(blocks, anatomy.blocks, strict=True) if block in patterns)
             return PathStatus(True, fused, unsupported), patterns
@@ -287,7 +290,7 @@ def _find_last_block(
 
 
 def _restrict_last_block(model: Any, pattern: BlockPattern, trial: Edits, probe: Probe) -> LastBlock | str:
-    """Find the tokens that the head reads and compute no others, in eval mode; return the reason where that fails."""
+    """Find the tokens that the head reads and compute the last block only for them; return the reason if this fails."""
     recorded, recording, batch = list[tuple[Tensor, Layout]](), Edits(), short_batch(model)
     try:
         with torch.enable_grad():
@@ -330,9 +333,9 @@ def _use_graphs(model: Any, path: FastPath, max_tokens: int) -> PathStatus:
 
 
 def _use_eager_attention(model: Any, path: FastPath) -> PathStatus:
-    """Let an encoder-decoder compute attention by plain products: over sentences a fourth faster in backward."""
+    """Use eager attention in an encoder-decoder: for sentences its backward pass is a fourth faster than SDPA's."""
     if path.unpadded or not model.config.is_encoder_decoder:
-        return PathStatus(False, reason="for an encoder-decoder with padding", applies=False)
+        return PathStatus(False, reason="only for an encoder-decoder that computes with padding", applies=False)
     if model.config._attn_implementation != "sdpa":
         return PathStatus(False, reason=f"the model uses {model.config._attn_implementation}", applies=False)
     path.edits.set_attention(model, "eager")

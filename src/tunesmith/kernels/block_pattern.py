@@ -27,7 +27,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
 }
-"""By transformers' names."""
+"""Name in transformers' configs -> `Activation`."""
 
 
 class UnsupportedBlock(Exception):
@@ -36,7 +36,7 @@ class UnsupportedBlock(Exception):
 
 @dataclass(frozen=True)
 class DropoutPart:
-    """A dropout probability, that of an `nn.Dropout` or a number among a module's attributes; without a module 0."""
+    """A dropout probability: `p` of an `nn.Dropout`, or an attribute of another module. It is 0 without a module."""
 
     module: nn.Module | None = None
     name: str = "p"
@@ -54,14 +54,14 @@ class DropoutPart:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """Inputs of a block beside its hidden states."""
+    """Inputs of a block in addition to its hidden states."""
 
     groups: AttentionGroups
     positions: Tensor | None = None
-    """Positions of the query tokens; None if all tokens are."""
+    """Positions of the query tokens; None if all tokens are queries."""
 
     cos_sin: tuple[Tensor, Tensor] | None = None
-    """Rotary position embedding."""
+    """Cosine and sine of the rotary position embedding."""
 
     relative_bias: Tensor | None = None
     encoder: EncoderStates | None = None
@@ -69,7 +69,7 @@ class BlockInputs:
 
 @dataclass(frozen=True)
 class EncoderStates:
-    """Encoder states that a decoder's block attends to."""
+    """Encoder states that a decoder block attends to."""
 
     states: Tensor  # (total, width)
     groups: AttentionGroups
@@ -77,7 +77,7 @@ class EncoderStates:
 
 @dataclass(frozen=True)
 class AttentionPart:
-    """Projections and settings of one attention."""
+    """Projections and settings of one attention module."""
 
     module: nn.Module
     """Parent of the query projection, and of a prefix if there is one."""
@@ -85,22 +85,22 @@ class AttentionPart:
     query: nn.Module
     key: nn.Module
     value: nn.Module
-    """Fused projections are one and the same module."""
+    """The same module as `query` and `key` if the three projections are fused."""
 
     output: nn.Module
     width: int
-    """Of a head."""
+    """Width of a head."""
 
     num_heads: int
-    """Of the query."""
+    """Number of query heads."""
 
     dropout: DropoutPart
-    """On attention weights."""
+    """Dropout on the attention weights."""
 
     buffers: GradBuffers
 
     def __call__(self, queries: Tensor, x: Tensor, inputs: BlockInputs) -> Tensor:
-        """Return W_o attend(...) for the query tokens, which are among x or from another row.  # (queries, width)"""
+        """Return W_o attend(...) for the query tokens; keys and values are projections of x.  # (queries, width)"""
         positions = inputs.positions
         if self.query is self.key:
             (fused,) = self._apply(x, self.query)
@@ -136,10 +136,10 @@ class AttentionPart:
 
 @dataclass(frozen=True)
 class BlockPattern:
-    """The parts of one block. Subclasses order them as a formula."""
+    """The parts of one block. A subclass implements its formula."""
 
     is_pre_norm: ClassVar[bool]
-    """Norms come before the residual sums; only such blocks may have a gated MLP."""
+    """True if the norms come before attention and MLP. Only such blocks may have a gated MLP."""
 
     block: nn.Module
     attention: AttentionPart
@@ -150,16 +150,16 @@ class BlockPattern:
     norms: tuple[Any, ...]
     activation: Activation
     dropouts: tuple[DropoutPart, DropoutPart, DropoutPart]
-    """On the attention output, inside the MLP, on the MLP output."""
+    """Dropout on the attention output, inside the MLP, and on the MLP output."""
 
     buffers: GradBuffers
 
     def __call__(self, x: Tensor, inputs: BlockInputs) -> Tensor:
-        """(total, width) -> (queries, width)."""
+        """Return the output of the block.  # (total, width) -> (queries, width)"""
         raise NotImplementedError
 
     def mlp(self, x: Tensor) -> Tensor:
-        """(queries, width) -> (queries, width)."""
+        """Return the output of the MLP.  # (queries, width) -> (queries, width)"""
         if self.mlp_gate is not None:
             if self.mlp_gate is self.mlp_up:
                 gate, up = self._apply(x, self.mlp_up)[0].chunk(2, 1)
@@ -179,19 +179,19 @@ class BlockPattern:
 
 
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation", "activation_function", "dense_act_fn")
-"""In a model's config."""
+"""Keys of a model's config for the name of its activation."""
 
 ATTENTION_EXTRAS = ("prefix", "relative_attention_bias")
-"""Modules that an attention may have beside its projections."""
+"""Modules that an attention module may have in addition to its projections."""
 
 Pattern = TypeVar("Pattern", bound=BlockPattern)
 
 
 def match_block(model: Any, block: nn.Module, roles: Roles, kind: type[Pattern], buffers: GradBuffers) -> Pattern:
-    """Return the parts of a block as a pattern of this kind; `roles` are the module paths inside the block.
+    """Return the parts of a block as a pattern of this kind; `roles` maps each role to module paths in the block.
 
     Raises:
-        UnsupportedBlock: the block has other parts than the pattern.
+        UnsupportedBlock: the block does not match the pattern.
     """
     config = model.config
     names = [name for key in ACTIVATION_KEYS if isinstance(name := getattr(config, key, None), str)]
@@ -200,11 +200,11 @@ def match_block(model: Any, block: nn.Module, roles: Roles, kind: type[Pattern],
         raise UnsupportedBlock(f"activation {names[0]} is not implemented" if names else "no known activation")
     modules = {role: [block.get_submodule(path) for path in paths] for role, paths in roles.items()}
     projections = [modules.get(role, []) for role in ("query", "key", "value", "attention_output")]
-    single = [modules.get(role, []) for role in ("mlp_up", "mlp_down", *(["mlp_gate"] if "mlp_gate" in roles else []))]
+    mlp = [modules.get(role, []) for role in ("mlp_up", "mlp_down", *(["mlp_gate"] if "mlp_gate" in roles else []))]
     count = len(projections[0])
     if count not in (1, 2) or {len(one) for one in projections} != {count}:
         raise UnsupportedBlock("attention without query, key, value and output projections")
-    if {len(one) for one in single} != {1}:
+    if {len(one) for one in mlp} != {1}:
         raise UnsupportedBlock("MLP without one up and one down projection")
     if len({id(one[0]) for one in projections[:3]}) == 2:
         raise UnsupportedBlock("two of the query, key and value projections are fused")
@@ -212,9 +212,9 @@ def match_block(model: Any, block: nn.Module, roles: Roles, kind: type[Pattern],
     if len(norms) != count + 1 or not _norms_match(norms, kind, roles):
         raise UnsupportedBlock(f"{len(norms)} norms of type {type(norms[0]).__name__ if norms else 'none'}")
     attentions = [block.get_submodule(path.rpartition(".")[0]) for path in roles["query"]]
-    parts = [*chain(*projections, *single), *norms]
-    called = {id(module) for part in chain(*projections, *single) for module in part.modules()} | {id(block)}
-    for path, module in block.named_modules():  # a hook on a module that is not called would be lost
+    parts = [*chain(*projections, *mlp), *norms]
+    called = {id(module) for part in chain(*projections, *mlp) for module in part.modules()} | {id(block)}
+    for path, module in block.named_modules():  # hooks of a module run only if it is called
         if (module._forward_hooks or module._forward_pre_hooks) and id(module) not in called:
             raise UnsupportedBlock(f"hook on {path}")
     extras = [
@@ -226,17 +226,17 @@ def match_block(model: Any, block: nn.Module, roles: Roles, kind: type[Pattern],
             raise UnsupportedBlock(f"parameter {name} has no known role")
     on_weights, others = _dropouts(config, block, roles, attentions, parts)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = [
+    attention_parts = [
         AttentionPart(module, q, k, v, out, getattr(module, "head_dim", width), config.num_attention_heads, p, buffers)
         for module, q, k, v, out, p in zip(attentions, *projections, on_weights, strict=True)
     ]
     return kind(
         block,
-        attention=heads[0],
-        cross_attention=heads[1] if count == 2 else None,
-        mlp_up=single[0][0],
-        mlp_down=single[1][0],
-        mlp_gate=single[2][0] if single[2:] else None,
+        attention=attention_parts[0],
+        cross_attention=attention_parts[1] if count == 2 else None,
+        mlp_up=mlp[0][0],
+        mlp_down=mlp[1][0],
+        mlp_gate=mlp[2][0] if mlp[2:] else None,
         norms=tuple(norms),
         activation=activation,
         dropouts=others,
@@ -245,7 +245,7 @@ def match_block(model: Any, block: nn.Module, roles: Roles, kind: type[Pattern],
 
 
 def _norms_match(norms: Sequence[Any], kind: type[BlockPattern], roles: Roles) -> bool:
-    """Tell if the pattern has such norms; the first one of ModernBERT is an identity."""
+    """Return whether the norms fit the pattern. The first norm of ModernBERT is an identity."""
     gated = "mlp_gate" in roles
     if all(type(norm) in (nn.LayerNorm, nn.Identity) for norm in norms):
         return not (gated and not kind.is_pre_norm) and not (kind.is_pre_norm and "last_norm" in roles)
@@ -262,15 +262,15 @@ def _dropouts(
     """Return the dropout on each attention's weights, and the three of `BlockPattern`.
 
     Raises:
-        UnsupportedBlock: there is dropout elsewhere, which would be lost.
+        UnsupportedBlock: the block has another dropout, which the pattern would not apply.
     """
     on_weights = [_dropouts_in(attention)[0] for attention in attentions]
     if getattr(config, "attention_dropout", None) and any(one.module is None for one in on_weights):
-        raise UnsupportedBlock("attention dropout at an unknown place")
+        raise UnsupportedBlock("attention dropout in an unknown place")
     if (layered := _dropouts_of_layers(block, roles)) is not None:
         *of_sums, inside, of_mlp = layered
         if len({one.in_training for one in of_sums}) != 1:
-            raise UnsupportedBlock("the dropouts of its attentions differ")
+            raise UnsupportedBlock("self-attention and cross-attention have different dropout")
         _refuse_other_dropout(block, parts, [*on_weights, *layered])
         return on_weights, (of_sums[0], inside, of_mlp)
     homes = [block.get_submodule(roles[role][0].rpartition(".")[0]) for role in ("attention_output", "mlp_down")]
@@ -282,14 +282,15 @@ def _dropouts(
     if "mlp_gate" in roles:  # such blocks have no other dropout than that on attention weights
         others = (DropoutPart(), DropoutPart(), DropoutPart())
     elif of_mlp.module is None:
-        raise UnsupportedBlock("no dropout after its MLP")
+        raise UnsupportedBlock("no dropout after the MLP")
     _refuse_other_dropout(block, parts, [*on_weights, *others])
     return on_weights, others
 
 
 def _dropouts_of_layers(block: nn.Module, roles: Roles) -> list[DropoutPart] | None:
-    """Return the dropouts of a block with one sub-layer per residual sum (T5): of each attention's, in the MLP, of the
-    MLP's; None for any other block.
+    """Return the dropouts of a block with one sub-layer per residual sum (T5); None for any other block.
+
+    They are that of each attention sub-layer, that inside the MLP, and that of the MLP sub-layer.
     """
     mlp = roles["mlp_down"][0].rpartition(".")[0]
     layers = [path.rpartition(".")[0] for path in (*(path.rpartition(".")[0] for path in roles["query"]), mlp)]
@@ -302,7 +303,7 @@ def _dropouts_of_layers(block: nn.Module, roles: Roles) -> list[DropoutPart] | N
 
 
 def _dropouts_in(module: nn.Module) -> list[DropoutPart]:
-    """Return the dropouts among a module's children, or its probability as a number; one of 0 if there is none."""
+    """Return a module's attribute `dropout` if it is a number, else its dropout children, else one dropout of 0."""
     if isinstance(getattr(module, "dropout", None), int | float):
         return [DropoutPart(module, "dropout")]
     return [DropoutPart(child) for child in module.children() if isinstance(child, nn.Dropout)] or [DropoutPart()]

@@ -3,8 +3,8 @@
 Over a vocabulary of 30,000 the LM head costs more than the blocks. `logits_at` applies it to the chosen tokens alone.
 `token_loss` and `token_log_probs` stop the forward pass at the LM head and continue from the hidden states.
 
-A model may scale its logits, add a bias, or apply a soft cap. `lm_head_of` finds out by feeding known numbers in place
-of the LM head's output, and returns an `LMHead` only if one of these explains the model's logits.
+A model may scale its logits, add a bias, or apply a soft cap. `lm_head_of` detects this by replacing the LM head's
+output by known numbers. It returns an `LMHead` only if one of the three explains the model's logits.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ IGNORE_INDEX = -100
 """Padding of labels in transformers."""
 
 MIN_PARAMETERS = 2**20
-"""Fewest weights of an LM head that is worth it."""
+"""Minimum number of weights of an LM head for which the chunked loss is used."""
 
 
 @dataclass
 class LMHead:
-    """A language model's last linear layer, and what the model does to its output."""
+    """A language model's LM head, and the scale, soft cap and bias that turn its output into logits."""
 
     linear: nn.Linear
     scale: float = 1.0
@@ -52,11 +52,11 @@ class LMHead:
     _cast: tuple[Any, Tensor] | None = field(default=None, repr=False)
 
     def forward(self, _: nn.Module, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
-        """Stand in for the layer's forward pass; a frozen weight is cast to the autocast dtype once."""
+        """Return the output of the layer; a frozen weight is cast to the autocast dtype only once."""
         return F.linear(input, self.weight(), self.linear.bias)
 
     def weight(self) -> Tensor:
-        """Return the weight, a frozen one in the dtype of autocast."""
+        """Return the weight; a frozen one is in the autocast dtype."""
         weight, device = self.linear.weight, self.linear.weight.device.type
         if weight.requires_grad or not torch.is_autocast_enabled(device):
             return weight
@@ -161,7 +161,7 @@ def shift_tokens_right(model: Any, labels: Tensor) -> Tensor:
     return moved.masked_fill(moved == IGNORE_INDEX, model.config.pad_token_id)
 
 
-# --- finding out what a model does to its logits
+# --- detection of scale, bias and soft cap
 
 
 def lm_head_of(model: Any) -> LMHead | str | None:
@@ -180,26 +180,26 @@ def lm_head_of(model: Any) -> LMHead | str | None:
 
 @torch.no_grad()
 def _fit_head(model: Any, output: nn.Linear) -> LMHead | str:
-    """Explain a model's logits by a scale, soft cap or shift of the LM head's output."""
-    given = torch.linspace(-100, 100, output.out_features, device=output.weight.device)
-    plus, minus = (_logits_for(model, output, one) for one in (given, -given))
+    """Return the LM head with the scale, soft cap or bias that explains the model's logits; a reason if none does."""
+    values = torch.linspace(-100, 100, output.out_features, device=output.weight.device)
+    plus, minus = (_logits_for(model, output, one) for one in (values, -values))
     if plus is None or minus is None:
         return "the model does not return one logit per output of its LM head"
     shift, odd = (plus + minus) / 2, (plus - minus) / 2
-    scale, softcap = float(odd[-1] / given[-1]), getattr(model.config, "final_logit_softcapping", None)
+    scale, softcap = float(odd[-1] / values[-1]), getattr(model.config, "final_logit_softcapping", None)
     shifted = bool(shift.abs().max() > 1e-3)
-    if torch.allclose(odd, given, rtol=1e-4, atol=1e-3):
+    if torch.allclose(odd, values, rtol=1e-4, atol=1e-3):
         return LMHead(output, shift=shift if shifted else None)
-    if not shifted and torch.allclose(odd, scale * given, rtol=1e-4, atol=1e-3):
+    if not shifted and torch.allclose(odd, scale * values, rtol=1e-4, atol=1e-3):
         return LMHead(output, scale=scale)
-    if not shifted and softcap and torch.allclose(odd, softcap * torch.tanh(given / softcap), rtol=1e-4, atol=1e-3):
+    if not shifted and softcap and torch.allclose(odd, softcap * torch.tanh(values / softcap), rtol=1e-4, atol=1e-3):
         return LMHead(output, softcap=float(softcap))
     return "neither a scale nor a bias nor the soft cap of its config explains the model's logits"
 
 
-def _logits_for(model: Any, output: nn.Linear, given: Tensor) -> Tensor | None:
-    """Return the logits that a model makes of given numbers in place of the LM head's output."""  # (vocabulary,)
-    handle = output.register_forward_hook(lambda *_: given[None, None])
+def _logits_for(model: Any, output: nn.Linear, values: Tensor) -> Tensor | None:
+    """Return a model's logits if `values` replaces the output of its LM head."""  # (vocabulary,)
+    handle = output.register_forward_hook(lambda *_: values[None, None])
     ids = torch.ones(1, 1, dtype=torch.long, device=output.weight.device)
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     try:
@@ -207,4 +207,4 @@ def _logits_for(model: Any, output: nn.Linear, given: Tensor) -> Tensor | None:
             logits: Tensor = model(input_ids=ids, **more).logits.float()
     finally:
         handle.remove()
-    return logits[0, 0] if logits.shape == (1, 1, len(given)) else None
+    return logits[0, 0] if logits.shape == (1, 1, len(values)) else None

@@ -1,10 +1,10 @@
-"""A small encoder's forward and backward pass on a GPU as one CUDA graph each, for every shape that recurs.
+"""CUDA graphs of a small encoder's forward and backward pass, one per pass and recurring input shape.
 
 A step of BERT over some thousand tokens is a few hundred kernels of microseconds each, and launching them takes several
-times as long as running them. A graph launches all at once. It is bound to a shape, so lengths are rounded up to few. A
-shape is captured when it has occurred several times. Its graph is used only if it returns the outputs and gradients of
-the plain pass for another batch than the captured one. `torch.cuda.make_graphed_callables` does the capture; dropout
-draws from the loop's seed, with a graph as without.
+times as long as running them. A graph launches all of them at once. It is bound to a shape, so lengths are rounded up
+to a few values. A shape is captured after it has occurred several times. Its graph is used only if its outputs and
+gradients equal those of the plain pass for a batch other than the captured one. `torch.cuda.make_graphed_callables`
+captures the graphs. Dropout depends on the loop's seed, with and without a graph.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ MIN_OCCURRENCES = 3
 """Occurrences of a shape before its capture, which takes as long as about five steps."""
 
 MAX_PARAMETERS, MAX_TOKENS = 400_000_000, 8192
-"""Of a model and of a batch: beyond, kernels run longer than their launch takes."""
+"""Maximum size of a model and of a batch: beyond these, kernels take longer than their launch."""
 
 GRAPH_TOLERANCE = 0.02
-"""Largest distance of outputs and gradients from those of the plain pass, relative to their norm: bf16 has 8 bits."""
+"""Maximum relative distance of outputs and gradients from those of the plain pass; bf16 has 8 significant bits."""
 
 INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 Capture = Callable[[nn.Module, tuple[Tensor, ...]], Any]
@@ -52,24 +52,24 @@ class _Call(nn.Module):
 
 
 class CudaGraphs:
-    """Stand-in for a model's `forward`; inputs that it does not support take the plain pass."""
+    """Replacement of a model's `forward`; inputs that it does not support use the plain pass."""
 
     def __init__(
         self, model: Any, longest: int, capture: Capture | None, on_failure: Callable[[str], None] | None = None
     ) -> None:
         self.model, self.plain, self.longest = model, model.forward, longest
         self.capture: Capture | None = capture
-        """None once a capture failed or returned other results."""
+        """None after a capture has failed or a graph has had different results."""
         self.on_failure = on_failure
         # recomputation needs the generator state of dropout, which a graph does not provide
         self.checkpoints: list[Any] = [one for one in model.modules() if hasattr(one, "gradient_checkpointing")]
         self.parameters: list[nn.Parameter] = list(model.parameters())  # once, because it takes milliseconds
         self.seen, self.graphs = Counter[Any](), dict[Any, Any]()
         self.waiting = False
-        """True until the backward pass, which needs what the next forward pass would overwrite."""
+        """True from a graph's forward pass to its backward pass, whose inputs another forward pass would overwrite."""
 
     def __call__(self, **inputs: Any) -> Any:
-        """Compute the model's `forward`, in training by graphs over rounded lengths."""
+        """Run the forward pass; in training with graphs, over rounded lengths."""
         if not self._supports(inputs):
             return self.plain(**inputs)
         length, names = inputs["input_ids"].shape[1], tuple(sorted(inputs))
@@ -106,7 +106,7 @@ class CudaGraphs:
         if self.capture is None or key not in self.graphs or self.waiting:
             return plain(*inputs)  # type: ignore[no-any-return]
         for parameter in trainable:
-            if parameter.grad is not None:  # the graph is about to write the next one to the same memory
+            if parameter.grad is not None:  # the graph writes the next gradient to the same memory
                 parameter.grad = parameter.grad.clone()
         logits: Tensor = self.graphs[key](*inputs)
         self.waiting = True
@@ -117,7 +117,7 @@ class CudaGraphs:
         self.waiting = False
 
     def _try(self, key: Any, plain: _Call, inputs: tuple[Tensor, ...], trainable: list[nn.Parameter]) -> None:
-        """Capture a shape with the batch's rows in another order; keep it if its results in this order are right."""
+        """Capture a graph with the batch's rows in another order; keep it if its results in this order are right."""
         assert self.capture is not None, "the caller checks it"
         try:
             with _fork_generators(inputs[0]), _no_cast_cache(inputs[0]):
@@ -135,13 +135,13 @@ class CudaGraphs:
             self.capture = None
             if self.on_failure is not None:
                 self.on_failure(reason)
-            warnings.warn(f"CUDA graphs are off, which costs time only: {reason}", stacklevel=2)
+            warnings.warn(f"CUDA graphs are off, which affects only speed: {reason}", stacklevel=2)
         else:
             self.graphs[key] = graph
 
 
 class TorchCapture:
-    """Capture by PyTorch; all graphs share one memory pool, because no two run at once."""
+    """Capture with PyTorch; all graphs share one memory pool, because no two run at once."""
 
     def __init__(self) -> None:
         self.pool: Any = None
@@ -156,11 +156,11 @@ class TorchCapture:
 
 
 def why_no_graphs(model: Any) -> str:
-    """Return the reason why a model does not train by graphs; empty if it may."""
+    """Return the reason why a model cannot train with CUDA graphs; empty if it can."""
     if model.config.is_encoder_decoder:
         return "encoder-decoder"
     if model.get_output_embeddings() is not None:
-        return "the loss selects tokens of an LM head, which a graph cannot"
+        return "the loss selects tokens of an LM head, which a graph cannot do"
     if sum(parameter.numel() for parameter in model.parameters()) > MAX_PARAMETERS:
         return f"more than {MAX_PARAMETERS:,} parameters"
     return ""
@@ -172,19 +172,21 @@ def _autocast(x: Tensor) -> tuple[bool, torch.dtype]:
 
 
 def _no_cast_cache(x: Tensor) -> Any:
-    """Turn off autocast's cache: the graph would use a cached cast of old weights."""
+    """Return an autocast context without cache: a graph would keep using a cached cast of old weights."""
     enabled, dtype = _autocast(x)
     return torch.autocast(x.device.type, dtype, enabled, cache_enabled=False)
 
 
 def _fork_generators(x: Tensor) -> Any:
-    """Restore the state of the random generators afterwards."""
+    """Return a context that restores the state of the random generators."""
     return torch.random.fork_rng([x.device] if x.device.type == "cuda" else [])
 
 
 def _with_padding(inputs: tuple[Tensor, ...], names: tuple[str, ...]) -> tuple[Tensor, ...]:
-    """Mask the last position of all texts: without any padding transformers drops the mask, which a graph cannot, and
-    attention then draws its dropout in another order.
+    """Mask the last position of all texts.
+
+    Without padding transformers drops the mask, which a graph cannot do, and attention then draws its dropout in
+    another order.
     """
     return tuple(
         F.pad(x[:, :-1], (0, 1)) if name == "attention_mask" else x for name, x in zip(names, inputs, strict=True)

@@ -1,4 +1,4 @@
-"""Reversible changes to the modules of one model: own forward functions, hooks, settings."""
+"""Reversible changes to the modules of a model: replaced methods, hooks, settings."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Edits:
         self._undo: list[Callable[[], None]] = []
 
     def set_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """Let `forward(module, ...)` compute this instance's forward pass."""
+        """Replace the forward pass of this instance by `forward(module, ...)`."""
         self.set_method(module, "forward", forward)
 
     def set_method(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        """Let `function(module, ...)` stand in for a method of this instance."""
+        """Replace a method of this instance by `function(module, ...)`."""
         owner, before = weakref.ref(module), vars(module).get(name)
         setattr(module, name, MethodType(function, module))
 
@@ -37,7 +37,7 @@ class Edits:
         self._undo.append(undo)
 
     def add_hooks(self, *handles: Any) -> None:
-        """Own the handles of registered hooks."""
+        """Add the handles of registered hooks."""
         self._undo += [handle.remove for handle in handles]
 
     def set_attention(self, model: Any, name: str) -> None:
@@ -52,7 +52,7 @@ class Edits:
         self._undo.append(undo)
 
     def extend(self, other: Edits) -> None:
-        """Take over the changes of another list."""
+        """Move the changes of another list to this one."""
         self._undo += other._undo
         other._undo = []
 
@@ -64,7 +64,7 @@ class Edits:
 
 @contextmanager
 def set_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put all modules into training or eval mode for a while, and restore the mode of each."""
+    """Temporarily put all modules into training or eval mode; restore the mode of each afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.train(training)

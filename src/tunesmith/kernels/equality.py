@@ -26,7 +26,7 @@ from tunesmith.kernels.unpadded import layout_in
 __all__ = ["OUTPUT_TOLERANCE", "PROBE_ERRORS", "Probe", "explain", "short_batch"]
 
 PROBE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a model may raise on an input or a mask that it does not expect."""
+"""Exceptions that a model may raise for an unexpected input or mask."""
 
 LENGTHS, SHORT_LENGTHS, SHORT_TARGETS = (72, 71, 69, 46), (8, 5, 3, 6), (4, 2, 8, 6)
 """Tokens of the texts; 72 is more than one side of the narrowest sliding window (ModernBERT: 64). With and without

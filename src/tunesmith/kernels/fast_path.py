@@ -1,4 +1,4 @@
-"""`FastPath`: which fast paths one model takes, for which blocks, and why it does not take the others."""
+"""The fast paths of one model: which are on, for which blocks, and why the others are off."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ __all__ = ["FastPath", "PathStatus", "fast_path"]
 
 @dataclass(frozen=True)
 class PathStatus:
-    """One fast path on one model."""
+    """Status of one fast path on one model."""
 
     on: bool
     blocks: tuple[str, ...] = ()
-    """Module paths of the blocks that take it; empty for a path outside the blocks."""
+    """Module paths of the blocks that use it; empty for a fast path outside the blocks."""
 
     reason: str = ""
-    """Why it is off, or off for some blocks."""
+    """Reason why it is off, or off for some blocks."""
 
     applies: bool = True
-    """False if the path is not meant for such a model or device, so that nobody misses it."""
+    """False if the path is not meant for this model or device. The run's output then does not mention it."""
 
 
 @dataclass
 class FastPath:
-    """The fast paths of one model. All that code outside the model needs to know about them is here."""
+    """The fast paths of one model, and what code outside the kernels needs to know about them."""
 
     statuses: dict[str, PathStatus] = field(default_factory=dict)
-    """By name, in the order of the run's output."""
+    """Name -> status, in the order of the run's output."""
 
     num_blocks: int = 0
     unpadded: bool = False
-    """Blocks compute on valid tokens only, so that padding costs nothing."""
+    """True if blocks compute on valid tokens only, so that padding costs nothing."""
 
     last_block: LastBlock | None = None
-    """Which tokens' outputs of the last block are read; None if unknown."""
+    """The tokens of the last block whose output is read; None if unknown."""
 
     lm_head: LMHead | None = None
-    """Loss and scores from hidden states; None if they take logits."""
+    """The LM head, if loss and log-probabilities are computed from hidden states; None if from logits."""
 
     looked_up: Mapping[Tensor, LookedUpRows] = field(default_factory=dict)
     """Embedding table -> its rows that have a gradient or momentum."""
@@ -64,12 +64,12 @@ class FastPath:
     _model: weakref.ref[nn.Module] | None = None
 
     def attach(self, model: nn.Module) -> None:
-        """Let `fast_path(model)` return this object."""
+        """Register this object as the result of `fast_path(model)`."""
         self._model = weakref.ref(model)
         _PATHS[model] = self
 
     def undo(self) -> None:
-        """Put the model's own code back."""
+        """Restore the model's own code."""
         self.edits.undo()
         self.unpadded, self.last_block, self.lm_head = False, None, None
         self.looked_up, self.buffers = {}, NO_BUFFERS
@@ -84,14 +84,14 @@ class FastPath:
         for name, status in self.statuses.items():
             label = name.replace("_", " ")
             if status.on:
-                some = 0 < len(status.blocks) < self.num_blocks
-                on.append(f"{label} ({len(status.blocks)} of {self.num_blocks} blocks)" if some else label)
+                partly = 0 < len(status.blocks) < self.num_blocks
+                on.append(f"{label} ({len(status.blocks)} of {self.num_blocks} blocks)" if partly else label)
             if status.reason and status.applies:
-                off.append(f"{label}{' of the others' if status.on else ''} ({status.reason})")
+                off.append(f"{label}{' in the other blocks' if status.on else ''} ({status.reason})")
         return f"fast paths: {', '.join(on) or 'none'}" + (f"; off: {'; '.join(off)}" if off else "")
 
     def dump(self) -> dict[str, Any]:
-        """Return everything as plain values, for `run.json`."""
+        """Return the statuses as plain values, for `run.json`."""
         return {
             name: {
                 "on": status.on,
@@ -103,7 +103,7 @@ class FastPath:
 
     @contextmanager
     def with_padding(self, model: Any) -> Iterator[None]:
-        """Let a model attend with padding for a while, as generation with a key-value cache needs."""
+        """Temporarily use the model's own attention, with padding, for generation with a key-value cache."""
         if not self.unpadded:
             yield
             return
@@ -116,7 +116,7 @@ class FastPath:
 
     @contextmanager
     def all_tokens(self) -> Iterator[None]:
-        """Let the last block compute all tokens for a while, as a model without its virtual tokens needs."""
+        """Temporarily compute the last block for all tokens, for a model whose virtual tokens are disabled."""
         if self.last_block is None:
             yield
             return
@@ -128,10 +128,10 @@ class FastPath:
 
 
 _PATHS: WeakKeyDictionary[nn.Module, FastPath] = WeakKeyDictionary()
-"""Tasks and techniques are given a model and nothing beside it; here they find its fast path. An entry lives as long as
-its model; a copy of the model has none."""
+"""Model -> its fast paths, for tasks and techniques, which receive only the model. An entry lives as long as its model;
+a copy of the model has none."""
 
 
 def fast_path(model: nn.Module) -> FastPath:
-    """Return the fast path of a model; one that is off throughout if `accelerate` has not been called on it."""
+    """Return the fast paths of a model; all are off if `accelerate` has not been called on it."""
     return _PATHS.get(model) or FastPath()

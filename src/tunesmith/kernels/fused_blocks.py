@@ -1,4 +1,4 @@
-"""Transformer blocks in few passes over memory, for models whose blocks compute without padding.
+"""Fused transformer blocks, with few passes over memory, for models whose blocks compute without padding.
 
 Post-norm (BERT, Devlin 2019, arXiv 1810.04805; BART, Lewis 2020, arXiv 1910.13461):
 
@@ -10,10 +10,10 @@ Pre-norm (GPT-2, Radford 2019; mBART, Liu 2020, arXiv 2001.08210), with rotary e
     n = norm(x)    h = x + D (W_o attend(R W_q n, R W_k n, W_v n))    m = norm(h)    z = h + D (W_down f(W_up m))
                                                                           or z = h + W_down (f(W_gate m) * W_up m)
 
-A decoder's block has cross-attention with a norm of its own between the two parts; its keys and values are projections
-of the encoder states. The block's modules stay in place and hold the parameters; only the order of computation is ours,
-and only while the block computes without padding. `match_block` recognizes a block by the roles of its parts;
-`accelerate` keeps the fused forward pass if outputs and gradients stay equal.
+A decoder block has cross-attention with its own norm between attention and MLP; its keys and values are projections of
+the encoder states. The modules of a block stay in place and hold its parameters. Only its forward pass is replaced,
+and only for inputs without padding. `match_block` recognizes a block by the roles of its parts; `accelerate` keeps the
+fused forward pass if outputs and gradients stay equal.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PostNorm(BlockPattern):
     is_pre_norm = False
 
     def __call__(self, x: Tensor, inputs: BlockInputs) -> Tensor:
-        """(total, width) -> (queries, width)."""
+        """Return the output of the block.  # (total, width) -> (queries, width)"""
         p, encoder = self.dropouts[0].p, inputs.encoder
         queries = x if inputs.positions is None else x.index_select(0, inputs.positions)
         _, h = _add_norm(queries, self.attention(queries, x, inputs), self.norms[0], p)
@@ -63,7 +63,7 @@ class PreNorm(BlockPattern):
     is_pre_norm = True
 
     def __call__(self, x: Tensor, inputs: BlockInputs) -> Tensor:
-        """(total, width) -> (queries, width)."""
+        """Return the output of the block.  # (total, width) -> (queries, width)"""
         p, encoder, positions = self.dropouts[0].p, inputs.encoder, inputs.positions
         n = _norm(x, self.norms[0])
         queries, x = (n, x) if positions is None else (n.index_select(0, positions), x.index_select(0, positions))
@@ -105,7 +105,7 @@ def fuse_block(
     last_block: LastBlock | None = None,
     record: Callable[[Tensor, Layout], None] | None = None,
 ) -> None:
-    """Let a block compute by its pattern wherever it computes without padding.
+    """Replace a block's forward pass by its pattern, for inputs without padding.
 
     `last_block` selects the tokens to compute; `record` is called with the block's output.
     """
@@ -114,8 +114,8 @@ def fuse_block(
 
     def forward(block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout, cross = layout_in(args, kwargs), cross_layout_in(args, kwargs)
-        given = dict(zip(names, args, strict=False)) | kwargs
-        states, bias = given.get(STATES), given.get(BIAS)
+        named = dict(zip(names, args, strict=False)) | kwargs
+        states, bias = named.get(STATES), named.get(BIAS)
         if layout is None or hidden_states.shape[0] != 1 or (cross is None) != (states is None):
             return plain(block, hidden_states, *args, **kwargs)
         if bias is None and has_relative_bias(pattern.attention.module):
@@ -132,14 +132,14 @@ def fuse_block(
             out = pattern(x, BlockInputs(groups, positions, kwargs.get("position_embeddings"), bias, encoder))
             return out if positions is None else out.new_zeros(layout.total, out.shape[1]).index_copy(0, positions, out)
 
-        # since 5.2x transformers' gradient checkpointing wraps the class's `forward`, which this one replaces
+        # since 5.2x transformers wraps the class's `forward` for gradient checkpointing, and this one replaces it
         recompute = getattr(block, "gradient_checkpointing", False) and block.training and hasattr(plain, "__wrapped__")
         call = block._gradient_checkpointing_func if recompute else _call
         out = call(compute, hidden_states, states, bias)
         if record is not None:
             out = out.detach().requires_grad_()
             record(out, layout)
-        return (out[None], bias, None) if BIAS in names else out[None]  # the next block is given the bias
+        return (out[None], bias, None) if BIAS in names else out[None]  # the model passes the bias to the next block
 
     edits.set_forward(pattern.block, forward)
 

@@ -1,8 +1,8 @@
-"""The last block computed only for the tokens whose output is read: it needs the keys of all tokens, but few queries.
+"""The last block, computed only for the tokens whose output is read; it needs the keys of all tokens, but few queries.
 
-A classification head reads one token of a text; nothing reads the last block's output of the others. Queries, the
-block's output and its MLP are then computed where they are read, at a fraction of a block's cost. The gradient of the
-logits shows which tokens the head reads, so that no head has to be known by name.
+A classification head reads one token of a text; the last block's output of the other tokens is not used. Queries, MLP
+and output are then computed only for the tokens that are read, at a fraction of the cost of a block. The gradient of
+the logits shows which tokens the head reads, so that no head needs to be known by name.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ __all__ = ["LastBlock", "QueryGroup", "read_positions", "select_queries"]
 
 @dataclass
 class LastBlock:
-    """Tokens of the last block whose output is read. Valid only while the whole model is called: `active`."""
+    """Tokens of the last block whose output is read. Valid only while the whole model runs (`active`)."""
 
     offset: int
     """Distance of the token that the head reads from the start (or end) of a text, or the number of virtual tokens
     before the token whose logits are read."""
 
     reads: Literal["begin", "end", "each"]
-    """'each': every token has logits."""
+    """End of a text from which `offset` counts; 'each' if every token has logits."""
 
     disabled: bool = False
-    """True while the virtual tokens before the text are absent."""
+    """True while the virtual tokens before the text are disabled."""
 
     active: bool = False
     tokens: tuple[Tensor, Tensor] | None = None
-    """Rows and positions of the only tokens whose logits are read at present."""
+    """Rows and positions of the only tokens whose logits are read; None if all are."""
 
     _cache: WeakKeyDictionary[Layout, Tensor | None] = field(default_factory=WeakKeyDictionary)
 
     def needed(self, layout: Layout) -> Tensor | None:
         """Return (row, position) of each token that is read; None if all are."""  # (needed, 2)
-        if not self.active or layout.device.type != "cpu":  # a GPU's kernel has one query per key
+        if not self.active or layout.device.type != "cpu":  # the GPU kernel needs one query per key
             return None
         if self.reads == "each":
             if self.tokens is None:
                 return None
             row, position = self.tokens
-            if self.offset and bool((position == 0).any()):  # a prompt may leave the first token before its vectors
+            if self.offset and bool((position == 0).any()):  # the first token may be in front of the virtual tokens
                 return None
             return torch.stack([row, position + self.offset], 1)
         rows = torch.arange(layout.batch_size)
@@ -61,14 +61,14 @@ class LastBlock:
         return torch.stack([rows, torch.full_like(rows, self.offset) if self.reads == "begin" else ends], 1)
 
     def needed_once(self, layout: Layout) -> Tensor | None:
-        """Return `needed` as of the first call for a layout, so that a recomputation in backward gives the same."""
+        """Return the first result of `needed` for a layout, so that recomputation in the backward pass has the same."""
         if layout not in self._cache:
             self._cache[layout] = self.needed(layout)
         return self._cache[layout]
 
     @contextmanager
     def only(self, row: Tensor, position: Tensor) -> Iterator[None]:
-        """Declare for a while that only the logits of the tokens at (row, position) are read."""
+        """Declare that only the logits of the tokens at (row, position) are read inside the `with` block."""
         self.tokens = row, position
         try:
             yield
@@ -76,7 +76,7 @@ class LastBlock:
             self.tokens = None
 
     def watch(self, model: nn.Module, edits: Edits) -> None:
-        """Be active while the model is called as a whole."""
+        """Set `active` while the whole model runs."""
 
         def begin(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             all_read = kwargs.get("output_hidden_states") or (self.reads == "end" and _has_pad_token(model, kwargs))
@@ -92,7 +92,7 @@ class LastBlock:
 
 
 def _has_pad_token(model: Any, inputs: dict[str, Any]) -> bool:
-    """Tell if a text contains the padding token: a head that looks for the last other token then reads elsewhere."""
+    """Return whether a text contains the padding token, which misleads a head that looks for the last other token."""
     ids, mask, pad = inputs.get("input_ids"), inputs.get("attention_mask"), model.config.pad_token_id
     if ids is None or pad is None or ids.device.type != "cpu":
         return False
@@ -102,7 +102,7 @@ def _has_pad_token(model: Any, inputs: dict[str, Any]) -> bool:
 def read_positions(logits: Tensor, states: Tensor, layout: Layout) -> LastBlock | str:
     """Find which tokens of the last block's `states` (total, width) these logits depend on.
 
-    Returns the reason if they are not one token per text at a fixed distance from its start or end.
+    Return the reason if they are not one token per text at a fixed distance from its start or end.
     """
     one = logits[:, 1] if logits.ndim == 3 else logits
     (grad,) = torch.autograd.grad(one.float().sum(), states)
@@ -127,19 +127,19 @@ class QueryGroup:
 
     def __init__(self, group: Group, positions: list[Any], firsts: Any) -> None:
         counts = np.array([len(own) for own in positions])
-        self.rows, self._group, self._most = group.rows, group, max(1, int(counts.max()))
-        filled = np.arange(self._most) < counts[:, None]
-        self.query_positions = np.where(filled, firsts[:, None] + np.arange(self._most), -1)
-        """Index of each query among all queries, -1 for padding.  # (rows, most)"""
-        self._positions = torch.zeros(self.rows, self._most, dtype=torch.long)
+        self.rows, self._group, self._max_queries = group.rows, group, max(1, int(counts.max()))
+        filled = np.arange(self._max_queries) < counts[:, None]
+        self.query_positions = np.where(filled, firsts[:, None] + np.arange(self._max_queries), -1)
+        """Index of each query among all queries, -1 for padding.  # (rows, max queries)"""
+        self._positions = torch.zeros(self.rows, self._max_queries, dtype=torch.long)
         self._positions[torch.from_numpy(filled)] = torch.from_numpy(np.concatenate(positions)).long()
 
     def bias(self, dtype: torch.dtype, prefix: int) -> Tensor | None:
-        """Select the queries from the group's mask.  # (rows or 1, 1, most or 1, prefix + longest)"""
+        """Return the group's additive mask for these queries.  # (rows or 1, 1, max queries or 1, prefix + longest)"""
         bias = self._group.bias(dtype, prefix)
         if bias is None or bias.shape[2] == 1:
             return bias
-        positions = self._positions.view(self.rows, 1, self._most, 1).expand(-1, -1, -1, bias.shape[3])
+        positions = self._positions.view(self.rows, 1, self._max_queries, 1).expand(-1, -1, -1, bias.shape[3])
         return bias.expand(self.rows, -1, -1, -1).gather(2, positions)
 
 

@@ -1,8 +1,8 @@
-"""Positions of a batch's valid tokens in one row without padding, and the groups in which they attend.
+"""Layout of a batch without padding: positions of its valid tokens in one row, and groups in which they attend.
 
 Sequences of similar length attend in one call, padded to the longest of them; a decoder's sequences attend to their own
-encoder states. The model's own mask function decides which query attends to which key, so that causal and sliding
-windows are those of the model. On a GPU all sequences are concatenated for PyTorch's variable-length kernel.
+encoder states. The model's own mask function decides which query attends to which key, so causal masks and
+sliding windows are the model's. On a GPU all sequences are concatenated for PyTorch's variable-length kernel.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ __all__ = ["CrossAttentionGroup", "CrossAttentionLayout", "Group", "Layout", "kn
 
 ROUND_TOKENS, ROUND_LENGTH = 32, 8
 """Tokens of a step and lengths of a group are multiples of these: oneDNN compiles a kernel for each new shape (about a
-millisecond and half a megabyte each), and caches a thousand."""
+millisecond and half a megabyte each), and caches at most a thousand."""
 
 VARLEN_DEVICES = ("cuda",)
 """Device types on which PyTorch has a variable-length kernel."""
 
 GROUP_COST, FOURS_COST = 16384, 8192
-"""Cost of one more group, in padded pairs of tokens, and the cost that is worth a multiple of four sequences per group:
-each new number of sequences compiles four kernels, half a megabyte each."""
+"""Costs in padded pairs of tokens: that of one more group, and the extra cost that is accepted if all groups then have
+a multiple of four sequences. oneDNN compiles four kernels for each new number of sequences, half a megabyte each."""
 
 _KNOWN: ContextVar[Mapping[int, Any] | None] = ContextVar("known_lengths", default=None)
 
 
 @contextmanager
 def known_lengths(by_width: Mapping[int, Any]) -> Iterator[None]:
-    """Tell layouts the sequence lengths of padded batches of these widths, so that none is read from the device.
+    """Provide sequence lengths to the layouts that are created inside the `with` block, which need not read the device.
 
     `by_width`: width of the padded batch -> lengths, as a NumPy array.
     """
@@ -52,7 +52,7 @@ def known_lengths(by_width: Mapping[int, Any]) -> Iterator[None]:
 
 
 def _lengths(mask: Tensor, tokens: int) -> Any:
-    """Return the number of valid tokens in each row, from the host where it is known there."""
+    """Return the number of valid tokens in each row; read the mask only if `known_lengths` does not have them."""
     known = (_KNOWN.get() or {}).get(tokens)
     if known is not None and len(known) == len(mask):
         return known
@@ -60,7 +60,7 @@ def _lengths(mask: Tensor, tokens: int) -> Any:
 
 
 def group_bounds(lengths: Any) -> list[tuple[int, int]]:
-    """Cut ascending lengths into groups that attend in one call each."""
+    """Return the (start, end) bounds of groups that attend in one call each; `lengths` are ascending."""
     rounded = lengths + -lengths % ROUND_LENGTH
     cuts = {}
     for rows in (4, 1):
@@ -75,7 +75,7 @@ def group_bounds(lengths: Any) -> list[tuple[int, int]]:
 
 
 class Layout:
-    """Positions of the valid tokens of a batch that is padded on the right, and which of them attend to which."""
+    """Positions of the valid tokens of a batch that is padded on the right, and the groups in which they attend."""
 
     def __init__(self, mask: Tensor | None, batch_size: int, tokens: int, mask_function: Callable[..., Any]) -> None:
         lengths = np.full(batch_size, tokens) if mask is None else _lengths(mask, tokens)
@@ -87,19 +87,19 @@ class Layout:
         self.groups = [Group(self, order[a:b]) for a, b in group_bounds(lengths[order])]
         self.spare = -int(starts[-1]) % ROUND_TOKENS
         if batch_size > 1 and starts[-1] + self.spare == tokens:
-            self.spare += ROUND_TOKENS  # one row of all tokens must differ in shape from one row of the batch
+            self.spare += ROUND_TOKENS  # (1, total) must not be mistaken for a padded (1, tokens)
         self.total = int(starts[-1]) + self.spare
         self.positions = _valid_positions(lengths, tokens).to(self.device)
         self._cross: CrossAttentionLayout | None = None
 
     @cached_property
     def padded_view(self) -> PaddedView:
-        """Its tokens as padded groups."""
+        """The tokens as padded groups."""
         return PaddedView([group.token_positions() for group in self.groups], self.total, self.device)
 
     @cached_property
     def attention_groups(self) -> AttentionGroups:
-        """Its groups; on a GPU also all sequences concatenated, with the spare tokens as one more sequence."""
+        """The groups; on a GPU also all sequences concatenated, with the spare tokens as one more sequence."""
         known = self.mask_function in (causal_mask_function, bidirectional_mask_function)
         if not known or self.device.type not in VARLEN_DEVICES or _is_old_gpu(self.device):
             return AttentionGroups(self.groups, self.padded_view, self.padded_view)
@@ -110,19 +110,22 @@ class Layout:
         return AttentionGroups(self.groups, self.padded_view, self.padded_view, sequences)
 
     def cross(self, keys: Layout) -> CrossAttentionLayout:
-        """Return how its tokens attend to those of another layout, sequence to sequence."""
+        """Return the layout of cross-attention, in which each sequence attends to the same sequence of `keys`."""
         if self._cross is None or self._cross.keys is not keys:
             self._cross = CrossAttentionLayout(self, keys)
         return self._cross
 
     def unpad(self, x: Tensor) -> Tensor:
-        """(batch or 1, tokens, ...) -> (1, total, ...): the valid tokens, and copies of the first one as spare."""
+        """Select the valid tokens, and append copies of the first one as spare tokens.
+
+        # (batch or 1, tokens, ...) -> (1, total, ...)
+        """
         if x.shape[0] == 1 and self.batch_size > 1:
             x = x.expand(self.batch_size, *x.shape[1:])
         return Unpad.apply(x.flatten(0, 1), self.positions, self.spare)[None]  # type: ignore[no-any-return, no-untyped-call]
 
     def pad(self, x: Tensor) -> Tensor:
-        """(1, total, ...) -> (batch, tokens, ...), zero where there is padding."""
+        """Restore padding, with zeros.  # (1, total, ...) -> (batch, tokens, ...)"""
         rows = Pad.apply(x[0], self.positions, self.batch_size * self.tokens)  # type: ignore[no-untyped-call]
         return rows.view(self.batch_size, self.tokens, *x.shape[2:])  # type: ignore[no-any-return]
 
@@ -135,7 +138,7 @@ class Group:
         contiguous = layout.is_sorted if contiguous is None else contiguous
         self.device, self.mask_function = layout.device, layout.mask_function
         self.members = members
-        """Indices of its sequences in the batch."""
+        """Indices of the sequences in the batch."""
         longest = int(lengths.max())
         self.rows, self.longest = len(lengths), longest + -longest % ROUND_LENGTH
         self.has_no_padding = bool((lengths == self.longest).all())
@@ -143,22 +146,22 @@ class Group:
         self._starts, self._lengths = starts, lengths
         self._biases: dict[Any, Tensor] = {}
         self.causal = self.mask_function is causal_mask_function
-        """No token attends to a later one, hence no valid token attends to padding."""
+        """True if no token attends to a later one, so that no valid token attends to padding."""
 
     def token_positions(self) -> Any:
-        """Return the position of each of its tokens, -1 for padding.  # (rows, longest)"""
+        """Return the position of each token in the layout, -1 for padding.  # (rows, longest)"""
         positions = np.arange(self.longest)
         return np.where(positions < self._lengths[:, None], self._starts[:, None] + positions, -1)
 
     @cached_property
     def indices(self) -> Tensor:
-        """Positions of its valid tokens in the layout."""
+        """Positions of the group's valid tokens in the layout."""
         positions = self.token_positions()
         return torch.from_numpy(positions[positions >= 0]).to(self.device)
 
     @cached_property
     def positions(self) -> Tensor:
-        """Positions of its valid tokens in its padded rectangle."""
+        """Positions of the group's valid tokens in its padded rectangle."""
         return _valid_positions(self._lengths, self.longest).to(self.device)
 
     @cached_property
@@ -175,7 +178,7 @@ class Group:
         return mask
 
     def bias(self, dtype: torch.dtype, prefix: int) -> Tensor | None:
-        """Return `mask` as numbers to add to scores, with a prefix that all attend to; None without a mask."""
+        """Return `mask` as numbers to add to scores, after `prefix` keys that all may see; None without a mask."""
         if self.mask is None:
             return None
         key = dtype, prefix
@@ -186,7 +189,7 @@ class Group:
         return self._biases[key]
 
     def gather(self, x: Tensor) -> Tensor:
-        """(total, heads, width) -> (rows, heads, longest, width)."""
+        """Select and pad the tokens of the group.  # (total, heads, width) -> (rows, heads, longest, width)"""
         own = x[self.tokens] if self.tokens is not None else Unpad.apply(x, self.indices, 0)  # type: ignore[no-untyped-call]
         if not self.has_no_padding:
             own = Pad.apply(own, self.positions, self.rows * self.longest)  # type: ignore[no-untyped-call]
@@ -195,7 +198,7 @@ class Group:
     gather_queries = gather
 
     def release(self, x: Tensor) -> Tensor:
-        """(rows, heads, longest, width) -> (valid tokens of the group, heads, width)."""
+        """Remove the padding.  # (rows, heads, longest, width) -> (valid tokens of the group, heads, width)"""
         own = x.transpose(1, 2).flatten(0, 1)
         return own if self.has_no_padding else Unpad.apply(own, self.positions, 0)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -213,7 +216,7 @@ class CrossAttentionLayout:
         self._unpadded: Tensor | None = None
 
     def states(self, x: Tensor) -> Tensor:
-        """Unpad encoder states, once for the same tensor.  # (batch, tokens, width) -> (1, total, width)"""
+        """Unpad encoder states; keep the result for the same tensor.  # (batch, tokens, width) -> (1, total, width)"""
         if self._unpadded is None or self._padded is not x:
             self._padded, self._unpadded = x, self.keys.unpad(x)
         return self._unpadded
@@ -243,7 +246,7 @@ class CrossAttentionGroup:
 
 
 def _is_old_gpu(device: torch.device) -> bool:
-    """Tell if a GPU lacks what PyTorch's variable-length kernel (FlashAttention-2) needs."""
+    """Return whether a GPU is too old for PyTorch's variable-length kernel (FlashAttention-2)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
 

@@ -1,8 +1,8 @@
-"""Attention with learned keys and values before those of the text, for prefix tuning.
+"""Attention with trained keys and values in front of those of the text, for prefix tuning.
 
-An attention module with a child `prefix` attends to its keys and values as well; others stay as they are. transformers'
-public registry of attention functions is the way in; nothing is patched. `attention_inputs` records the inputs of a
-model's attention modules, so that no name and no class has to be known.
+An attention module with a child `prefix` attends to its keys and values as well; others are unchanged. The
+function is registered in transformers' public attention interface; nothing is patched. `attention_inputs` records the
+inputs of a model's attention modules, so that no module name or class needs to be known.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME, RECORD = "tunesmith_prefix", "tunesmith_record"
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Inputs of one attention module on a probe."""
+    """Inputs of one attention module in a trial forward pass."""
 
     path: str
     queries: int
@@ -43,7 +43,7 @@ def prefixed(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attend over prefix and text by PyTorch's attention; an attention function for transformers."""
+    """Attend over prefix and text with PyTorch's attention (an attention function for transformers)."""
     queries, keys = query.shape[2], key.shape[2]
     key, value, length = prefixed(module, key, value)
     if not length:
@@ -62,17 +62,17 @@ def attention(
 
 
 def _prepend(columns: Tensor, more: Tensor) -> Tensor:
-    """Put more columns before (..., keys)."""
+    """Prepend columns.  # (..., keys) -> (..., more + keys)"""
     return torch.cat([more.expand(*columns.shape[:-1], more.shape[-1]).to(columns.dtype), columns], -1)
 
 
 def use_prefixes(model: Any) -> None:
-    """Let every attention module of a model attend to its prefix."""
+    """Make every attention module of a model attend to its prefix."""
     model.set_attn_implementation(NAME)
 
 
 def supports_attention_functions(model: Any) -> bool:
-    """Tell if a model's attention modules call a registered attention function."""
+    """Return whether a model's attention modules call a registered attention function."""
     return hasattr(model, "set_attn_implementation") and bool(model._can_set_attn_implementation())
 
 

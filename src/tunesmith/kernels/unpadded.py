@@ -1,13 +1,13 @@
 """Blocks that compute on valid tokens only: padding is removed before the first block and restored after the last.
 
 The model's interface stays as it is: (batch, tokens) in, padded states out, so that heads and tasks need no change.
-Between blocks the states are one row of tokens. A `Layout` travels in place of the model's attention mask, and
-attention runs over groups of sequences of similar length. transformers' public registries of attention and mask
-functions are the way in; nothing is patched. On a GPU the sequences are concatenated for PyTorch's variable-length
-kernel, in half precision and without dropout; anything else is computed in groups there too.
+Between blocks the states are one row of tokens. A `Layout` is passed in place of the model's attention mask, and
+attention runs over groups of sequences of similar length. Both functions are registered in transformers' public
+interfaces for attention and masks; nothing is patched. On a GPU the sequences are concatenated for PyTorch's
+variable-length kernel, in half precision and without dropout; other cases are computed in groups, as on a CPU.
 
-A decoder's blocks get the states of its encoder as one row of tokens, and a `CrossAttentionLayout` in place of the mask
-over them.
+The blocks of a decoder receive the encoder states as one row of tokens, and a `CrossAttentionLayout` in place of their
+mask.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ __all__ = ["argument_names", "cross_layout_in", "layout_in", "remove_padding"]
 
 NAME = "tunesmith_unpadded"
 MAX_EXPLICIT_LENGTH = 512
-"""Longest sequences whose scores are computed explicitly: up to here PyTorch's fused attention takes 1.5 to 3 times as
-long, forward and backward (9 heads of 64, bf16); from 1,024 on it is faster."""
+"""Maximum length of sequences whose attention scores are computed explicitly. Up to this length PyTorch's fused
+attention takes 1.5 to 3 times as long, forward and backward (9 heads of 64, bf16); from 1,024 on it is faster."""
 
 ENCODER_PREFIX = "encoder_"
-"""Start of the names of a decoder block's arguments that come from the encoder."""
+"""Prefix of the names of a decoder block's arguments that come from the encoder."""
 
 
 def layout_as_mask(
@@ -51,9 +51,9 @@ def layout_as_mask(
     attention_mask: Tensor | None = None,
     **_: Any,
 ) -> Layout:
-    """Return a layout in place of a mask; a mask function for transformers."""
-    whole = q_length == kv_length or mask_function is bidirectional_mask_function  # cross-attention has both lengths
-    assert whole, "blocks without padding compute whole sequences, not one more token"
+    """Return a layout in place of a mask (a mask function for transformers)."""
+    whole = q_length == kv_length or mask_function is bidirectional_mask_function  # cross-attention: the lengths differ
+    assert whole, "attention without padding does not support a key-value cache"
     return Layout(attention_mask, batch_size, kv_length, mask_function)
 
 
@@ -68,18 +68,20 @@ def attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attend over (1, heads, total tokens, width); an attention function for transformers.
+    """Compute attention without padding (an attention function for transformers).
+
+    # query (1, heads, total, width), key and value (1, kv heads, total, width) -> (1, total, heads, width)
 
     Raises:
-        ValueError: the model needs a bias for each pair of tokens or attention sinks.
+        ValueError: the model has a position bias per pair of tokens, or attention sinks.
     """
     cross, bias = isinstance(attention_mask, CrossAttentionLayout), others.get("position_bias")
     if bias is not None and cross and not has_relative_bias(module):  # T5 passes zeros there
         bias = None
-    wrong = bias is not None and (bias.ndim != 2 or cross or hasattr(module, "prefix"))
-    if wrong or others.get("s_aux") is not None:
-        what = "position_bias for each pair of tokens" if wrong else "attention sinks"
-        raise ValueError(f"attention without padding has no {what}")
+    unsupported = bias is not None and (bias.ndim != 2 or cross or hasattr(module, "prefix"))
+    if unsupported or others.get("s_aux") is not None:
+        what = "a position bias per pair of tokens" if unsupported else "attention sinks"
+        raise ValueError(f"attention without padding does not support {what}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, heads, width)
     dropout = dropout if module.training else 0.0
     longest = max(group.longest for group in attention_mask.groups)
@@ -101,8 +103,8 @@ def attention(
         return output.view(1, *q.shape), None
     parts = [_attend(module, group, q, k, v, dropout, scaling, softcap) for group in attention_mask.groups]
     if attention_mask.groups[0].tokens is None:
-        back = torch.cat([group.indices for group in attention_mask.groups])
-        return Pad.apply(torch.cat(parts), back, attention_mask.total)[None], None  # type: ignore[no-untyped-call]
+        indices = torch.cat([group.indices for group in attention_mask.groups])
+        return Pad.apply(torch.cat(parts), indices, attention_mask.total)[None], None  # type: ignore[no-untyped-call]
     return torch.cat([*parts, parts[0].new_zeros(attention_mask.spare, *parts[0].shape[1:])])[None], None
 
 
@@ -142,7 +144,7 @@ AttentionMaskInterface.register(NAME, layout_as_mask)
 
 
 def remove_padding(model: Any, blocks: Sequence[nn.Module], edits: Edits) -> None:
-    """Let the blocks of a model compute without padding."""
+    """Change a model so that its blocks compute without padding."""
     paths = {module: path for path, module in model.named_modules()}
     last_of_stack = {paths[block].rpartition(".")[0]: block for block in blocks}
     for module in model.modules():
@@ -157,7 +159,7 @@ def remove_padding(model: Any, blocks: Sequence[nn.Module], edits: Edits) -> Non
 
 
 def _compute_bias(config: Any) -> Callable[..., Tensor]:
-    """Let T5's attention return one number for each distance while the model computes without padding."""
+    """Return a `compute_bias` for T5 that has one number per distance while the model computes without padding."""
 
     def compute_bias(module: Any, query_length: int, key_length: int, *args: Any, **kwargs: Any) -> Tensor:
         if config._attn_implementation == NAME:
@@ -169,7 +171,7 @@ def _compute_bias(config: Any) -> Callable[..., Tensor]:
 
 
 def _pass_lengths_on(model: nn.Module, edits: Edits) -> None:
-    """Hand the lengths that a batch knows on the host to the layouts of a forward pass."""
+    """Provide the lengths that are known on the host to the layouts of each forward pass."""
     contexts: list[Any] = []
 
     def begin(_: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -185,7 +187,7 @@ def _pass_lengths_on(model: nn.Module, edits: Edits) -> None:
 
 
 def _by_width(inputs: Mapping[str, Any]) -> dict[int, Any]:
-    """Return the known lengths of masks by the width of the padded batch; none for a width that two masks share."""
+    """Return width of the padded batch -> known lengths of its mask; a width that two masks share is left out."""
     masks = [value for name, value in inputs.items() if name.endswith("attention_mask") and isinstance(value, Tensor)]
     widths = [mask.shape[1] for mask in masks if mask.ndim == 2]
     known = {mask.shape[1]: lengths for mask in masks if mask.ndim == 2 and (lengths := host_lengths(mask)) is not None}
@@ -198,7 +200,7 @@ def layout_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Layout | None
 
 
 def cross_layout_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CrossAttentionLayout | None:
-    """Return the layout of cross-attention among a block's arguments; None without any."""
+    """Return the layout of cross-attention among a block's arguments; None if there is none."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, CrossAttentionLayout)), None)
 
 

@@ -38,7 +38,7 @@ def add(processor: Any, tokens: Sequence[str]) -> None:
             what = (
                 f"{shorten(token)} is repeated" if token.strip() == token else f"{shorten(token)} has spaces around it"
             )
-            raise RecipeError(f"{where}: {what}", hint="give each token once, without spaces around it")
+            raise RecipeError(f"{where}: {what}", hint="give each token once, without surrounding spaces")
         if token in known:
             raise RecipeError(f"{where}: {shorten(token)} is already a token of this model", hint="remove it")
     if tokens:

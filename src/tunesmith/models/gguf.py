@@ -84,7 +84,7 @@ def convert(file: Path, home: Path, *, where: str, say: Callable[[str], None]) -
 
 def _convert(file: Path, sha256: str, folder: Path, where: str, say: Callable[[str], None]) -> None:
     try:
-        import accelerate  # noqa: F401 - without it transformers refuses
+        import accelerate  # noqa: F401 - transformers requires it
         from gguf import GGUFReader
     except ImportError:
         what = "model: GGUF files need packages that are not installed"
@@ -92,7 +92,7 @@ def _convert(file: Path, sha256: str, folder: Path, where: str, say: Callable[[s
     size = file.stat().st_size
     say(f"converting {file.name} ({size / 1e6:.0f} MB) to safetensors (once; later runs use the copy)")
     try:
-        with quiet(), redirect_stderr(StringIO()):  # its progress bar ignores the verbosity
+        with quiet(), redirect_stderr(StringIO()):  # a progress bar ignores the verbosity
             reader = GGUFReader(file)
             formats = Counter[str]()
             for tensor in reader.tensors:
@@ -126,9 +126,8 @@ _ABOUT = {"architecture": "general.architecture", "license": "general.license", 
 
 def _load(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return a plain model and its tokenizer."""
-    with tempfile.TemporaryDirectory(
-        prefix="tunesmith-"
-    ) as folder:  # other files next to the GGUF may belong to another model
+    # a link in an empty folder, because other files next to the GGUF may belong to another model
+    with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         (Path(folder) / "model.gguf").symlink_to(file.resolve())
         options = {"gguf_file": "model.gguf", "local_files_only": True, "trust_remote_code": False}
         processor = transformers.AutoTokenizer.from_pretrained(folder, **options)

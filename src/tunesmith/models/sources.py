@@ -42,9 +42,8 @@ CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
 _PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9][A-Za-z0-9._+!-]*)(?P<member>/.+)?")
 _HUB = re.compile(r"(hf:)?(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 _HUB_GGUF = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)/(?P<file>[\w./-]+\.gguf)(@(?P<revision>[\w./-]+))?")
-_HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[
-    1
-]  # of the HTTP library that huggingface_hub uses, which has changed twice
+# the base class comes from the HTTP library of huggingface_hub, which has changed twice
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 Say = Callable[[str], None]
 
 
@@ -127,8 +126,8 @@ def resolve(spec: str, *, offline: bool = False, allow_pickle: bool = False, on_
         source = _from_gguf(spec, Path(spec).expanduser(), on_fetch)
     elif Path(spec).expanduser().is_file():
         folder = Path(spec).expanduser().parent
-        hint = f"give the folder that it is in, {folder}" if (folder / "config.json").is_file() else WANTED_HINT
-        raise RecipeError("model: it is a file", where=spec, hint=hint)
+        hint = f"give its folder, {folder}" if (folder / "config.json").is_file() else WANTED_HINT
+        raise RecipeError("model: a file, not a folder", where=spec, hint=hint)
     elif not spec.startswith("hf:") and (spec.startswith((".", "/", "~")) or spec.count("/") > 1):
         raise RecipeError("model: no such folder", where=spec, hint=_near(spec) or "check the path")
     else:

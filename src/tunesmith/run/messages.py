@@ -69,7 +69,7 @@ def epoch_line(steps: Sequence[loop.Step], loss: float, score: str) -> str:
 
 
 def conclude(run: Run, metrics: dict[str, Any]) -> None:
-    """Print the final scores beside the baseline, hints, and the next command."""
+    """Print the final scores, the baseline, hints, and the next command."""
     prepared, metric, console = run.prepared, run.metric, run.console
     before = metrics.get("before", {})
     for name in (*prepared.task.extra_eval_sets(), "validation", "test"):

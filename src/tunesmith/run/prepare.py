@@ -192,7 +192,7 @@ def load_base(
         _merge_earlier_adapter(recipe.model, offline, allow_pickle, console)
     else:
         console.say(f"continuing the adapter of {run}")
-    with parallel.main_process_first():  # it downloads and converts, the others use the result
+    with parallel.main_process_first():  # rank 0 downloads and converts; the others use the result
         source = sources.resolve(recipe.model, offline=offline, allow_pickle=allow_pickle, on_fetch=console.say)
     snapshot = source if run is None else continue_adapter.with_snapshot(source, run)
     processor = models.load_processor(snapshot, task.auto_class, task.added_tokens, kind=task.processor)
@@ -277,7 +277,7 @@ def _encode(read: dataset.Examples, bound: BoundTask, console: Console) -> dict[
     cache = sources.cache_home() / "encoded"
     processor_hash = models.processor_hash(bound.processor)
     rows = counted(sum(read.rows.values()), "row")
-    with console.during(f"encoding {rows}"), parallel.main_process_first():  # it encodes, the others open the files
+    with console.during(f"encoding {rows}"), parallel.main_process_first():  # rank 0 encodes
         encoded = dataset.encode_splits(read, bound, processor_hash, cache)
     notes = ((name, f": {note}") for name, split in encoded.items() for note in bound.notes(split))
     for note in merge_notes(notes):
@@ -287,7 +287,7 @@ def _encode(read: dataset.Examples, bound: BoundTask, console: Console) -> dict[
 
 def _augment(read: dataset.Examples, bound: BoundTask, recipe: Recipe, offline: bool, console: Console) -> Augmented:
     cache, steps = sources.cache_home(), read.data.augment or []
-    with parallel.main_process_first():  # it translates, the others read the file
+    with parallel.main_process_first():  # rank 0 translates; the others read the file
         texts, device = augment.texts_of(read.splits["train"].rows(), read.task.columns), recipe.train.device
         folder = cache / "translated-back"
         translations = back_translate(texts, steps, folder, device=device, offline=offline, say=console.say)

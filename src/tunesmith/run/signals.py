@@ -42,7 +42,7 @@ class Signals:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let the block check `requested` and stop by itself; raise `Stopped` after it otherwise."""
+        """Only set `requested` inside the `with` block, which checks it; raise `Stopped` at its end if it is set."""
         self._deferred = True
         try:
             yield

@@ -29,7 +29,7 @@ class TrainState:
     seconds: float = 0.0
     examples: int = 0
     cost: int = 0
-    """In the units of the task (tokens, pixels)."""
+    """Cost of the examples, in the units of the task (tokens, pixels)."""
     loss_sum: float = 0.0
     """Sum of the losses since the last evaluation, over resumed runs too."""
     loss_steps: int = 0

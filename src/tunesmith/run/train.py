@@ -53,7 +53,7 @@ def train(
     protected from `overwrite`.
 
     Raises:
-        UserError: what the user can fix, with its exit code.
+        UserError: the user can fix it; it has an exit code.
     """
     console = console or Console()
     folder = Path(resume or recipe.output)
@@ -144,7 +144,7 @@ def _fit(run: Run, signals: Signals) -> None:
     since_evaluation: list[loop.Step] = []
     prepared.update_trainable(state.step)
     _score_base(run)
-    if _patience_exhausted(train, state):  # the run was killed after early stopping
+    if _patience_exhausted(train, state):  # it was killed after early stopping
         return
     with signals.deferred(), console.progress(total, state.step) as show:
         for step in loop.steps(engine, batches, factor, start=state.step, total=total):
@@ -233,7 +233,7 @@ def _handle_non_finite(run: Run, step: loop.Step) -> None:
     if train.on_nan == "stop" or state.skips > train.max_skips:
         hint = f"use a learning rate below {step.learning_rate:.1e}, precision=fp32, or on_nan=skip"
         raise NumericError(what, hint=hint)
-    with parallel.main_process_first():  # it moves damaged checkpoints aside before the others read
+    with parallel.main_process_first():  # rank 0 renames damaged checkpoints before the others read
         saved = checkpoint.newest(folder / "checkpoints", console.warn) if train.on_nan == "rollback" else None
     if saved is not None:
         _load_tensors(run, saved.tensors)
@@ -318,7 +318,7 @@ def _restore(run: Run, override: Collection[str]) -> None:
         loop.checkpoint_activations(engine)
     if parallel.rank() == 0:
         files.truncate_metrics(folder / "metrics.jsonl", saved.step)
-        for name, step in (("last", saved.step), ("best", state.best_step)):  # a kill may have come before these
+        for name, step in (("last", saved.step), ("best", state.best_step)):  # the process may have been killed before
             if step is not None and checkpoint.path_of(where, step).exists():
                 checkpoint.write_pointer(where, name, checkpoint.path_of(where, step))
     console.say(f"resumed after step {saved.step} of {prepared.total_steps}")

@@ -43,10 +43,10 @@ HEAD_FACTOR = 10.0
 
 
 class Technique(Plugin):
-    """Base class. Every technique trains the parameters in `anatomy.always_trainable` (a new head)."""
+    """Base class of techniques. Each one trains the parameters in `anatomy.always_trainable` (a new head)."""
 
     artifact: ClassVar[Literal["adapter", "model"]] = "model"
-    """What a run saves: `adapter/` in PEFT's format, or a whole `model/`."""
+    """Artifact that a run saves: `adapter/` in PEFT's format, or a whole `model/`."""
 
     starts_as_base: ClassVar[bool] = True
     """True if `apply` does not change the model's outputs."""
@@ -60,11 +60,11 @@ class Technique(Plugin):
         return [{}]
 
     def for_merge(self) -> Self:
-        """Return the technique for merging: over the original weights, if it trains over a quantized base."""
+        """Return the technique to merge with; one with a quantized base is merged into the original weights."""
         return self
 
     def quantization(self, anatomy: Anatomy) -> dict[str, Any]:
-        """Return the fields of transformers' `BitsAndBytesConfig` that load the quantized base; empty without one."""
+        """Return the fields of transformers' `BitsAndBytesConfig` that load a quantized base; empty otherwise."""
         return {}
 
     @property
@@ -82,7 +82,7 @@ class Technique(Plugin):
 
     @contextmanager
     def disabled(self, model: nn.Module) -> Iterator[None]:
-        """Run the model without what makes it differ from the base at the start, to evaluate the base."""
+        """Make an untrained model compute the outputs of its base; a technique that starts as the base does nothing."""
         yield
 
     def merge(self, model: nn.Module) -> None:
@@ -172,7 +172,7 @@ def rate_by_depth(decay: float, name: str, anatomy: Anatomy) -> float:
 
 
 def modules_to_save(anatomy: Anatomy) -> list[str]:
-    """Return the modules that are trained in full, PEFT's `modules_to_save`; rows of added tokens are saved apart.
+    """Return the modules that are trained in full, PEFT's `modules_to_save`; rows of added tokens are saved separately.
 
     Raises:
         RecipeError: a trainable parameter is not in a small module, so PEFT's format cannot hold it.
@@ -235,7 +235,7 @@ def read_config(folder: Path, peft_type: str) -> dict[str, Any]:
 
 
 def prompt_learning_tensors(model: nn.Module, rows: Tensor) -> dict[str, Tensor]:
-    """Return what PEFT saves of a prompt or prefix: its vectors, and the modules trained in full under other names."""
+    """Return the tensors that PEFT saves for a prompt or prefix: its vectors, and the modules trained in full."""
     trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     whole = {name: value for name, value in trainable.items() if not _is_prompt(name)}
     return {"prompt_embeddings": rows} | {f"base_model.{name}": value for name, value in whole.items()}
@@ -244,7 +244,7 @@ def prompt_learning_tensors(model: nn.Module, rows: Tensor) -> dict[str, Tensor]
 def load_prompt_learning(
     model: nn.Module, tensors: dict[str, Tensor], load: Callable[[nn.Module, dict[str, Tensor]], None]
 ) -> Tensor:
-    """Load the modules trained in full by `load`, and return the vectors.
+    """Load the modules trained in full with `load`, and return the vectors.
 
     Raises:
         CheckpointError: the vectors are missing.
@@ -267,9 +267,9 @@ def stacks_for_peft(model: nn.Module) -> int:
     return 2 if peft_task_type(model) == "SEQ_2_SEQ_LM" else 1
 
 
-def by_name(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a forward call by name, for a hook that changes some."""
-    return dict(zip(signature(module.forward).parameters, args, strict=False)) | given
+    return dict(zip(signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
 def _is_prompt(name: str) -> bool:

@@ -28,11 +28,11 @@ LEARNING_RATE = 2e-3
 """Best of three on validation (sst2, one epoch, one seed) at hidden size 384: docs/techniques/adapter.md."""
 
 PARALLEL_SCALE = 4.0
-"""From He 2022, where it was better than a learned scale."""
+"""Scale of the parallel adapter; better than a learned scale in He 2022."""
 
 
 class Bottleneck(nn.Module):
-    """Down-projection, activation, up-projection; the latter is initialized to zero."""
+    """Down-projection, activation and up-projection; the up-projection is initialized to zero."""
 
     def __init__(self, width: int, r: int, activation: Literal["gelu", "relu"], scale: float) -> None:
         super().__init__()

@@ -16,10 +16,10 @@ from tunesmith.models.anatomy import Anatomy
 from tunesmith.techniques import HEAD_FACTOR, Technique, rate_by_depth, rate_by_width, set_trainable
 
 LEARNING_RATE = 2e-4
-"""For the last blocks; measured at hidden size 384 (docs/techniques/freeze.md)."""
+"""Learning rate of the last blocks, measured at hidden size 384 (docs/techniques/freeze.md)."""
 
 HEAD_LEARNING_RATE = 1e-1
-"""For a head alone, measured at hidden size 384; lower for wider models."""
+"""Learning rate of a head alone, measured at hidden size 384; lower for wider models."""
 
 
 class Freeze(Technique):
@@ -76,12 +76,13 @@ class Freeze(Technique):
     def update_trainable(self, model: nn.Module, anatomy: Anatomy, progress: float) -> None:
         """Unfreeze one more block after each of last_n_blocks + 1 equal parts of the run, if `gradual`."""
         if self.gradual and self.last_n_blocks:
-            first = 0 if self._trainable(model, anatomy, 0) else 1  # without parameters above the blocks: the last one
+            # if nothing above the blocks has parameters, the last block is trained from the start
+            first = 0 if self._trainable(model, anatomy, 0) else 1
             unfrozen = min(self.last_n_blocks, max(first, int(progress * (self.last_n_blocks + 1))))
             set_trainable(model, self._trainable(model, anatomy, unfrozen))
 
     def _trainable(self, model: nn.Module, anatomy: Anatomy, blocks: int) -> set[str]:
-        """Return the parameters above the last `blocks` blocks and those in them."""
+        """Return the parameters of the last `blocks` blocks and of everything above them."""
         lowest = len(anatomy.blocks) + 1 - blocks
         above = {name for name, _ in model.named_parameters() if anatomy.depth_of(name) >= lowest}
         return above | anatomy.always_trainable if self.last_n_blocks else set(anatomy.always_trainable)

@@ -39,7 +39,7 @@ from tunesmith.techniques import (
 )
 
 LEARNING_RATE = 2e-3
-"""For two adapted projections per block and alpha = 2r; measured at hidden size 384 (docs/techniques/lora.md)."""
+"""Learning rate for two adapted projections per block and alpha = 2r, at hidden size 384 (docs/techniques/lora.md)."""
 
 PISSA_FACTOR = 0.25
 """PiSSA needs a lower learning rate: its factors are larger, and both have gradients from the first step."""
@@ -208,7 +208,7 @@ class Lora(Technique):
 
     @property
     def starts_as_base(self) -> bool:  # type: ignore[override]
-        """A quantized base changes the outputs slightly."""
+        """False with a quantized base, which changes the outputs slightly."""
         return self.bits is None
 
     def for_merge(self) -> Self:

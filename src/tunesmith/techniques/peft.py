@@ -59,7 +59,7 @@ class Peft(Technique):
 
     artifact: ClassVar[Literal["adapter", "model"]] = "adapter"
     starts_as_base: ClassVar[bool] = False
-    """Depends on the method; most do."""
+    """False, because it depends on the method."""
 
     type: str = Field("LOHA", min_length=1, description="PEFT's peft_type, such as LOHA, OFT, FOURIERFT")
     config: dict[str, Any] = Field({}, description="fields of PEFT's config for that type")
@@ -158,7 +158,7 @@ class Peft(Technique):
         return kept | {"inference_mode": True, "modules_to_save": modules_to_save(anatomy) or None}
 
     def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return what PEFT saves, and other trainable parameters."""
+        """Return the tensors that PEFT saves, and the other trainable parameters."""
         adapter = _library().get_peft_model_state_dict(model)
         inside = tuple(f"{path}." for path, _ in _layers(model))
         other = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(inside)}

@@ -42,7 +42,7 @@ LEARNING_RATE = 3e-2
 """Best of three on validation (sst2, one epoch, one seed) at hidden size 384: docs/techniques/prefix.md."""
 
 REPARAMETERIZED_LEARNING_RATE = 3e-4
-"""As above; at 1e-3 the model predicts only the majority class."""
+"""The same with `reparameterize`; at 1e-3 the model predicts only the majority class."""
 
 
 class PrefixEncoder(nn.Module):
@@ -85,12 +85,12 @@ class PrefixStates(nn.Module):
         if self.shared is None:
             return self.states
         _, heads, tokens, width = self.shape
-        with torch.autocast(self.up.weight.device.type, enabled=False):  # as when it is saved
+        with torch.autocast(self.up.weight.device.type, enabled=False):  # in fp32, as it is saved
             states: Tensor = self.up(self.shared())
         return states.view(tokens, 2, heads, width).permute(1, 2, 0, 3)
 
     def replace(self, states: Tensor) -> None:
-        """Set keys and values, trained directly from now on."""
+        """Set keys and values, which are trained directly from now on."""
         self.shape, self.shared = tuple(states.shape), None
         if hasattr(self, "up"):
             del self.up
@@ -244,12 +244,12 @@ def _prefixes(model: nn.Module) -> list[PrefixStates]:
     return [module for module in model.modules() if isinstance(module, PrefixStates)]
 
 
-def _shift_positions(prefix: PrefixStates, body: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-    """Let the positions of the text start after the prefix."""
-    given = by_name(body, args, given)
-    if given.get("position_ids") is None:
-        inputs = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+def _shift_positions(prefix: PrefixStates, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Shift the positions of the text, so that they start after the prefix."""
+    kwargs = by_name(body, args, kwargs)
+    if kwargs.get("position_ids") is None:
+        inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
         first = first_position(body)
-        given["position_ids"] = torch.arange(first, first + inputs.shape[1], device=inputs.device)[None]
-    given["position_ids"] = given["position_ids"] + prefix.tokens
-    return (), given
+        kwargs["position_ids"] = torch.arange(first, first + inputs.shape[1], device=inputs.device)[None]
+    kwargs["position_ids"] = kwargs["position_ids"] + prefix.tokens
+    return (), kwargs

@@ -224,34 +224,34 @@ def _is_bidirectional(body: Any, embedding: Any) -> bool:
     return not torch.equal(one, other)
 
 
-def _insert(embedding: Any, stack: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+def _insert(embedding: Any, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Insert the vectors before the tokens; during generation the cache already has them."""
-    given = by_name(stack, args, given)
+    kwargs = by_name(stack, args, kwargs)
     vectors = embedding.prompt()
     padding = (len(vectors), 0)
-    if given.get("attention_mask") is not None:
-        given["attention_mask"] = F.pad(given["attention_mask"], padding, value=1)
-    if given.get("position_ids") is not None:
-        given["position_ids"] = given["position_ids"] + len(vectors)
-    cache = given.get("past_key_values")
+    if kwargs.get("attention_mask") is not None:
+        kwargs["attention_mask"] = F.pad(kwargs["attention_mask"], padding, value=1)
+    if kwargs.get("position_ids") is not None:
+        kwargs["position_ids"] = kwargs["position_ids"] + len(vectors)
+    cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
-        return (), given
-    ids, embedded = given.pop("input_ids", None), given.get("inputs_embeds")
+        return (), kwargs
+    ids, embedded = kwargs.pop("input_ids", None), kwargs.get("inputs_embeds")
     if embedded is None:
         embedded = _embed(embedding, stack, ids)
-    given["inputs_embeds"] = torch.cat([vectors.to(embedded.dtype).expand(len(embedded), -1, -1), embedded], 1)
-    if given.get("position_ids") is not None:
-        before = torch.arange(len(vectors), device=embedded.device).expand(len(given["position_ids"]), -1)
-        given["position_ids"] = torch.cat([before, given["position_ids"]], 1)
-    if given.get("token_type_ids") is not None:
-        given["token_type_ids"] = F.pad(given["token_type_ids"], padding, value=0)
-    return (), given
+    kwargs["inputs_embeds"] = torch.cat([vectors.to(embedded.dtype).expand(len(embedded), -1, -1), embedded], 1)
+    if kwargs.get("position_ids") is not None:
+        before = torch.arange(len(vectors), device=embedded.device).expand(len(kwargs["position_ids"]), -1)
+        kwargs["position_ids"] = torch.cat([before, kwargs["position_ids"]], 1)
+    if kwargs.get("token_type_ids") is not None:
+        kwargs["token_type_ids"] = F.pad(kwargs["token_type_ids"], padding, value=0)
+    return (), kwargs
 
 
-def _remove_outputs(prompt: SoftPrompt, stack: Any, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> Any:
+def _remove_outputs(prompt: SoftPrompt, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Remove the outputs of the vectors; the repeated first token takes the state of the one in front."""
     count = len(prompt())
-    cache = given.get("past_key_values")
+    cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > output[0].shape[1]:
         return output  # the vectors were in an earlier call
 
@@ -268,9 +268,9 @@ def _remove_outputs(prompt: SoftPrompt, stack: Any, args: tuple[Any, ...], given
     return output
 
 
-def _extend_mask(prompt: SoftPrompt, decoder: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-    """Let a decoder attend to the outputs of the vectors."""
-    given = by_name(decoder, args, given)
-    if given.get("encoder_attention_mask") is not None:
-        given["encoder_attention_mask"] = F.pad(given["encoder_attention_mask"], (len(prompt()), 0), value=1)
-    return (), given
+def _extend_mask(prompt: SoftPrompt, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Extend the mask, so that a decoder attends to the outputs of the vectors."""
+    kwargs = by_name(decoder, args, kwargs)
+    if kwargs.get("encoder_attention_mask") is not None:
+        kwargs["encoder_attention_mask"] = F.pad(kwargs["encoder_attention_mask"], (len(prompt()), 0), value=1)
+    return (), kwargs

@@ -238,7 +238,7 @@ def _mark_corrupt(path: Path, reason: str) -> Path:
 
 
 def write_pointer(folder: Path, name: str, target: Path) -> None:
-    """Let `name` (best or last) point to a checkpoint, in one atomic write."""
+    """Make `name` (best or last) point to a checkpoint, in one atomic write."""
     atomic_write(folder / f"{name}.json", json.dumps({"step": _number(target), "folder": target.name}) + "\n")
 
 

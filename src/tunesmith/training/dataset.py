@@ -161,7 +161,7 @@ def _check_same_columns(opened: dict[str, Split], task: Task) -> None:
     for name, split in opened.items():
         for other in opened.values():
             redundant = texts if words is not None and words.name in split.table.columns else set()
-            ignored = {GROUP} | redundant  # a text beside its words adds no input
+            ignored = {GROUP} | redundant  # the text of tagged words adds no input
             if more := sorted(split.table.columns.keys() - other.table.columns.keys() - ignored):
                 what = f"no column for {more[0]}, which {name} has ({shorten(split.table.columns[more[0]])})"
                 hint = f"set data.columns.{more[0]}=NAME, or rename the column in {name} if it is not a {more[0]}"
@@ -230,7 +230,7 @@ def _read_usable(split: Split, task: Task, data: Data) -> _Part:
 
 
 def _check_swapped_columns(train: _Part, task: Task) -> None:
-    """Refuse nearly distinct labels beside few distinct texts: the two columns appear to be swapped."""
+    """Refuse many different labels with few different texts: the two columns appear to be swapped."""
     rows, columns = len(train.targets), train.split.table.columns
     texts, labels, main = len(np.unique(train.digests)), len(set(train.targets)), task.columns[0].name
     label = of_kind(task.columns, "label")
@@ -288,8 +288,8 @@ def _draw_splits(strata: splits.Indices, units: splits.Digests, data: Data, seed
     left = np.arange(len(strata))
     for name, fraction in (("test", data.test), ("validation", data.validation)):
         if isinstance(fraction, float):
-            of_left = min(fraction * len(strata) / len(left), 1.0)
-            kept, chosen = splits.stratified_split(strata[left], units[left], of_left, seed, name)
+            fraction_left = min(fraction * len(strata) / len(left), 1.0)
+            kept, chosen = splits.stratified_split(strata[left], units[left], fraction_left, seed, name)
             drawn[name] = left[chosen]
             left = left[kept]
     return drawn | ({"train": left} if drawn else {})

@@ -162,7 +162,7 @@ def baseline(task: BoundTask, train: Encoded, encoded: Encoded) -> dict[str, Any
 
 
 def random_scores(task: BoundTask, train: Encoded, encoded: Encoded) -> dict[str, Any]:
-    """Return the scores of random outputs, to know before training which metrics there are."""
+    """Return the scores of random outputs, which show before training which metrics the task has."""
     metrics, predictor = task.metrics(), task.baseline(train)
     drawn, left = torch.Generator().manual_seed(0), MAX_NUMBERS
     for batch, output in _baseline_outputs(task, encoded, predictor):

@@ -83,7 +83,7 @@ class Cut:
     """The model's mask argument for the tokens of this stack."""
 
     last_block: LastBlock | None = None
-    """The tokens that the head reads, where this is the last block of the model."""
+    """The tokens that the head reads, if this is the last block of the model."""
 
     recorded: Tensor | None = None
     current: Tensor | None = None
@@ -162,14 +162,14 @@ def _masks(features: Features) -> Callable[..., Any]:
     def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         features.masks = {name: kwargs.get(name) for name in MASKS}
         cut = features.cuts[0]
-        ids, mask, read = kwargs.get("input_ids"), kwargs.get("attention_mask"), cut.last_block
-        if cut.current is None or read is None or read.reads not in ("begin", "end") or read.offset:
+        ids, mask, last_block = kwargs.get("input_ids"), kwargs.get("attention_mask"), cut.last_block
+        if cut.current is None or last_block is None or last_block.reads not in ("begin", "end") or last_block.offset:
             return None
         if ids is None or mask is None or args or len(cut.current) != len(ids):
             return None  # on a GPU the states of all tokens are cached
-        place = torch.zeros_like(mask[:, :1]) if read.reads == "begin" else mask.sum(1, keepdim=True) - 1
+        position = torch.zeros_like(mask[:, :1]) if last_block.reads == "begin" else mask.sum(1, keepdim=True) - 1
         kwargs = {
-            name: value.gather(1, place) if isinstance(value, Tensor) and value.shape == ids.shape else value
+            name: value.gather(1, position) if isinstance(value, Tensor) and value.shape == ids.shape else value
             for name, value in kwargs.items()
         }
         features.masks = {name: kwargs.get(name) for name in MASKS}
@@ -213,7 +213,7 @@ def _block(
         states, *more = out if isinstance(out, tuple) else (out,)
         extras = len(more)
         if cut is not None:
-            if not ends_stack and any(isinstance(one, Tensor) for one in more):  # T5's position bias, say
+            if not ends_stack and any(isinstance(one, Tensor) for one in more):  # such as T5's position bias
                 raise _OtherOutputs(f"{path} returns other tensors besides hidden states")
             cut.recorded = _flat(cut, layout, features.masks[cut.mask], states)
         if cut is features.cuts[-1]:

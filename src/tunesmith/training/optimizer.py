@@ -32,12 +32,14 @@ ROWS = "rows"
 class RowwiseAdamW(torch.optim.AdamW):
     """Fused AdamW that updates only those rows of an embedding table that any step has looked up.
 
-    The others have no gradient and no momentum, and tables have no weight decay, so that they would not change: of
-    30,000 words the texts of a task contain a few thousand.
+    The other rows have no gradient and no momentum, and tables have no weight decay, so a step would not change them.
+    Of 30,000 words the texts of a task contain a few thousand.
     """
 
     looked_up: Mapping[Tensor, LookedUpRows] = MappingProxyType({})
     """Embedding table -> its rows with a gradient."""
+
+    grad_scale: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -97,8 +99,6 @@ class RowwiseAdamW(torch.optim.AdamW):
             grad_scale=self.grad_scale,
         )
         table.index_copy_(0, rows, weights)
-
-    grad_scale: Tensor | None = None
 
 
 def _compact(whole: Tensor, rows: Tensor) -> Tensor:

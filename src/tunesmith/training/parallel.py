@@ -24,7 +24,7 @@ from tunesmith.errors import RecipeError, ResourceError
 BUCKET_BYTES = 25 * 2**20
 
 BARRIER_TIMEOUT = timedelta(days=1)
-"""How long processes wait while the main process downloads a model or encodes texts."""
+"""Maximum time to wait while the main process downloads a model or encodes texts."""
 
 _barrier_group: Any = None
 """Gloo group of all processes, for barriers without a GPU."""
@@ -116,7 +116,7 @@ def command(*words: object) -> str:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called this function."""
     if world_size() > 1:
         with _collective():
             dist.barrier(group=_barrier_group)

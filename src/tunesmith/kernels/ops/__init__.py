@@ -1,1 +1,1 @@
-"""Arithmetic that is faster than the plain formula beside it, and equal to it."""
+"""Fast implementations of single operations, each tested against its plain formula."""

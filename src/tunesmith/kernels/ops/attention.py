@@ -7,14 +7,14 @@ PyTorch's fused attention has no dropout on a CPU, and is slower than these four
 tokens in bf16: 8.5 ms against 3.3). The backward pass keeps P and D in the dtype of the products.
 
 On a GPU, in half precision and without dropout, PyTorch's variable-length kernel (FlashAttention-2, Dao 2023,
-arXiv 2307.08691) computes neither padding nor stored scores.
+arXiv 2307.08691) is used; it computes no padding and stores no scores.
 
 The relative bias b (T5, Raffel 2020, arXiv 1910.10683) depends on the distance between query and key alone:
 
     score(q, k) = q . k + b[head, k - q]
 
-T5 expands it to one number for each pair of tokens, as many as there are scores. Here it stays one number for each
-distance, from which sequences of every length in a batch read theirs.
+T5 expands it to one number per pair of tokens, as many as there are scores. Here it stays one number per distance, and
+sequences of all lengths in a batch share it.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class VarlenSequences:
     """All sequences of a batch, concatenated."""
 
     offsets: Tensor
-    """Where each sequence starts, and where the last one ends.  # (sequences + 1,), int32"""
+    """Start of each sequence, and end of the last one.  # (sequences + 1,), int32"""
 
     longest: int
     causal: bool
 
     def supports(self, dtype: torch.dtype, width: int) -> bool:
-        """Tell if the kernel computes heads of this dtype and width."""
+        """Return whether the kernel supports heads of this dtype and width."""
         half = dtype in (torch.bfloat16, torch.float16)
         return VARLEN_ATTN is not None and half and width % 8 == 0 and width <= 256
 
@@ -94,12 +94,12 @@ class VarlenSequences:
 
 
 class AttentionGroups(NamedTuple):
-    """All groups of a batch, and all sequences concatenated where a kernel exists for that."""
+    """All groups of a batch, and its concatenated sequences if there is a kernel for them."""
 
     groups: Sequence[AttentionGroup]
     queries: PaddedView
     keys: PaddedView
-    """Of keys and values."""
+    """Padded view of keys and values."""
 
     sequences: VarlenSequences | None = None
 
@@ -118,8 +118,8 @@ def attend(
 ) -> Tensor:
     """Return O of the module's formula for heads of `width`.
 
-    All rows attend to a `prefix` (2, kv heads, length, width). A relative `bias` (heads, 2 * longest - 1) requires that
-    all tokens of a sequence are queries and that there is no prefix.
+    All queries attend to a `prefix` (2, kv heads, length, width). A relative `bias` (heads, 2 * longest - 1) requires
+    that all tokens of a sequence are queries and that there is no prefix.
 
     # (queries, heads * width), (total, kv heads * width) twice -> (queries, heads * width)
     """
@@ -218,21 +218,21 @@ class _Attend(torch.autograd.Function):
 
 
 def _softmax(x: Tensor) -> Tensor:
-    """Softmax over the last axis; for rows shorter than 64 a CPU is up to five times as fast in fp32 as in bf16."""
+    """Return the softmax over the last axis; on a CPU rows shorter than 64 are up to 5 times as fast in fp32."""
     if x.shape[-1] < 64 and x.dtype == torch.bfloat16 and x.device.type == "cpu":
         return torch._softmax(x.float(), -1, False).to(x.dtype)
     return torch._softmax(x, -1, False)
 
 
 def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
-    """Return dS of the module's formula; here fp32 is faster for rows shorter than 32."""
+    """Return dS of the module's formula; on a CPU rows shorter than 32 are faster in fp32."""
     if grad.shape[-1] < 32 and grad.dtype == torch.bfloat16 and grad.device.type == "cpu":
         return torch._softmax_backward_data(grad.float(), weights.float(), -1, torch.float32).to(grad.dtype)
     return torch._softmax_backward_data(grad, weights, -1, weights.dtype)
 
 
 def _split_heads(x: Tensor, group: AttentionGroup, width: int, scale: float | None = None) -> Tensor:
-    """(rows * tokens, heads * width) -> (rows * heads, tokens, width), a copy, times `scale`."""
+    """Return a copy by heads, times `scale`.  # (rows * tokens, heads * width) -> (rows * heads, tokens, width)"""
     by_head = x.view(group.rows, len(x) // group.rows, -1, width).transpose(1, 2)
     out = by_head.new_empty(by_head.shape)
     return (out.copy_(by_head) if scale is None else torch.mul(by_head, scale, out=out)).flatten(0, 1)
@@ -264,7 +264,7 @@ def _sum_heads(x: Tensor, times: int) -> Tensor:
 
 
 def has_relative_bias(attention: nn.Module) -> bool:
-    """Tell if an attention module has a relative bias of its own."""
+    """Return whether an attention module has its own relative bias."""
     return isinstance(getattr(attention, "relative_attention_bias", None), nn.Embedding)
 
 

@@ -18,17 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.kernels.ops.linear import compute_dtype
+
 __all__ = ["chunked_cross_entropy", "chunked_log_probs", "label_log_probs", "plain_cross_entropy"]
 
 CHUNK_BYTES = 30 * 2**20
-"""Size of the logits of one chunk: 320 tokens over 49,152 words in bf16. Each chunk repacks the weight; from 32 MiB on
-the system provides fresh pages each time, and filling those takes longer than the arithmetic."""
+"""Size of the logits of one chunk: 320 tokens over 49,152 words in bf16. Larger chunks repack
+the weight less often; but from 32 MiB on each chunk gets new memory pages, and filling these takes longer than the
+arithmetic."""
 
 GPU_CHUNK_BYTES = 512 * 2**20
-"""Larger, because each chunk reads the weight twice, and the allocator keeps its pages."""
+"""The same on a GPU: larger, because each chunk reads the weight twice, and PyTorch's allocator reuses memory."""
 
 MIN_CHUNK_TRAINABLE = 1024
-"""Fewest tokens of a chunk if the weight is trainable: each chunk accumulates the gradient of the whole weight."""
+"""Minimum tokens of a chunk if the weight is trainable: each chunk adds to the gradient of the whole weight."""
 
 PIECE_ELEMENTS = 2**20
 """Elements per softmax call, so that fp32 scores stay in the processor's cache."""
@@ -57,8 +60,7 @@ def chunked_log_probs(
 
     (tokens, hidden), (vocabulary, hidden) -> (tokens, 2)
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    device, dtype = hidden.device.type, compute_dtype(hidden)
     wide, count, words = torch.promote_types(dtype, torch.float32), len(labels), len(weight)
     log_probs = torch.empty(count, 2, dtype=wide, device=hidden.device)
     with torch.autocast(device, enabled=False):
@@ -74,10 +76,10 @@ def chunked_log_probs(
     return log_probs
 
 
-def _rows_at_once(count: int, words: int, dtype: torch.dtype, device: str, least: int) -> int:
+def _rows_at_once(count: int, words: int, dtype: torch.dtype, device: str, min_rows: int) -> int:
     """Return the number of tokens per chunk."""
-    most = CHUNK_BYTES if device == "cpu" else GPU_CHUNK_BYTES
-    rows = max(most // dtype.itemsize // words, least)
+    max_bytes = CHUNK_BYTES if device == "cpu" else GPU_CHUNK_BYTES
+    rows = max(max_bytes // dtype.itemsize // words, min_rows)
     return max(1, min(count, rows // ROUND_TOKENS * ROUND_TOKENS))
 
 
@@ -149,14 +151,13 @@ class _ChunkedLoss(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        device, dtype = hidden.device.type, compute_dtype(hidden)
         wide = torch.promote_types(dtype, torch.float32)
         needs, count, words = ctx.needs_input_grad, len(labels), len(weight)
         with torch.autocast(device, enabled=False):
             states, weight_ = F.pad(hidden.to(dtype), (0, 0, 0, -count % ROUND_TOKENS)), weight.to(dtype)
-            least = MIN_CHUNK_TRAINABLE if needs[1] else ROUND_TOKENS
-            rows = _rows_at_once(len(states), words, dtype, device, least)
+            min_rows = MIN_CHUNK_TRAINABLE if needs[1] else ROUND_TOKENS
+            rows = _rows_at_once(len(states), words, dtype, device, min_rows)
             logits_ = torch.empty(rows, words, dtype=dtype, device=hidden.device)
             total = torch.zeros((), dtype=wide, device=hidden.device)
             grad_hidden = torch.empty_like(states) if needs[0] else None
@@ -180,7 +181,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Hand out the gradients of the forward pass; a second call has none."""
+        """Return the gradients that the forward pass computed, once."""
         grads, ctx.grads = ctx.grads, None
         assert grads is not None, "a chunked loss has one backward pass"
         pairs = zip(grads, ctx.dtypes, strict=True)

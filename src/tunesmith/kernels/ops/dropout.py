@@ -1,4 +1,4 @@
-"""Dropout on a CPU whose mask costs one 16-bit multiplication per element (Srivastava 2014).
+"""Dropout (Srivastava 2014) on a CPU, with a mask that costs one 16-bit multiplication per element.
 
 PyTorch draws one float per element on a CPU, which takes longer than the matrix product before it. Here a table of 2^20
 random 16-bit numbers is drawn once. A mask is a slice of the table that starts at a random position, times a random odd
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 __all__ = ["dropout_forward", "keep_scale"]
 
 SLICE_ELEMENTS = 2**19
-"""Most elements of one slice; the table has twice as many."""
+"""Maximum number of elements of one slice; the table has twice as many."""
 
 
 @cache
@@ -50,7 +50,7 @@ def keep_scale(x: Tensor, p: float) -> Tensor:
 
 
 def dropout_forward(module: nn.Dropout, input: Tensor) -> Tensor:  # noqa: A002 - nn.Dropout's name
-    """Stand in for `nn.Dropout.forward` in training on a CPU."""
+    """Apply an `nn.Dropout`, in training on a CPU by `keep_scale`."""
     if not module.training or module.p == 0.0 or input.device.type != "cpu":
         return nn.Dropout.forward(module, input)
     return input * keep_scale(input, module.p)

@@ -1,4 +1,4 @@
-"""Element-wise arithmetic and norms, each as one autograd function that keeps little for the backward pass.
+"""Element-wise arithmetic and norms, each as one autograd function that saves few tensors for the backward pass.
 
 Residual sum and LayerNorm, or RMSNorm (Zhang 2019, arXiv 1910.07467):
 
@@ -75,6 +75,11 @@ def _is_compiled(x: Tensor) -> bool:
     return x.device.type in COMPILED_DEVICES and _has_compiler()
 
 
+def _compute(formula: Callable[..., Any], function: type[torch.autograd.Function], x: Tensor, *inputs: Any) -> Any:
+    """Call the compiled plain formula on a GPU with a compiler, else the autograd function."""
+    return _run_compiled(formula, x, *inputs) if _is_compiled(x) else function.apply(x, *inputs)
+
+
 def _run_compiled(formula: Callable[..., Any], *inputs: Any) -> Any:
     """Call the compiled formula in the dtype of its inputs; autograd differentiates it."""
     with torch.autocast(inputs[0].device.type, enabled=False):
@@ -106,10 +111,7 @@ def add_norm(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Return the result of `plain_add_norm`, in the dtype of x and y.  # (..., width) twice -> (..., width) twice"""
-    if _is_compiled(x):
-        compiled: tuple[Tensor, Tensor] = _run_compiled(plain_add_norm, x, y, weight, bias, eps, dropout)
-        return compiled
-    result: tuple[Tensor, Tensor] = _AddNorm.apply(x, y, weight, bias, eps, dropout)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _compute(plain_add_norm, _AddNorm, x, y, weight, bias, eps, dropout)
     return result
 
 
@@ -168,10 +170,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the result of `plain_add_rms_norm`, in the dtype of x and y."""
-    if _is_compiled(x):
-        compiled: tuple[Tensor, Tensor] = _run_compiled(plain_add_rms_norm, x, y, weight, eps)
-        return compiled
-    result: tuple[Tensor, Tensor] = _RmsNorm.apply(x, y, weight, eps)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _compute(plain_add_rms_norm, _RmsNorm, x, y, weight, eps)
     return result
 
 
@@ -218,11 +217,8 @@ def plain_glu(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
 
 
 def glu(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """Return the result of `plain_glu`; only the two inputs are kept for the backward pass."""
-    if _is_compiled(gate):
-        compiled: Tensor = _run_compiled(plain_glu, gate, up, activation)
-        return compiled
-    result: Tensor = _Glu.apply(gate, up, activation)  # type: ignore[no-untyped-call]
+    """Return the result of `plain_glu`; only the two inputs are saved for the backward pass."""
+    result: Tensor = _compute(plain_glu, _Glu, gate, up, activation)
     return result
 
 
@@ -252,11 +248,8 @@ def plain_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return the result of `plain_rope`, in the dtype of x; only cos and sin are kept for the backward pass."""
-    if _is_compiled(x):
-        compiled: Tensor = _run_compiled(plain_rope, x, cos, sin)
-        return compiled
-    result: Tensor = _Rope.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    """Return the result of `plain_rope`, in the dtype of x; only cos and sin are saved for the backward pass."""
+    result: Tensor = _compute(plain_rope, _Rope, x, cos, sin)
     return result
 
 

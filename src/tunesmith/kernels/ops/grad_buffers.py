@@ -1,13 +1,13 @@
-"""Gradient memory that stays from one training step to the next, for large matrices and for embedding tables.
+"""Gradient memory that is reused in each training step, for large matrices and for embedding tables.
 
-PyTorch allocates the gradient of each weight, and its copy in bf16, anew in each step, and the system hands the memory
-out page by page, zeroed: for 10 million weights a twentieth of a step on a CPU. A `GradBuffer` keeps both. The gradient
-goes straight to `weight.grad`; `torch.autograd.grad` returns None for it.
+In each step PyTorch allocates the gradient of each weight, and its copy in bf16, and the system provides the memory as
+zeroed pages. For 10 million weights this takes a twentieth of a step on a CPU. A `GradBuffer` keeps both. The gradient
+is written directly to `weight.grad`; `torch.autograd.grad` returns None for it.
 
-The gradient of an embedding is zero in all rows but the looked-up ones, a few hundred of 30,000. PyTorch fills a table
-of zeros in each backward pass: for 30,000 words 384 wide a fifth of a step on a CPU. A `SparseEmbedding` keeps one
-table and zeroes the rows of the previous step. `LookedUpRows` tells an optimizer which rows have ever been looked up:
-the others have neither gradient nor momentum.
+The gradient of an embedding is zero except in the looked-up rows, a few hundred of 30,000. PyTorch fills a table of
+zeros in each backward pass. For 30,000 words and width 384 this takes a fifth of a step on a CPU. A `SparseEmbedding`
+keeps one table and zeroes the rows of the previous step. `LookedUpRows` tells an optimizer which rows have ever been
+looked up; the others have no gradient and no momentum.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 __all__ = ["NO_BUFFERS", "GradBuffer", "GradBuffers", "LookedUpRows", "SparseEmbedding", "zeros_like"]
 
 MIN_MATRIX = 2**15
-"""Fewest elements of a matrix that gets a buffer; the allocator keeps smaller ones."""
+"""Minimum number of elements of a matrix with a buffer; PyTorch's allocator reuses smaller blocks of memory."""
 
 
 @dataclass
 class GradBuffer:
-    """Memory of one matrix."""
+    """Memory for the gradient of one matrix, and for its copy in half precision."""
 
     gradient: Tensor | None = None
     half: Tensor | None = None
@@ -38,7 +38,7 @@ class GradBuffer:
     def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the weight in another dtype.
 
-        A copy that an earlier backward pass still needs raises there, once the weight has changed.
+        If the weight has changed while an earlier backward pass still needs the copy, that backward pass raises.
         """
         if self.half is None or self.half.dtype != dtype or self.half.shape != weight.shape:
             self.half = torch.empty_like(weight, dtype=dtype)
@@ -65,11 +65,11 @@ class GradBuffers:
     """Buffers of all large fp32 matrices among some parameters."""
 
     def __init__(self, parameters: Iterable[Tensor], min_elements: int | None = None) -> None:
-        least = MIN_MATRIX if min_elements is None else min_elements
+        min_elements = MIN_MATRIX if min_elements is None else min_elements
         self._by_weight = {
             parameter: GradBuffer()
             for parameter in parameters
-            if parameter.ndim == 2 and parameter.numel() >= least and parameter.dtype == torch.float32
+            if parameter.ndim == 2 and parameter.numel() >= min_elements and parameter.dtype == torch.float32
         }
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ NO_BUFFERS = GradBuffers(())
 
 
 def zeros_like(tensor: Tensor) -> Tensor:
-    """Return zeros whose memory pages the system provides when they are first written (fp32 on a CPU)."""
+    """Return zeros whose memory pages are allocated only when they are first written (fp32 on a CPU)."""
     if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
         return torch.zeros_like(tensor)
     return torch.from_numpy(np.zeros(tensor.shape, dtype=np.float32))
@@ -98,13 +98,13 @@ def zeros_like(tensor: Tensor) -> Tensor:
 
 @dataclass
 class LookedUpRows:
-    """Rows of a table that any step, and that the current step, has looked up.
-
-    # (rows,), (n,) with repetitions
-    """
+    """Rows of an embedding table that have been looked up."""
 
     ever: Tensor
+    """True for each row that any step has looked up.  # (rows,)"""
+
     now: tuple[Tensor, ...] = ()
+    """Indices that the current step has looked up, with repetitions.  # (n,) for each look-up"""
 
     def gradient(self, weight: Tensor) -> Tensor:
         """Return the rows of the gradient that may differ from zero."""
@@ -113,12 +113,12 @@ class LookedUpRows:
 
 
 class SparseEmbedding:
-    """Forward of one `nn.Embedding` in training on a CPU; its gradient goes straight to `weight.grad`."""
+    """Forward pass of one `nn.Embedding` in training on a CPU; its gradient is written directly to `weight.grad`."""
 
     def __init__(self, module: nn.Embedding) -> None:
         self.rows = LookedUpRows(torch.zeros(len(module.weight), dtype=torch.bool))
         self.table: Tensor | None = None
-        """Gradients of the whole table, zero but for the rows of this step."""
+        """Gradient of the whole table, zero except in the rows of this step."""
 
     def __call__(self, module: nn.Embedding, input: Tensor) -> Tensor:  # noqa: A002 - nn.Embedding's name
         """Look up rows of the table.  # (...) -> (..., width)"""

@@ -4,8 +4,8 @@ one autograd function:
     y_i = W_i f(x) + b_i + s_i B_i (A_i f(x))          f: an activation, or the identity
     dx  = f'(x) * sum of (W_i^T dy_i + A_i^T g_i)      g_i = s_i B_i^T dy_i
 
-The input is cast and kept once for all layers and their additions. The backward pass recomputes f(x). The low-rank
-addition accumulates into the product's own output. Gradients that nothing needs are not computed.
+The input is cast and saved once for all layers. The backward pass recomputes f(x). The low-rank product is added in
+place to the layer's output. Gradients that are not needed are not computed.
 
 With a magnitude m the rows of W' = W + s B A are scaled to the norm m: W'' = m * W' / |W'|, where the gradient treats
 the norm as a constant (DoRA, Liu 2024, arXiv 2402.09353, section 4.3). `plain_linears` and `lora_linear` are the plain
@@ -53,7 +53,7 @@ class LinearPart:
 
 
 def linear_part(module: Any) -> LinearPart | None:
-    """Return the arithmetic of a plain linear layer, or of a module that has a method `part()`; None for any other."""
+    """Return the operands of a linear layer or of a module with a method `part()`; None for others and with hooks."""
     if module._forward_hooks or module._forward_pre_hooks:
         return None
     if type(module) is nn.Linear:
@@ -96,7 +96,7 @@ def linears(
 def apply_linears(
     x: Tensor, *modules: nn.Module, activation: Activation = "none", buffers: GradBuffers = NO_BUFFERS
 ) -> tuple[Tensor, ...]:
-    """Apply linear layers to one input; call a module that is no `LinearPart` as it is."""
+    """Apply linear layers to one input; if one of them has no `LinearPart`, call each module by itself."""
     parts = [linear_part(module) for module in modules]
     if all(part is not None for part in parts):
         return linears(x, parts, activation, buffers)  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def _sum_rows(dy: Tensor) -> Tensor:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, buffer: GradBuffer | None) -> Tensor:
-    """Cast to a dtype; in inference mode without the buffer, because autograd cannot use what is created there."""
+    """Cast to a dtype; in inference mode without the buffer, because autograd cannot use tensors created there."""
     if tensor.dtype == dtype or buffer is None or torch.is_inference_mode_enabled():
         return tensor.to(dtype)
     return buffer.cast(tensor, dtype)
@@ -204,14 +204,14 @@ def lora_linear(
 ) -> Tensor:
     """Return y = x W'^T + b, or x W''^T + b with a magnitude, in the dtype of the base layer's output.
 
-    `dropout` applies to the input of A alone. A, B and m may be wider than W. It works in fp32, under autocast, and
-    without autocast on W and x in bf16.
+    `dropout` applies to the input of A alone. A, B and m may have a wider dtype than W. It works in fp32, under
+    autocast, and without autocast with W and x in bf16.
     """
-    beside = bias if magnitude is None else None
+    base_bias = bias if magnitude is None else None
     if isinstance(weight, QuantizedWeight):
-        base = weight.product(x, beside)
+        base = weight.product(x, base_bias)
     else:
-        base = F.linear(x, weight.t() if transposed else weight, beside)
+        base = F.linear(x, weight.t() if transposed else weight, base_bias)
     inside = x if torch.is_autocast_enabled(x.device.type) else x.to(A.dtype)
     low = F.linear(F.linear(F.dropout(inside, dropout), A), B)
     if magnitude is None:
@@ -246,7 +246,7 @@ def adapted_weight(
 
 
 def _row_norms(weight: Tensor | QuantizedWeight, A: Tensor, B: Tensor, scaling: float, transposed: bool) -> Tensor:
-    """Return |W'| of each output, never zero.  # (out,)"""
+    """Return the norm |W'| of each output, which is never zero.  # (out,)"""
     adapted = adapted_weight(weight, A, B, scaling, transposed=transposed)
     norms: Tensor = torch.linalg.vector_norm(adapted, dim=0 if transposed else 1)
     return norms.clamp(min=torch.finfo(torch.float32).tiny)

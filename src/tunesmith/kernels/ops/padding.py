@@ -1,4 +1,4 @@
-"""Padding and unpadding: tokens of a batch as one row, or as padded groups of sequences, one copy each way."""
+"""Padding and unpadding: tokens of a batch as one row, or as padded groups of sequences, with one copy each way."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["PaddedView", "Pad", "Unpad"]
 class PaddedView:
     """Padded rectangles of groups of sequences, as positions among `total` rows of tokens.
 
-    `positions` are (sequences, longest) for each group, -1 for padding. Nothing here has a gradient: attention computes
-    its own.
+    `positions` are (sequences, longest) for each group, -1 for padding. It is used inside autograd
+    functions, which compute their own gradients.
     """
 
     def __init__(self, positions: Sequence[Any], total: int, device: torch.device) -> None:
@@ -34,7 +34,7 @@ class PaddedView:
 
     @cached_property
     def _source(self) -> Tensor | None:
-        """Source row of each padded row, for padding the last row; None if all rows are in order without padding."""
+        """Source row of each padded row (the last row for padding); None if all rows are in order without padding."""
         if (self._flat == np.arange(self.size)).all():
             return None
         return torch.from_numpy(np.where(self._flat < 0, self.total - 1, self._flat)).to(self.device)
@@ -45,7 +45,7 @@ class PaddedView:
 
     @cached_property
     def _target(self) -> Tensor:
-        """Padded row of each token; for a token that is in no group the row after the last."""
+        """Padded row of each token; the row after the last for a token in no group."""
         target = np.full(self.total, self.size)
         target[self._flat[self._flat >= 0]] = np.flatnonzero(self._flat >= 0)
         return torch.from_numpy(target).to(self.device)

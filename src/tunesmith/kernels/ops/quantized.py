@@ -1,4 +1,4 @@
-"""A frozen weight in 4 or 8 bits by bitsandbytes, dequantized for each product, forward and backward, and never kept.
+"""A frozen weight in 4 or 8 bits (bitsandbytes), which is dequantized for each product, forward and backward.
 
     4    NF4 in blocks of 64, their scales in 8 bits in blocks of 256          (QLoRA, Dettmers 2023, arXiv 2305.14314)
     8    an integer from -127 to 127 and one scale per row           (LLM.int8(), Dettmers 2022, arXiv 2208.07339)
@@ -62,7 +62,7 @@ class QuantizedWeight(nn.Module):
             return self.codes.to(dtype).mul_(self.rows[:, None] / 127)
         library = _bitsandbytes()
         scales = library.QuantState(self.scales_of_scales, blocksize=256, code=self.table, dtype=torch.float32)
-        # by rows, the CPU kernel of bitsandbytes reads wrong scales where a row is no multiple of 64
+        # flat: by rows, bitsandbytes' CPU kernel reads wrong scales if their length is no multiple of 64
         flat = torch.Size([self.shape.numel()])
         state = library.QuantState(
             self.scales, flat, blocksize=64, quant_type="nf4", dtype=dtype, offset=self.mean, state2=scales
@@ -71,14 +71,14 @@ class QuantizedWeight(nn.Module):
         return weight.view(self.shape)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Return y of the module's formula.  # (..., in) -> (..., out)"""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         y: Tensor = _Product.apply(x.to(dtype), None if bias is None else bias.to(dtype), self)  # type: ignore[no-untyped-call]
         return y
 
     def extra_repr(self) -> str:
-        """Return what `print(model)` shows."""
+        """Return the text in `print(model)`."""
         return f"{tuple(self.shape)} in {self.bits} bits"
 
 
@@ -92,7 +92,7 @@ class QuantizedLinear(nn.Module):
         self.transposed = transposed
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Return the output of the layer.  # (..., in) -> (..., out)"""
         return self.weight.product(x, self.bias)
 
 
@@ -108,7 +108,7 @@ class _Product(torch.autograd.Function):
 
 
 def numbers_in(model: nn.Module) -> int:
-    """Count the parameters of a model, a quantized weight by the number of its elements."""
+    """Return the number of parameters of a model; a quantized weight counts its elements, not its codes."""
     quantized = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
     codes = {id(module.codes) for module in quantized}
     plain = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in codes)
@@ -135,5 +135,5 @@ def _bitsandbytes() -> Any:
             from bitsandbytes import functional
     except ImportError as error:
         hint = "pip install 'tunesmith[quantize]'"
-        raise RecipeError("technique.bits: it needs bitsandbytes", hint=hint) from error
+        raise RecipeError("technique.bits: bitsandbytes is not installed", hint=hint) from error
     return functional

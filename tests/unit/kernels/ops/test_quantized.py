@@ -94,9 +94,7 @@ def test_a_linear_map_of_it(bits: Bits, transposed: bool, weight: torch.Tensor) 
 def test_the_extra_is_named_where_it_is_missing(weight: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized._bitsandbytes.cache_clear()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(
-        RecipeError, match=r"technique.bits: it needs bitsandbytes; pip install 'tunesmith\[quantize\]'"
-    ):
+    with pytest.raises(RecipeError, match=r"technique.bits: .*pip install 'tunesmith\[quantize\]'"):
         QuantizedWeight(weight, 4)
 
 
