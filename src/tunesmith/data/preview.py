@@ -29,5 +29,5 @@ class Preview:
     lines: list[str] = field(default_factory=list)
 
     def dump(self) -> dict[str, Any]:
-        """The preview as plain values."""
+        """Return the preview as plain values."""
         return asdict(self)

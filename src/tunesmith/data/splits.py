@@ -58,7 +58,7 @@ def stratified_split(
 
 
 def _smallest_text(classes: Indices, digests: Digests, num_classes: int) -> Indices:
-    """For each class, the number of rows of its least frequent text: at least this many must be kept."""
+    """Return for each class the number of rows of its least frequent text: at least this many must be kept."""
     pairs, rows = np.unique(np.stack([classes.astype(np.uint64), digests]), axis=1, return_counts=True)
     fewest = np.full(num_classes, len(classes))
     np.minimum.at(fewest, pairs[0].astype(np.int64), rows)

@@ -215,7 +215,7 @@ class DecoderTranslation(BoundTask):
             source = f"{self.task.prefix or ''}{str(row.values['source']).strip()}"
             prompt = {"role": "user", "content": source}
             if "target" not in row.values:
-                yield Row(row.place, {"asked": [prompt], "choices": []})
+                yield Row(row.place, {"prompt_messages": [prompt], "choices": []})
                 continue
             target = str(row.values["target"]).strip()
             yield Row(row.place, {"messages": [prompt, {"role": "assistant", "content": target}]})

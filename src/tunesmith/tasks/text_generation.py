@@ -201,7 +201,7 @@ class BoundTextGeneration(BoundTask):
             return replace(row, values={"text": row.values["text"]})
         prompt = row if is_conversation(row) else replace(row, values={"prompt": row.values["text"]})
         messages = conversation(prompt, system=self.task.system, answered=False)
-        return Row(row.place, {"asked": messages, "choices": choices_of(row)})
+        return Row(row.place, {"prompt_messages": messages, "choices": choices_of(row)})
 
     def chunks(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yield conversations unchanged, and raw text in blocks of `max_length` tokens."""
@@ -231,7 +231,7 @@ class BoundTextGeneration(BoundTask):
         if "text" in rows[0].values and self.task.form == "text":
             return [_continued(row, self.processor) for row in rows]
         chats = self._chats()
-        if "asked" in rows[0].values:
+        if "prompt_messages" in rows[0].values:
             return [_prompt(row, chats) for row in rows]
         read = [(row.place, conversation(row, system=self.task.system)) for row in rows]
         fields = chats.encode(read, self.data.max_length, skip=self.data.on_bad_row == "skip")
@@ -362,7 +362,7 @@ class BoundTextGeneration(BoundTask):
 
 
 def _prompt(row: Row, chats: ChatEncoder) -> Fields:
-    messages: Any = row.values["asked"]
+    messages: Any = row.values["prompt_messages"]
     choices: Any = row.values["choices"]
     return chats.encode_prompt(messages) | chats.encode_choices(messages, choices)
 

@@ -208,7 +208,7 @@ class _RecordLines:
         self._record, self._chars = [], 0
 
     def line(self) -> int:
-        """The line on which the record starts."""
+        """Return the line on which the record starts."""
         return self._record[0][0]
 
     def fault(self) -> BadRow | None:

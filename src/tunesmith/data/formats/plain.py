@@ -49,7 +49,7 @@ def open_rows(path: Path, column: str) -> OpenedFile:
 
 
 def texts_in(folder: Path) -> list[Path]:
-    """The text files in a folder and its subfolders, without hidden files and top-level documentation."""
+    """Return the text files in a folder and its subfolders, without hidden files and top-level documentation."""
     paths = (path for path in sorted(folder.rglob("*")) if path.name.lower().endswith(SUFFIXES))
     return [path for path in paths if path.is_file() and not is_documentation(path, within=folder)]
 

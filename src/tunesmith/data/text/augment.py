@@ -52,7 +52,7 @@ class Words:
         return cls(tuple(words), tuple(range(len(words))), tuple(keep or [False] * len(words)))
 
     def at(self, positions: Sequence[int]) -> Words:
-        """The words at the positions, in that order."""
+        """Return the words at the positions, in that order."""
         parts = ((self.words[at], self.origins[at], self.keep[at]) for at in positions)
         words, origins, keep = zip(*parts, strict=True)
         return Words(words, origins, keep)
@@ -271,17 +271,17 @@ def _change(step: Augmentation) -> Callable[[Words, Random], Words]:
 
 
 def synonym_hashes(steps: Sequence[Augmentation]) -> list[str]:
-    """The sha256 of each synonym list."""
+    """Return the sha256 of each synonym list."""
     return [file_sha256(Path(step.file)) for step in steps if step.file is not None]
 
 
 def texts_of(rows: Iterable[Row], columns: Columns) -> Iterator[str]:
-    """The texts that may be augmented."""
+    """Return the texts that may be augmented."""
     return (text for row in rows for _, text in _texts(row, columns))
 
 
 def _texts(row: Row, columns: Columns) -> Iterator[tuple[str, str]]:
-    """Column name and value of each text input."""
+    """Yield column name and value of each text input."""
     for column in inputs_of(columns):
         if column.kind == "text" and isinstance(value := row.values.get(column.name), str):
             yield column.name, value

@@ -128,5 +128,5 @@ def near_duplicates(pairs: Indices, texts: Mapping[int, str], parts: Indices) ->
 
 
 def shingles(text: str) -> set[str]:
-    """All substrings of SHINGLE characters of a normalized text."""
+    """Return all substrings of SHINGLE characters of a normalized text."""
     return {text[at : at + SHINGLE] for at in range(len(text) - SHINGLE + 1)}

@@ -94,7 +94,7 @@ def row_faults(rows: Iterable[tuple[Row, Sequence[str]]], scheme: Scheme) -> Ite
 
 
 def _pairs(tags: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of consecutive tags; the beginning and the end of the sentence count as O."""
+    """Return pairs of consecutive tags; the beginning and the end of the sentence count as O."""
     return zip(("O", *tags), (*tags, "O"), strict=True)
 
 
@@ -140,7 +140,7 @@ def _suggest_tag(tag: str, scheme: Scheme) -> str:
 
 
 def tags_of_types(types: Iterable[str], scheme: Scheme, bare: bool) -> list[str]:
-    """All tags of a scheme for the types, O first. `bare`: IO without prefixes."""
+    """Return all tags of a scheme for the types, O first. `bare`: IO without prefixes."""
     names = sorted(types)
     return ["O", *(names if bare else [f"{letter}-{name}" for name in names for letter in PREFIXES[scheme]])]
 

@@ -76,7 +76,7 @@ def _head(text: str, max_chars: int) -> str:
 
 
 def _fields(coded: Any, pieces: list[int], max_length: int, windows: int | None) -> dict[str, Any]:
-    """The fields of one row; `pieces` are the indices of its windows in `coded`."""
+    """Return the fields of one row; `pieces` are the indices of its windows in `coded`."""
     kept = pieces[: windows or 1]
     full = len(coded["input_ids"][kept[-1]]) == max_length
     cut = len(pieces) > len(kept) or (full and bool(coded.encodings and coded.encodings[kept[-1]].overflowing))
@@ -194,7 +194,7 @@ def spell(ids: Sequence[int], processor: Any) -> list[str]:
 
 
 def text_notes(encoded: Encoded, processor: Any, windows: int | None = None) -> list[str]:
-    """Notes on truncated texts, and on more than 5 % unknown tokens."""
+    """Return notes on truncated texts, and on more than 5 % unknown tokens."""
     notes = []
     cut = int(encoded.column("cut").sum())
     if cut:
@@ -204,7 +204,7 @@ def text_notes(encoded: Encoded, processor: Any, windows: int | None = None) -> 
 
 
 def unknown_notes(encoded: Encoded, processor: Any) -> list[str]:
-    """Note on more than 5 % unknown tokens."""
+    """Return a note if more than 5 % of the tokens are unknown."""
     ids = encoded.column("input_ids")
     unknown = getattr(processor, "unk_token_id", None)
     if unknown is not None and len(ids) and (share := float(np.mean(ids == unknown))) > 0.05:
