@@ -39,7 +39,7 @@ class EncodedRow:
     preview: Preview
 
     def dump(self) -> dict[str, Any]:
-        """The row as plain values."""
+        """Return the row as plain values."""
         return {"place": self.place, **self.preview.dump()}
 
 
@@ -117,7 +117,7 @@ def encode_rows(rows: Sequence[tuple[int, Row]], bound: BoundTask, seed: int) ->
 
 
 def _transformed(index: int, fields: Fields, bound: BoundTask, seed: int) -> Fields:
-    """The fields of one example after `BoundTask.transform`."""
+    """Return the fields of one example after `BoundTask.transform`."""
     if bound.deterministic_inputs:
         return fields
     batch = collate(encode_in_memory([fields], lambda rows: rows), np.zeros(1, dtype=np.int64))
