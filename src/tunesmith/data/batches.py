@@ -28,7 +28,7 @@ class Ragged:
     values: Tensor  # (sum of lengths, ...)
     offsets: Tensor  # (rows + 1,)
     host_offsets: NDArray[np.int64] | None = None
-    """The same offsets in the host's memory, where a device holds the rows."""
+    """The same offsets in host memory, if the rows are on a device."""
 
     @property
     def lengths(self) -> Tensor:
@@ -37,9 +37,9 @@ class Ragged:
 
     def mask(self) -> Tensor:
         """Return the attention mask: 1 where a padded row has a value."""  # (rows, longest)
-        lengths, known = self.lengths, np.diff(self._offsets_on_host())
-        mask = (torch.arange(int(known.max()), device=lengths.device) < lengths[:, None]).long()
-        _HOST_LENGTHS[mask] = known
+        lengths, on_host = self.lengths, np.diff(self._offsets_on_host())
+        mask = (torch.arange(int(on_host.max()), device=lengths.device) < lengths[:, None]).long()
+        _HOST_LENGTHS[mask] = on_host
         return mask
 
     def padded(self, fill: int | float) -> Tensor:
@@ -54,18 +54,18 @@ class Ragged:
         return Ragged(self.values.to(device, non_blocking=True), offsets, self._offsets_on_host())
 
     def _offsets_on_host(self) -> NDArray[np.int64]:
-        """Return the offsets in the host's memory; for rows that were made on a device this waits for it."""
+        """Return the offsets in host memory; if they are only on a device, this synchronizes with it."""
         return self.offsets.cpu().numpy() if self.host_offsets is None else self.host_offsets
 
 
 _HOST_LENGTHS = WeakTensorKeyDictionary()
-"""Mask -> the lengths of its rows in the host's memory."""
+"""Mask -> the lengths of its rows in host memory."""
 
 
 def host_lengths(mask: Tensor) -> NDArray[np.int64] | None:
-    """Return the lengths of the rows of a mask from `Ragged.mask`, without waiting for a device; None for any other."""
-    known: NDArray[np.int64] | None = _HOST_LENGTHS.get(mask)
-    return known
+    """Return the row lengths of a mask from `Ragged.mask` without a device synchronization; None for other masks."""
+    lengths: NDArray[np.int64] | None = _HOST_LENGTHS.get(mask)
+    return lengths
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Batches:
-    """The steps of a run over one set of examples, for one of `world` processes."""
+    """The batches of a run over one set of examples, for process `rank` of `world`."""
 
     encoded: Encoded
     batch_size: int

@@ -1,8 +1,8 @@
 """Encoded examples: one array per field, with offsets where the first dimension varies between examples.
 
-The same class holds examples in memory (for inference) and in memory-mapped files (for training). The files serve as
-cache (the folder is named by a hash of its content), allow data larger than memory, and allow resuming at any example.
-A folder is written under a temporary name and renamed, so it is complete or absent. A folder whose files were
+The same class holds examples in memory (for inference) and in memory-mapped files (for training). The files are a
+cache: their folder is named by a hash of its content. They allow data larger than memory, and resuming at any example.
+A folder is written under a temporary name and then renamed, so that it is complete or absent. A folder whose files were
 truncated by a power failure is written again.
 
 `encode_rows` returns a field as one of:
@@ -116,7 +116,7 @@ class Encoded:
 def _map(path: Path, dtype: str) -> Array:
     if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.empty(0, dtype=dtype)
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # the subclass costs a microsecond a slice
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # slicing a plain array is faster than slicing a memmap
 
 
 Costs = Callable[[Encoded], Array]
@@ -159,9 +159,9 @@ def encode_in_memory(
     for chunk in _chunks(rows, encode_rows):
         fields = fields or _layout(chunk)
         for name, field in fields.items():
-            flat, own = _packed(name, field, [row[name] for row in chunk])
+            flat, chunk_lengths = _packed(name, field, [row[name] for row in chunk])
             values.setdefault(name, []).append(flat)
-            lengths.setdefault(name, []).extend(own)
+            lengths.setdefault(name, []).extend(chunk_lengths)
         size += len(chunk)
     offsets = {name: np.cumsum([0, *lengths[name]]) for name, field in fields.items() if field.ragged}
     joined = {name: np.concatenate(parts) for name, parts in values.items()}
@@ -169,7 +169,7 @@ def encode_in_memory(
 
 
 def _is_complete(folder: Path) -> bool:
-    """Return whether all files exist with the sizes that were written."""
+    """Return whether all files exist with the sizes recorded in `fields.json`."""
     try:
         sizes = json.loads((folder / "fields.json").read_text(encoding="utf-8"))["bytes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())

@@ -135,7 +135,7 @@ class Table:
             yield row if isinstance(row, Row) else _row_error(self.place_of(row), row, skippable=False)
 
     def parse_row(self, raw: RawRow | BadRow) -> Row | BadRow:
-        """Convert a raw row to a `Row`, or return why it is bad."""
+        """Convert a raw row to a `Row`, or to a `BadRow` with the fault."""
         values = raw if isinstance(raw, BadRow) else self._values(raw)
         if isinstance(values, BadRow):
             return values
@@ -210,7 +210,7 @@ def _is_missing(value: object) -> bool:
 
 
 def _value_fault(column: Column, value: object) -> tuple[str, str, str] | None:
-    """Return (what is wrong with a value, hint, short reason), or None if it is valid."""
+    """Return (fault, hint, short reason) of a value; None if it is valid."""
     role = column.name
     if column.kind == "image" and isinstance(value, bytes):
         return None

@@ -19,7 +19,7 @@ SUFFIXES = (".txt", ".text", ".md", ".txt.gz", ".text.gz", ".md.gz")
 
 
 MAX_NAME_CHARS = 100
-"""Characters of a column's name, at most: a sentence that contains `, target, ` is no header."""
+"""Maximum characters of a column name; a longer text such as a sentence with `, target, ` is no header."""
 
 
 def is_plain_text(path: Path, columns: Columns) -> bool:
