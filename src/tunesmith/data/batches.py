@@ -28,7 +28,7 @@ class Ragged:
     values: Tensor  # (sum of lengths, ...)
     offsets: Tensor  # (rows + 1,)
     host_offsets: NDArray[np.int64] | None = None
-    """The same offsets in the host's memory, where a device holds the rows."""
+    """The same offsets in host memory, if the rows are on a device."""
 
     @property
     def lengths(self) -> Tensor:
@@ -36,14 +36,14 @@ class Ragged:
         return self.offsets.diff()
 
     def mask(self) -> Tensor:
-        """1 where a padded row has a value."""  # (rows, longest)
-        lengths, known = self.lengths, np.diff(self._offsets_on_host())
-        mask = (torch.arange(int(known.max()), device=lengths.device) < lengths[:, None]).long()
-        _HOST_LENGTHS[mask] = known
+        """Return the attention mask: 1 where a padded row has a value."""  # (rows, longest)
+        lengths, on_host = self.lengths, np.diff(self._offsets_on_host())
+        mask = (torch.arange(int(on_host.max()), device=lengths.device) < lengths[:, None]).long()
+        _HOST_LENGTHS[mask] = on_host
         return mask
 
     def padded(self, fill: int | float) -> Tensor:
-        """Rows padded on the right to equal length."""  # (rows, longest, ...)
+        """Pad the rows on the right to equal length."""  # (rows, longest, ...)
         mask, width = self.mask().bool(), self.values.shape[1:]
         inside = mask.view(*mask.shape, *[1] * len(width))
         return self.values.new_full((*mask.shape, *width), fill).masked_scatter_(inside, self.values)
@@ -54,18 +54,18 @@ class Ragged:
         return Ragged(self.values.to(device, non_blocking=True), offsets, self._offsets_on_host())
 
     def _offsets_on_host(self) -> NDArray[np.int64]:
-        """Return the offsets in the host's memory; for rows that were made on a device this waits for it."""
+        """Return the offsets in host memory; if they are only on a device, this synchronizes with it."""
         return self.offsets.cpu().numpy() if self.host_offsets is None else self.host_offsets
 
 
 _HOST_LENGTHS = WeakTensorKeyDictionary()
-"""Mask -> the lengths of its rows in the host's memory."""
+"""Mask -> the lengths of its rows in host memory."""
 
 
 def host_lengths(mask: Tensor) -> NDArray[np.int64] | None:
-    """Return the lengths of the rows of a mask from `Ragged.mask`, without waiting for a device; None for any other."""
-    known: NDArray[np.int64] | None = _HOST_LENGTHS.get(mask)
-    return known
+    """Return the row lengths of a mask from `Ragged.mask` without a device synchronization; None for other masks."""
+    lengths: NDArray[np.int64] | None = _HOST_LENGTHS.get(mask)
+    return lengths
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class Batch:
         return name in self.fields
 
     def ragged(self, name: str) -> Ragged:
-        """A field whose lengths vary."""
+        """Return a field whose lengths vary."""
         value = self.fields[name]
         assert isinstance(value, Ragged), f"{name} is not ragged"
         return value
 
     def tensor(self, name: str) -> Tensor:
-        """A field of one value, or one array of equal shape, per example."""  # (examples, ...)
+        """Return a field of one value, or one array of equal shape, per example."""  # (examples, ...)
         value = self.fields[name]
         assert isinstance(value, Tensor), f"{name} is ragged"
         return value
@@ -97,7 +97,7 @@ class Batch:
 
 
 def collate(encoded: Encoded, indices: NDArray[np.int64]) -> Batch:
-    """The examples at `indices` as one batch: indices as int64, all other fields in their own dtype."""
+    """Return the examples at `indices` as one batch: indices as int64, all other fields in their own dtype."""
     fields: dict[str, Ragged | Tensor] = {}
     for name, (values, offsets) in encoded.take(indices).items():
         flat = torch.from_numpy(np.ascontiguousarray(values))
@@ -120,7 +120,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Batches:
-    """The steps of a run over one set of examples, for one of `world` processes."""
+    """The batches of a run over one set of examples, for process `rank` of `world`."""
 
     encoded: Encoded
     batch_size: int
@@ -131,7 +131,7 @@ class Batches:
     """Epoch -> the augmented examples of that epoch; None without augmentation."""
 
     def examples(self, step: int) -> Encoded:
-        """Examples that the indices of a step refer to."""
+        """Return the examples that the indices of a step refer to."""
         return self.encoded if self.augmented is None else self.augmented(step // self.steps_per_epoch)
 
     @property
@@ -140,13 +140,13 @@ class Batches:
         return math.ceil(len(self.encoded) / self.batch_size)
 
     def indices(self, step: int) -> NDArray[np.int64]:
-        """The examples of one optimizer step (counted from 0) over all processes."""
+        """Return the examples of one optimizer step (counted from 0) over all processes."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order = _order(self.seed, epoch, len(self.encoded))
         return order[within * self.batch_size : (within + 1) * self.batch_size]
 
     def micro_batches(self, step: int, limits: Limits) -> list[NDArray[np.int64]]:
-        """This process's share of a step, split within the limits so that padding is minimal."""
+        """Return this process's share of a step, split within the limits so that padding is minimal."""
         share = self.indices(step)[self.rank :: self.world]
         costs = self.examples(step).costs[share]
         order = np.argsort(costs, kind="stable")

@@ -52,27 +52,27 @@ Columns = Sequence[Column]
 
 
 def names_of(columns: Columns) -> tuple[str, ...]:
-    """The names of the columns, in order."""
+    """Return the names of the columns, in order."""
     return tuple(column.name for column in columns)
 
 
 def inputs_of(columns: Columns) -> tuple[Column, ...]:
-    """The input columns: all that are not targets."""
+    """Return the input columns: all that are not targets."""
     return tuple(column for column in columns if not column.target)
 
 
 def targets_of(columns: Columns) -> tuple[Column, ...]:
-    """The target columns."""
+    """Return the target columns."""
     return tuple(column for column in columns if column.target)
 
 
 def required_of(columns: Columns) -> frozenset[str]:
-    """The names of the columns that training data must have."""
+    """Return the names of the columns that training data must have."""
     return frozenset(column.name for column in columns if column.required)
 
 
 def of_kind(columns: Columns, kind: Kind) -> Column | None:
-    """The first column of a kind; None where there is none."""
+    """Return the first column of a kind; None if there is none."""
     return next((column for column in columns if column.kind == kind), None)
 
 

@@ -1,8 +1,8 @@
 """Encoded examples: one array per field, with offsets where the first dimension varies between examples.
 
-The same class holds examples in memory (for inference) and in memory-mapped files (for training). The files serve as
-cache (the folder is named by a hash of its content), allow data larger than memory, and allow resuming at any example.
-A folder is written under a temporary name and renamed, so it is complete or absent. A folder whose files were
+The same class holds examples in memory (for inference) and in memory-mapped files (for training). The files are a
+cache: their folder is named by a hash of its content. They allow data larger than memory, and resuming at any example.
+A folder is written under a temporary name and then renamed, so that it is complete or absent. A folder whose files were
 truncated by a power failure is written again.
 
 `encode_rows` returns a field as one of:
@@ -87,7 +87,7 @@ class Encoded:
         return name in self.fields
 
     def column(self, name: str) -> Array:
-        """All values of a field: (examples, ...), or (sum of lengths, ...) where it is ragged."""
+        """Return all values of a field: (examples, ...), or (sum of lengths, ...) if it is ragged."""
         return self._values[name]
 
     def offsets(self, name: str) -> Array:
@@ -95,11 +95,11 @@ class Encoded:
         return self._offsets[name]
 
     def lengths(self, name: str) -> Array:
-        """The length of each example in a ragged field."""  # (examples,)
+        """Return the length of each example in a ragged field."""  # (examples,)
         return np.diff(self._offsets[name])
 
     def take(self, indices: Sequence[int] | Array) -> dict[str, tuple[Array, Array | None]]:
-        """The examples at `indices`: field -> (values, offsets starting at 0; None where not ragged)."""
+        """Return the examples at `indices`: field -> (values, offsets starting at 0; None if not ragged)."""
         taken: dict[str, tuple[Array, Array | None]] = {}
         for name, field in self.fields.items():
             values = self._values[name]
@@ -116,7 +116,7 @@ class Encoded:
 def _map(path: Path, dtype: str) -> Array:
     if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.empty(0, dtype=dtype)
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # the subclass costs a microsecond a slice
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # slicing a plain array is faster than slicing a memmap
 
 
 Costs = Callable[[Encoded], Array]
@@ -159,9 +159,9 @@ def encode_in_memory(
     for chunk in _chunks(rows, encode_rows):
         fields = fields or _layout(chunk)
         for name, field in fields.items():
-            flat, own = _packed(name, field, [row[name] for row in chunk])
+            flat, chunk_lengths = _packed(name, field, [row[name] for row in chunk])
             values.setdefault(name, []).append(flat)
-            lengths.setdefault(name, []).extend(own)
+            lengths.setdefault(name, []).extend(chunk_lengths)
         size += len(chunk)
     offsets = {name: np.cumsum([0, *lengths[name]]) for name, field in fields.items() if field.ragged}
     joined = {name: np.concatenate(parts) for name, parts in values.items()}
@@ -169,7 +169,7 @@ def encode_in_memory(
 
 
 def _is_complete(folder: Path) -> bool:
-    """Return whether all files exist with the sizes that were written."""
+    """Return whether all files exist with the sizes recorded in `fields.json`."""
     try:
         sizes = json.loads((folder / "fields.json").read_text(encoding="utf-8"))["bytes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -231,7 +231,7 @@ def _field(value: Any, column: list[Any]) -> Field:
 
 
 def _packed(name: str, field: Field, column: list[Any]) -> tuple[Array, list[int]]:
-    """The values of a chunk as one array, and the length of each example if the field is ragged."""
+    """Return the values of a chunk as one array, and the length of each example if the field is ragged."""
     if isinstance(column[0], VariableLength):
         arrays = [value.array for value in column]
         _check_same_layout(name, field, ((array.dtype.name, array.shape[1:]) for array in arrays))
@@ -246,13 +246,13 @@ def _packed(name: str, field: Field, column: list[Any]) -> tuple[Array, list[int
     return flat.astype(field.dtype, copy=False), [len(value) for value in arrays] if field.ragged else []
 
 
-def _check_same_layout(name: str, field: Field, found: Iterable[tuple[str, tuple[int, ...]]]) -> None:
-    others = set(found) - {(field.dtype, field.shape)}
+def _check_same_layout(name: str, field: Field, layouts: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+    others = set(layouts) - {(field.dtype, field.shape)}
     assert not others, f"{name}: dtype and shape {others}, not {(field.dtype, field.shape)} as in the first example"
 
 
 def _dtype(values: list[Any]) -> str:
-    """float32 if any number is a float, else int32."""
+    """Return float32 if any number is a float, else int32."""
     kinds = {np.asarray(value).dtype.kind for value in values if np.size(value)}
     return "float32" if "f" in kinds else "int32"
 
@@ -263,13 +263,13 @@ def _append(path: Path, values: Array) -> None:
 
 
 def fingerprint(*parts: object) -> str:
-    """A short content hash of JSON-like values, for cache keys."""
+    """Return a short content hash of JSON-like values, for cache keys."""
     text = json.dumps([SCHEMA, *parts], sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, read as a stream."""
+    """Return the sha256 of a file's bytes, read as a stream."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -35,7 +35,7 @@ class Fault:
     see: str = ""
 
     def dump(self) -> dict[str, Any]:
-        """The fault as plain values: file, line (None if it concerns no single row), shortened value, fix."""
+        """Return the fault as plain values: file, line (None if it concerns no single row), shortened value, fix."""
         file, _, line = self.place.rpartition(":")
         place = {"file": file, "line": int(line)} if line.isdigit() else {"file": self.place, "line": None}
         value = str(self.value) if self.kind in ERROR_KINDS else shorten(self.value)[1:-1]
@@ -60,7 +60,7 @@ class Findings:
                 kept.append(fault)
 
     def dump(self) -> list[dict[str, Any]]:
-        """The findings as plain values, errors first, then by kind."""
+        """Return the findings as plain values, errors first, then by kind."""
         return [
             {
                 "kind": kind,

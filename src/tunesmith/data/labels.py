@@ -139,7 +139,7 @@ def _kind(labels: Sequence[Label], kind: LabelKind, classes: list[str] | None, w
 
 
 def _names(label: Label, several: bool) -> tuple[str, ...]:
-    """The classes of a label; if `several`, a label written as text is split into a list."""
+    """Return the classes of a label; if `several`, a label written as text is split into a list."""
     if isinstance(label, tuple):
         return label
     return tuple(name for part in _split_list(str(label)) if (name := class_name(part))) if several else (str(label),)
@@ -196,7 +196,7 @@ def class_weights(
     classes: list[str] | None,
     counts: Counter[str],
 ) -> dict[str, float] | None:
-    """The weight of every class, from `data.class_weights`.
+    """Return the weight of every class, from `data.class_weights`.
 
     Raises:
         RecipeError: the labels are not of kind `single`, a class is unknown, or a weight is not above 0.
@@ -220,7 +220,7 @@ def class_weights(
 
 
 def label_fields(label: Label, classes: list[str] | None, weights: dict[str, float]) -> dict[str, Any]:
-    """The fields of an encoded label: a number, a 0 or 1 per class, or a class index and its weight."""
+    """Return the fields of an encoded label: a number, a 0 or 1 per class, or a class index and its weight."""
     if isinstance(label, float):
         return {"label": label}
     assert classes is not None, "call fit_labels first"

@@ -86,7 +86,7 @@ _BY_CODE = {code.lower(): language for language in LANGUAGES for code in languag
 
 
 def language(code: str) -> Language | None:
-    """The language of a code or name, with or without a region (`en-GB`); None if it is unknown."""
+    """Return the language of a code or name, with or without a region (`en-GB`); None if it is unknown."""
     plain = code.strip().lower().replace("-", "_")
     return _BY_CODE.get(plain) or _BY_CODE.get(plain.partition("_")[0])
 
@@ -109,32 +109,32 @@ def same(one: str, other: str) -> bool:
 
 
 def name_of(code: str) -> str:
-    """The English name, or the code itself if it is unknown."""
+    """Return the English name, or the code itself if it is unknown."""
     known = language(code)
     return known.name if known else code
 
 
 def spellings(code: str) -> tuple[str, ...]:
-    """The code and all other codes and names of the language."""
+    """Return the code and all other codes and names of the language."""
     known = language(code)
     return tuple(dict.fromkeys((code, *(known.codes if known else ()))))
 
 
 def column_names(code: str) -> tuple[str, ...]:
-    """Names that a column of that language may have, in lower case with underscores."""
+    """Return names that a column of that language may have, in lower case with underscores."""
     plain = (name.lower().replace("-", "_").replace(" ", "_") for name in spellings(code))
     return tuple(dict.fromkeys(plain))
 
 
 def script_of_language(code: str) -> str | None:
-    """Unicode name of the script of a language; None if it is unknown."""
+    """Return the Unicode name of the script of a language; None if it is unknown."""
     tail = code.rpartition("_")[2]
     known = language(code)
     return _SCRIPTS.get(tail) or (_SCRIPTS[known.nllb.rpartition("_")[2]] if known else None)
 
 
 def script_of(text: str) -> str:
-    """Unicode name of the most frequent script among the first letters of a text; empty if it has no letter."""
+    """Return the Unicode name of the most frequent script in the first letters of a text; empty without letters."""
     letters = [character for character in text[: 4 * SCRIPT_SAMPLE_LETTERS] if character.isalpha()][
         :SCRIPT_SAMPLE_LETTERS
     ]

@@ -19,8 +19,8 @@ class Token:
 class Preview:
     """An encoded example.
 
-    `windows` has its tokens, one list per sequence in the batch. `lines` describe other inputs (the size of a picture).
-    `target` is the target of the whole example, if there is one. `cut`: whether the example was truncated.
+    `windows` has its tokens, one list per sequence in the batch. `lines` describe other inputs (the size of an image).
+    `target` is the target of the whole example, if there is one. `cut` is True if the example was truncated.
     """
 
     target: str | None = None
@@ -29,5 +29,5 @@ class Preview:
     lines: list[str] = field(default_factory=list)
 
     def dump(self) -> dict[str, Any]:
-        """The preview as plain values."""
+        """Return the preview as plain values."""
         return asdict(self)

@@ -58,7 +58,7 @@ def stratified_split(
 
 
 def _smallest_text(classes: Indices, digests: Digests, num_classes: int) -> Indices:
-    """For each class, the number of rows of its least frequent text: at least this many must be kept."""
+    """Return the rows of the least frequent text of each class, the minimum that the class must keep."""
     pairs, rows = np.unique(np.stack([classes.astype(np.uint64), digests]), axis=1, return_counts=True)
     fewest = np.full(num_classes, len(classes))
     np.minimum.at(fewest, pairs[0].astype(np.int64), rows)
@@ -68,9 +68,9 @@ def _smallest_text(classes: Indices, digests: Digests, num_classes: int) -> Indi
 def _whole_texts(
     by_class: Indices, classes: Indices, digests: Digests, shares: list[int], can_give: list[int]
 ) -> Indices:
-    """Draw rows in the given order, each with all rows of the same text.
+    """Draw rows in the given order, each together with all rows of the same text.
 
-    The first pass keeps within the shares of the classes. The second pass fills up what is missing in total.
+    The first pass draws at most its share from each class. The second pass draws what the total still lacks.
     """
     texts: dict[int, list[int]] = {}
     for row, key in zip(by_class.tolist(), digests[by_class].tolist(), strict=True):

@@ -158,7 +158,7 @@ def _name(column: str | int) -> str:
 
 
 def _list_columns(rows: Rows) -> list[Any]:
-    """The columns whose non-empty cells are all JSON lists or objects written as text."""
+    """Return the columns whose non-empty cells are all JSON lists or objects written as text."""
     is_json: dict[Any, bool] = {}
     for raw in rows():
         for column, value in raw.values.items() if isinstance(raw, RawRow) else ():

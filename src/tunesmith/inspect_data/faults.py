@@ -18,11 +18,11 @@ from tunesmith.inspect_data.files import Column, File, display_text
 from tunesmith.tasks import Inspection
 
 MAX_IMBALANCE = 10
-"""Ratio of the largest to the smallest class from which on imbalance is reported."""
+"""Ratio of the largest to the smallest class at and above which imbalance is reported."""
 MIN_CLASS_ROWS = 5
-"""Rows of a class, at least; fewer are too few to train on and to score."""
+"""Minimum rows of a class; fewer are too few to train on and to score."""
 MAX_UNKNOWN = 0.05
-"""Share of unknown tokens, at most; above it the tokenizer probably does not fit the language."""
+"""Maximum share of unknown tokens; above it the tokenizer probably does not fit the language."""
 
 
 class ColumnScan:
@@ -34,7 +34,7 @@ class ColumnScan:
         self.varies: set[Column] = set()
         self.empty: dict[Column, list[int]] = {name: [] for name in file.names}
 
-    def take(self, raw: RawRow | BadRow) -> None:
+    def add(self, raw: RawRow | BadRow) -> None:
         """Add a row."""
         if isinstance(raw, BadRow):
             return
@@ -47,23 +47,23 @@ class ColumnScan:
                 self.varies.add(name)
 
     def faults(self) -> Iterator[Fault]:
-        """Yield faults of empty and constant columns. An empty cell in a required column is a bad row already."""
-        path, roles = self.file.path, set(self.file.columns.values())
+        """Yield faults of empty and constant columns. A row with an empty required cell is reported as a bad row."""
+        path, used = self.file.path, set(self.file.columns.values())
         for name, lines in self.empty.items() if self.rows > 1 else ():
             title = f"column {name}" if isinstance(name, int) else shorten(name, 40)[1:-1]
             if len(lines) == self.rows:
                 yield Fault("empty-field", f"{title} is empty in every row", str(path), "", "remove the column")
             elif name not in self.varies:
                 what = f"{title} has the same value in every row"
-                fix = "check that it is the right column" if name in roles else "remove the column: it is uninformative"
+                fix = "check that it is the right column" if name in used else "remove the column: it is uninformative"
                 yield Fault("constant-field", what, str(path), self.first.get(name), fix)
-            elif name not in roles:
+            elif name not in used:
                 what, fix = f"{title} is empty in some rows of {self.file.name}", "fill it in if it is needed"
                 yield from (Fault("empty-field", what, f"{path}:{line}", "", fix) for line in lines)
 
 
 def private_faults(row: Row, columns: Columns) -> Iterator[Fault]:
-    """Yield a fault for each match of personal data, masked."""
+    """Yield a fault for each match of personal data, with its value masked."""
     fix = "replace it: a model can reproduce its training data"
     for kind, value in find_private(display_text(row, columns)):
         yield Fault("private", f"{kind} in a text", row.place, value, fix)

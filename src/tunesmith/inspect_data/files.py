@@ -33,7 +33,7 @@ Column = str | int
 
 @dataclass
 class File:
-    """File read as one split. A good row has every value that the task requires."""
+    """File that is read as one split. A good row has every value that the task requires."""
 
     name: str
     path: Path
@@ -55,19 +55,19 @@ class File:
     """Rows of the splits that the recipe draws from this file."""
 
     def good_rows(self) -> Iterator[Row]:
-        """The rows that a run reads."""
+        """Return the rows that a run reads."""
         parsed = (self.parse_row(raw) for raw in self.raw_rows())
         return islice((row for row in parsed if isinstance(row, Row)), self.limit)
 
     def dump(self) -> dict[str, Any]:
-        """The summary of the file as plain values."""
+        """Return the summary of the file as plain values."""
         about = {"file": str(self.path), "rows": self.rows, "bad_rows": self.bad_rows, "columns": self.columns}
         about |= {"classes": dict(self.classes.most_common()), "lengths": self.lengths}
         return about | ({"drawn": self.drawn} if self.drawn else {})
 
 
 class ResolvedTarget(NamedTuple):
-    """Recipe of the data to inspect, whether its task is a guess, the model if one is named, and a note."""
+    """Recipe of the data to inspect, True if its task is a guess, the model if one is named, and a note."""
 
     recipe: Recipe
     guess: bool
@@ -78,19 +78,22 @@ class ResolvedTarget(NamedTuple):
 def resolve_target(
     target: str | None, overrides: Sequence[str], model: str | None, stage: int | None = None
 ) -> ResolvedTarget:
-    """Resolve data, a recipe or a run folder, with `key=value` overrides; of stages the last, or `stage` (from 1).
+    """Resolve data, a recipe or a run folder, with `key=value` overrides.
+
+    A recipe with stages is resolved to its last stage, or to number `stage` (from 1).
 
     Raises:
         RecipeError: the recipe is invalid, or there is no such stage.
     """
-    kept = (Path(target or "") / name for name in (STAGES, "recipe.yaml"))
-    target = next((str(path) for path in kept if target and path.exists()), target)
+    recipes_of_run = (Path(target or "") / name for name in (STAGES, "recipe.yaml"))
+    target = next((str(path) for path in recipes_of_run if target and path.exists()), target)
     if target is None or target.lower().endswith((".yaml", ".yml")):
-        if (stages := recipes.load_stages(target, overrides)) is not None:
-            resolved = _of_stages(stages, stage)
+        source = recipes.read(target, overrides)
+        if (stages := recipes.load_stages(source)) is not None:
+            resolved = _resolve_stage(stages, stage)
             return resolved if model is None else resolved._replace(model=model)
         _refuse_stage(stage)
-        recipe = recipes.load(target, overrides)
+        recipe = recipes.load(source)
         return ResolvedTarget(recipe, False, model or recipe.model)
     _refuse_stage(stage)
     given = {"task": "text-classification", "model": "none", "data": {"train": target, "validation": None}}
@@ -104,34 +107,35 @@ def _refuse_stage(stage: int | None) -> None:
         raise RecipeError("--stage: the recipe has no stages", hint="remove --stage")
 
 
-def _of_stages(stages: Stages, stage: int | None) -> ResolvedTarget:
+def _resolve_stage(stages: Stages, stage: int | None) -> ResolvedTarget:
     """Resolve one stage; its model is the run of the previous stage if it exists, else that stage's model."""
     count = len(stages.recipes)
     number = stage or count
     if number > count:
         raise RecipeError(f"--stage: there is no stage {number}", hint=f"1 to {count}")
-    chosen = base = number - 1
-    while base and stages.recipes[base].model == stages.recipes[base - 1].output and not _has_run(stages, base):
+    recipe = stages.recipes[number - 1]
+    base = number - 1
+    while base and stages.recipes[base].model == stages.recipes[base - 1].output and not _model_exists(stages, base):
         base -= 1
-    recipe = stages.recipes[chosen]
     note = f"inspecting stage {number} of {count} ({recipe.task.name}); set --stage N for another"
     return ResolvedTarget(recipe, False, stages.recipes[base].model, note if count > 1 else "")
 
 
-def _has_run(stages: Stages, number: int) -> bool:
-    return (Path(stages.recipes[number].model) / "run.json").exists()
+def _model_exists(stages: Stages, index: int) -> bool:
+    """Return whether the model of a stage is a run that exists."""
+    return (Path(stages.recipes[index].model) / "run.json").exists()
 
 
 def source_of(spec: str, *, offline: bool, allow_pickle: bool) -> sources.Source:
-    """Resolve the source of a model's tokenizer and config; for a run with an adapter it is the `base/` folder."""
-    base = Path(spec).expanduser() / "base"
-    if (base / "config.json").exists():
-        return sources.Source(spec, "run", base)
+    """Return the source of a model's tokenizer and config; for a run with an adapter it is the `base/` folder."""
+    base_snapshot = Path(spec).expanduser() / "base"
+    if (base_snapshot / "config.json").exists():
+        return sources.Source(spec, "run", base_snapshot)
     return sources.resolve(spec, offline=offline, allow_pickle=allow_pickle)
 
 
 def find_files(data: Data, task: Task, *, guess: bool = False) -> tuple[Data, dict[str, Path], bool]:
-    """Return the data keys with the files filled in, name -> file (train first), and whether these are splits.
+    """Return the data keys with the files filled in, name -> file (train first), and True if these are splits.
 
     If the task is a `guess`, parallel files of two languages are accepted too.
 
@@ -160,7 +164,7 @@ def find_files(data: Data, task: Task, *, guess: bool = False) -> tuple[Data, di
 
 
 def skipped_files(folder: Path, named: Mapping[str, Path]) -> list[str]:
-    """The files of a folder that are not read."""
+    """Return the names of the files of a folder that are not read."""
     read = {file for path in named.values() for file in files_of(path)}
     return [path.name for path in files_in(folder) if path not in read]
 
@@ -177,9 +181,9 @@ def fit_error(task: Task, path: Path, data: Data) -> DataError | None:
 def guess_task(task: Task, path: Path, data: Data) -> tuple[Task | None, DataError | None]:
     """Return the first task that fits a file, or None and the error of the given task.
 
-    Tried are translation (parallel files), fill-mask (plain text), text-generation (conversations) and
-    token-classification besides the given task. CoNLL files could also be read as texts with classes, so
-    token-classification comes first for them.
+    Besides the given task, these are tried: translation (parallel files), fill-mask (plain text), text-generation
+    (conversations) and token-classification. CoNLL files could also be read as texts with classes, so
+    token-classification is tried first for them.
     """
     if data.columns:
         return task, None
@@ -245,8 +249,12 @@ TASKLESS_COLUMNS = (schema.Column("text", "text", required=False), schema.Column
 
 def _open_without_task(name: str, path: Path, data: Data) -> File:
     names, rows = read_raw(path)
-    words = _text_columns(rows)
-    return File(name, path, names, rows, lambda raw: _taskless_row(path, raw, words), {}, TASKLESS_COLUMNS, data.limit)
+    text_columns = _text_columns(rows)
+
+    def parse_row(raw: RawRow | BadRow) -> Row | BadRow:
+        return _taskless_row(path, raw, text_columns)
+
+    return File(name, path, names, rows, parse_row, {}, TASKLESS_COLUMNS, data.limit)
 
 
 def _text_columns(rows: Rows) -> frozenset[Column]:
@@ -265,33 +273,34 @@ def _as_text(value: object) -> str:
     return str(value) if isinstance(value, str | list | dict) else ""
 
 
-def _taskless_row(path: Path, raw: RawRow | BadRow, words: frozenset[Column]) -> Row | BadRow:
+def _taskless_row(path: Path, raw: RawRow | BadRow, text_columns: frozenset[Column]) -> Row | BadRow:
     """Convert a row without a task: its text columns are joined into `text`, all others into `rest`."""
     if isinstance(raw, BadRow):
         return raw
-    text = "\n".join(part for name, value in raw.values.items() if name in words and (part := _as_text(value)))
-    rest = " | ".join(str(value) for name, value in raw.values.items() if name not in words and value is not None)
+    text = "\n".join(part for name, value in raw.values.items() if name in text_columns and (part := _as_text(value)))
+    others = (value for name, value in raw.values.items() if name not in text_columns and value is not None)
+    rest = " | ".join(map(str, others))
     if not text.strip() and not rest.strip(" |"):
         return BadRow(raw.line, "empty row", "remove the row", "empty row")
     return Row(f"{path}:{raw.line}", {role: value for role, value in (("text", text), ("rest", rest)) if value})
 
 
 def row_texts(row: Row, columns: schema.Columns) -> list[str]:
-    """The inputs of a row as texts."""
+    """Return the inputs of a row as texts."""
     words = schema.of_kind(columns, "words")
-    if words is not None and isinstance(given := row.values.get(words.name), list):
-        return [" ".join(map(str, given))]
+    if words is not None and isinstance(tokens := row.values.get(words.name), list):
+        return [" ".join(map(str, tokens))]
     if schema.of_kind(columns, "messages") is not None and (content := all_content(row)) is not None:
         return [content]
-    named = (column.name for column in inputs_of(columns) if column.kind == "text")
-    return [str(row.values[name]) for name in named if name in row.values]
+    names = (column.name for column in inputs_of(columns) if column.kind == "text")
+    return [str(row.values[name]) for name in names if name in row.values]
 
 
 def row_text(row: Row, columns: schema.Columns) -> str:
-    """The inputs of a row as one text."""
+    """Return the inputs of a row as one text."""
     return "\n".join(row_texts(row, columns))
 
 
 def display_text(row: Row, columns: schema.Columns) -> str:
-    """The inputs of a row as one text, or all its values if it has no text."""
+    """Return the inputs of a row as one text, or all its values if it has no text."""
     return row_text(row, columns) or " | ".join(str(value) for value in row.values.values())

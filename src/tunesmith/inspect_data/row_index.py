@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from tunesmith.data.text import duplicates
 class RowIndex:
     """Index of the good rows of all files, in order."""
 
+    paths: Sequence[Path]
+    """Paths of the files."""
     file: array[int] = field(default_factory=lambda: array("H"))
     line: array[int] = field(default_factory=lambda: array("q"))
     target: array[int] = field(default_factory=lambda: array("q"))
@@ -30,6 +34,10 @@ class RowIndex:
     distinct: array[int] = field(default_factory=lambda: array("q"))
     """Numbers of the rows that are compared for near duplicates; `keys` has their keys in the same order."""
     keys: list[duplicates.Keys] = field(default_factory=list)
+
+    def place(self, row: int) -> str:
+        """Return file and line of a row."""
+        return f"{self.paths[self.file[row]] / self.text.get(row, '')}:{self.line[row]}"
 
     def hash(self, chunk: list[tuple[int, str]]) -> None:
         """Add rows (number, normalized text) to compare for near duplicates."""

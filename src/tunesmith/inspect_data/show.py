@@ -39,7 +39,7 @@ class EncodedRow:
     preview: Preview
 
     def dump(self) -> dict[str, Any]:
-        """The row as plain values."""
+        """Return the row as plain values."""
         return {"place": self.place, **self.preview.dump()}
 
 
@@ -68,8 +68,8 @@ def show(
     if spec is None:
         raise RecipeError("no model, whose tokenizer is needed", hint="set --model NAME, or give a recipe")
     data, named, _ = find_files(recipe.data, recipe.task, guess=guess)
-    wanted = guess_task(recipe.task, next(iter(named.values())), data)[0] if guess else None
-    read = dataset.read(wanted or recipe.task, data, recipe.train.seed)
+    guessed = guess_task(recipe.task, next(iter(named.values())), data)[0] if guess else None
+    read = dataset.read(guessed or recipe.task, data, recipe.train.seed)
     if split not in read.splits:
         raise RecipeError(
             f"there is no {split} split", where="--split", hint=f"known: {', '.join(sorted(read.splits))}"
@@ -94,30 +94,30 @@ def show(
         hint = "set data.augment='[{name: word-dropout, probability: 0.1}]' and --split train"
         raise RecipeError(f"--augmented: {what}", hint=hint)
     check_augmentable(read, bound)
-    texts = texts_of((one for _, one in numbered), task.columns)
+    texts = texts_of((chunk for _, chunk in numbered), task.columns)
     cache = sources.cache_home() / "translated-back"
     paraphrases = back_translate(texts, data.augment, cache, offline=offline, say=lambda _: None)
     augmenter = Augmenter.of(data.augment, seed, task.columns, paraphrases)
     changed = []
-    for index, one in numbered:
-        changed.append((index, one))
+    for index, chunk in numbered:
+        changed.append((index, chunk))
         for epoch in range(SHOWN_EPOCHS):
-            values = augmenter.row(one, epoch, index).values
-            changed.append((index, Row(f"{one.place} in epoch {epoch + 1}", values)))
+            values = augmenter.row(chunk, epoch, index).values
+            changed.append((index, Row(f"{chunk.place} in epoch {epoch + 1}", values)))
     return encode_rows(changed, bound, seed)
 
 
 def encode_rows(rows: Sequence[tuple[int, Row]], bound: BoundTask, seed: int) -> list[EncodedRow]:
     """Encode numbered rows, with the random draws of the first epoch."""
-    fields = bound.encode([row for _, row in rows])
+    encoded = bound.encode([row for _, row in rows])
     return [
-        EncodedRow(row.place, bound.preview(_transformed(index, one, bound, seed)))
-        for (index, row), one in zip(rows, fields, strict=True)
+        EncodedRow(row.place, bound.preview(_transformed(index, fields, bound, seed)))
+        for (index, row), fields in zip(rows, encoded, strict=True)
     ]
 
 
 def _transformed(index: int, fields: Fields, bound: BoundTask, seed: int) -> Fields:
-    """The fields of one example after `BoundTask.transform`."""
+    """Return the fields of one example after `BoundTask.transform`."""
     if bound.deterministic_inputs:
         return fields
     batch = collate(encode_in_memory([fields], lambda rows: rows), np.zeros(1, dtype=np.int64))

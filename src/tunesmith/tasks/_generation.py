@@ -36,12 +36,12 @@ def render(answer: Answer) -> str:
 
 
 def token_frequencies(counts: Tensor, labels: Callable[[Batch], Tensor]) -> Baseline:
-    """Return a baseline: for each label its log frequency, and that of the most frequent token."""  # (tokens, 2)
+    """Return a baseline: the log frequencies of each label and of the most frequent token."""  # (tokens, 2)
     prior = (counts / counts.sum()).log().float()
 
     def outputs(batch: Batch) -> Tensor:
-        own = prior[labels(batch)]
-        return torch.stack([own, prior.max().expand_as(own)], 1)
+        log_probs = prior[labels(batch)]
+        return torch.stack([log_probs, prior.max().expand_as(log_probs)], 1)
 
     return outputs
 
@@ -54,7 +54,7 @@ def last_turn(row: Row) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class PromptGenerator:
-    """Generates after a prompt (decoder), or chooses the most likely of the answers that a row offers."""
+    """Generates a text after a prompt (decoder), or chooses the most likely answer in a row with choices."""
 
     processor: Any
     settings: Generation
@@ -72,7 +72,7 @@ class PromptGenerator:
         return self._generate(model, batch)
 
     def stream(self, model: nn.Module, batch: Batch, say: Callable[[str], None]) -> str:
-        """Return the text, passed to `say` word by word, except with beam search or given answers."""
+        """Return the text. It is passed to `say` word by word, or at once with beam search or choices."""
         if self._options(batch)[0] or self.settings.num_beams > 1:
             (text,) = self._generate(model, batch)
             say(text)
@@ -93,16 +93,16 @@ class PromptGenerator:
             for start, length in zip(starts, batch.tensor("prompt").tolist(), strict=True)
         ]
         texts = [""] * len(prompts)
-        offers, pad = self._options(batch), self.processor.pad_token_id
-        for number, (prompt, options) in enumerate(zip(prompts, offers, strict=True)):
+        choices, pad = self._options(batch), self.processor.pad_token_id
+        for number, (prompt, options) in enumerate(zip(prompts, choices, strict=True)):
             if options and len(prompt):
                 chosen = options[most_likely(model, prompt, options, pad)]
                 texts[number] = self.processor.decode(chosen, skip_special_tokens=True).strip()
-        free = [number for number, prompt in enumerate(prompts) if len(prompt) and not offers[number]]
+        free = [number for number, prompt in enumerate(prompts) if len(prompt) and not choices[number]]
         if free:
             lengths = torch.tensor([0, *(len(prompts[number]) for number in free)], device=ids.device)
-            given = Ragged(torch.cat([prompts[number] for number in free]), lengths.cumsum(0))
-            generated = generate_tokens(model, given, self.settings, pad=pad, stop=self.stop, limit=limit, **more)
+            open_ended = Ragged(torch.cat([prompts[number] for number in free]), lengths.cumsum(0))
+            generated = generate_tokens(model, open_ended, self.settings, pad=pad, stop=self.stop, limit=limit, **more)
             for number, text in zip(
                 free, self.processor.batch_decode(generated, skip_special_tokens=True), strict=True
             ):
@@ -110,12 +110,12 @@ class PromptGenerator:
         return texts
 
     def _options(self, batch: Batch) -> list[list[Tensor]]:
-        """Return the tokens of the answers that each example offers."""
+        """Return the tokens of the choices of each example."""
         if "options" not in batch:
             return [[] for _ in range(batch.size)]
         lengths = batch.ragged("option_lengths")
-        every = iter(batch.ragged("options").values.split(lengths.values.tolist()))
-        return [list(islice(every, count)) for count in lengths.lengths.tolist()]
+        options = iter(batch.ragged("options").values.split(lengths.values.tolist()))
+        return [list(islice(options, count)) for count in lengths.lengths.tolist()]
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class SourceGenerator:
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
     def stream(self, model: nn.Module, batch: Batch, say: Callable[[str], None]) -> str:
-        """Return the text, passed to `say` at once, because beam search ends with it."""
+        """Return the text. It is passed to `say` at once: beam search has no partial texts."""
         (text,) = self.generate(model, batch)
         say(text)
         return text
@@ -180,13 +180,13 @@ def generate_tokens(
     """
     encoder_decoder = bool(model.config.is_encoder_decoder)
     ids, mask = _pad(prompts, pad, left=not encoder_decoder)
-    begin = 1 if encoder_decoder else ids.shape[1]  # the decoder start token, which may be the end token
-    room = min(how.max_new_tokens, limit - begin)
-    if room < 1:
+    begin = 1 if encoder_decoder else ids.shape[1]  # skips the decoder start token, which may equal the end token
+    max_new_tokens = min(how.max_new_tokens, limit - begin)
+    if max_new_tokens < 1:
         return [[] for _ in range(len(ids))]
     sampling = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
     settings = GenerationConfig(
-        max_new_tokens=room,
+        max_new_tokens=max_new_tokens,
         num_beams=how.num_beams,
         pad_token_id=pad,
         eos_token_id=list(stop) or None,
@@ -197,23 +197,23 @@ def generate_tokens(
     devices = [ids.device] if ids.device.type == "cuda" else []
     with quiet(), fast_path(model).with_padding(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(SEED)
-        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
-    return [_cut_at_stop(row, stop) for row in written[:, begin:].tolist()]
+        generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
+    return [_cut_at_stop(row, stop) for row in generated[:, begin:].tolist()]
 
 
 def most_likely(model: Any, prompt: Tensor, options: Sequence[Tensor], pad: int) -> int:
     """Return the index of the option with the highest probability after a prompt, end token included."""
-    lengths = torch.tensor([len(option) for option in options], device=prompt.device)
-    text = torch.repeat_interleave(torch.arange(len(options), device=prompt.device), lengths)
-    within = torch.cat([torch.arange(len(option), device=prompt.device) for option in options])
+    lengths = torch.tensor([len(ids) for ids in options], device=prompt.device)
+    option = torch.repeat_interleave(torch.arange(len(options), device=prompt.device), lengths)
+    within = torch.cat([torch.arange(len(ids), device=prompt.device) for ids in options])
     rows = Ragged(
-        torch.cat([part for option in options for part in (prompt, option)]),
+        torch.cat([part for ids in options for part in (prompt, ids)]),
         torch.cat([lengths.new_zeros(1), (lengths + len(prompt)).cumsum(0)]),
     )
     inputs = {"input_ids": rows.padded(pad), "attention_mask": rows.mask()}
-    log_probabilities = logits_at(model, inputs, text, len(prompt) - 1 + within).log_softmax(-1)
-    each = log_probabilities.gather(1, torch.cat(list(options))[:, None])[:, 0]
-    return int(each.new_zeros(len(options)).index_add(0, text, each).argmax())
+    log_probabilities = logits_at(model, inputs, option, len(prompt) - 1 + within).log_softmax(-1)
+    per_token = log_probabilities.gather(1, torch.cat(list(options))[:, None])[:, 0]
+    return int(per_token.new_zeros(len(options)).index_add(0, option, per_token).argmax())
 
 
 def _pad(rows: Ragged, fill: int, *, left: bool) -> tuple[Tensor, Tensor]:

@@ -75,10 +75,10 @@ def pair_of(row: Row) -> tuple[str, str]:
 
 def _with_references(fields: list[Fields], rows: Sequence[Row]) -> list[Fields]:
     """Add the target as UTF-8 bytes (`reference`), and `same`: 1 if it equals the source."""
-    for one, row in zip(fields, rows, strict=True):
+    for example, row in zip(fields, rows, strict=True):
         if "target" in row.values:
             source, target = (text.strip() for text in pair_of(row))
-            one |= {"same": int(source == target), "reference": as_bytes(target)}
+            example |= {"same": int(source == target), "reference": as_bytes(target)}
     return fields
 
 
@@ -101,18 +101,18 @@ class EncoderDecoderTranslation(BoundTask):
         Raises:
             DataError: a text has no tokens.
         """
-        most = self.data.max_length
-        assert most is not None, "assemble sets max_length"
+        max_length = self.data.max_length
+        assert max_length is not None, "assemble sets max_length"
         places = [row.place for row in rows]
         sources = _texts(rows, "source", self.task.prefix or "")
-        coded = tokenize_truncated(sources, self.processor, most, "source", places)
-        fields: list[Fields] = [{"input_ids": ids, "cut": int(cut), "length": len(ids)} for ids, cut in coded]
+        tokenized = tokenize_truncated(sources, self.processor, max_length, "source", places)
+        fields: list[Fields] = [{"input_ids": ids, "cut": int(cut), "length": len(ids)} for ids, cut in tokenized]
         if targets := _texts(rows, "target"):
             end = self.config.eos_token_id
-            coded = tokenize_truncated(targets, self.processor, most, "target", places, as_target=True)
-            for one, (ids, cut) in zip(fields, coded, strict=True):
-                ids = ids if end in ids[-2:] else [*ids[: most - 1], end]
-                one |= {"label": ids, "length": one["length"] + len(ids), "cut_target": int(cut)}
+            tokenized = tokenize_truncated(targets, self.processor, max_length, "target", places, as_target=True)
+            for example, (ids, cut) in zip(fields, tokenized, strict=True):
+                ids = ids if end in ids[-2:] else [*ids[: max_length - 1], end]
+                example |= {"label": ids, "length": example["length"] + len(ids), "cut_target": int(cut)}
         return _with_references(fields, rows)
 
     def costs(self, encoded: Encoded) -> NDArray[np.int64]:
@@ -128,18 +128,18 @@ class EncoderDecoderTranslation(BoundTask):
 
     def inspect(self, rows: Sequence[Row]) -> Inspection:
         """Return the sizes of sources, and faults of truncated targets."""
-        most = self.data.max_length
-        assert most is not None, "data check sets max_length"
-        what, fix = f"a target is longer than {most} tokens and truncated", "raise data.max_length"
+        max_length = self.data.max_length
+        assert max_length is not None, "data check sets max_length"
+        what, fix = f"a target is longer than {max_length} tokens and truncated", "raise data.max_length"
         targets = _texts(rows, "target")
-        written = self.processor(text_target=targets, verbose=False)["input_ids"]
+        target_ids = self.processor(text_target=targets, verbose=False)["input_ids"]
         faults = [
             Fault("target-cut", what, row.place, f"{len(ids)} tokens: {text}", fix)
-            for row, text, ids in zip(rows, targets, written, strict=True)
-            if len(ids) > most
+            for row, text, ids in zip(rows, targets, target_ids, strict=True)
+            if len(ids) > max_length
         ]
         ids = self.processor(_texts(rows, "source", self.task.prefix or ""), verbose=False)["input_ids"]
-        return Inspection(*count_tokens(ids, self.processor), most, "data.max_length", faults)
+        return Inspection(*count_tokens(ids, self.processor), max_length, "data.max_length", faults)
 
     def model_inputs(self, batch: Batch) -> list[dict[str, Any]]:
         """Return padded sources, and targets shifted to the right."""
@@ -215,7 +215,7 @@ class DecoderTranslation(BoundTask):
             source = f"{self.task.prefix or ''}{str(row.values['source']).strip()}"
             prompt = {"role": "user", "content": source}
             if "target" not in row.values:
-                yield Row(row.place, {"asked": [prompt], "choices": []})
+                yield Row(row.place, {"prompt_messages": [prompt], "choices": []})
                 continue
             target = str(row.values["target"]).strip()
             yield Row(row.place, {"messages": [prompt, {"role": "assistant", "content": target}]})

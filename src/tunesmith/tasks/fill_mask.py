@@ -158,7 +158,7 @@ class BoundFillMask(BoundTask):
         if not masked:
             beyond = f" within the first {self.data.max_length} tokens" if self.processor.mask_token in text else ""
             raise row.fault("text", f"no {MASK}{beyond}", f"write {MASK} in place of a word")
-        cut = any(one.overflowing for one in coded.encodings or ())
+        cut = any(encoding.overflowing for encoding in coded.encodings or ())
         return {"input_ids": ids, "masked": masked, "cut": int(cut)}
 
     def costs(self, encoded: Encoded) -> NDArray[np.int64]:
@@ -170,27 +170,27 @@ class BoundFillMask(BoundTask):
         return unknown_notes(encoded, self.processor)
 
     def transform(self, batch: Batch, indices: NDArray[np.int64], seed: int = 0, epoch: int = 0) -> Batch:
-        """Mask words of blocks: `masked` has the positions, `label` the original tokens. Texts with masks stay."""
+        """Mask words of blocks: `masked` has the positions, `label` the original tokens. Texts with masks are kept."""
         if "words" not in batch:
             return batch
         rows, words = batch.ragged("input_ids"), batch.ragged("words").values.numpy()
         ids, ends = rows.values.numpy(), rows.offsets.tolist()
         share = self.task.mask_share
-        seen, places = [ids[:0]], [ids[:0]]
+        masked_ids, positions = [ids[:0]], [ids[:0]]
         for index, start, stop in zip(indices.tolist(), ends[:-1], ends[1:], strict=True):
             part = slice(start, stop)
-            one = mask_tokens(ids[part], words[part], share, self.tokens, seed=seed, epoch=epoch, index=index)
-            seen.append(one[0])
-            places.append(one[1])
-        offsets = torch.from_numpy(np.cumsum([len(one) for one in places]))
-        masked = Ragged(torch.from_numpy(np.concatenate(places)), offsets)
+            drawn = mask_tokens(ids[part], words[part], share, self.tokens, seed=seed, epoch=epoch, index=index)
+            masked_ids.append(drawn[0])
+            positions.append(drawn[1])
+        offsets = torch.from_numpy(np.cumsum([len(example) for example in positions]))
+        masked = Ragged(torch.from_numpy(np.concatenate(positions)), offsets)
         flat = torch.repeat_interleave(rows.offsets[:-1], masked.lengths) + masked.values
-        drawn = {
-            "input_ids": Ragged(torch.from_numpy(np.concatenate(seen)), rows.offsets),
+        fields = {
+            "input_ids": Ragged(torch.from_numpy(np.concatenate(masked_ids)), rows.offsets),
             "masked": masked,
             "label": Ragged(rows.values[flat], offsets),
         }
-        return replace(batch, fields=drawn)
+        return replace(batch, fields=fields)
 
     def model_inputs(self, batch: Batch) -> list[dict[str, Any]]:
         """Return padded blocks."""

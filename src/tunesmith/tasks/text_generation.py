@@ -201,7 +201,7 @@ class BoundTextGeneration(BoundTask):
             return replace(row, values={"text": row.values["text"]})
         prompt = row if is_conversation(row) else replace(row, values={"prompt": row.values["text"]})
         messages = conversation(prompt, system=self.task.system, answered=False)
-        return Row(row.place, {"asked": messages, "choices": choices_of(row)})
+        return Row(row.place, {"prompt_messages": messages, "choices": choices_of(row)})
 
     def chunks(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yield conversations unchanged, and raw text in blocks of `max_length` tokens."""
@@ -209,12 +209,12 @@ class BoundTextGeneration(BoundTask):
         first, last = first_token(self.processor), last_token(self.processor)
         edges = [[] if token is None else [token] for token in (first, last)]
         rows = iter(rows)
-        opening = next(rows, None)
-        if opening is None:
+        head = next(rows, None)
+        if head is None:
             return
-        every = chain([opening], rows)
-        chat = self.task.form != "text" and is_conversation(opening)
-        yield from every if chat else pack_documents(every, "text", self.processor, self.data.max_length, *edges)
+        all_rows = chain([head], rows)
+        chat = self.task.form != "text" and is_conversation(head)
+        yield from all_rows if chat else pack_documents(all_rows, "text", self.processor, self.data.max_length, *edges)
 
     def encode(self, rows: Sequence[Row]) -> list[Fields]:
         """Return `input_ids` and the positions with loss (`learned`).
@@ -231,15 +231,15 @@ class BoundTextGeneration(BoundTask):
         if "text" in rows[0].values and self.task.form == "text":
             return [_continued(row, self.processor) for row in rows]
         chats = self._chats()
-        if "asked" in rows[0].values:
+        if "prompt_messages" in rows[0].values:
             return [_prompt(row, chats) for row in rows]
         read = [(row.place, conversation(row, system=self.task.system)) for row in rows]
         fields = chats.encode(read, self.data.max_length, skip=self.data.on_bad_row == "skip")
         return [
-            one
+            example
             | {"reference": as_bytes(messages[-1]["content"])}
             | chats.encode_choices(messages[:-1], choices_of(row))
-            for one, row, (_, messages) in zip(fields, rows, read, strict=True)
+            for example, row, (_, messages) in zip(fields, rows, read, strict=True)
         ]
 
     def costs(self, encoded: Encoded) -> NDArray[np.int64]:
@@ -256,17 +256,19 @@ class BoundTextGeneration(BoundTask):
         if "cut" not in encoded:
             return notes
         cut, size = encoded.column("cut"), len(encoded)
-        whole, part = int((cut == ALL_CUT).sum()), int((cut == SOME_CUT).sum())
+        all_cut, some_cut = int((cut == ALL_CUT).sum()), int((cut == SOME_CUT).sum())
         refused = int((cut == TEMPLATE_REFUSED).sum())
-        if whole + refused == size:
+        if all_cut + refused == size:
             what = "no answer is within data.max_length"
             raise DataError(what, where=encoded.key, hint="raise data.max_length")
         if refused:
             notes.append(f"{refused} of {size} conversations are refused by the chat template and have no loss")
-        if whole:
-            notes.append(f"{whole} of {size} conversations have no answer within data.max_length and have no loss")
-        if part:
-            notes.append(f"{part} of {size} conversations are longer than data.max_length; their answers are truncated")
+        if all_cut:
+            notes.append(f"{all_cut} of {size} conversations have no answer within data.max_length and have no loss")
+        if some_cut:
+            notes.append(
+                f"{some_cut} of {size} conversations are longer than data.max_length; their answers are truncated"
+            )
         if special := int(encoded.column("has_special_tokens").sum()):
             notes.append(
                 f"{special} of {size} conversations contain special tokens of this model, which are read as plain text"
@@ -313,8 +315,10 @@ class BoundTextGeneration(BoundTask):
         return torch.stack(losses).sum() / normalizers["tokens"].clamp_min(1)  # all answers may be truncated
 
     def _groups(self, batch: Batch, *, padded: bool) -> list[tuple[Tensor, tuple[dict[str, Any], Tensor, Tensor]]]:
-        """Return groups of windows: the indices of their tokens with loss, and the model's arguments with row and
-        position before each of these tokens.
+        """Return groups of windows.
+
+        A group has the indices of its tokens with loss, the model's arguments, and row and position of the token before
+        each of these tokens.
         """
         window, place = _before(batch)
         pad, more = self.config.pad_token_id or 0, {"use_cache": False}
@@ -324,13 +328,13 @@ class BoundTextGeneration(BoundTask):
         lengths = batch.ragged("windows").values
         order = lengths.argsort(stable=True)
         rank = order.argsort()[window]
-        every = batch.ragged("input_ids").values.split(lengths.tolist())
+        windows = batch.ragged("input_ids").values.split(lengths.tolist())
         groups = []
         for first, last in cut(lengths[order].cpu().numpy(), GROUPS):
             which = everything[(rank >= first) & (rank < last)]
-            own = order[first:last]
-            ends = torch.cat([own.new_zeros(1), lengths[own].cumsum(0)])
-            rows = Ragged(torch.cat([every[number] for number in own.tolist()]), ends)
+            members = order[first:last]
+            ends = torch.cat([members.new_zeros(1), lengths[members].cumsum(0)])
+            rows = Ragged(torch.cat([windows[number] for number in members.tolist()]), ends)
             inputs = {"input_ids": rows.padded(pad), "attention_mask": rows.mask(), **more}
             groups.append((which, (inputs, rank[which] - first, place[which])))
         return groups
@@ -362,7 +366,7 @@ class BoundTextGeneration(BoundTask):
 
 
 def _prompt(row: Row, chats: ChatEncoder) -> Fields:
-    messages: Any = row.values["asked"]
+    messages: Any = row.values["prompt_messages"]
     choices: Any = row.values["choices"]
     return chats.encode_prompt(messages) | chats.encode_choices(messages, choices)
 

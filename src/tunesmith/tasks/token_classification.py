@@ -155,7 +155,7 @@ class TokenClassification(Task):
 
     def render(self, answer: Answer, row: Row) -> str:
         """Return the entities with labels and scores."""
-        entities = (f"{one['text']} ({one['label']} {one['score']:.3f})" for one in answer["entities"])
+        entities = (f"{entity['text']} ({entity['label']} {entity['score']:.3f})" for entity in answer["entities"])
         return ", ".join(entities) or "no entities"
 
     def mistake(self, answer: Answer, target: Any) -> tuple[str, str, float] | None:
@@ -201,10 +201,10 @@ class BoundTokenClassification(BoundTask):
         fields = encode_words(sentences, self.processor, self.data.max_length, inside=inside)
         codes = {name: index for index, name in enumerate(self.objective.names)}
         weights = self.data.class_weights if isinstance(self.data.class_weights, dict) else {}
-        for one, words, row in zip(fields, sentences, rows, strict=True):
-            one["word"] = [_WORD(word.encode()) & 0x7FFFFFFF for word in words]
+        for example, words, row in zip(fields, sentences, rows, strict=True):
+            example["word"] = [_WORD(word.encode()) & 0x7FFFFFFF for word in words]
             if "label" in row.values:
-                one |= self._labels(self.task.parse_target(row), one, codes, weights)
+                example |= self._labels(self.task.parse_target(row), example, codes, weights)
         return fields
 
     def _labels(
@@ -245,10 +245,10 @@ class BoundTokenClassification(BoundTask):
 
     def loss(self, model: nn.Module, batch: Batch, normalizers: dict[str, Tensor]) -> Tensor:
         """Return this batch's share of the weighted mean over all sub-words with loss in the step."""
-        every = self._logits(model, batch)
-        logits, tags = _at(every, batch, "first"), batch.ragged("tags").values
+        all_logits = self._logits(model, batch)
+        logits, tags = _at(all_logits, batch, "first"), batch.ragged("tags").values
         if "rest" in batch:
-            logits = torch.cat([logits, _at(every, batch, "rest")])
+            logits = torch.cat([logits, _at(all_logits, batch, "rest")])
             tags = torch.cat([tags, batch.ragged("rest_tags").values])
         losses = F.cross_entropy(logits, tags, reduction="none", label_smoothing=self.label_smoothing)
         if "weight" in batch:
@@ -275,8 +275,8 @@ class BoundTokenClassification(BoundTask):
         Its outputs are log tag frequencies of the word, smoothed by one pseudo-count of the frequencies over all words.
         """
         words, tags, count = train.column("word"), train.column("tags"), len(self.objective.names)
-        known, which = np.unique(words, return_inverse=True)
-        table = np.bincount(which * count + tags, minlength=len(known) * count).reshape(len(known), count)
+        known, index = np.unique(words, return_inverse=True)
+        table = np.bincount(index * count + tags, minlength=len(known) * count).reshape(len(known), count)
         shares = np.bincount(tags, minlength=count) / len(tags)
         table = np.concatenate([(table + shares) / (table.sum(1, keepdims=True) + 1), shares[None]])
         logs = torch.from_numpy(np.log(np.maximum(table, 1e-9))).float()  # (words + 1, tags)
@@ -295,10 +295,10 @@ class BoundTokenClassification(BoundTask):
         lengths = batch.ragged("first").lengths.tolist()
         return [
             {
-                "tags": [self.objective.names[tag] for tag in own.tolist()],
+                "tags": [self.objective.names[tag] for tag in sentence.tolist()],
                 "scores": [round(score, 6) for score in confidence.tolist()],
             }
-            for own, confidence in zip(tags.cpu().split(lengths), scores.cpu().split(lengths), strict=True)
+            for sentence, confidence in zip(tags.cpu().split(lengths), scores.cpu().split(lengths), strict=True)
         ]
 
     def postprocess(self, answer: Answer, row: Row) -> Answer:
@@ -333,8 +333,8 @@ class BoundTokenClassification(BoundTask):
         """Return the number of tokens of each sentence; long sentences are read in windows."""
         words = [row.values.get("tokens") for row in rows]
         texts = [
-            [" ".join(map(str, own)) if isinstance(own, list) else str(row.values.get("text", ""))]
-            for row, own in zip(rows, words, strict=True)
+            [" ".join(map(str, tokens)) if isinstance(tokens, list) else str(row.values.get("text", ""))]
+            for row, tokens in zip(rows, words, strict=True)
         ]
         return Inspection(*inspect_texts(texts, self.processor), None, "data.max_length")
 

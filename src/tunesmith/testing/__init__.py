@@ -1,4 +1,4 @@
-"""Public tests for third parties: tiny random models, made-up rows, and the contract of a technique or a task."""
+"""Public contract tests for third-party tasks and techniques, with tiny random models and synthetic rows."""
 
 from tunesmith.testing.contract import (
     CLASSIFYING,

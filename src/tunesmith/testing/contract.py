@@ -1,7 +1,7 @@
-"""What a third party needs to test its own task or technique: tiny random models, made-up rows, and the contract.
+"""Contract tests for third-party tasks and techniques, with tiny random models and synthetic rows.
 
-`check(technique, task, family)` holds a technique to all that its contract promises on one task and one family of
-model; the matrix of what serves what is generated from it. Nothing here needs a network, a GPU or more than seconds.
+`check(technique, task, family)` runs the contract tests of a technique on one task and one model family. The support
+matrix is generated from it. The tests need no network and no GPU, and take a few seconds.
 
     from tunesmith.testing import FAMILIES, check
     check({"name": "my-technique", "rank": 2}, "text-classification", "bert")
@@ -40,25 +40,13 @@ from tunesmith.techniques import Technique
 from tunesmith.training import loop, optimizer
 from tunesmith.training.machine import NEVER_CUT, Machine
 
-__all__ = [
-    "FAMILIES",
-    "IMAGE_FAMILIES",
-    "Case",
-    "case",
-    "check",
-    "sample_row",
-    "tiny_image_processor",
-    "tiny_model",
-    "tiny_tokenizer",
-]
-
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
-    "initializer_range": 0.2,  # at the usual 0.02 a random model answers nearly the same to everything
+    "initializer_range": 0.2,  # with the default of 0.02 the outputs of a random model hardly depend on its inputs
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -93,21 +81,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bart": _SEQ2SEQ | _DECODER,
     "marian": _SEQ2SEQ | _DECODER | {"forced_eos_token_id": 3},
 }
-"""Family (a config's `model_type`) -> what its tiny config says beside the sizes all share; no dropout."""
+"""Model family (`model_type` of the config) -> config keys of its tiny model besides the common sizes; no dropout."""
 
 IMAGE_FAMILIES: dict[str, dict[str, Any]] = {
     "vit": {"image_size": 16, "patch_size": 4, "intermediate_size": 64, "hidden_dropout_prob": 0.0},
 }
-"""The same for models of pictures."""
+"""The same for image models."""
 
 CLASSIFYING = tuple(family for family in FAMILIES if family != "marian")
-"""The families of which transformers has a model that classifies texts."""
+"""Families that have a sequence-classification model in transformers."""
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def sample_row(task: str, number: int) -> dict[str, object]:
-    """The made-up row of that number (from 0) of a task."""
+    """Return synthetic row `number` (from 0) of a task."""
     row: dict[str, object] = _task(task)().sample_row(number)
     return row
 
@@ -117,10 +105,13 @@ def _task(name: str) -> Any:
 
 
 def tiny_model(family: str, model_class: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
-    """A random model of some 50,000 parameters, in eval mode, the same for the same seed; touches no random state.
+    """Return a random model of about 50,000 parameters, in eval mode; the global random state is not changed.
 
-    `model_class` is a transformers Auto class by name; `config` overrides what its config says, under the common names
-    (`hidden_size`, `num_hidden_layers` ...) or the family's own.
+    `model_class` is the name of a transformers Auto class. `config` overrides config keys, given by the common names
+    (`hidden_size`, `num_hidden_layers` ...) or those of the family. The same seed gives the same weights.
+
+    Raises:
+        RecipeError: the family has no such model.
     """
     config_class = transformers.CONFIG_MAPPING[family]
     if config_class not in getattr(transformers, model_class)._model_mapping:
@@ -137,12 +128,12 @@ def tiny_model(family: str, model_class: str, *, seed: int = 0, **config: Any) -
 
 
 def tiny_image_processor() -> Any:
-    """An image processor for pictures of 16 x 16 pixels, with the PIL back end."""
+    """Return an image processor for images of 16 x 16 pixels, with the PIL backend."""
     return transformers.ViTImageProcessorPil(size={"height": 16, "width": 16})
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """WordPiece over the words of the made-up rows, dressed as BERT's."""
+    """Return a WordPiece tokenizer of the synthetic rows' words, with BERT's special tokens."""
     words = (*_samples.WORDS, *_samples.GOOD, *_samples.BAD, _samples.ENDING)
     vocabulary = {word: index for index, word in enumerate((*_SPECIAL, *words))}
     tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
@@ -160,7 +151,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass
 class Case:
-    """A technique applied to a tiny model of one family for one task, with encoded made-up rows. In fp32 on the CPU."""
+    """A technique applied to a tiny model of one family for one task, with encoded rows; fp32 on the CPU."""
 
     recipe: Recipe
     bound: BoundTask
@@ -176,17 +167,17 @@ class Case:
 
     @property
     def technique(self) -> Technique:
-        """What is on trial."""
+        """The technique under test."""
         return self.recipe.technique
 
     def answers(self, model: nn.Module) -> Tensor:
-        """The model's outputs for all rows."""
+        """Return the model's outputs for all rows."""
         model.eval()
         with torch.no_grad():
             return self.bound.outputs(model, self._batch())
 
     def loss(self, model: nn.Module) -> float:
-        """The loss over all rows."""
+        """Return the loss over all rows."""
         model.eval()
         batch = self._batch()
         with torch.no_grad():
@@ -197,7 +188,7 @@ class Case:
         return self.bound.transform(collate(self.encoded, indices), indices)
 
     def engine(self, model: PreTrainedModel | None = None, micro_batch: int = 8) -> loop.Engine:
-        """A loop over this model."""
+        """Return an engine for this model."""
         model = model or self.model
         return loop.Engine(
             model=model,
@@ -210,7 +201,7 @@ class Case:
         )
 
     def train(self, engine: loop.Engine, start: int, stop: int, total: int = 10) -> list[float]:
-        """Losses of the steps from `start` to `stop`."""
+        """Train from step `start` to `stop`; return the losses."""
         batches = Batches(self.encoded, 8, self.recipe.train.seed)
         factor = optimizer.schedule(self.recipe.train, total)
         self.technique.update_trainable(engine.model, self.anatomy, start / total)
@@ -232,97 +223,99 @@ def case(
     config: Mapping[str, Any] | None = None,
     **train: Any,
 ) -> Case:
-    """A technique on one task and family, encoded under `folder`, over 40 rows of `Task.sample_row` or of `row`.
+    """Return a technique applied to a tiny model, with 40 encoded rows of `Task.sample_row` or of `row`.
 
-    `data` and `train` are keys of the recipe, `config` overrides what the tiny model's config says.
+    The encoded rows are written under `folder`. `data` and `train` are recipe keys; `config` overrides config keys.
     """
-    keys = {"train": "made-up.csv", **(data or {})}
+    data_keys = {"train": "made-up.csv", **(data or {})}
     train = {"learning_rate": 5e-3, "warmup_ratio": 0.0, **train}
     train.setdefault("head_learning_rate", train["learning_rate"])
     task = {"name": task, **_task(task).sample_keys} if isinstance(task, str) else task
-    given = {"task": task, "model": "tiny", "technique": technique, "data": keys, "train": train}
-    recipe = recipes.load(None, (), given)
-    task, reads = recipe.task, recipe.data
+    keys = {"task": task, "model": "tiny", "technique": technique, "data": data_keys, "train": train}
+    recipe = recipes.load(None, (), keys)
+    task, recipe_data = recipe.task, recipe.data
     rows = [Row(f"made-up:{number}", (row or task.sample_row)(number)) for number in range(40)]
-    if "max_length" in task.data_keys and reads.max_length is None:
-        reads = reads.model_copy(update={"max_length": 32})
-    fitted, read = task.fit([task.parse_target(one) for one in rows], reads)
-    models.config_class(family, fitted.auto_class)
-    kind = models.auto_class(family, fitted.auto_class)
+    if "max_length" in task.data_keys and recipe_data.max_length is None:
+        recipe_data = recipe_data.model_copy(update={"max_length": 32})
+    fitted, fitted_data = task.fit([task.parse_target(sample) for sample in rows], recipe_data)
+    models.config_class(family, fitted.auto_class)  # raises if the family does not support the task
+    model_class = models.auto_class(family, fitted.auto_class)
     processor = tiny_tokenizer() if fitted.processor == "tokenizer" else tiny_image_processor()
     added_tokens.add(processor, fitted.added_tokens)
-    base = tiny_model(family, kind, **fitted.head_config(), **(config or {}))
+    base = tiny_model(family, model_class, **fitted.head_config(), **(config or {}))
     added_tokens.extend(base, added_tokens.ids(processor, fitted.added_tokens))
-    bound = fitted.bind(processor, base.config, read, recipe.train.label_smoothing)
+    bound = fitted.bind(processor, base.config, fitted_data, recipe.train.label_smoothing)
     encoded = encode(bound.chunks(rows), bound.encode, folder / "encoded", bound.costs)
-    head = frozenset(name for name in _head_parameters(base))
-    map_ = anatomy(base, new=head)
+    parts = anatomy(base, new=frozenset(_head_parameters(base)))
     model = copy.deepcopy(base)
-    recipe.technique.apply(model, map_, processor)
-    return Case(recipe.model_copy(update={"task": bound.task, "data": read}), bound, base, model, map_, encoded)
+    recipe.technique.apply(model, parts, processor)
+    return Case(recipe.model_copy(update={"task": bound.task, "data": fitted_data}), bound, base, model, parts, encoded)
 
 
 def _head_parameters(model: PreTrainedModel) -> list[str]:
-    """What lies outside of the backbone: new for a task that is not the model's own."""
-    inside = {id(parameter) for parameter in model.base_model.parameters()}
-    return [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
+    """Return the names of the parameters outside the backbone: the new head."""
+    backbone = {id(parameter) for parameter in model.base_model.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in backbone]
 
 
 def check(technique: str | Mapping[str, Any], task: str | Mapping[str, Any], family: str) -> None:
-    """Hold a technique to its contract on one task and one family.
+    """Run the contract tests of a technique on one task and one model family.
 
     Raises:
-        RecipeError: the technique refuses this kind of model, with its reason.
-        AssertionError: a promise is broken; says which.
+        RecipeError: the technique does not support this kind of model; the message has the reason.
+        AssertionError: a test fails; the message has the broken promise.
     """
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as name:
-        trial = case(technique, task, family, Path(name))
-        _check_start(trial)
-        _check_training(trial)
+        tested = case(technique, task, family, Path(name))
+        _check_start(tested)
+        _check_training(tested)
         _check_repetition(case(technique, task, family, Path(name)))
         _check_accumulation(case(technique, task, family, Path(name), optimizer="sgd"))
 
 
 def _check_start(case: Case) -> None:
+    """Check that the untrained model equals the base model if the technique says so, and that it is trainable."""
     if case.technique.starts_as_base:
         same = torch.allclose(case.answers(case.model), case.answers(case.base), atol=1e-5, rtol=1e-5)
-        assert same, "says that it starts as the base model, and answers differently"
-    learns = {name for name, parameter in case.model.named_parameters() if parameter.requires_grad}
-    assert learns, "nothing learns"
-    assert case.anatomy.always_trainable <= learns, "a new head does not learn"
+        assert same, "starts_as_base is set, but the outputs differ from those of the base model"
+    trainable = {name for name, parameter in case.model.named_parameters() if parameter.requires_grad}
+    assert trainable, "no parameter is trainable"
+    assert case.anatomy.always_trainable <= trainable, "the new head is not trainable"
 
 
 def _check_training(case: Case) -> None:
-    """The loss falls, what is frozen stays, the saved delta over the base is the trained model, merging is plain."""
+    """Check that the loss falls, frozen parameters stay, base + saved delta = trained model, and merging is exact."""
     frozen = {name: p.detach().clone() for name, p in case.model.named_parameters() if not p.requires_grad}
     names = [name for name, parameter in case.model.named_parameters() if parameter.requires_grad]
     before_training = case.loss(case.model)
-    steps = 30 if case.anatomy.always_trainable else 120  # without a new head what learns has further to go
+    steps = 30 if case.anatomy.always_trainable else 120  # without a new head, the loss falls more slowly
     case.train(case.engine(), 0, steps, total=steps)
     after_training = case.loss(case.model)
     assert after_training < 0.98 * before_training, f"the loss does not fall: {before_training} to {after_training}"
     state = dict(case.model.named_parameters())
     for name, before in frozen.items():
-        assert torch.equal(state[name], before), f"{name} is frozen and has changed"
+        assert torch.equal(state[name], before), f"{name} is frozen but has changed"
     trained = case.answers(case.model)
-    again = copy.deepcopy(case.base)
-    case.technique.apply(again, case.anatomy, case.processor)
+    reloaded = copy.deepcopy(case.base)
+    case.technique.apply(reloaded, case.anatomy, case.processor)
     if case.technique.artifact == "adapter":
-        case.technique.load_adapter(again, dict(case.technique.adapter_tensors(case.model)))
+        case.technique.load_adapter(reloaded, dict(case.technique.adapter_tensors(case.model)))
     else:
-        artefact.load_trained(again, artefact.trained_tensors(case.model, names))
-    assert torch.allclose(case.answers(again), trained, atol=1e-5), "base + what was saved is not the trained model"
+        artefact.load_trained(reloaded, artefact.trained_tensors(case.model, names))
+    same = torch.allclose(case.answers(reloaded), trained, atol=1e-5)
+    assert same, "base + saved parameters differ from the trained model"
     if case.technique.cannot_merge:
         return
-    case.technique.merge(again)
-    assert torch.allclose(case.answers(again), trained, atol=1e-4), "merging changes the answers"
-    assert {name for name, _ in again.named_parameters()} == {name for name, _ in case.base.named_parameters()}
-    for (name, own), plain in zip(again.named_modules(), case.base.modules(), strict=True):
-        assert not isinstance(plain, LINEAR) or type(own) is type(plain), f"{name} is not plain after merging"
+    case.technique.merge(reloaded)
+    assert torch.allclose(case.answers(reloaded), trained, atol=1e-4), "merging changes the outputs"
+    assert {name for name, _ in reloaded.named_parameters()} == {name for name, _ in case.base.named_parameters()}
+    for (name, merged), plain in zip(reloaded.named_modules(), case.base.modules(), strict=True):
+        what = f"{name} is a {type(merged).__name__} after merging, not a {type(plain).__name__}"
+        assert not isinstance(plain, LINEAR) or type(merged) is type(plain), what
 
 
 def _check_repetition(case: Case) -> None:
-    """Ten steps, ten steps again, and five, resumed for five more: the same bits."""
+    """Check that 10 steps, 10 steps again, and 5 steps resumed for 5 more give identical losses and weights."""
     runs = []
     for stops in ((0, 10), (0, 10), (0, 5, 10)):
         model = copy.deepcopy(case.model)
@@ -333,12 +326,13 @@ def _check_repetition(case: Case) -> None:
         runs.append((losses, {name: p.detach() for name, p in engine.model.named_parameters()}))
     (losses, weights), *others = runs
     for other_losses, other_weights in others:
-        assert other_losses == losses, f"the same seed, other losses: {losses} {other_losses}"
-        assert all(torch.equal(other_weights[name], weights[name]) for name in weights), "the same seed, other weights"
+        assert other_losses == losses, f"the same seed gives different losses: {losses} and {other_losses}"
+        same = all(torch.equal(other_weights[name], weights[name]) for name in weights)
+        assert same, "the same seed gives different weights"
 
 
 def _resumed(case: Case, engine: loop.Engine) -> loop.Engine:
-    """A fresh engine with what a checkpoint holds put in."""
+    """Return a new engine with the weights and optimizer state of a checkpoint."""
     fresh = case.engine(copy.deepcopy(case.model))
     names = [name for name, parameter in case.model.named_parameters() if parameter.requires_grad]
     artefact.load_trained(fresh.model, artefact.trained_tensors(engine.model, names))
@@ -348,7 +342,7 @@ def _resumed(case: Case, engine: loop.Engine) -> loop.Engine:
 
 
 def _check_accumulation(case: Case) -> None:
-    """One step of plain gradient descent on 8 rows at once, and in pieces of 4, 2 and 1."""
+    """Check that an SGD step on 8 rows equals the same step accumulated over micro-batches of 4, 2 and 1."""
     before = {name: p.detach().clone() for name, p in case.model.named_parameters() if p.requires_grad}
     updates = []
     for micro_batch in (8, 4, 2, 1):
@@ -359,5 +353,6 @@ def _check_accumulation(case: Case) -> None:
         updates.append(torch.cat([(after[name] - before[name]).detach().flatten() for name in before]))
     for micro_batch, update in zip((4, 2, 1), updates[1:], strict=True):
         ratio = float(update.norm() / updates[0].norm())
-        assert abs(ratio - 1) < 1e-4, f"accumulated over micro-batches of {micro_batch} the update is {ratio:.5f} times"
-        assert torch.dist(update, updates[0]) < 1e-3 * updates[0].norm(), "accumulation turns the update"
+        assert abs(ratio - 1) < 1e-4, f"with micro-batches of {micro_batch} the update is {ratio:.5f} times as large"
+        same_direction = torch.dist(update, updates[0]) < 1e-3 * updates[0].norm()
+        assert same_direction, "accumulation changes the direction of the update"

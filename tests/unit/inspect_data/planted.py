@@ -101,7 +101,7 @@ def outcome(train: Rows, test: Rows, planted: dict[str, set[tuple[str, int]]], f
 
 def clean_rows(path: str) -> Rows:
     """The rows of a real file of which the check says nothing."""
-    recipe, _, _ = resolve_target(path, (), None)
+    recipe = resolve_target(path, (), None).recipe
     report = data_check.check(path)
     accused = {fault["line"] for finding in report["findings"] for fault in finding["faults"]}
     data, named, _ = find_files(recipe.data, recipe.task)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ class Row:
     """Role -> column of the file, if columns have names."""
 
     def column_name(self, role: str) -> str:
-        """The file's name for a role."""
+        """Return the file's name for a role."""
         return _display_name(self.columns.get(role, role))
 
     def fault(self, role: str, what: str, hint: str, index: int | None = None) -> DataError:
@@ -63,7 +63,7 @@ class Row:
         return DataError(f"{self.column_name(role)}: {what}", where=place, hint=hint)
 
     def place_of(self, index: int) -> str:
-        """File and line of a list element: its own line if it has one, else the row's."""
+        """Return file and line of a list element: its own line if it has one, else the row's."""
         file, _, line = self.place.rpartition(":")
         return f"{file}:{int(line) + index}" if self.by_line else self.place
 
@@ -128,14 +128,14 @@ class Table:
                 self.skipped[row.reason] += 1
 
     def rows_or_errors(self) -> Iterator[Row | DataError]:
-        """All rows in order; for a row that cannot be read, its error."""
+        """Yield all rows in order; for a row that cannot be read, its error."""
         self._check_unchanged()
         for raw in self.raw_rows():
             row = self.parse_row(raw)
             yield row if isinstance(row, Row) else _row_error(self.place_of(row), row, skippable=False)
 
     def parse_row(self, raw: RawRow | BadRow) -> Row | BadRow:
-        """Convert a raw row to a `Row`, or return why it is bad."""
+        """Convert a raw row to a `Row`, or to a `BadRow` with the fault."""
         values = raw if isinstance(raw, BadRow) else self._values(raw)
         if isinstance(values, BadRow):
             return values
@@ -144,7 +144,7 @@ class Table:
         return Row(self.place_of(raw), values, columns=self.columns)
 
     def place_of(self, raw: RawRow | BadRow) -> str:
-        """File and line of a row."""
+        """Return file and line of a row."""
         return f"{self.display_path / raw.file}:{raw.line}"
 
     def _values(self, raw: RawRow) -> dict[str, object] | BadRow:
@@ -194,7 +194,7 @@ def check_exists(path: Path) -> None:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files of a path: the file itself, the texts in a folder, or the files of a parallel pair."""
+    """Return the files of a path: the file itself, the texts in a folder, or the files of a parallel pair."""
     if path.is_dir():
         return plain.texts_in(path)
     return [path] if path.exists() else list(parallel.sides_of(path).values()) or [path]
@@ -210,7 +210,7 @@ def _is_missing(value: object) -> bool:
 
 
 def _value_fault(column: Column, value: object) -> tuple[str, str, str] | None:
-    """Return (what is wrong with a value, hint, short reason), or None if it is valid."""
+    """Return (fault, hint, short reason) of a value; None if it is valid."""
     role = column.name
     if column.kind == "image" and isinstance(value, bytes):
         return None

@@ -99,7 +99,7 @@ def has_header(opened: OpenedFile) -> bool:
 
 
 def _joined_names(missing: Collection[str], roles: Aliases) -> str:
-    """The missing roles joined by "and"; if none is required, all roles joined by "or"."""
+    """Return the missing roles joined by "and"; if none is required, all roles joined by "or"."""
     return " and ".join(role for role in roles if role in missing) or " or ".join(roles)
 
 
@@ -134,7 +134,7 @@ def _missing(
 
 
 def _closest_name(role: str, roles: Aliases, names: list[str]) -> str | None:
-    """The name that is most similar to a common name of the role."""
+    """Return the name that is most similar to a common name of the role."""
     plain = {_normalized(name): name for name in names}
     close = [(usual, near) for usual in roles[role] for near in difflib.get_close_matches(usual, plain, 1, 0.7)]
     best = max(close, key=lambda pair: difflib.SequenceMatcher(None, *pair).ratio(), default=None)
@@ -146,7 +146,7 @@ def _normalized(name: str) -> str:
 
 
 def match_aliases(names: list[str], roles: Aliases) -> dict[str, str]:
-    """Role -> the first of its aliases that is among the names, both normalized."""
+    """Return role -> the first of its aliases that is among the names, both normalized."""
     normalized = {_normalized(name) for name in names}
     matches: dict[str, str] = {}
     for role, aliases in roles.items():
@@ -169,7 +169,7 @@ def _by_alias(where: str, names: list[str], roles: Aliases, taken: ColumnMap) ->
 
 
 def _languages(names: list[str]) -> list[str]:
-    """The names that are languages."""
+    """Return the names that are languages."""
     return [name for name in names if languages.language(name) is not None]
 
 
@@ -231,7 +231,7 @@ def is_number(text: str) -> bool:
 
 
 def _tags(sample: list[list[str]]) -> str | None:
-    """The tags of a CoNLL file, if a column has nothing but tags below an optional name; else None."""
+    """Return tags of a CoNLL file if a column has only tags below an optional name; else None."""
     for column in range(1, len(sample[0])):
         named = not TAG.fullmatch(sample[0][column])
         tags = sorted({row[column] for row in sample[named:] if len(row) == len(sample[0])} - {""})

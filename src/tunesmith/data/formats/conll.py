@@ -19,7 +19,7 @@ from tunesmith.errors import DataError, RecipeError, counted, did_you_mean, shor
 
 TAG = re.compile(r"O|[BIESLUM]-\S+")
 MAX_WORDS = 5000
-"""Words of a sentence, at most; in longer ones the blank lines between sentences are probably missing."""
+"""Maximum words of a sentence; in a longer one, blank lines between sentences are probably missing."""
 
 SAMPLE_CHARS = 65536
 _CHARACTER_WITH_DIGIT = re.compile(r"\D[0-9]")
@@ -182,7 +182,7 @@ def _endless(begin: int) -> BadRow:
 
 
 def _line_fault(line: str, fields: list[str], number: int, width: int) -> BadRow | None:
-    """Return what is wrong with the line of a word, or None."""
+    """Return the line of a word as a bad row if it is invalid, else None."""
     if (bad := check_line(line, number)) is not None:
         return bad
     if "\0" in line:

@@ -1,4 +1,4 @@
-"""CSV, TSV and similar files. The delimiter, and whether quotation marks quote, are detected from a sample."""
+"""CSV, TSV and similar files. The delimiter and the meaning of quotation marks are detected from a sample."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _quotes_are_literal(path: Path) -> bool:
 
 
 def _lines_with_quotes(path: Path) -> tuple[list[str], bool]:
-    """Return lines from the first with a quoted field on, and whether the file has more."""
+    """Return a sample of lines that starts at the first quoted field, and True if the file has more lines."""
     with open_text(path) as file:
         for line in lines(file):
             if line.startswith('"') or '\t"' in line:
@@ -208,7 +208,7 @@ class _RecordLines:
         self._record, self._chars = [], 0
 
     def line(self) -> int:
-        """The line on which the record starts."""
+        """Return the line on which the record starts."""
         return self._record[0][0]
 
     def fault(self) -> BadRow | None:

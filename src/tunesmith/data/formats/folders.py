@@ -1,4 +1,4 @@
-"""Data files in a folder, recognized by suffix or content, and the splits that their names stand for."""
+"""Data files of a folder, recognized by suffix or content, and their splits, recognized by file name."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev", "devel", "eval"),
     "test": ("test", "testing"),
 }
-_TEXTS = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".conll", ".bio", ".iob", ".iob2", ".bioes")
-SUFFIXES = (".parquet", *_TEXTS, *(f"{suffix}.gz" for suffix in _TEXTS))
+_TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".conll", ".bio", ".iob", ".iob2", ".bioes")
+SUFFIXES = (".parquet", *_TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in _TEXT_SUFFIXES))
 MAX_NAMES = 6
+"""Maximum file names in an error message."""
 
 
 def is_folder(path: str | Path) -> bool:
@@ -40,9 +41,9 @@ def is_folder(path: str | Path) -> bool:
 
 
 def holds_text(path: Path) -> bool:
-    """Return whether a file is plain text, or a folder has plain text and no other data, whatever the task.
+    """Return whether a file is plain text, or a folder contains plain text and no other data.
 
-    Files named .csv or .tsv are tables.
+    The answer does not depend on the task. Files named .csv or .tsv count as tables.
     """
     if is_folder(path):
         return bool(plain.texts_in(path)) and all(holds_text(file) for file in data_files(path))
@@ -57,7 +58,7 @@ def holds_text(path: Path) -> bool:
 
 
 def files_in(folder: str | Path) -> list[Path]:
-    """The files of a folder, without subfolders, hidden files and documentation such as a readme.
+    """Return the files of a folder except hidden files and documentation such as a readme; subfolders are not searched.
 
     Raises:
         DataError: the folder cannot be read.
@@ -70,12 +71,12 @@ def files_in(folder: str | Path) -> list[Path]:
 
 
 def data_files(folder: str | Path) -> list[Path]:
-    """The files of a folder that have a known suffix, or whose content is a table."""
+    """Return the files of a folder that have a known suffix or contain a table."""
     return [path for path in files_in(folder) if path.name.lower().endswith(SUFFIXES) or _is_table(path)]
 
 
 def _is_table(path: Path) -> bool:
-    """Return whether the content of a file is a table: CoNLL, JSON objects, or delimited columns."""
+    """Return whether a file contains a table: CoNLL, JSON objects, Parquet, or delimited columns."""
     try:
         if format_of(path, tagged=True) not in ("csv", "tsv"):
             return True
@@ -86,10 +87,10 @@ def _is_table(path: Path) -> bool:
 
 
 def find_splits(folder: str | Path, *, pairs: bool = False) -> dict[str, Path]:
-    """Find the files named train, validation (valid, val, dev, eval) and test in a folder.
+    """Return split -> file for the files of a folder that are named train, validation (valid, val, dev, eval) or test.
 
-    With `pairs`, parallel files count by their common stem, in which more may follow the split (`test_2016_flickr`).
-    If no file is named like a split, a split's name anywhere in the file name counts, if that is unambiguous.
+    With `pairs`, the stem of parallel files counts too; it may have more words after the split (`test_2016_flickr`). If
+    no file has such a name, a split's name inside a longer file name counts, as long as it is unambiguous.
 
     Raises:
         DataError: two files match the same split.
@@ -105,13 +106,13 @@ def find_splits(folder: str | Path, *, pairs: bool = False) -> dict[str, Path]:
                 what = f"both {splits[split].name} and {path.name} are named {split}"
                 raise DataError(what, where=str(folder), hint=f"set data.{split} to the one to use")
             splits[split] = path
-    return splits or _by_words_in_names(data_files(folder))
+    return splits or _splits_inside_names(data_files(folder))
 
 
-def _by_words_in_names(files: Collection[Path]) -> dict[str, Path]:
-    """Match names such as `wnut17train.conll`, `emerging.dev.conll`, `weiboNER_2nd_conll.test`.
+def _splits_inside_names(files: Collection[Path]) -> dict[str, Path]:
+    """Return split -> file for names such as `wnut17train.conll`, `emerging.dev.conll`, `weiboNER_2nd_conll.test`.
 
-    Returns nothing unless each file matches one split of its own.
+    The result is empty unless each file matches exactly one split and no two files match the same.
     """
     matches = [(split, path) for path in files for split in _splits_of(re.findall("[a-z]+", path.name.lower()))]
     splits = dict(matches)
@@ -120,6 +121,7 @@ def _by_words_in_names(files: Collection[Path]) -> dict[str, Path]:
 
 
 def _splits_of(words: Collection[str]) -> list[str]:
+    """Return the splits that one of the words stands for."""
     return [split for split, names in SPLIT_NAMES.items() if not set(names).isdisjoint(words)]
 
 
@@ -127,13 +129,13 @@ def no_train_error(folder: str | Path) -> DataError:
     """Return the error for a folder without a train file."""
     readable = data_files(folder)
     names = [path.name for path in readable or files_in(folder)]
-    listed = f"{', '.join(names[:MAX_NAMES])}{' ...' if len(names) > MAX_NAMES else ''}"
+    name_list = f"{', '.join(names[:MAX_NAMES])}{' ...' if len(names) > MAX_NAMES else ''}"
     what = "no train file in this folder"
     if not names:
         return DataError(what, where=str(folder), hint="name the file train.csv, or set data.train to a file")
     if not readable:
         parallel_hint = "set task=translation to read files of two languages"
         hint = parallel_hint if parallel.stems_in(Path(folder)) else "add a table (CSV, JSONL, Parquet)"
-        return DataError(f"{what}, and no readable data: {listed}", where=str(folder), hint=hint)
+        return DataError(f"{what}, and no readable data: {name_list}", where=str(folder), hint=hint)
     hint = f"name one train{readable[0].suffix} (others validation and test), or set data.train={readable[0]}"
-    return DataError(f"{what}, only {listed}", where=str(folder), hint=hint)
+    return DataError(f"{what}, only {name_list}", where=str(folder), hint=hint)

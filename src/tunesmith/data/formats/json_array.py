@@ -93,8 +93,8 @@ class _Window:
 
     def _read_on(self) -> bool:
         """Append more of the file to the unread text; return whether that was possible within MAX_CHARS."""
-        left = len(self._text) - self._at
-        more = self._file.read(max(CHUNK_CHARS, left)) if left <= MAX_CHARS else ""
+        unread = len(self._text) - self._at
+        more = self._file.read(max(CHUNK_CHARS, unread)) if unread <= MAX_CHARS else ""
         if more:
             self._text, self._at = self._text[self._at :] + more, 0
         return bool(more)

@@ -25,7 +25,7 @@ _NO_LANGUAGE = frozenset("csv tsv txt md gz zip log xml sgm tmx bz xz bio iob py
 
 
 def sides_of(prefix: Path) -> dict[str, Path]:
-    """Language -> file, for the files named `prefix` plus a language; empty if there are fewer than two."""
+    """Return language -> file for the files named `prefix` plus a language; empty if there are fewer than two."""
     try:
         paths = sorted(prefix.parent.iterdir())
     except OSError:
@@ -34,7 +34,7 @@ def sides_of(prefix: Path) -> dict[str, Path]:
 
 
 def stems_in(folder: Path) -> dict[str, dict[str, Path]]:
-    """Stem -> language -> file, for the parallel files in a folder."""
+    """Return stem -> language -> file for the parallel files in a folder."""
     return _pairs(sorted(folder.iterdir()))
 
 
@@ -47,14 +47,14 @@ def _pairs(paths: Sequence[Path]) -> dict[str, dict[str, Path]]:
 
 
 def display_path(prefix: Path, sides: Sequence[str]) -> Path:
-    """The files of several languages in shell notation: `train.{en,de}.gz`."""
+    """Return the files of several languages in shell notation: `train.{en,de}.gz`."""
     files = sides_of(prefix)
     ends = {files[side].name.removeprefix(f"{prefix.name}.{side}") for side in sides}
     return prefix.with_name(f"{prefix.name}.{{{','.join(sides)}}}{ends.pop() if len(ends) == 1 else '*'}")
 
 
 def language_of(path: Path) -> str | None:
-    """The language at the end of a file's name (`test.de.gz`); None if there is none."""
+    """Return the language at the end of a file's name (`test.de.gz`); None if there is none."""
     match = _NAME.fullmatch(path.name)
     return match["side"] if match and match["side"].lower() not in _NO_LANGUAGE else None
 
@@ -112,7 +112,7 @@ def flatten_translations(opened: OpenedFile) -> OpenedFile:
 
 
 def _nested(opened: OpenedFile) -> str | None:
-    """The first column whose value in the first row is an object of several texts; None if there is none."""
+    """Return the first column whose value in the first row is an object of several texts; None if there is none."""
     first = next(opened.rows(), None)
     for name, value in first.values.items() if isinstance(first, RawRow) else ():
         if isinstance(value, dict) and len(value) > 1 and all(isinstance(text, str) for text in value.values()):

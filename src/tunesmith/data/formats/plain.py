@@ -19,7 +19,7 @@ SUFFIXES = (".txt", ".text", ".md", ".txt.gz", ".text.gz", ".md.gz")
 
 
 MAX_NAME_CHARS = 100
-"""Characters of a column's name, at most: a sentence that contains `, target, ` is no header."""
+"""Maximum characters of a column name; a longer text such as a sentence with `, target, ` is no header."""
 
 
 def is_plain_text(path: Path, columns: Columns) -> bool:
@@ -49,7 +49,7 @@ def open_rows(path: Path, column: str) -> OpenedFile:
 
 
 def texts_in(folder: Path) -> list[Path]:
-    """The text files in a folder and its subfolders, without hidden files and top-level documentation."""
+    """Return the text files in a folder and its subfolders, without hidden files and top-level documentation."""
     paths = (path for path in sorted(folder.rglob("*")) if path.name.lower().endswith(SUFFIXES))
     return [path for path in paths if path.is_file() and not is_documentation(path, within=folder)]
 

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from tunesmith.errors import DataError, shorten
 
 MAX_CHARS = 16 * 2**20
-"""Characters of a line or a field, at most."""
+"""Maximum characters of a line or a field."""
 ENCODING_HINT = "from Windows: iconv -f cp1252 -t utf-8, if it is Chinese: iconv -f gb18030 -t utf-8"
 """The most frequent encodings besides UTF-8; cp1252 has the quotation marks that Latin-1 lacks."""
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
@@ -94,7 +94,7 @@ def lines(file: TextIO) -> Iterator[str]:
 
 
 def check_line(text: str, line: int) -> BadRow | None:
-    """Return what makes a line unreadable in any format, or None."""
+    """Return a line as a bad row if it is unreadable in any format, else None."""
     if len(text) > MAX_CHARS:
         what = f"over {MAX_CHARS:,} characters in one line, {shorten(text[:100], 40)}"
         return BadRow(line, what, "check for a missing line end or quotation mark", "line too long")

@@ -79,7 +79,7 @@ def _head(path: Path) -> bytes:
 
 
 def _similar_name(path: Path) -> str | None:
-    """The most similar file name in the same folder, compared without suffixes; None if none is similar."""
+    """Return the most similar file name in the same folder, compared without suffixes; None if none is similar."""
     names = sorted(other.name for other in path.parent.iterdir())
     stems = [name.partition(".")[0] for name in names]
     near = difflib.get_close_matches(path.name.partition(".")[0], stems, 1, 0.7)

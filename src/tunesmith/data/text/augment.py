@@ -2,7 +2,7 @@
 
 "EDA: Easy Data Augmentation Techniques" (Wei and Zou 2019, arXiv 1901.11196). The change of an example depends on
 (seed, epoch, index) alone, so that a resumed run and several processes produce the same texts. All changes operate on
-lists of words and record the word that each came from, so that tags can follow. Protected words are never changed.
+lists of words and record the origin of each word, so that its tag moves with it. Protected words are never changed.
 Back-translated texts come from `deploy/back_translation.py`.
 """
 
@@ -22,7 +22,7 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe.fields import Augmentation
 
 MAX_WORDS = 4
-"""Words of a synonym, at most: `put up with` has three."""
+"""Maximum words of a synonym: `put up with` has three."""
 Random = np.random.Generator
 Synonyms = Mapping[tuple[str, ...], Sequence[tuple[str, ...]]]
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -40,7 +40,7 @@ _ADJACENT_KEYS = {
 
 @dataclass(frozen=True)
 class Words:
-    """Words, the index of the original word of each, and whether each is protected from changes."""
+    """Words, the index of the original word of each (`origins`), and which words must not be changed (`keep`)."""
 
     words: tuple[str, ...]
     origins: tuple[int, ...]
@@ -52,7 +52,7 @@ class Words:
         return cls(tuple(words), tuple(range(len(words))), tuple(keep or [False] * len(words)))
 
     def at(self, positions: Sequence[int]) -> Words:
-        """The words at the positions, in that order."""
+        """Return the words at the positions, in that order."""
         parts = ((self.words[at], self.origins[at], self.keep[at]) for at in positions)
         words, origins, keep = zip(*parts, strict=True)
         return Words(words, origins, keep)
@@ -60,15 +60,15 @@ class Words:
 
 def drop_words(words: Words, probability: float, draw: Random) -> Words:
     """Drop words at random, but never all."""
-    stays = [at for at, lot in enumerate(draw.random(len(words.words))) if words.keep[at] or lot >= probability]
-    return words.at(stays or [int(draw.integers(len(words.words)))])
+    kept = [at for at, number in enumerate(draw.random(len(words.words))) if words.keep[at] or number >= probability]
+    return words.at(kept or [int(draw.integers(len(words.words)))])
 
 
 def swap_words(words: Words, probability: float, draw: Random) -> Words:
     """Swap words with their successors at random."""
     order = list(range(len(words.words)))
-    for at, lot in enumerate(draw.random(max(len(order) - 1, 0))):
-        if lot < probability and not (words.keep[order[at]] or words.keep[order[at + 1]]):
+    for at, number in enumerate(draw.random(max(len(order) - 1, 0))):
+        if number < probability and not (words.keep[order[at]] or words.keep[order[at + 1]]):
             order[at], order[at + 1] = order[at + 1], order[at]
     return words.at(order)
 
@@ -78,10 +78,10 @@ def misspell(words: Words, probability: float, draw: Random) -> Words:
 
     A word of one letter, such as a Chinese character, is doubled.
     """
-    lots = draw.random(len(words.words))
+    numbers = draw.random(len(words.words))
     changed = [
-        word if kept or lot >= probability else _typo(word, draw)
-        for word, kept, lot in zip(words.words, words.keep, lots, strict=True)
+        word if kept or number >= probability else _typo(word, draw)
+        for word, kept, number in zip(words.words, words.keep, numbers, strict=True)
     ]
     return replace(words, words=tuple(changed))
 
@@ -91,13 +91,13 @@ def _typo(word: str, draw: Random) -> str:
     if not letters:
         return word
     at = letters[int(draw.integers(len(letters)))]
-    how = int(draw.integers(4)) if len(letters) > 1 else 2
-    if how == 0 and (near := _ADJACENT_KEYS.get(word[at].lower())):
-        typed = near[int(draw.integers(len(near)))]
+    kind = int(draw.integers(4)) if len(letters) > 1 else 2
+    if kind == 0 and (adjacent := _ADJACENT_KEYS.get(word[at].lower())):
+        typed = adjacent[int(draw.integers(len(adjacent)))]
         return word[:at] + (typed.upper() if word[at].isupper() else typed) + word[at + 1 :]
-    if how == 1:
+    if kind == 1:
         return word[:at] + word[at + 1 :]
-    if how == 3 and at + 1 < len(word):
+    if kind == 3 and at + 1 < len(word):
         return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
     return word[: at + 1] + word[at:]
 
@@ -206,10 +206,10 @@ class Augmenter:
     def row(self, row: Row, epoch: int, index: int) -> Row:
         """Augment the texts of a row; the spacing between unchanged words is kept.
 
-        Of tagged words, only those outside entities are changed, and the tags follow.
+        In a row with tags, only words outside entities are changed, and each tag moves with its word.
 
         Raises:
-            RecipeError: tags cannot follow, because the row has spans or the augmentation is back-translation.
+            RecipeError: the row has spans, or the augmentation is back-translation, so that tags cannot be assigned.
         """
         words = of_kind(self.columns, "words")
         if words is not None and words.name in row.values:
@@ -251,7 +251,7 @@ class Augmenter:
 
 
 def _separates_entities(following: str) -> bool:
-    """Return whether dropping an O word could merge two entities: the next tag does not mark a beginning (IO)."""
+    """Return whether an O word may separate two entities: the next tag is not O and does not mark a beginning (IO)."""
     return following != "O" and not following.startswith(("B-", "S-", "U-"))
 
 
@@ -271,17 +271,17 @@ def _change(step: Augmentation) -> Callable[[Words, Random], Words]:
 
 
 def synonym_hashes(steps: Sequence[Augmentation]) -> list[str]:
-    """The sha256 of each synonym list."""
+    """Return the sha256 of each synonym list."""
     return [file_sha256(Path(step.file)) for step in steps if step.file is not None]
 
 
 def texts_of(rows: Iterable[Row], columns: Columns) -> Iterator[str]:
-    """The texts that may be augmented."""
+    """Return the texts that may be augmented."""
     return (text for row in rows for _, text in _texts(row, columns))
 
 
 def _texts(row: Row, columns: Columns) -> Iterator[tuple[str, str]]:
-    """Column name and value of each text input."""
+    """Yield column name and value of each text input."""
     for column in inputs_of(columns):
         if column.kind == "text" and isinstance(value := row.values.get(column.name), str):
             yield column.name, value

@@ -1,7 +1,7 @@
-"""Documents concatenated and cut into blocks of equal length, without padding or dropped tokens.
+"""Blocks of equal length from concatenated documents, without padding and without dropped tokens.
 
-`make_blocks` puts separator tokens between documents and wraps each block in special tokens like a single text.
-`pack_documents` keeps the documents of a block apart, each in its own attention window.
+`make_blocks` (masked language models) separates documents by special tokens. A block has those of a single text.
+`pack_documents` (causal language models) gives each document in a block an attention window of its own.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tunesmith.data.formats import Row
 
 Array = NDArray[Any]
 Segment = Callable[[str], Iterable[str]]
-"""Text -> its words in order; joined, they give the text."""
+"""Word segmenter: text -> its words in order, whose concatenation is the text."""
 
 BATCH_CHARS = 2**21
 UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]")
-"""Chinese characters and Japanese kana: no spaces separate words."""
+"""Scripts without spaces between words: Chinese characters and Japanese kana."""
 
 WORD_START, WORD_CONTINUATION, SEPARATOR = 1, 0, -1
 """Kinds of tokens: the first of a word, a later one, or a separator between documents."""
@@ -32,37 +32,38 @@ def make_blocks(
 ) -> Iterator[Row]:
     """Yield blocks as rows of `input_ids` and `words`.
 
-    A block has `max_length` tokens, except the last one and those that lose a separator at an edge. `words` has the
-    index of each token's word within the block, -1 for special and unknown tokens. A block's place is that of its
-    first document.
+    A block has `max_length` tokens; the last one may have fewer, and so may a block from whose edge a separator is
+    removed. `words` has the index of each token's word within the block, -1 for special and unknown tokens. A block's
+    place is that of its first document.
     """
-    before, between, after = _special_ids(processor)
-    room = max_length - len(before) - len(after)
+    prefix, separator, suffix = _special_ids(processor)
+    block_tokens = max_length - len(prefix) - len(suffix)
     ids, kinds, place = np.empty(0, np.int64), np.empty(0, np.int64), ""
 
     def block(ids: Array, kinds: Array) -> Iterator[Row]:
-        inside = np.flatnonzero(kinds != SEPARATOR)
-        if not len(inside):
+        in_document = np.flatnonzero(kinds != SEPARATOR)
+        if not len(in_document):
             return
-        ids, kinds = ids[inside[0] : inside[-1] + 1], kinds[inside[0] : inside[-1] + 1]
+        without_edges = slice(in_document[0], in_document[-1] + 1)
+        ids, kinds = ids[without_edges], kinds[without_edges]
         first = np.arange(len(kinds)) == 0
         words = np.cumsum((kinds == WORD_START) | (first & (kinds == WORD_CONTINUATION))) - 1
         words[(kinds == SEPARATOR) | np.isin(ids, processor.all_special_ids)] = -1
         values: dict[str, object] = {
-            "input_ids": [*before, *ids.tolist(), *after],
-            "words": [*[-1] * len(before), *words.tolist(), *[-1] * len(after)],
+            "input_ids": [*prefix, *ids.tolist(), *suffix],
+            "words": [*[-1] * len(prefix), *words.tolist(), *[-1] * len(suffix)],
         }
         yield Row(place, values)
 
-    for row, own, own_kinds in _tokens(rows, column, processor, whole_words, segment):
-        more = between if len(ids) else []
+    for row, document_ids, document_kinds in _tokens(rows, column, processor, whole_words, segment):
+        between = separator if len(ids) else []
         place = place if len(ids) else row.place
-        ids, kinds = np.concatenate([ids, more, own]), np.concatenate([kinds, [SEPARATOR] * len(more), own_kinds])
-        ids, kinds = ids.astype(np.int64), kinds.astype(np.int64)
-        for start in range(0, len(ids) - len(ids) % room, room):
-            yield from block(ids[start : start + room], kinds[start : start + room])
+        ids = np.concatenate([ids, between, document_ids]).astype(np.int64)
+        kinds = np.concatenate([kinds, [SEPARATOR] * len(between), document_kinds]).astype(np.int64)
+        rest = len(ids) - len(ids) % block_tokens
+        for start in range(0, rest, block_tokens):
+            yield from block(ids[start : start + block_tokens], kinds[start : start + block_tokens])
             place = row.place
-        rest = len(ids) - len(ids) % room
         ids, kinds = ids[rest:], kinds[rest:]
     yield from block(ids, kinds)
 
@@ -70,22 +71,22 @@ def make_blocks(
 def pack_documents(
     rows: Iterable[Row], column: str, processor: Any, max_length: int, first: Sequence[int], last: Sequence[int]
 ) -> Iterator[Row]:
-    """Yield blocks as rows of `input_ids` (`max_length` of them, or one less) and `windows`, the length per document.
+    """Yield blocks as rows of `input_ids` and `windows`, the number of tokens of each document in the block.
 
-    Documents begin with `first` and end with `last`. A document that continues in the next block repeats its last token
-    there, so that every token except a document's first is predicted exactly once. Special tokens that occur in a
-    text are tokenized as ordinary text.
+    A block has `max_length` tokens or one less; the last one may have fewer. Each document begins with `first` and ends
+    with `last`. If a document continues in the next block, its last token is repeated there, so that every token except
+    a document's first is predicted exactly once. Special tokens in a text are tokenized as ordinary text.
     """
     ids, windows, place = list[int](), list[int](), ""
-    for row, own in _documents(rows, column, processor):
-        left = [*first, *own, *last]
-        while len(left) > 1:
+    for row, document_ids in _documents(rows, column, processor):
+        remaining = [*first, *document_ids, *last]
+        while len(remaining) > 1:
             place = place if ids else row.place
-            part = left[: max_length - len(ids)]
+            part = remaining[: max_length - len(ids)]
             ids += part
             windows.append(len(part))
-            left = left[len(part) - 1 :]
-            if len(ids) > max_length - 2:  # a document's first token alone predicts nothing
+            remaining = remaining[len(part) - 1 :]
+            if len(ids) > max_length - 2:  # one more token would be a window without a prediction
                 yield Row(place, {"input_ids": ids, "windows": windows})
                 ids, windows = [], []
     if ids:
@@ -93,10 +94,11 @@ def pack_documents(
 
 
 def _documents(rows: Iterable[Row], column: str, processor: Any) -> Iterator[tuple[Row, list[int]]]:
-    for part in _batches(rows, column):
-        texts = [str(row.values[column]) for row in part]
-        coded = processor(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        yield from zip(part, coded, strict=True)
+    """Yield each document with its tokens."""
+    for batch in _batches(rows, column):
+        texts = [str(row.values[column]) for row in batch]
+        ids = processor(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        yield from zip(batch, ids, strict=True)
 
 
 def _special_ids(processor: Any) -> tuple[list[int], list[int], list[int]]:
@@ -112,34 +114,34 @@ def _tokens(
     rows: Iterable[Row], column: str, processor: Any, whole_words: bool, segment: Segment | None
 ) -> Iterator[tuple[Row, Array, Array]]:
     """Yield each document with its tokens and their kinds."""
-    sign = _sentencepiece_starts(processor) if whole_words else np.empty(0, bool)
-    for part in _batches(rows, column):
-        texts = [str(row.values[column]) for row in part]
-        coded = processor(texts, add_special_tokens=False, verbose=False)
-        for index, (row, text) in enumerate(zip(part, texts, strict=True)):
-            ids = np.asarray(coded["input_ids"][index], dtype=np.int64)
-            begins = np.ones(len(ids), bool)
+    sentencepiece_starts = _sentencepiece_starts(processor) if whole_words else np.empty(0, bool)
+    for batch in _batches(rows, column):
+        texts = [str(row.values[column]) for row in batch]
+        encoding = processor(texts, add_special_tokens=False, verbose=False)
+        for index, (row, text) in enumerate(zip(batch, texts, strict=True)):
+            ids = np.asarray(encoding["input_ids"][index], dtype=np.int64)
+            starts = np.ones(len(ids), bool)
             if whole_words and len(ids):
-                begins = _word_starts(coded.encodings[index], text, segment) | sign[ids]
-            yield row, ids, np.where(begins, WORD_START, WORD_CONTINUATION)
+                starts = _word_starts(encoding.encodings[index], text, segment) | sentencepiece_starts[ids]
+            yield row, ids, np.where(starts, WORD_START, WORD_CONTINUATION)
 
 
 def _batches(rows: Iterable[Row], column: str) -> Iterator[list[Row]]:
-    """Group rows into batches of BATCH_CHARS characters, for fast tokenization in bounded memory."""
-    part: list[Row] = []
-    size = 0
+    """Group rows into batches of about BATCH_CHARS characters, for fast tokenization in bounded memory."""
+    batch: list[Row] = []
+    chars = 0
     for row in rows:
-        part.append(row)
-        size += len(str(row.values[column]))
-        if size >= BATCH_CHARS:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
+        batch.append(row)
+        chars += len(str(row.values[column]))
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
 
 
 def _sentencepiece_starts(processor: Any) -> Array:
-    """Return for each token of the vocabulary whether SentencePiece marks it as the first of a word."""
+    """Return a mask over the vocabulary: True if SentencePiece marks the token as the start of a word."""
     starts = np.zeros(len(processor), bool)
     for token, index in processor.get_vocab().items():
         starts[index] = token.startswith("\N{LOWER ONE EIGHTH BLOCK}")
@@ -147,10 +149,10 @@ def _sentencepiece_starts(processor: Any) -> Array:
 
 
 def _word_starts(encoding: Any, text: str, segment: Segment | None) -> Array:
-    """Return for each token whether it begins a word.
+    """Return a mask over the tokens: True if the token starts a word.
 
-    Words are those of the tokenizer's pre-tokenizer. In scripts without spaces they are those of `segment`, or single
-    characters if there is no `segment`.
+    Words come from the tokenizer's pre-tokenizer. In scripts without spaces they come from `segment`; if it is None,
+    each character is a word.
     """
     words = np.asarray([-1 if word is None else word for word in encoding.word_ids])
     starts = _differs_from_previous(words)
@@ -162,11 +164,12 @@ def _word_starts(encoding: Any, text: str, segment: Segment | None) -> Array:
         units = np.repeat(np.arange(len(sizes)), sizes)
     unspaced = np.fromiter((UNSPACED.match(char) is not None for char in text), bool, len(text))
     at = np.minimum(np.asarray([start for start, _ in encoding.offsets]), len(text) - 1)
-    at += [text[place].isspace() and place + 1 < len(text) for place in at.tolist()]  # SentencePiece includes a space
+    # a SentencePiece token may start with the space before its word
+    at += [text[place].isspace() and place + 1 < len(text) for place in at.tolist()]
     is_unspaced = unspaced[at]
     return np.where(is_unspaced, _differs_from_previous(units[at]), starts) | _differs_from_previous(is_unspaced)
 
 
 def _differs_from_previous(values: Array) -> Array:
-    """Return for each value whether it differs from the previous one; True for the first."""
+    """Return a mask over the values: True for the first, and for each that differs from the previous one."""
     return np.concatenate([[True], values[1:] != values[:-1]])

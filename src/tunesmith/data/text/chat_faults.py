@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tunesmith.data.findings import Fault
-from tunesmith.data.text.chats import NOT_CUT, ChatEncoder, match_any, special_tokens
+from tunesmith.data.text.chats import NOT_CUT, ChatEncoder
 from tunesmith.data.text.conversations import Message
+from tunesmith.data.text.special_tokens import match_any, special_tokens
 from tunesmith.errors import DataError
 
 LOOKAHEAD_FACTOR = 8
-"""Conversations are tokenized up to this many times the limit, to report what is cut."""
+"""Conversations are tokenized up to this multiple of the limit, to report truncated answers."""
 
 TokensAndFaults = tuple[list[list[int]], list[Fault]]
 """Tokens of each row, and the faults of all rows."""
@@ -41,9 +42,9 @@ def _faults(
     chats: ChatEncoder, place: str, messages: list[Message], fields: dict[str, Any], limit: int
 ) -> Iterator[Fault]:
     ids, learned, last = fields["input_ids"], fields["learned"], messages[-1]["content"]
-    kept = sum(token < limit for token in learned)
+    kept = sum(position < limit for position in learned)
     if not kept:
-        what = f"no answer is within the first {limit} tokens, so the conversation carries no loss"
+        what = f"no answer is within the first {limit} tokens, so the conversation has no loss"
         yield Fault("no-answer", what, place, last, "raise data.max_length, or shorten the messages before the answer")
     elif kept < len(learned) or fields["cut"] != NOT_CUT:
         what, fix = f"an answer is cut at {limit} tokens", "raise data.max_length, or shorten the conversation"
@@ -53,7 +54,7 @@ def _faults(
         fix = "set task.chat_template=NAME"
         yield Fault("no-end", what, place, last, fix, "error")
     if fields["has_special_tokens"]:
-        yield _special_token_fault(chats.special, place, "\n".join(message["content"] for message in messages))
+        yield _special_token_fault(chats.tokenizer.ids, place, "\n".join(message["content"] for message in messages))
     if len(ids) > 1 and ids[0] == ids[1] == chats.processor.bos_token_id:
         what, fix = "the BOS token occurs twice at the beginning", "remove it from the template"
         yield Fault("double-bos", what, place, chats.processor.bos_token, fix)
@@ -63,10 +64,8 @@ def text_faults(processor: Any, rows: Sequence[tuple[str, str]]) -> TokensAndFau
     """Check (place, raw text) pairs for special tokens in the text."""
     special = special_tokens(processor)
     texts = [text for _, text in rows]
-    coded = processor(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    return coded, [
-        _special_token_fault(special, place, text) for place, text in rows if match_any(special).search(text)
-    ]
+    ids = processor(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return ids, [_special_token_fault(special, place, text) for place, text in rows if match_any(special).search(text)]
 
 
 def _special_token_fault(special: dict[str, int], place: str, text: str) -> Fault:

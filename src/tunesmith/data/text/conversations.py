@@ -1,11 +1,11 @@
-"""Conversations: messages with a role each, read from the common layouts of chat data.
+"""Conversations, read from the common layouts of chat data as lists of messages with a role and a text.
 
-    messages [{role, content}]                conversations [{from, value}]            system beside either
+    messages [{role, content}]                conversations [{from, value}]            each with an optional `system`
     instruction, input, output, history       instruction, instances [{input, output}]
     prompt, completion; question, answer      prompt and completion as lists of messages
 
-White space around a message is removed. Rows are refused that have unknown roles, empty messages, answers without a
-question, two consecutive messages of one role, or no answer at the end.
+White space around a message is removed. A row is refused if it has an unknown role, an empty message, an answer without
+a question, two consecutive messages of the same role, or no answer at the end.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHAT_COLUMNS = (
     Column("instances", "list", required=False),
     Column("choices", "list", ("options", "选项"), required=False),
 )
-"""Columns that conversations are read from."""
+"""Columns from which conversations are read."""
 
 ROLES = {
     "system": ("system", "developer"),
@@ -57,24 +57,25 @@ def has_conversation_columns(names: Collection[str]) -> bool:
 
 
 def is_conversation(row: Row) -> bool:
-    """Return whether a row has a column of a conversation, so that it is no raw text."""
+    """Return whether a row has a column of a conversation; else it is raw text."""
     return not row.values.keys().isdisjoint({"messages", "prompt", "answer", "instances"})
 
 
 def conversation(row: Row, *, system: str | None = None, answered: bool = True) -> list[Message]:
     """Return the messages of a row, preceded by `system` if the row has no system message.
 
-    The last message is an answer. If not `answered`, it is a question: a final answer is removed.
+    If `answered`, the last message must be an answer. Otherwise an answer at the end is removed, so that the last
+    message is a question.
 
     Raises:
-        DataError: a message is faulty.
+        DataError: a message, a role or the order of the messages is invalid.
     """
     messages = _parse_messages(row, "messages") if "messages" in row.values else _messages_of_columns(row, answered)
-    own = row.values.get("system")
-    if own is not None:
+    system_of_row = row.values.get("system")
+    if system_of_row is not None:
         if messages and messages[0]["role"] == "system":
             raise row.fault("system", "the messages have a system message too", "keep one of the two")
-        messages.insert(0, _make_message(row, row.column_name("system"), "system", own))
+        messages.insert(0, _make_message(row, row.column_name("system"), "system", system_of_row))
     elif system is not None and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": system})
     if not answered and messages and messages[-1]["role"] == "assistant":
@@ -84,7 +85,7 @@ def conversation(row: Row, *, system: str | None = None, answered: bool = True) 
 
 
 def all_content(row: Row) -> str | None:
-    """Return all text of a conversation, however faulty; None if the row is no conversation."""
+    """Return all text of a conversation, even if the conversation is invalid; None if the row has none."""
     if not is_conversation(row):
         return None
     parts: list[str] = []
@@ -106,6 +107,7 @@ def _fault(row: Row, what: str, hint: str) -> DataError:
 
 
 def _check_order(row: Row, messages: Sequence[Message], answered: bool) -> None:
+    """Check the order of the roles; if `answered`, the last message must be an answer."""
     if not any(message["role"] != "system" for message in messages):
         raise row.fault("messages", "no messages", "remove the row")
     roles = [message["role"] for message in messages]
@@ -131,47 +133,48 @@ def _check_order(row: Row, messages: Sequence[Message], answered: bool) -> None:
 
 def _parse_messages(row: Row, role: str) -> list[Message]:
     """Parse a column that has a list of messages."""
-    given = row.values[role]
-    if isinstance(given, str):
+    value = row.values[role]
+    if isinstance(value, str):
         try:
-            given = json.loads(given)
+            value = json.loads(value)
         except ValueError:
-            what = f"{shorten(given)} is not a list of messages"
+            what = f"{shorten(value)} is not a list of messages"
             raise row.fault(role, what, 'give [{"role": "user", "content": ...}, ...]') from None
-    if not isinstance(given, list) or not given:
-        what = "empty" if given == [] else f"{shorten(given)} is not a list of messages"
-        hint = "remove the row" if given == [] else 'give [{"role": "user", "content": ...}, ...]'
+    if not isinstance(value, list) or not value:
+        what = "empty" if value == [] else f"{shorten(value)} is not a list of messages"
+        hint = "remove the row" if value == [] else 'give [{"role": "user", "content": ...}, ...]'
         raise row.fault(role, what, hint)
-    return [_parse_message(row, f"{row.column_name(role)}[{index}]", message) for index, message in enumerate(given)]
+    return [_parse_message(row, f"{row.column_name(role)}[{index}]", message) for index, message in enumerate(value)]
 
 
 def _parse_message(row: Row, where: str, message: Any) -> Message:
     if not isinstance(message, dict):
         raise _fault(row, f"{where}: {shorten(message)} is not a message", 'give {"role": ..., "content": ...}')
-    who = next((name for name in _ROLE_KEYS if message.get(name) is not None), None)
-    if who is None:
+    role_key = next((name for name in _ROLE_KEYS if message.get(name) is not None), None)
+    if role_key is None:
         raise _fault(row, f"{where}: no role in {shorten(message)}", f"add one of {', '.join(ROLES)}")
-    role = _ROLE.get(str(message[who]).strip().lower())
+    role = _ROLE.get(str(message[role_key]).strip().lower())
     if role is None:
-        near = did_you_mean(str(message[who]).lower(), _ROLE)
+        near = did_you_mean(str(message[role_key]).lower(), _ROLE)
         hint = near if near.startswith("did") else f"set one of {', '.join(ROLES)}"
-        raise _fault(row, f"{where}.{who}: unknown role {shorten(message[who])}", hint)
+        raise _fault(row, f"{where}.{role_key}: unknown role {shorten(message[role_key])}", hint)
     if message.get("tool_calls"):
         what = f"{where}.tool_calls: not supported: {shorten(message['tool_calls'], 40)}"
         raise _fault(row, what, "write the call into content, in the format that the model should generate")
-    says = next((name for name in _CONTENT_KEYS if message.get(name) is not None), None)
-    if says is None:
+    content_key = next((name for name in _CONTENT_KEYS if message.get(name) is not None), None)
+    if content_key is None:
         raise _fault(row, f"{where}: no content in {shorten(message)}", "fill it in, or remove the row")
-    return _make_message(row, f"{where}.{says}", role, message[says])
+    return _make_message(row, f"{where}.{content_key}", role, message[content_key])
 
 
 def _make_message(row: Row, where: str, role: str, content: Any) -> Message:
+    """Build a message from a text, a number, or a list of text parts; `where` is its column, for errors."""
     if isinstance(content, list) and content:  # a list of parts, as in multimodal data
-        kinds = [part.get("text") if isinstance(part, dict) else None for part in content]
-        other = next((part for part, text in zip(content, kinds, strict=True) if not isinstance(text, str)), None)
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        other = next((part for part, text in zip(content, texts, strict=True) if not isinstance(text, str)), None)
         if other is not None:
             raise _fault(row, f"{where}: {shorten(other)} is not a text", "give texts only")
-        content = "".join(map(str, kinds))
+        content = "".join(map(str, texts))
     if isinstance(content, bool) or not isinstance(content, str | int | float):
         raise _fault(row, f"{where}: {shorten(content)} is not a text", "give a text")
     if not (text := str(content).strip()):
@@ -181,7 +184,7 @@ def _make_message(row: Row, where: str, role: str, content: Any) -> Message:
 
 
 def _messages_of_columns(row: Row, answered: bool) -> list[Message]:
-    """Build messages from separate columns for question and answer."""
+    """Build the messages of a row with separate columns for question and answer."""
     values = dict(row.values)
     if "instances" in values:
         values |= _instance_columns(row, values["instances"])
@@ -214,29 +217,30 @@ _PAIR_ROLES = ("user", "assistant")
 
 
 def choices_of(row: Row) -> list[str]:
-    """The answers to choose from in a row, one of which is right; empty for free-form answers."""
-    given = row.values.get("choices", [])
-    if not isinstance(given, list) or not all(isinstance(one, str) and one.strip() for one in given) or len(given) == 1:
-        raise row.fault("choices", f"{shorten(given)} is not a list of texts", "give a list of two or more")
-    return [one.strip() for one in given]
+    """Return the choices of a row, one of which is correct; empty for free-form answers."""
+    choices: Any = row.values.get("choices", [])
+    is_list = isinstance(choices, list) and len(choices) != 1
+    if not is_list or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise row.fault("choices", f"{shorten(choices)} is not a list of texts", "give a list of two or more")
+    return [choice.strip() for choice in choices]
 
 
 def _choose(row: Row, choices: list[str], answer: Any) -> str:
-    """The right choice, given as the text itself, by number (from 0) or by letter."""
+    """Return the correct choice, which `answer` gives as text, number (from 0) or letter."""
     if isinstance(answer, str) and answer.strip() in choices:
         return answer.strip()
-    place = answer
+    index = answer
     if isinstance(answer, str):
         word = answer.strip().upper()
-        place = int(word) if word.isdecimal() else ord(word) - ord("A") if len(word) == 1 else None
-    if isinstance(place, int) and not isinstance(place, bool) and 0 <= place < len(choices):
-        return choices[place]
+        index = int(word) if word.isdecimal() else ord(word) - ord("A") if len(word) == 1 else None
+    if isinstance(index, int) and not isinstance(index, bool) and 0 <= index < len(choices):
+        return choices[index]
     hint = f"give one of them, 0 to {len(choices) - 1}, or A to {chr(ord('A') + len(choices) - 1)}"
     raise row.fault("answer", f"{shorten(answer)} is not among the choices {shorten(choices)}", hint)
 
 
 def _history_pairs(row: Row) -> list[Any]:
-    """Earlier pairs of question and answer."""
+    """Return the earlier pairs of question and answer."""
     pairs = row.values.get("history") or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise row.fault("history", f"{shorten(pairs)} is not a list of pairs", "give [[question, answer], ...]")
@@ -244,9 +248,10 @@ def _history_pairs(row: Row) -> list[Any]:
 
 
 def _instance_columns(row: Row, instances: Any) -> dict[str, object]:
-    one = instances[0] if isinstance(instances, list) and len(instances) == 1 else None
-    if not isinstance(one, dict):
+    """Return context and answer from `instances`, a list of one {input, output}."""
+    instance = instances[0] if isinstance(instances, list) and len(instances) == 1 else None
+    if not isinstance(instance, dict):
         what = f"{len(instances) if isinstance(instances, list) else shorten(instances)} instances, not one"
         raise row.fault("instances", what, "give each instance its own row")
-    parts = {"context": one.get("input"), "answer": one.get("output")}
+    parts = {"context": instance.get("input"), "answer": instance.get("output")}
     return {role: value for role, value in parts.items() if isinstance(value, str) and value.strip()}

@@ -18,12 +18,13 @@ BANDS, HASHES_PER_BAND = 24, 5
 MIN_SIMILARITY = 0.7
 """Similarity from which two texts are near duplicates."""
 MIN_CHARS = 16
-"""Shorter texts are similar to many others by chance."""
+"""Minimum length; shorter texts are similar to many others by chance."""
 MAX_CHARS = 20_000
-"""Longer texts are compared by their beginning."""
+"""Maximum characters compared; of a longer text only the beginning is compared."""
 NEIGHBORS = 4
-"""Comparisons per text in a band: with the first text that shares it, and with this many previous ones."""
+"""Each text in a band is compared with the first text of equal key, and with this many of those before it."""
 MAX_CANDIDATES = 3
+"""Maximum candidates per text in its own split, and in the other splits."""
 BLOCK_CHARS = 2**16
 """Characters hashed at once, sized to fit the CPU cache."""
 
@@ -56,11 +57,13 @@ def band_keys(texts: Sequence[str]) -> Keys:
 def _keys_of_block(texts: Sequence[str]) -> Keys:
     codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
     lengths = np.array([len(text) for text in texts])
-    whole = len(codes) - SHINGLE + 1
-    hashed = sum((codes[k : k + whole] * _POSITIONS[k] for k in range(SHINGLE)), np.zeros(whole, dtype=np.uint64))
+    num_shingles = len(codes) - SHINGLE + 1
+    hashed = np.zeros(num_shingles, dtype=np.uint64)
+    for k in range(SHINGLE):
+        hashed += codes[k : k + num_shingles] * _POSITIONS[k]
     ends = np.cumsum(lengths)
-    inside = np.ones(whole, dtype=bool)
-    for back in range(1, SHINGLE):  # no shingle spans two texts
+    inside = np.ones(num_shingles, dtype=bool)
+    for back in range(1, SHINGLE):  # exclude shingles that span two texts
         inside[ends[:-1] - back] = False
     shingles = (hashed >> np.uint64(32)).astype(np.uint32)[inside]
     starts = np.concatenate([[0], np.cumsum(lengths - SHINGLE + 1)[:-1]])
@@ -128,5 +131,5 @@ def near_duplicates(pairs: Indices, texts: Mapping[int, str], parts: Indices) ->
 
 
 def shingles(text: str) -> set[str]:
-    """All substrings of SHINGLE characters of a normalized text."""
+    """Return all substrings of SHINGLE characters of a normalized text."""
     return {text[at : at + SHINGLE] for at in range(len(text) - SHINGLE + 1)}

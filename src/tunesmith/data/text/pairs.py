@@ -1,7 +1,7 @@
 """Faults of translation pairs: swapped sides, and targets that copy the source.
 
-Naive Bayes, fitted on the pairs themselves, tells to which side a word belongs. A row is swapped if the words of both
-sides belong to the other side. No word list or language model is needed.
+A naive Bayes classifier, fitted on the pairs themselves, predicts the side of a text from its words. A row counts as
+swapped if both of its texts are classified as the other side. No word list and no language model is needed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from tunesmith.data.formats import Row
 from tunesmith.data.text.augment import split_words
 
 MAX_COUNTED_ROWS = 20_000
-"""Rows used for the word counts."""
+"""Maximum rows used for the word counts."""
 
 MIN_LOG_ODDS = 3.0
-"""Log odds against each side from which on a row counts as swapped."""
+"""Minimum log odds against each side for a row to count as swapped."""
 
 
 def pair_faults(rows: Iterable[Row]) -> Iterator[Fault]:

@@ -36,7 +36,7 @@ def has_spans(row: Row) -> bool:
 
 
 def words_of(row: Row, marks: str = "") -> Sentence:
-    """Return the words of a row: of the text of its spans, its tokens, or its text split into words.
+    """Return the words of a row: its tokens, or its text split into words. Spans refer to the text.
 
     `marks` are intra-word punctuation.
 
@@ -123,7 +123,7 @@ def _tags_of_spans(sentence: Sentence, spans: list[Span], row: Row) -> tuple[str
 
 
 def _alignment_fault(span: Span, inside: list[int], sentence: Sentence) -> str | None:
-    """Return what is wrong if a span does not begin and end with a word; surrounding white space is ignored."""
+    """Return the fault of a span that does not begin and end with a word; None if it does. White space is ignored."""
     if not inside:
         return f"the span {span.start}-{span.end} contains no word"
     first, last = sentence.offsets[inside[0]], sentence.offsets[inside[-1]]

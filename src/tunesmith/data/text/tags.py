@@ -66,7 +66,7 @@ def scheme_of(sentences: Iterable[Sequence[str]]) -> Scheme | None:
     kinds.pop(frozenset({("O", "O")}), None)
     if not kinds:
         return None
-    sound = {
+    valid = {
         scheme: sum(
             times
             for pairs, times in kinds.items()
@@ -74,7 +74,7 @@ def scheme_of(sentences: Iterable[Sequence[str]]) -> Scheme | None:
         )
         for scheme in PREFIXES
     }
-    return max(sound, key=sound.__getitem__)
+    return max(valid, key=valid.__getitem__)
 
 
 def tag_faults(tags: Sequence[str], scheme: Scheme) -> list[TagFault]:
@@ -94,13 +94,13 @@ def row_faults(rows: Iterable[tuple[Row, Sequence[str]]], scheme: Scheme) -> Ite
 
 
 def _pairs(tags: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of consecutive tags; the beginning and the end of the sentence count as O."""
+    """Return pairs of consecutive tags; the beginning and the end of the sentence count as O."""
     return zip(("O", *tags), (*tags, "O"), strict=True)
 
 
 @lru_cache(maxsize=65536)
 def _transition_fault(before: str, tag: str, scheme: Scheme) -> tuple[str, str] | None:
-    """Return (what is wrong with a tag after the previous one, hint), or None."""
+    """Return (fault, hint) of a tag after the previous tag; None if it is valid there."""
     if tag != "O" and not is_tag_of(tag, scheme):
         return f"{shorten(tag)} is not a tag of the {scheme} scheme", _suggest_tag(tag, scheme)
     if scheme == "IO" or (before != "O" and not is_tag_of(before, scheme)):
@@ -133,14 +133,14 @@ def is_tag_of(tag: str, scheme: Scheme) -> bool:
 
 def _suggest_tag(tag: str, scheme: Scheme) -> str:
     """Return a hint for an invalid tag."""
-    near = _MISSPELLED.fullmatch(tag)
-    if near and near[1].upper() in PREFIXES[scheme]:
-        return f"did you mean '{near[1].upper()}-{near[2]}'?"
+    misspelled = _MISSPELLED.fullmatch(tag)
+    if misspelled and misspelled[1].upper() in PREFIXES[scheme]:
+        return f"did you mean '{misspelled[1].upper()}-{misspelled[2]}'?"
     return f"use O or {', '.join(f'{letter}-TYPE' for letter in PREFIXES[scheme])}"
 
 
 def tags_of_types(types: Iterable[str], scheme: Scheme, bare: bool) -> list[str]:
-    """All tags of a scheme for the types, O first. `bare`: IO without prefixes."""
+    """Return all tags of a scheme for the types, O first. `bare`: IO without prefixes."""
     names = sorted(types)
     return ["O", *(names if bare else [f"{letter}-{name}" for name in names for letter in PREFIXES[scheme]])]
 

@@ -13,7 +13,7 @@ PLAIN = "plain"
 """Default template for models without one; it needs no special token except EOS."""
 
 MAX_CHARS = 65536
-"""Characters of a template, at most."""
+"""Maximum characters of a template."""
 
 _LOOP = "{% for message in messages %}"
 _SYSTEM, _USER, _ANSWER, _END = (

@@ -23,16 +23,17 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe import Data
 
 MAX_CHARS_PER_TOKEN = 64
+"""Texts are cut to this many characters per token of `max_length` before they are tokenized."""
 
 MAX_BYTES = 4
-"""Bytes of a character in UTF-8, at most."""
+"""Maximum bytes of a character in UTF-8."""
 
 
 def encode_texts(rows: Sequence[Row], processor: Any, data: Data, windows: int | None = None) -> list[dict[str, Any]]:
     """Encode each row's `text`, or `text` and `text_pair`.
 
-    Fields: `input_ids` (all windows of a row, flat), `cut` (whether the text is truncated), `windows` (their lengths),
-    and `token_type_ids` if the tokenizer returns them.
+    Fields: `input_ids` (all windows of a row, flat), `cut` (1 if the text is truncated), `windows` (the lengths of the
+    windows), and `token_type_ids` if the tokenizer returns them.
 
     Raises:
         DataError: a text has no tokens.
@@ -53,33 +54,33 @@ def _encode(
     rows: list[Row], columns: Sequence[str], processor: Any, data: Data, windows: int | None
 ) -> list[dict[str, Any]]:
     assert data.max_length is not None, "the run resolves max_length"
-    max_chars = data.max_length * (windows or 1) * MAX_CHARS_PER_TOKEN  # bounds the tokenizer's time
+    max_chars = data.max_length * (windows or 1) * MAX_CHARS_PER_TOKEN  # limits the tokenizer's time
     texts = [[_head(str(row.values[role]), max_chars) for row in rows] for role in columns]
     coded = processor(*texts, truncation=True, max_length=data.max_length, return_overflowing_tokens=bool(windows))
-    pieces: list[list[int]] = [[] for _ in rows]
+    windows_of: list[list[int]] = [[] for _ in rows]  # row -> indices of its windows in `coded`
     for index, row in enumerate(coded.get("overflow_to_sample_mapping", range(len(rows)))):
-        pieces[row].append(index)
+        windows_of[row].append(index)
     specials = processor.num_special_tokens_to_add(pair=len(columns) == 2)
-    for row, mine in zip(rows, pieces, strict=True):
-        if sum(len(coded["input_ids"][index]) for index in mine) <= specials:
+    for row, indices in zip(rows, windows_of, strict=True):
+        if sum(len(coded["input_ids"][index]) for index in indices) <= specials:
             raise row.fault("text", "the text has no tokens", "remove the row")
-    fields = [_fields(coded, mine, data.max_length, windows) for mine in pieces]
-    for one, row, *parts in zip(fields, rows, *texts, strict=True):
-        one["cut"] |= int(len(str(row.values["text"]).strip()) > max_chars)
-        if not processor.is_fast and len(one["input_ids"]) == data.max_length:  # slow tokenizers do not report cuts
-            one["cut"] |= int(len(processor(*parts)["input_ids"]) > data.max_length)
-    return fields
+    encoded = [_fields(coded, indices, data.max_length, windows) for indices in windows_of]
+    for fields, row, *parts in zip(encoded, rows, *texts, strict=True):
+        fields["cut"] |= int(len(str(row.values["text"]).strip()) > max_chars)
+        if not processor.is_fast and len(fields["input_ids"]) == data.max_length:  # slow tokenizers do not report cuts
+            fields["cut"] |= int(len(processor(*parts)["input_ids"]) > data.max_length)
+    return encoded
 
 
 def _head(text: str, max_chars: int) -> str:
     return text if len(text) <= max_chars else text.lstrip()[:max_chars]
 
 
-def _fields(coded: Any, pieces: list[int], max_length: int, windows: int | None) -> dict[str, Any]:
-    """The fields of one row; `pieces` are the indices of its windows in `coded`."""
-    kept = pieces[: windows or 1]
+def _fields(coded: Any, indices: list[int], max_length: int, windows: int | None) -> dict[str, Any]:
+    """Return the fields of one row; `indices` are those of its windows in `coded`."""
+    kept = indices[: windows or 1]
     full = len(coded["input_ids"][kept[-1]]) == max_length
-    cut = len(pieces) > len(kept) or (full and bool(coded.encodings and coded.encodings[kept[-1]].overflowing))
+    cut = len(indices) > len(kept) or (full and bool(coded.encodings and coded.encodings[kept[-1]].overflowing))
     fields: dict[str, Any] = {
         "input_ids": [token for index in kept for token in coded["input_ids"][index]],
         "cut": int(cut),
@@ -105,7 +106,7 @@ def from_bytes(rows: Ragged) -> list[str]:
 def tokenize_truncated(
     texts: Sequence[str], processor: Any, max_length: int, role: str, places: Sequence[str], *, as_target: bool = False
 ) -> list[tuple[list[int], bool]]:
-    """Tokenize texts, truncated to `max_length`; return the tokens of each and whether it was truncated.
+    """Tokenize texts, truncated to `max_length`; return the tokens of each, and True if it was truncated.
 
     `as_target`: tokenize as decoder targets.
 
@@ -115,16 +116,15 @@ def tokenize_truncated(
     max_chars = max_length * MAX_CHARS_PER_TOKEN
     heads = [_head(text, max_chars) for text in texts]
 
-    def code(some: list[str], **options: Any) -> list[list[int]]:
-        coded: Any = processor(**{"text_target" if as_target else "text": some}, verbose=False, **options)
+    def tokenize(texts: list[str], **options: Any) -> list[list[int]]:
+        coded: Any = processor(**{"text_target" if as_target else "text": texts}, verbose=False, **options)
         return [list(ids) for ids in coded["input_ids"]]
 
-    coded, specials = code(heads), set(processor.all_special_ids)
+    coded, specials = tokenize(heads), set(processor.all_special_ids)
     long = [number for number, ids in enumerate(coded) if len(ids) > max_length]
     cut = set(long) | {number for number, text in enumerate(texts) if len(text) > max_chars}
-    for number, ids in zip(
-        long, code([heads[n] for n in long], truncation=True, max_length=max_length) if long else (), strict=True
-    ):
+    truncated = tokenize([heads[n] for n in long], truncation=True, max_length=max_length) if long else ()
+    for number, ids in zip(long, truncated, strict=True):
         coded[number] = ids
     for ids, place in zip(coded, places, strict=True):
         if specials.issuperset(ids):
@@ -141,13 +141,13 @@ def token_costs(encoded: Encoded) -> NDArray[np.int64]:
 
 def inspect_texts(texts: Sequence[Sequence[str]], processor: Any) -> tuple[list[int], list[int]]:
     """Count tokens and unknown tokens of each text or pair of texts."""
-    return count_tokens([list(processor(*one, verbose=False)["input_ids"]) for one in texts], processor)
+    return count_tokens([list(processor(*parts, verbose=False)["input_ids"]) for parts in texts], processor)
 
 
 def count_tokens(ids: Sequence[Sequence[int]], processor: Any) -> tuple[list[int], list[int]]:
     """Count tokens and unknown tokens of tokenized texts."""
     unknown = getattr(processor, "unk_token_id", None)
-    return [len(one) for one in ids], [0 if unknown is None else list(one).count(unknown) for one in ids]
+    return [len(text) for text in ids], [0 if unknown is None else list(text).count(unknown) for text in ids]
 
 
 def preview_tokens(
@@ -181,20 +181,20 @@ def spell(ids: Sequence[int], processor: Any) -> list[str]:
         getattr(getattr(processor, "backend_tokenizer", None), "decoder", None), ByteLevel
     ):
         return names
-    spelled, waiting = list[str](), list[str]()
+    spelled, pending = list[str](), list[str]()
     for name in names:
-        waiting.append(name)
-        text = processor.convert_tokens_to_string(waiting)
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(waiting) < MAX_BYTES:
+        pending.append(name)
+        text = processor.convert_tokens_to_string(pending)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(pending) < MAX_BYTES:
             spelled.append("…")
             continue
         spelled.append(text if not text.isascii() and text.strip() == text else name)
-        waiting = []
+        pending = []
     return spelled
 
 
 def text_notes(encoded: Encoded, processor: Any, windows: int | None = None) -> list[str]:
-    """Notes on truncated texts, and on more than 5 % unknown tokens."""
+    """Return notes on truncated texts, and on more than 5 % unknown tokens."""
     notes = []
     cut = int(encoded.column("cut").sum())
     if cut:
@@ -204,7 +204,7 @@ def text_notes(encoded: Encoded, processor: Any, windows: int | None = None) -> 
 
 
 def unknown_notes(encoded: Encoded, processor: Any) -> list[str]:
-    """Note on more than 5 % unknown tokens."""
+    """Return a note if more than 5 % of the tokens are unknown."""
     ids = encoded.column("input_ids")
     unknown = getattr(processor, "unk_token_id", None)
     if unknown is not None and len(ids) and (share := float(np.mean(ids == unknown))) > 0.05:

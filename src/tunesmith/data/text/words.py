@@ -1,9 +1,11 @@
-"""Encoding of sentences as words: each word is predicted at exactly one token, its first sub-word.
+"""Splitting of texts into words, and tokenization of sentences word by word.
 
-A sentence beyond the maximum length is split into windows of whole words that overlap by a quarter. A word in two
-windows is predicted in the one where it is further from the edge. A text is split into runs of letters and digits,
-single punctuation characters, and single Chinese, Japanese and Korean characters. Intra-word punctuation (`O'Neil`,
-`www.who.int`, `@who`) is kept in words if training data has such words.
+A word is a run of letters and digits, one punctuation character, or one Chinese, Japanese or Korean character.
+Intra-word punctuation (`O'Neil`, `www.who.int`, `@who`) is kept inside words if the training data has such words.
+
+Each word is predicted once, at its first sub-word. A sentence that exceeds the maximum length is split into windows of
+whole words, which overlap by a quarter. A word in two windows is predicted in the window where it is further from the
+edge.
 """
 
 from __future__ import annotations
@@ -29,18 +31,18 @@ BY_CHARACTER = re.compile(
 _HANGUL = re.compile("[\uac00-\ud7af]")
 
 INNER_MARKS, PREFIX_MARKS = "-.&_/'\u2019", "@#"
-"""Punctuation that may be inside a word, or before it."""
+"""Punctuation that may occur inside a word, and at its start."""
 MIN_INNER_SHARE = 0.02
-"""Minimal ratio of occurrences inside words to occurrences alone for punctuation to count as intra-word."""
+"""Minimum ratio of occurrences inside words to separate occurrences, for punctuation to count as intra-word."""
 _LINK = re.compile(r"(?:https?://|www\.)[!-~]*[\w/=&#-]", re.ASCII)
 
 OVERLAP_DIVISOR = 4
-"""Windows overlap by 1/OVERLAP_DIVISOR of their length; a longer word is truncated to that."""
+"""Windows overlap by 1/OVERLAP_DIVISOR of their length. A word that is longer than the overlap is truncated."""
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """Words and their offsets in a text: `text[start:end]` is a word."""
+    """A text and its words; word i is `text[start:end]` with `(start, end) = offsets[i]`."""
 
     text: str
     offsets: list[tuple[int, int]]
@@ -52,8 +54,8 @@ def split_words(text: str, marks: str = "") -> list[tuple[int, int]]:
     pieces: list[tuple[int, int]] = []
     start = None
     for index, character in enumerate(text):
-        alone = BY_CHARACTER.match(character)
-        if not alone and (character.isalnum() or character == "_" or _is_combining(character)):
+        is_word = BY_CHARACTER.match(character)
+        if not is_word and (character.isalnum() or character == "_" or _is_combining(character)):
             start = index if start is None else start
             continue
         if start is not None:
@@ -83,15 +85,16 @@ def _join_pieces(text: str, pieces: list[tuple[int, int]], marks: str) -> list[t
     return joined
 
 
-def _continues_word(text: str, before: tuple[int, int], at: int, marks: str) -> bool:
-    """Return whether the piece at a position continues the word before it."""
-    last, here, after = text[at - 1], text[at], text[at + 1 : at + 2]
-    if here in marks and here not in PREFIX_MARKS:
-        return _is_word_character(last) and _is_word_character(after)
-    if last in marks and last not in PREFIX_MARKS:
-        return before[1] - before[0] > 1 and _is_word_character(here)
-    alone = before[1] - before[0] == 1 and not (before[0] and _is_word_character(text[before[0] - 1]))
-    return last in marks and alone and _is_word_character(here)
+def _continues_word(text: str, word: tuple[int, int], start: int, marks: str) -> bool:
+    """Return whether the piece at `start` continues the word before it, whose start and end are `word`."""
+    previous, first, following = text[start - 1], text[start], text[start + 1 : start + 2]
+    if first in marks and first not in PREFIX_MARKS:
+        return _is_word_character(previous) and _is_word_character(following)
+    length = word[1] - word[0]
+    if previous in marks and previous not in PREFIX_MARKS:
+        return length > 1 and _is_word_character(first)
+    begins_word = length == 1 and not (word[0] and _is_word_character(text[word[0] - 1]))
+    return previous in marks and begins_word and _is_word_character(first)
 
 
 def _is_word_character(character: str) -> bool:
@@ -99,20 +102,26 @@ def _is_word_character(character: str) -> bool:
 
 
 def inner_marks(sentences: Iterable[Sequence[str]]) -> str:
-    """Return the intra-word punctuation of a corpus: no hyphen if the corpus splits words at hyphens."""
-    whole, apart = Counter[str](), Counter[str]()
+    """Return the intra-word punctuation of a corpus.
+
+    A mark is intra-word if its occurrences inside words exceed MIN_INNER_SHARE of its separate occurrences.
+    Apostrophes, `@` and `#` must occur inside words more often than separately. A corpus that splits words at hyphens,
+    for example, has no intra-word hyphen.
+    """
+    inside, separate = Counter[str](), Counter[str]()
     for words in sentences:
         for word in words:
             if len(word) == 1:
-                apart[word] += 1
+                separate[word] += 1
             elif not word.isalnum():
-                inside = {m for a, m, b in zip(word, word[1:], word[2:], strict=False) if a.isalnum() and b.isalnum()}
-                whole.update(inside | {word[0]} & set(PREFIX_MARKS))
-                apart.update({word[0]} & set("'\u2019"))  # `'s`: the corpus splits words there
+                triples = zip(word, word[1:], word[2:], strict=False)
+                inner = {mark for before, mark, after in triples if before.isalnum() and after.isalnum()}
+                inside.update(inner | {word[0]} & set(PREFIX_MARKS))
+                separate.update({word[0]} & set("'\u2019"))  # `'s`: the corpus splits words before apostrophes
     return "".join(
         mark
         for mark in INNER_MARKS + PREFIX_MARKS
-        if whole[mark] > apart[mark] * (MIN_INNER_SHARE if mark in INNER_MARKS and mark not in "'\u2019" else 1)
+        if inside[mark] > separate[mark] * (MIN_INNER_SHARE if mark in INNER_MARKS and mark not in "'\u2019" else 1)
     )
 
 
@@ -124,21 +133,24 @@ def _is_combining(character: str) -> bool:
 def join_words(words: Sequence[str]) -> Sentence:
     """Join words into a text, with spaces between them if the script uses spaces."""
     text, offsets = "", list[tuple[int, int]]()
-    for before, word in zip(["", *words], words, strict=False):
-        text += " " * _needs_space(before, word) + word
+    for previous, word in zip(["", *words], words, strict=False):
+        text += " " * _needs_space(previous, word) + word
         offsets.append((len(text) - len(word), len(text)))
     return Sentence(text, offsets, list(words))
 
 
 def _needs_space(before: str, word: str) -> bool:
-    """Return whether a space separates two words; Korean uses spaces between words of several syllables."""
+    """Return whether a space separates two words.
+
+    Chinese and Japanese have no spaces; Korean has them, except between two single syllables.
+    """
     if not before or not (BY_CHARACTER.match(word[:1]) and BY_CHARACTER.match(before[-1])):
         return bool(before)
     return bool(_HANGUL.match(word) and _HANGUL.match(before[-1])) and len(before) + len(word) > 2
 
 
 def _locate_words(words: list[str], text: str) -> Sentence | None:
-    """Locate words in a text that has nothing else but white space; None if it has."""
+    """Locate words in a text. Return None if the text has anything else than these words and white space."""
     offsets, end = list[tuple[int, int]](), 0
     for word in words:
         if (start := text.find(word, end)) < 0 or text[end:start].strip():
@@ -149,9 +161,10 @@ def _locate_words(words: list[str], text: str) -> Sentence | None:
 
 
 def sentence_of(row: Row, *, whole_text: bool = False, marks: str = "") -> Sentence:
-    """Return the words of a row: its `tokens`, located in its `text` if there is one, else its `text` split into words.
+    """Return the words of a row.
 
-    `whole_text`: split the text even if there are tokens. `marks`: intra-word punctuation.
+    These are its `tokens`, located in its `text` if it has one. Without tokens, or with `whole_text`, its `text` is
+    split into words; `marks` are the intra-word punctuation.
 
     Raises:
         DataError: the row has neither, or no words.
@@ -188,93 +201,95 @@ def encode_words(
     """Encode sentences.
 
     Fields: `input_ids` (all windows, flat); `windows`, their lengths; `first`, the position of each word's first
-    sub-word, where it is predicted; `cut`, the number of truncated words; `void`, the number of words without tokens,
-    which become unknown tokens. With `inside`: `rest`, the positions of the other sub-words, and `owner`, their words.
+    sub-word, where the word is predicted; `cut`, the number of truncated words; `void`, the number of words without
+    tokens, which become unknown tokens. With `inside`: `rest`, the positions of the other sub-words, and `owner`, the
+    index of the word of each.
     """
-    before, after = _special_tokens(processor)
-    room = max(max_length - len(before) - len(after), 1)
-    most, unknown = max(room // OVERLAP_DIVISOR, 1), _fallback_id(processor)
-    pieces = _tokenize_words({word for words in sentences for word in words}, processor, most * 2)
-    fields = []
+    prefix, suffix = _special_tokens(processor)
+    max_tokens = max(max_length - len(prefix) - len(suffix), 1)
+    max_sub_words, unknown = max(max_tokens // OVERLAP_DIVISOR, 1), _fallback_id(processor)
+    ids_of = _tokenize_words({word for words in sentences for word in words}, processor, max_sub_words * 2)
+    encoded = []
     for words in sentences:
-        mine = [pieces[word] for word in words]
-        cut, void = sum(len(one) > most for one in mine), sum(not one for one in mine)
-        kept = [one[:most] or [unknown] for one in mine]
-        one = _window_fields(kept, before, after, room, inside)
-        fields.append(one | {"cut": cut, "void": void})
-    return fields
+        sub_words = [ids_of[word] for word in words]
+        cut, void = sum(len(ids) > max_sub_words for ids in sub_words), sum(not ids for ids in sub_words)
+        kept = [ids[:max_sub_words] or [unknown] for ids in sub_words]
+        fields = _window_fields(kept, prefix, suffix, max_tokens, inside)
+        encoded.append(fields | {"cut": cut, "void": void})
+    return encoded
 
 
 def _window_fields(
-    pieces: list[list[int]], before: list[int], after: list[int], room: int, inside: bool
+    sub_words: list[list[int]], prefix: list[int], suffix: list[int], max_tokens: int, inside: bool
 ) -> dict[str, list[int]]:
-    sizes = [len(one) for one in pieces]
-    windows = cut_windows(sizes, room)
-    homes = [(start + end + 1) // 2 for (_, end), (start, _) in zip(windows[:-1], windows[1:], strict=True)]
-    homes = [0, *homes, len(pieces)]
+    """Return the fields of a sentence from the sub-words of each word; each window has `prefix` and `suffix`."""
+    sizes = [len(ids) for ids in sub_words]
+    windows = cut_windows(sizes, max_tokens)
+    middles = [(start + end + 1) // 2 for (_, end), (start, _) in zip(windows[:-1], windows[1:], strict=True)]
+    bounds = [0, *middles, len(sub_words)]  # window i predicts the words from bounds[i] to bounds[i + 1]
     ids, lengths, first, rest, owner = (list[int]() for _ in range(5))
-    for (start, end), low, high in zip(windows, homes[:-1], homes[1:], strict=True):
-        begin = len(ids)
-        ids += before
+    for (start, end), low, high in zip(windows, bounds[:-1], bounds[1:], strict=True):
+        window_start = len(ids)
+        ids += prefix
         for word in range(start, end):
             if low <= word < high:
                 first.append(len(ids))
                 rest += range(len(ids) + 1, len(ids) + sizes[word])
                 owner += [word] * (sizes[word] - 1)
-            ids += pieces[word]
-        ids += after
-        lengths.append(len(ids) - begin)
+            ids += sub_words[word]
+        ids += suffix
+        lengths.append(len(ids) - window_start)
     fields = {"input_ids": ids, "windows": lengths, "first": first}
     return fields | ({"rest": rest, "owner": owner} if inside else {})
 
 
-def cut_windows(sizes: Sequence[int], room: int) -> list[tuple[int, int]]:
-    """Return (first word, word after the last) of windows of at most `room` sub-words.
+def cut_windows(sizes: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
+    """Return (first word, word after the last) of windows of at most `max_tokens` sub-words.
 
-    Each window overlaps the previous one by at most a quarter; no word is larger than that.
+    `sizes` has the sub-words of each word, at most a quarter of `max_tokens`. Windows overlap by at most a quarter.
     """
     ends = np.concatenate([[0], np.cumsum(sizes)])
     windows: list[tuple[int, int]] = []
     start = 0
     while True:
-        end = int(np.searchsorted(ends, ends[start] + room, side="right")) - 1
+        end = int(np.searchsorted(ends, ends[start] + max_tokens, side="right")) - 1
         windows.append((start, end))
         if end >= len(sizes):
             return windows
-        start = max(start + 1, int(np.searchsorted(ends, ends[end] - room // OVERLAP_DIVISOR)))
+        start = max(start + 1, int(np.searchsorted(ends, ends[end] - max_tokens // OVERLAP_DIVISOR)))
 
 
-def _tokenize_words(words: set[str], processor: Any, most: int) -> dict[str, list[int]]:
-    """Tokenize each word separately into at most `most` sub-words.
+def _tokenize_words(words: set[str], processor: Any, max_sub_words: int) -> dict[str, list[int]]:
+    """Tokenize each word separately into at most `max_sub_words` sub-words.
 
-    Tokenizers that include the preceding space in a word (GPT-2, RoBERTa) get it.
+    A space is put before each word for tokenizers that treat it as part of the word (GPT-2, RoBERTa).
     """
     alone, spaced = (processor(text, add_special_tokens=False)["input_ids"] for text in ("the", " the"))
     space = " " * (alone != spaced and len(spaced) <= len(alone))
     ordered = sorted(words)
-    heads = [word[: most * 64] for word in ordered]  # bounds the tokenizer's time
+    heads = [word[: max_sub_words * 64] for word in ordered]  # limits the tokenizer's time
     texts = [word if BY_CHARACTER.match(word) else space + word for word in heads]
     coded = processor(texts, add_special_tokens=False)["input_ids"] if texts else []
-    return {word: list(ids[:most]) for word, ids in zip(ordered, coded, strict=True)}
+    return {word: list(ids[:max_sub_words]) for word, ids in zip(ordered, coded, strict=True)}
 
 
 def _special_tokens(processor: Any) -> tuple[list[int], list[int]]:
-    """The special tokens before and after a text."""
-    whole, inside = processor("the")["input_ids"], processor("the", add_special_tokens=False)["input_ids"]
-    for start in range(len(whole) - len(inside) + 1):
-        if whole[start : start + len(inside)] == inside:
-            return list(whole[:start]), list(whole[start + len(inside) :])
+    """Return the special tokens before and after a text."""
+    whole, word = processor("the")["input_ids"], processor("the", add_special_tokens=False)["input_ids"]
+    for start in range(len(whole) - len(word) + 1):
+        if whole[start : start + len(word)] == word:
+            return list(whole[:start]), list(whole[start + len(word) :])
     raise AssertionError(f"{type(processor).__name__} tokenizes a word differently with special tokens")
 
 
 def _fallback_id(processor: Any) -> int:
-    """The token for a word without tokens."""
+    """Return the token that stands for a word without tokens: unknown, EOS, padding or 0."""
     ids = (processor.unk_token_id, processor.eos_token_id, processor.pad_token_id, 0)
     return int(next(token for token in ids if token is not None))
 
 
 def words_notes(encoded: Encoded, processor: Any) -> list[str]:
-    """Notes on sentences in several windows, truncated words, words without tokens, and unknown tokens."""
+    """Return notes on sentences in several windows, truncated words, words without tokens, and unknown tokens."""
     notes = []
     windows = len(encoded.column("windows")) - len(encoded)
     if windows:
