@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import sys
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -59,6 +60,12 @@ def _files(kind: Kind) -> dict[str, Path]:
 
 def _entry_points(kind: Kind) -> dict[str, EntryPoint]:
     """Name -> entry point of the plug-ins of third parties, which take precedence over ours of the same name."""
+    return _scan(kind, tuple(sys.path))
+
+
+@cache
+def _scan(kind: Kind, path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """Read the entry points of all packages on a module search path."""
     return {point.name: point for point in entry_points(group=f"tunesmith.{kind}s")}
 
 
@@ -69,7 +76,7 @@ def names(kind: Kind) -> list[str]:
 
 def about(kind: Kind) -> list[About]:
     """Describe all plug-ins of a kind, sorted; those of this package are parsed, as importing them takes seconds."""
-    theirs = _entry_points(kind)  # once: it scans all installed packages
+    theirs = _entry_points(kind)
     plugins = [_import(kind, name) for name in theirs]
     plugins += [_parse(kind, name, file) for name, file in _files(kind).items() if name not in theirs]
     return sorted(plugins)

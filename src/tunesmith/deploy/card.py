@@ -15,7 +15,6 @@ from tunesmith.errors import counted
 from tunesmith.metrics import MEANINGS, side_by_side
 from tunesmith.models.load import auto_class
 from tunesmith.recipe import Recipe, to_yaml
-from tunesmith.recipe import load as load_recipe
 from tunesmith.storage.files import atomic_write, read_json
 from tunesmith.storage.run_folder import samples_in
 from tunesmith.tasks import Task
@@ -31,9 +30,8 @@ LICENSES = frozenset(
 """Licenses that both the Hub and package metadata name; any other is `other` with its own `license_name`."""
 
 
-def write(folder: Path) -> None:
-    """Write `README.md` of a finished run from its `recipe.yaml` and `run.json`."""
-    recipe = load_recipe(folder / "recipe.yaml")
+def write(folder: Path, recipe: Recipe) -> None:
+    """Write `README.md` of a finished run from its recipe and `run.json`."""
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     adapter = (folder / "adapter").exists()
     parts = [

@@ -180,7 +180,8 @@ def _write(
         claim(output, resume=False, overwrite=overwrite)
         clear(output)
         artifact.save(output / "model", model, first.processor)
-        files.atomic_write(output / "recipe.yaml", recipes.to_yaml(first.recipe.dump() | {"output": str(output)}))
+        recipe = first.recipe.model_copy(update={"output": str(output)})
+        files.atomic_write(output / "recipe.yaml", recipes.to_yaml(recipe.dump()))
         done = {"outcome": "done", "run": str(output), "task": first.task.name, "technique": "merge", "metrics": {}}
         files.atomic_write(output / "run.json", json.dumps(done | about, indent=1, ensure_ascii=False) + "\n")
-        card.write(output)
+        card.write(output, recipe)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, Template
 
 from tunesmith.data.columns import inputs_of, targets_of
 from tunesmith.data.formats import Row
 from tunesmith.errors import CONTROL, counted
 from tunesmith.metrics import ERRORS, MEANINGS, side_by_side
-from tunesmith.recipe import load as load_recipe
+from tunesmith.recipe import Recipe
 from tunesmith.storage.files import atomic_write
 from tunesmith.storage.run_folder import samples_in
 from tunesmith.tasks import Task
@@ -26,15 +27,13 @@ MAX_CHARS_SHOWN = 300
 _PAGE = Path(__file__).with_name("report.html.jinja")
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, recipe: Recipe) -> None:
     """Write `report.html` of a finished run from its recipe, `run.json`, `metrics.jsonl` and the test predictions."""
-    recipe = load_recipe(folder / "recipe.yaml")
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     splits = [name for name in ("validation", "test") if name in run["metrics"]]
     scores = run["metrics"][splits[-1]] if splits else {}
     confusion = scores.get("confusion_matrix", [])
-    page = Environment(autoescape=True, finalize=_printable).from_string(_PAGE.read_text(encoding="utf-8"))
-    html = page.render(
+    html = _page().render(
         run=run,
         splits=splits,
         samples=samples_in(run),
@@ -55,6 +54,12 @@ def write(folder: Path) -> None:
         height=HEIGHT,
     )
     atomic_write(folder / "report.html", html)
+
+
+@cache
+def _page() -> Template:
+    """Compile the template."""
+    return Environment(autoescape=True, finalize=_printable).from_string(_PAGE.read_text(encoding="utf-8"))
 
 
 def _printable(value: object) -> object:

@@ -16,6 +16,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError, RoundTripConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
+from ruamel.yaml.parser import RoundTripParser
 
 from tunesmith.errors import RecipeError, shorten
 
@@ -103,38 +104,46 @@ class _Constructor(RoundTripConstructor):
 _Constructor.add_constructor("tag:yaml.org,2002:timestamp", lambda constructor, node: node.value)
 
 
+class _LimitError(MarkedYAMLError):
+    """The YAML is larger than that of any recipe."""
+
+
+class _Parser(RoundTripParser):
+    """Parser that stops at the first event beyond a limit: parsing deeply nested YAML to its end takes minutes."""
+
+    depth = aliases = values = 0
+
+    def get_event(self) -> Any:
+        event = super().get_event()
+        self.depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        self.aliases += isinstance(event, AliasEvent)
+        self.values += isinstance(event, ScalarEvent)
+        if self.depth > MAX_YAML_DEPTH:
+            raise _LimitError(problem=f"a recipe has at most {MAX_YAML_DEPTH} levels", problem_mark=event.start_mark)
+        if self.aliases > MAX_YAML_ALIASES or self.values > MAX_YAML_VALUES:
+            limits = f"{MAX_YAML_ALIASES} YAML aliases and {MAX_YAML_VALUES:,} values"
+            raise _LimitError(problem=f"a recipe has at most {limits}", problem_mark=event.start_mark)
+        return event
+
+
 def _parse(text: str, where: str) -> Any:
     """Parse YAML 1.2: `2e-4` is a number, `no` a string, a duplicate key an error."""
     try:
-        _check_size(YAML().parse(text), where)
         yaml = YAML(typ="rt")
-        yaml.Constructor = _Constructor
+        yaml.Parser, yaml.Constructor = _Parser, _Constructor
         return yaml.load(io.StringIO(text))
     except DuplicateKeyError as error:
         line = error.problem_mark.line + 1
         key = str(error.problem).split('"')[1]
         raise RecipeError(f"{key}: duplicate key", where=f"{where}:{line}", hint="keep one") from None
+    except _LimitError as error:
+        raise RecipeError(error.problem, where=f"{where}:{error.problem_mark.line + 1}") from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f"{where}:{mark.line + 1}" if mark else where
         raise RecipeError(f"not valid YAML: {error.problem or error.context}", where=at) from None
     except (YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"not valid YAML: {error}", where=where) from None
-
-
-def _check_size(events: Iterable[Any], where: str) -> None:
-    """Refuse at the first event beyond a limit: parsing deeply nested YAML to its end takes minutes."""
-    depth = aliases = values = 0
-    for event in events:
-        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        aliases += isinstance(event, AliasEvent)
-        values += isinstance(event, ScalarEvent)
-        if depth > MAX_YAML_DEPTH:
-            what = f"a recipe has at most {MAX_YAML_DEPTH} levels"
-            raise RecipeError(what, where=f"{where}:{event.start_mark.line + 1}")
-        if aliases > MAX_YAML_ALIASES or values > MAX_YAML_VALUES:
-            limits = f"{MAX_YAML_ALIASES} YAML aliases and {MAX_YAML_VALUES:,} values"
-            raise RecipeError(f"a recipe has at most {limits}", where=where)
 
 
 def _line(tree: Any, key: Key) -> int:

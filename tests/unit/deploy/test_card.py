@@ -179,7 +179,7 @@ def _rewritten(finished: tuple[Path, dict[str, Any]], tmp_path: Path, **model: A
     about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     about["model"] |= model
     (folder / "run.json").write_text(json.dumps(about), encoding="utf-8")
-    card.write(folder)
+    card.write(folder, load(folder / "recipe.yaml"))
     text = (folder / "README.md").read_text(encoding="utf-8")
     return ModelCard(text).data, text
 

@@ -112,7 +112,7 @@ def page(finished: Path, tmp_path: Path) -> Any:
         (folder / "run.json").write_text(json.dumps(about), encoding="utf-8")
         lines = (json.dumps({"row": f"test.csv:{n}", **one}) for n, one in enumerate(predictions, start=2))
         (folder / "predictions-test.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
-        report.write(folder)
+        report.write(folder, load(folder / "recipe.yaml"))
         return Page(folder)
 
     return build
@@ -188,7 +188,7 @@ def test_a_long_run_is_drawn_in_few_points_and_what_is_no_number_is_left_out(fin
     folder = shutil.copytree(finished, tmp_path / "run")
     lines = [{"step": step, "loss": "nan" if step == 7 else 1 / step, "learning_rate": 0.1} for step in range(1, 5001)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report.write(folder)
+    report.write(folder, load(folder / "recipe.yaml"))
     loss, rate = Page(folder).each("polyline", "points")
     assert 150 <= len(loss.split()) <= 250 and "nan" not in loss + rate
 
