@@ -207,7 +207,7 @@ def train(
     words: Pairs = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to resume.")] = None,
     override: Annotated[
-        list[str] | None, typer.Option(help="With --resume: a key that may differ from the run, e.g. train.max_steps.")
+        list[str] | None, typer.Option(help="With --resume: a key that may differ from the earlier run; repeatable.")
     ] = None,
     overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
@@ -250,7 +250,7 @@ def evaluate(
         str | None, typer.Option(help="train, validation or test; default: test, or validation if the run has none.")
     ] = None,
     base: Annotated[
-        bool, typer.Option("--base", help="Score the base model: with its own head, or a linear probe.")
+        bool, typer.Option("--base", help="Also score the base model: with its own head, or with a linear probe.")
     ] = False,
     device: Device = "auto",
     allow_pickle: AllowPickle = False,
@@ -355,7 +355,7 @@ def predict(
 ) -> None:
     """Run inference on texts or on every row of a file, and print one line for each."""
     if not inputs and file is None:
-        raise RecipeError("no input", hint='give texts, or --input FILE: tunesmith predict RUN "A text."')
+        raise RecipeError("no input", hint='give texts or --input FILE, e.g. tunesmith predict RUN "A text."')
     if output is not None:
         check_new(output)
     check_run(run)
@@ -419,7 +419,7 @@ def chat(
 
 
 def _typed(prompt: str) -> Iterator[str]:
-    """Lines of standard input, with a prompt."""
+    """Yield the lines of standard input, with a prompt."""
     while True:
         try:
             yield input(prompt)
@@ -430,7 +430,7 @@ def _typed(prompt: str) -> Iterator[str]:
 def _answer_lines(
     tuned: FineTunedModel, rows: list[Input], answers: list[dict[str, Any]], as_json: bool
 ) -> Iterator[str]:
-    """A line for each answer; behind a class or a number stands the beginning of its input."""
+    """Yield a line for each answer; a class or a number is followed by the start of its input."""
     for row, answer in zip(rows, answers, strict=True):
         values = {} if isinstance(row, UserError) else row.values
         if as_json:

@@ -76,7 +76,7 @@ def check(
 
 
 def _split_target(words: list[str], stage: int | None) -> tuple[str | None, list[str]]:
-    """The target (file, folder, recipe or run) and the pairs after it; missing files are refused at once."""
+    """Return the target (file, folder, recipe or run) and the pairs after it; refuse missing files at once."""
     target, pairs = split_words(words)
     if target is None or target.lower().endswith((".yaml", ".yml")):
         from tunesmith.recipe import read
@@ -90,7 +90,7 @@ def _split_target(words: list[str], stage: int | None) -> tuple[str | None, list
 
 
 def _page(report: dict[str, Any], examples: int, quiet: bool) -> Iterator[tuple[str, str]]:
-    """Lines of the report with their styles: the files, then the findings."""
+    """Yield the lines of the report with their styles: the files, then the findings."""
     for note in report["notes"] if not quiet else ():
         yield f"note: {note}", ""
     if report["guessed"] and report["task"] and not quiet:
@@ -138,7 +138,7 @@ def _summary(split: dict[str, Any]) -> Iterator[str]:
 @verb
 def convert(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="File in any supported format.")],
-    output: Annotated[Path, typer.Argument(help="New file; compressed if it ends in .gz.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New file; compressed if it ends in .gz.")],
     to: Annotated[
         str | None, typer.Option(help="csv, tsv, jsonl, json, parquet or conll; default: from the name of OUTPUT.")
     ] = None,
@@ -187,7 +187,7 @@ def show(
     quiet: Quiet = False,
     offline: Offline = False,
 ) -> None:
-    """Show rows as tokens of the model input, with the tokens that carry loss."""
+    """Show rows as the model reads them, token by token, with the targets of the loss."""
     target, pairs = _split_target(words, stage)
     from tunesmith.inspect_data import show as study
     from tunesmith.storage.files import atomic_write

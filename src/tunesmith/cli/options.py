@@ -43,8 +43,8 @@ COMMON = {
     "as_json": Json,
     "quiet": Quiet,
     "verbose": Verbose,
-    "debug": Debug,
     "offline": Offline,
+    "debug": Debug,
     "version": Version,
 }
 Pairs = Annotated[
@@ -57,19 +57,24 @@ Pairs = Annotated[
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the common options to a verb that does not declare them itself; `main` reads --debug and --offline."""
+    """Give a verb all common options, after its own and in one order; `main` reads --debug and --offline."""
     own = inspect.signature(function, eval_str=True)
+    specific = [parameter for name, parameter in own.parameters.items() if name not in COMMON]
     options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=own.parameters[name].annotation if name in own.parameters else kind,
+        )
         for name, kind in COMMON.items()
-        if name not in own.parameters
     ]
 
     @functools.wraps(function)
     def call(**given: Any) -> None:
         function(**{name: given[name] for name in own.parameters})
 
-    call.__signature__ = own.replace(parameters=[*own.parameters.values(), *options])  # type: ignore[attr-defined]
+    call.__signature__ = own.replace(parameters=[*specific, *options])  # type: ignore[attr-defined]
     return call
 
 

@@ -60,13 +60,17 @@ def merge(
     """
     shares = list(weights) if weights is not None else [1 / len(runs)] * len(runs)
     if len(shares) != len(runs):
-        raise UserError(f"--weights: {len(shares)} for {counted(len(runs), 'run')}", hint="give one for each run")
+        what = f"--weights: {counted(len(shares), 'weight')} for {counted(len(runs), 'run')}"
+        raise UserError(what, hint="give one for each run")
     if not all(map(math.isfinite, shares)) or sum(shares) == 0:
-        hint = "give finite weights whose sum is not 0 (heads are averaged with them)"
-        raise UserError(f"--weights: {', '.join(f'{share:g}' for share in shares)}", hint=hint)
+        hint = "heads are averaged with these weights, e.g. 0.7,0.3"
+        given = ", ".join(f"{share:g}" for share in shares)
+        raise UserError(f"--weights: {given}: not finite, or with the sum 0", hint=hint)
     kept = DENSITY[method] if density is None else density
-    if not 0 < kept <= 1 or (method == "linear" and kept != 1):
-        raise UserError(f"--density: {kept:g}", hint="use a value above 0 and at most 1, with ties or dare")
+    if method == "linear" and kept != 1:
+        raise UserError("--density: linear keeps all entries", hint="leave it out, or use --method ties or dare")
+    if not 0 < kept <= 1:
+        raise UserError(f"--density: must be above 0 and at most 1, not {kept:g}", hint="e.g. --density 0.2")
     if Path(output).resolve() in [Path(run).resolve() for run in runs]:
         raise UserError("--output: this is one of the runs to merge", where=str(output), hint="name another folder")
     if not overwrite and Path(output).exists() and any(Path(output).iterdir()):
@@ -156,8 +160,8 @@ def _check_alike(folders: Sequence[Path], parts: Sequence[tuple[predict.FineTune
     (first, base), *others = parts
     for folder, (tuned, source) in zip(folders[1:], others, strict=True):
         if models.base_hash(source) != models.base_hash(base):
-            hint = "merge runs of the same base"
-            raise UserError(f"its base {source.spec} is not {base.spec}", where=str(folder), hint=hint)
+            hint = "merge runs with the same base model"
+            raise UserError(f"its base model {source.spec} is not {base.spec}", where=str(folder), hint=hint)
         if _signature(tuned) != _signature(first):
             hint = "merge runs of the same task with the same classes and tokens"
             raise UserError(f"its task, classes or tokens are not those of {folders[0]}", where=str(folder), hint=hint)

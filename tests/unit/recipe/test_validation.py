@@ -66,7 +66,7 @@ def test_invalid_learning_rates(text: str, refuse: Callable[[str], str]) -> None
         ("technique: {name: lora, rnk: 4}\n", "3: technique.rnk: unknown key; did you mean 'r'?"),
         (
             "technique: {name: bitfit, r: 4}\n",
-            "3: technique.r: unknown key; lora has it, bitfit does not: use technique=lora",
+            "3: technique.r: unknown key; it belongs to lora, not to bitfit: use technique=lora",
         ),
         ("technique: {name: bitfit, x: 4}\n", "3: technique.x: unknown key; bitfit has no keys"),
         ("lr: fast\n", "3: lr: must be a number, not 'fast'"),
