@@ -271,7 +271,7 @@ def test_a7_14_a_text_that_begins_like_a_kind_of_file_is_a_text(read: Read) -> N
 def test_a7_15_ten_gigabytes_of_nothing_are_refused_at_once(refuse: Refuse, tmp_path: Path) -> None:
     with (tmp_path / "huge.csv").open("wb") as file:
         file.write(CSV.encode() * 2000)
-        file.truncate(10 * 2**30)  # a hole: the disk holds only what was written
+        file.truncate(10 * 2**30)  # a sparse file
     said = refuse(tmp_path / "huge.csv")
     assert has_parts(said, "huge.csv:10001: ", "16,777,216 characters", "'\\x00", "; ") and len(said) < 200
 

@@ -135,7 +135,7 @@ def test_a7_21_in_a_tsv_without_quoting_quotation_marks_are_plain(read: Read) ->
 
 def test_a7_21_in_a_tsv_with_quoting_an_open_one_is_refused(refuse: Refuse, read: Read) -> None:
     rows = [(f"{text}\nand\tmore", label) for text, label in ROWS]
-    assert _rows(read(_file(rows, delimiter="\t"))) == rows  # by line, each has two fields too
+    assert _rows(read(_file(rows, delimiter="\t"))) == rows  # each physical line has two fields, too
     rows = [(f"{text}\nand more", label) for text, label in ROWS]
     assert refuse(_file(rows, delimiter="\t") + '"so warm\tpos\n').startswith("train.csv:10: unclosed quotation mark")
 
@@ -372,4 +372,4 @@ def test_columns_are_named_by_number_with_and_without_a_header(read: Read, tmp_p
         named: dict[str, str | int] = {"text": 1, "label": 0}
         table = read_table(tmp_path / "a.csv", task.columns, named=named)
         assert [(row.values["text"], row.values["label"]) for row in table] == ROWS * 3
-        assert (table.note is None) == (header != "a,b")  # it may have been a row
+        assert (table.note is None) == (header != "a,b")  # 'a,b' could be a row

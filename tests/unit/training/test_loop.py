@@ -400,7 +400,7 @@ def test_a_resumed_step_draws_the_same_dropout(tmp_path: Path) -> None:
     losses = []
     for start in range(4):
         torch.manual_seed(start)
-        torch.rand(1000), np.random.rand(3)  # whatever an evaluation draws in between
+        torch.rand(1000), np.random.rand(3)  # random numbers drawn by an evaluation in between
         batches = Batches(trial.encoded, 8, 0)
         losses += [step.loss for step in loop.steps(engine, batches, lambda _: 1.0, start=start, total=start + 1)]
     assert losses == [step.loss for step in steps] and _same(engine.model, whole.model)
