@@ -100,7 +100,7 @@ def outcome(train: Rows, test: Rows, planted: dict[str, set[tuple[str, int]]], f
 
 
 def clean_rows(path: str) -> Rows:
-    """Return the rows of a real file without any finding."""
+    """The rows of a real file of which the check says nothing."""
     recipe, _, _ = resolve_target(path, (), None)
     report = data_check.check(path)
     accused = {fault["line"] for finding in report["findings"] for fault in finding["faults"]}

@@ -44,11 +44,11 @@ def test_masks_one_after_another_are_independent() -> None:
     dropped = torch.stack([keep_scale(x, p) == 0 for _ in range(512)]).double()
     counts = dropped.sum(1)
     assert abs(counts.mean().item() / len(x) - p) < 5 * (p * (1 - p) / dropped.numel()) ** 0.5
-    assert 0.8 < counts.var().item() / (len(x) * p * (1 - p)) < 1.25  # 512 counts: 4 standard errors
+    assert 0.8 < counts.var().item() / (len(x) * p * (1 - p)) < 1.25  # of 512 counts: 4 standard errors
     both = ((dropped[:-1] - p) * (dropped[1:] - p)).mean().item()
     assert abs(both) < 5 * p * (1 - p) / dropped.numel() ** 0.5
     same = ((dropped - p)[:, None] * (dropped - p)).mean(2).fill_diagonal_(0.0)
-    assert same.abs().max().item() < 6 * p * (1 - p) / len(x) ** 0.5  # 130,000 pairs
+    assert same.abs().max().item() < 6 * p * (1 - p) / len(x) ** 0.5  # of 130,000 pairs
 
 
 def test_modules_are_replaced_in_place_and_eval_is_untouched() -> None:
