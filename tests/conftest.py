@@ -56,7 +56,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reviews_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty short reviews of unequal length, two classes in turn."""
+    """Sixty short reviews of unequal length in two alternating classes."""
     path = tmp_path_factory.mktemp("data") / "reviews.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ("text", "label"))

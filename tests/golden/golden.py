@@ -23,17 +23,17 @@ FILE = Path(__file__).with_name("losses.json")
 TESTS = Path(__file__).parents[1]
 FOLDERS = (TESTS.parent / "recipes", TESTS / "golden")
 RECIPES = [path for folder in FOLDERS for path in sorted(folder.glob("*.yaml")) if recipes.load_stages(path) is None]
-"""A stage is a run as any other."""
+"""A stage is an ordinary run."""
 
 BASES = {"AutoModelForCausalLM": "llama", "AutoModelForSeq2SeqLM": "marian"}
-"""Auto class of a task -> the kind of tiny model that its recipes are run on; all others on a BERT."""
+"""Auto class of a task -> family of the tiny model for its recipes; the default is BERT."""
 
 TRAIN = "epochs=null max_steps=10 batch_size=4 learning_rate=1e-3 head_learning_rate=1e-3 precision=fp32 device=cpu"
 SHRUNK = tuple(f"train.{word}" for word in TRAIN.split())
 
 
 def losses(recipe: Path, work: Path) -> list[float]:
-    """Those of the ten steps, in an empty folder that becomes the current one."""
+    """Return the losses of ten steps; `work`, an empty folder, becomes the current folder."""
     os.chdir(work)
     for name, (head, row) in runpy.run_path(str(TESTS / "docs" / "test_recipes.py"))["DATA"].items():
         Path(name).parent.mkdir(exist_ok=True)
@@ -52,7 +52,7 @@ def losses(recipe: Path, work: Path) -> list[float]:
 
 
 def main() -> None:
-    """Compute all, write the file."""
+    """Compute all losses and write the file."""
     found = {}
     for recipe in RECIPES:
         with tempfile.TemporaryDirectory(prefix="tunesmith-") as work:

@@ -20,7 +20,7 @@ from tunesmith.techniques.lora import Lora
 from tunesmith.testing import tiny_model
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of third parties, while they are imported
+    warnings.simplefilter("ignore")  # warnings of third parties at import
     peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
@@ -96,7 +96,7 @@ def test_peft_reads_what_we_save(family: str, kind: str, variant: str, tmp_path:
         gradients, reference = learned(model), learned(theirs)
         assert {PEFT_PREFIX + name for name in gradients} == set(reference)
         for name, gradient in gradients.items():
-            other = reference[PEFT_PREFIX + name]  # a sum over tokens, in which small ones are the rest of large ones
+            other = reference[PEFT_PREFIX + name]  # a sum over tokens with cancellation
             assert torch.dist(gradient, other) <= 1e-5 * (1 + other.norm()), name
     plain = theirs.merge_and_unload()
     technique.merge(model)

@@ -18,7 +18,7 @@ from tunesmith.techniques.lora import Lora
 from tunesmith.testing import tiny_model, tiny_tokenizer
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of third parties, while they are imported
+    warnings.simplefilter("ignore")  # warnings of third parties at import
     peft = pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
 

@@ -1,4 +1,4 @@
-"""`shift_right` against what the families of transformers put before their decoders."""
+"""`shift_right` against the decoder inputs of transformers' families."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LABELS = torch.tensor([
     [4, 4, 4, 3, -100],
     [3, -100, -100, -100, -100],
 ])  # fmt: skip
-"""Targets of unequal length that end as all do, padded by -100."""
+"""Targets of unequal length with an end token, padded with -100."""
 
 
 @pytest.mark.parametrize("family", ("t5", "bart", "marian", "mbart", "plbart"))

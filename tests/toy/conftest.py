@@ -1,4 +1,4 @@
-"""The task of `mean_color.py`, installed as the package of a third party would be."""
+"""The task of `mean_color.py`, installed as a third-party package."""
 
 from __future__ import annotations
 

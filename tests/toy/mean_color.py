@@ -1,4 +1,4 @@
-"""Mean color: a task on pictures as a third party would write it. It classifies a picture by its mean color."""
+"""Third-party task on images: classify an image by its mean color."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLORS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 
 
 class MeanColor(Task):
-    """Classifies a picture by its mean color."""
+    """Classify an image by its mean color."""
 
     classes: list[str] | None = Field(None, description="names of the colors; default: from train")
 

@@ -1,4 +1,4 @@
-"""A third party's task on pictures runs through everything, without a line about pictures in a shared room."""
+"""A third-party image task works with every command; the shared packages have no code for images."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from tunesmith.models.anatomy import anatomy
 
 
 def accelerated(model: Any, dtype: torch.dtype | None = None, *, device: str = "cpu", world_size: int = 1) -> FastPath:
-    """All fast paths of a model that reads 64 tokens, some of them virtual."""
+    """Apply all fast paths to a model with at most 64 tokens, virtual tokens included."""
     return accelerate(
         model,
         anatomy(model),
@@ -25,7 +25,7 @@ def accelerated(model: Any, dtype: torch.dtype | None = None, *, device: str = "
 
 
 def sparse_embeddings(model: Any) -> FastPath:
-    """A model by its own code, but for its embeddings."""
+    """Apply only the sparse embeddings."""
     path = FastPath()
     _sparse_embeddings(model, path, 1)
     path.attach(model)
@@ -33,7 +33,7 @@ def sparse_embeddings(model: Any) -> FastPath:
 
 
 def unpadded(model: Any) -> FastPath:
-    """A model whose blocks compute without padding by its own code, unchecked."""
+    """Apply only the unpadded blocks, without the check of their outputs."""
     path = FastPath(unpadded=True, padded_attention=model.config._attn_implementation)
     remove_padding(model, [model.get_submodule(name) for name in anatomy(model).blocks], path.edits)
     path.attach(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from tunesmith import registry
 from tunesmith.models.anatomy import anatomy
@@ -42,3 +43,8 @@ def adapt(model: Any, name: str, keys: dict[str, Any] | None = None) -> None:
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.2)
+
+
+def trainable(model: nn.Module) -> set[str]:
+    """Return the names of the trainable parameters."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -77,7 +77,7 @@ def _metaspace() -> str:
     tokenizer.train_from_iterator(
         lines, BpeTrainer(vocab_size=900, special_tokens=SPECIAL, initial_alphabet=letters, show_progress=False)
     )
-    made = json.loads(tokenizer.to_str())  # what is no letter is its bytes, a line's end among them
+    made = json.loads(tokenizer.to_str())  # byte fallback for other characters, newline included
     made["model"]["vocab"] |= {f"<0x{byte:02X}>": len(made["model"]["vocab"]) + byte for byte in range(256)}
     tokenizer = Tokenizer.from_str(json.dumps(made))
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
@@ -85,7 +85,7 @@ def _metaspace() -> str:
 
 
 def tokenizer(kind: str = "byte-level", template: str | None = None) -> Any:
-    """As GPT-2's (`byte-level`), or as LLaMA's (`metaspace`, which begins texts with a token and a blank)."""
+    """Return a tokenizer like GPT-2's (`byte-level`) or LLaMA's (`metaspace`: BOS token and a leading space)."""
     made = {"byte-level": _byte_level, "metaspace": _metaspace}[kind]()
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     return PreTrainedTokenizerFast(

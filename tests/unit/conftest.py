@@ -1,4 +1,4 @@
-"""Fixtures of the unit tests: a package index on the loopback, and a model to be had from it."""
+"""Fixtures of the unit tests: a package index on the loopback, and a model that it serves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """`command("train", "recipe.yaml")`: exit code, stdout and stderr of the command line, in this process."""
+    """`command("train", "recipe.yaml")`: run the command line in this process; return exit code, stdout and stderr."""
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["tunesmith", *words])
@@ -31,7 +31,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def stub_index(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubIndex]:
-    """An empty index that is pip's for this test; pauses between tries take no time."""
+    """An empty package index, set as pip's for this test; retries do not wait."""
     index = StubIndex()
     for name in ("PIP_EXTRA_INDEX_URL", "PIP_CERT", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -44,7 +44,7 @@ def stub_index(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubIndex]:
 
 @pytest.fixture(scope="session")
 def model_wheel(tiny_bert: Path) -> bytes:
-    """A wheel that holds the tiny BERT in `tiny_bert/model/`, with code beside it that must never run."""
+    """A wheel with the tiny BERT in `tiny_bert/model/`, and with code that must never run."""
     members = {f"tiny_bert/model/{path.name}": path.read_bytes() for path in tiny_bert.iterdir()}
     about = "Metadata-Version: 2.1\nName: tiny-bert\nVersion: 1.0\nLicense: Apache-2.0\n\nA tiny BERT.\n"
     code = b"raise SystemExit('code of a package was run')\n"

@@ -1,4 +1,4 @@
-"""Small GGUF files as llama.cpp's converter writes them, from a model in hand."""
+"""Small GGUF files as llama.cpp's converter writes them, from a given model."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ NAMES = {
 
 
 def tokens() -> list[str]:
-    """Bytes, a few merged pairs, three special tokens."""
+    """Return the vocabulary: bytes, a few merged pairs, three special tokens."""
     return [*SPECIAL, *sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
 
 
 def tiny_llama(**config: Any) -> PreTrainedModel:
-    """A random LLaMA with a token for each of `tokens()`, its embedding its head."""
+    """Return a random LLaMA with the vocabulary of `tokens()` and tied embeddings."""
     sizes = {"vocab_size": len(tokens()), "tie_word_embeddings": True, "hidden_size": 32, "intermediate_size": 64}
     return tiny_model("llama", "AutoModelForCausalLM", **sizes | config)
 
 
 def _permuted(weight: Tensor, heads: int) -> Tensor:
-    """Query and key as llama.cpp turns them: halves of each head interleaved."""
+    """Permute query or key as llama.cpp does: interleave the halves of each head."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def write(
     path: Path, model: PreTrainedModel, *, kind: str = "F32", architecture: str = "llama", pre: str | None = "smollm"
 ) -> Path:
-    """Write a tiny LLaMA, its matrices quantised as `kind`."""
+    """Write a tiny LLaMA with matrices quantized as `kind`."""
     config: Any = model.config
     file = GGUFWriter(path, architecture)
     file.add_name("tiny")
@@ -104,7 +104,7 @@ def _add(file: GGUFWriter, name: str, weight: Tensor, kind: str) -> None:
 
 
 def logits(model: PreTrainedModel) -> Tensor:
-    """Return its outputs for its first forty tokens."""
+    """Return the model's outputs for the first forty tokens."""
     with torch.no_grad():
         answer: Tensor = model.eval()(input_ids=torch.arange(40)[None]).logits
     return answer

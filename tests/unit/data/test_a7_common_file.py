@@ -1,4 +1,4 @@
-"""Bad inputs 1-16, any file: each is taken and works, is taken with a note, or is refused by file and row."""
+"""Bad inputs 1-16, any file: each is read, read with a note, or refused with file and row."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from messages import has_parts
 
 from tunesmith.data.formats import read_table
 from tunesmith.data.formats.recognize import UNSUPPORTED_FORMATS
@@ -45,10 +46,10 @@ def _rows(read: Examples, split: str = "train") -> list[tuple[object, object]]:
 
 def test_a7_01_a_missing_file_is_refused_with_the_nearest_name(refuse: Refuse, write: Any, tmp_path: Path) -> None:
     write(CSV, "reviews.csv")
-    assert refuse(tmp_path / "reveiws.csv") == "reveiws.csv: no such file; did you mean 'reviews.csv'?"
-    assert refuse(tmp_path / "none" / "a.csv") == "none/a.csv: no such file; check the path"
+    assert has_parts(refuse(tmp_path / "reveiws.csv"), "reveiws.csv: no such file; ", "did you mean 'reviews.csv'?")
+    assert has_parts(refuse(tmp_path / "none" / "a.csv"), "none/a.csv: no such file; ", "path")
     said = refuse(CSV, f"data.validation={tmp_path / 'held-out.jsonl'}")
-    assert said == "held-out.jsonl: no such file; check the path"
+    assert has_parts(said, "held-out.jsonl: no such file; ", "path")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_a7_01_a_path_that_can_be_none_is_refused(
 ) -> None:
     write(CSV, "train.csv")
     line = refuse(tmp_path / name)
-    assert f": cannot be read ({said}); check the path and its permissions" in line and len(line) < 300
+    assert has_parts(line, name[:9], f"({said}); ", "path") and len(line) < 300
 
 
 def test_a7_02_a_folder_with_files_named_as_splits_is_read(read: Read, write: Any, tmp_path: Path) -> None:
@@ -75,13 +76,10 @@ def test_a7_02_a_folder_with_files_named_as_splits_is_read(read: Read, write: An
 
 def test_a7_02_a_folder_that_does_not_tell_is_refused(refuse: Refuse, write: Any, tmp_path: Path) -> None:
     (tmp_path / "valid").mkdir()
-    assert refuse(CSV, f"data.validation={tmp_path / 'valid'}").startswith("valid: a folder, not a file; ")
+    assert has_parts(refuse(CSV, f"data.validation={tmp_path / 'valid'}"), "valid: ", "folder", "; ")
     write(CSV, "train.tsv")
-    assert refuse(tmp_path).endswith(": both train.csv and train.tsv are named train; set data.train to the one to use")
-    assert (
-        refuse(tmp_path / "valid")
-        == "valid: no train file in this folder; name the file train.csv, or set data.train to a file"
-    )
+    assert has_parts(refuse(tmp_path), "", ": ", "train.csv and train.tsv", "; ", "data.train")
+    assert has_parts(refuse(tmp_path / "valid"), "valid: ", "train file", "; ", "train.csv", "data.train")
 
 
 @pytest.mark.parametrize(
@@ -97,12 +95,12 @@ def test_a7_02_a_folder_that_does_not_tell_is_refused(refuse: Refuse, write: Any
 def test_only_a_name_that_is_near_is_proposed(name: str, hint: str, refuse: Refuse, write: Any, tmp_path: Path) -> None:
     for there in ("training.csv", "training.jsonl.gz", "dates.txt", "reviews-1.csv"):
         write(CSV, there)
-    assert refuse(tmp_path / name) == f"{name}: no such file; {hint}"
+    assert refuse(tmp_path / name).startswith(f"{name}: no such file; {hint}")
 
 
 @pytest.fixture
 def locked() -> Iterator[Path]:
-    """A folder that only its owner may enter, with a file that only its owner may read; the test is somebody else."""
+    """A folder and files without any permission, accessed as another user than root."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "inside").mkdir()
@@ -125,32 +123,29 @@ def locked() -> Iterator[Path]:
 def test_a7_03_what_may_not_be_read_is_refused(name: str, locked: Path, read: Read) -> None:
     with pytest.raises(DataError) as caught:
         read(locked / name)
-    assert (
-        str(caught.value) == f"{locked / name}: cannot be read (Permission denied); check the path and its permissions"
-    )
+    assert has_parts(str(caught.value), f"{locked / name}: ", "(Permission denied); ", "permissions")
 
 
 @pytest.mark.parametrize("content", (b"", b"\n", b" \r\n\t\n", b'""\n', gzip.compress(b"", mtime=0)))
 def test_a7_04_an_empty_file_is_refused(content: bytes, refuse: Refuse) -> None:
-    assert refuse(content).startswith(("train.csv: the file is empty; ", "train.csv: the file has no values; "))
+    said = refuse(content)
+    assert has_parts(said, "train.csv: ", "empty; ") or has_parts(said, "train.csv: ", "no values; ")
 
 
 @pytest.mark.parametrize("mark", (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 def test_a7_05_a_byte_order_mark_alone_is_an_empty_file(mark: bytes, refuse: Refuse) -> None:
-    assert refuse(mark).startswith(
-        "train.csv: the file is empty; check that it is the right file and that its download has finished"
-    )
+    assert has_parts(refuse(mark), "train.csv: ", "empty; ", "right file", "download")
 
 
 @pytest.mark.parametrize("content", ("text,label", "text\tlabel\n", "\ufefftext,label\r\n\r\n", "[]", " [\n]\n"))
 def test_a7_06_a_header_without_rows_is_refused(content: str, refuse: Refuse) -> None:
     said = refuse(content)
-    assert said.startswith(("train.csv: the file has a header but no rows; ", "train.csv: the file has no rows; "))
+    assert has_parts(said, "train.csv: ", "no rows; ")
 
 
 def test_a7_06_a_parquet_file_without_rows_is_refused(refuse: Refuse, tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.string())}), tmp_path / "a")
-    assert refuse(tmp_path / "a") == "a: the file has a header but no rows; add rows"
+    assert has_parts(refuse(tmp_path / "a"), "a: ", "no rows; ")
 
 
 @each_format
@@ -169,34 +164,26 @@ def test_a7_08_utf_16_is_read(order: str, kind: str, read: Read) -> None:
 @pytest.mark.parametrize("encoding", ("utf-16-le", "utf-16-be", "utf-32"))
 def test_a7_08_utf_16_without_its_mark_and_utf_32_are_refused(encoding: str, kind: str, refuse: Refuse) -> None:
     said = refuse(FORMATS[kind].encode(encoding))
-    assert (
-        said
-        == "train.csv:1: contains NUL bytes; it is binary, or UTF-16 without a byte order mark: save it as UTF-8 text"
-    )
+    assert has_parts(said, "train.csv:1: ", "NUL bytes; ", "UTF-16", "save it as UTF-8")
 
 
 def test_a7_08_damaged_utf_16_is_refused(refuse: Refuse) -> None:
-    assert refuse(CSV.encode("utf-16")[:-1]).startswith("train.csv: damaged UTF-16 (truncated data); save it as UTF-8")
+    assert has_parts(refuse(CSV.encode("utf-16")[:-1]), "train.csv: ", "UTF-16", "truncated", "; save it as UTF-8")
 
 
-NOT_UTF_8 = "byte 0xe9 is not UTF-8 in 'the caf? was great"
-SAVE_IT = (
-    "; save the file as UTF-8 (if it is from Windows: iconv -f cp1252 -t utf-8, if it is Chinese: iconv -f gb18030"
-    " -t utf-8), or set data.on_bad_row=skip"
-)
+SAVE_IT = "; ", "UTF-8", "iconv -f cp1252 -t utf-8", "iconv -f gb18030 -t utf-8", "data.on_bad_row=skip"
 
 
 @each_format
 def test_a7_09_latin_1_is_refused_by_row_and_byte(kind: str, refuse: Refuse) -> None:
     said = refuse(FORMATS[kind].encode("latin-1"))
     line = {"csv": 2, "tsv": 2}.get(kind, 1)
-    assert said.startswith(f"train.csv:{line}: byte 0xe9 is not UTF-8 in ") and said.endswith(SAVE_IT), said
-    assert "the caf? was great" in said
+    assert has_parts(said, f"train.csv:{line}: byte 0xe9 ", "not UTF-8", "the caf? was great", *SAVE_IT), said
 
 
 def test_a7_09_a_header_in_latin_1_is_refused(refuse: Refuse) -> None:
     said = refuse(CSV.replace("text", "critère").encode("latin-1"), "data.columns.text=critère")
-    assert said.startswith("train.csv:1: byte 0xe8 is not UTF-8 in 'crit?re,label'; save the file as UTF-8")
+    assert has_parts(said, "train.csv:1: byte 0xe8 ", "not UTF-8", "'crit?re,label'; ", "UTF-8")
 
 
 @each_format
@@ -204,7 +191,7 @@ def test_a7_10_a_row_in_another_encoding_is_refused_or_skipped(kind: str, refuse
     good = FORMATS[kind].encode()
     mixed = good.replace(b"so warm", "so cafÃ© é".encode("latin-1"))
     line = {"csv": 4, "tsv": 4}.get(kind, 3)
-    assert refuse(mixed).startswith(f"train.csv:{line}: byte 0xc3 is not UTF-8 in ") or b"\xc3\xa9" in mixed
+    assert has_parts(refuse(mixed), f"train.csv:{line}: byte 0xc3 ", "not UTF-8", "; ") or b"\xc3\xa9" in mixed
     found = read(mixed, on_bad_row="skip")
     assert _rows(found) == [ROWS[0], ROWS[1], ROWS[3]]
     assert found.notes == ["train: skipped 1 row (not UTF-8)"]
@@ -222,7 +209,7 @@ def test_a7_11_a_nul_byte_in_a_row_is_refused_or_skipped(kind: str, refuse: Refu
 
 def test_a7_11_a_nul_byte_in_the_header_is_refused(refuse: Refuse) -> None:
     said = refuse(CSV.replace("text,", "text\0,"))
-    assert said.startswith("train.csv:1: contains a NUL byte: 'text\\x00,label\\n'; save the file as UTF-8 text")
+    assert has_parts(said, "train.csv:1: ", "NUL byte", "'text\\x00,label\\n'; ", "UTF-8")
 
 
 @pytest.mark.parametrize("ends", (("\r\n",), ("\r",), ("\r\n", "\n", "\r"), ("\n", "\n\n", "\r\n\r\n")))
@@ -233,7 +220,7 @@ def test_a7_12_all_line_ends_are_line_ends(ends: tuple[str, ...], kind: str, rea
     assert _rows(read(content)) == ROWS
     if kind in ("csv", "tsv"):
         line = 1 + len(io.StringIO(content, newline=None).readlines())
-        assert refuse(f"{content}only one field").startswith(f"train.csv:{line}: 1 field, but the header has 2: ")
+        assert has_parts(refuse(f"{content}only one field"), f"train.csv:{line}: 1 field,", "header has 2", "; ")
 
 
 def test_a7_12_line_ends_inside_quotes_stay_as_they_are(read: Read) -> None:
@@ -253,7 +240,7 @@ def test_a7_13_a_compressed_file_is_read_whatever_its_name(kind: str, read: Read
 def test_a7_13_a_damaged_compressed_file_is_refused(damage: Callable[[bytes], bytes], refuse: Refuse) -> None:
     lines = "".join(f"{os.urandom(20).hex()},{'pos' if n % 2 else 'neg'}\n" for n in range(5000))
     said = refuse(damage(gzip.compress(f"text,label\n{lines}".encode())))
-    assert said.startswith("train.csv: the gzip file is damaged (") and said.endswith("); download it again")
+    assert has_parts(said, "train.csv: ", "gzip", "damaged (", "); ", "again")
 
 
 def test_a7_14_an_excel_file_named_csv_is_refused(refuse: Refuse) -> None:
@@ -262,19 +249,18 @@ def test_a7_14_an_excel_file_named_csv_is_refused(refuse: Refuse) -> None:
         file.writestr("xl/workbook.xml", CSV)
     said = refuse(packed.getvalue())
     what, hint = UNSUPPORTED_FORMATS[b"PK\x03\x04"]
-    assert said == f"train.csv: unsupported format: the content is {what}; {hint}" and "Excel" in what
+    assert has_parts(said, "train.csv: unsupported format", what, f"; {hint}") and "Excel" in what
 
 
 @pytest.mark.parametrize("magic", UNSUPPORTED_FORMATS, ids=lambda magic: UNSUPPORTED_FORMATS[magic][0])
 def test_a7_14_other_kinds_of_file_are_refused(magic: bytes, refuse: Refuse) -> None:
     what, hint = UNSUPPORTED_FORMATS[magic]
-    assert refuse(magic + b"\n" + CSV.encode()) == f"train.csv: unsupported format: the content is {what}; {hint}"
+    said = refuse(magic + b"\n" + CSV.encode())
+    assert has_parts(said, "train.csv: unsupported format", what, f"; {hint}")
 
 
 def test_a7_14_a_page_in_place_of_a_download_is_refused(refuse: Refuse) -> None:
-    assert refuse("\n <HTML><body>log in</body>").startswith(
-        "train.csv: unsupported format: the content is an HTML page"
-    )
+    assert has_parts(refuse("\n <HTML><body>log in</body>"), "train.csv: unsupported format", "HTML", "; ")
 
 
 def test_a7_14_a_text_that_begins_like_a_kind_of_file_is_a_text(read: Read) -> None:
@@ -285,18 +271,18 @@ def test_a7_14_a_text_that_begins_like_a_kind_of_file_is_a_text(read: Read) -> N
 def test_a7_15_ten_gigabytes_of_nothing_are_refused_at_once(refuse: Refuse, tmp_path: Path) -> None:
     with (tmp_path / "huge.csv").open("wb") as file:
         file.write(CSV.encode() * 2000)
-        file.truncate(10 * 2**30)  # a hole: the disk holds only what was written
+        file.truncate(10 * 2**30)  # a sparse file
     said = refuse(tmp_path / "huge.csv")
-    assert said.startswith("huge.csv:10001: over 16,777,216 characters in one line, '\\x00") and len(said) < 200
+    assert has_parts(said, "huge.csv:10001: ", "16,777,216 characters", "'\\x00", "; ") and len(said) < 200
 
 
 def test_a7_15_rows_are_read_one_after_the_other(tmp_path: Path) -> None:
-    """The first rows are there before the end of the file is seen: it is cut off."""
+    """The first rows can be read although the file is truncated."""
     whole = gzip.compress("".join([CSV, *(f"{os.urandom(20).hex()},pos\n" for _ in range(20_000))]).encode())
     (tmp_path / "cut.csv.gz").write_bytes(whole[:-50])
     rows = iter(read_table(tmp_path / "cut.csv.gz", TextClassification().columns))
     assert [next(rows).values["label"] for _ in range(10_000)][:4] == [label for _, label in ROWS]
-    with pytest.raises(DataError, match="the gzip file is damaged"):
+    with pytest.raises(DataError, match="cut.csv.gz: .*gzip.* damaged .*; "):
         list(rows)
 
 
@@ -318,7 +304,7 @@ print(sum(read.rows.values()), before, peak_mb())
 
 
 def _peak_mb(path: Path) -> tuple[int, int, int]:
-    """Rows, memory before and at the peak of reading them in a process of its own."""
+    """Read a file in a process of its own; return its rows, and the memory before and at the peak."""
     done = subprocess.run(
         [sys.executable, "-c", READ_IN_A_CHILD, str(path)], capture_output=True, text=True, check=True, timeout=250
     )
@@ -349,7 +335,7 @@ def test_a7_16_a_loop_of_links_is_refused(refuse: Refuse, tmp_path: Path) -> Non
     (tmp_path / "a.csv").symlink_to(tmp_path / "b.csv")
     (tmp_path / "b.csv").symlink_to(tmp_path / "a.csv")
     said = refuse(tmp_path / "a.csv")
-    assert said == "a.csv: cannot be read (Too many levels of symbolic links); check the path and its permissions"
+    assert has_parts(said, "a.csv: ", "(Too many levels of symbolic links); ", "path")
 
 
 def test_a7_16_a_link_to_a_file_is_read_and_one_to_nothing_is_refused(
@@ -375,4 +361,4 @@ def test_a7_16_what_is_no_regular_file_is_refused_without_being_opened(
         else:
             listener.bind(os.path.relpath(path))
         said = refuse(path) if split == "train" else refuse(CSV, f"data.validation={path}")
-    assert said == "odd.csv: not a regular file (a pipe or a device); write it to a file first"
+    assert has_parts(said, "odd.csv: not a regular file", "; ", "file")

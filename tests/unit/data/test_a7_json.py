@@ -1,4 +1,4 @@
-"""Bad inputs 37-56, JSON and JSONL: each is taken and works, is taken with a note, or is refused by file and row."""
+"""Bad inputs 37-56, JSON and JSONL: each is read, read with a note, or refused with file and row."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+from messages import has_parts
 
 from tunesmith.data.formats import json_array
 from tunesmith.training.dataset import Examples
 
 Refuse = Callable[..., str]
 Read = Callable[..., Examples]
-SKIP = ", or set data.on_bad_row=skip"
+SKIP = "data.on_bad_row=skip"
 ROWS = [(f"the film was {word}", ("pos", "neg")[n % 2]) for n, word in enumerate("great bad fine dull".split())]
 OBJECTS = [json.dumps({"text": text, "label": label}) for text, label in ROWS]
 each_form = pytest.mark.parametrize("form", ("lines", "array"))
 
 
 def _file(objects: Iterable[str], form: str = "lines") -> str:
-    """Objects as written, one a line; in an array too, each on the line of its number."""
+    """Return the objects, one a line, as lines or as an array; each is on the line of its number."""
     return "\n".join([*objects, ""]) if form == "lines" else "[" + ",\n".join(objects) + "]"
 
 
@@ -59,48 +60,47 @@ def test_a7_37_an_array_is_read_piece_by_piece(size: int, read: Read, monkeypatc
 ARRANGEMENTS = {
     "one object on many lines": (
         json.dumps({"text": "a", "label": "b"}, indent=1),
-        "1: not valid JSON: Expecting property name enclosed in double quotes in '{'; write one object per line, or an",
+        ("1: not valid JSON: ", "'{'; ", "one object per line"),
     ),
     "rows inside an object": (
         json.dumps({"data": [{"text": "a", "label": "b"}]}),
-        "1: no column for text and label among: data; set data.columns.text=NAME data.columns.label=NAME",
+        ("1: no column for text and label ", "data; ", "data.columns.text=NAME data.columns.label=NAME"),
     ),
     "columns": (
         json.dumps({"text": {"0": "a"}, "label": {"0": "b"}}),
-        "1: text: '{'0': 'a'}' is not a text; give one text a row, or set data.on_bad_row=skip",
+        ("1: text: '{'0': 'a'}' is not a text; ", "one text", SKIP),
     ),
-    "two arrays": ("[" + ",".join(OBJECTS) + "] []", "1: unexpected text after the array near "),
+    "two arrays": ("[" + ",".join(OBJECTS) + "] []", ("1: ", "after the array", "; ")),
     "two on a line": (
         f"{OBJECTS[0]} {OBJECTS[1]}",
-        '1: unexpected text after the object: \' {"text": "the film was bad", "label": "neg"}\'; write one object',
+        ("1: ", "after the object", '\' {"text": "the film was bad", "label": "neg"}\'; ', "one object"),
     ),
-    "no commas": ("[" + "\n".join(OBJECTS) + "]", "2: missing comma between two objects near "),
+    "no commas": ("[" + "\n".join(OBJECTS) + "]", ("2: missing comma ", "; ")),
 }
 
 
-@pytest.mark.parametrize(("content", "said"), ARRANGEMENTS.values(), ids=ARRANGEMENTS.keys())
-def test_a7_37_other_arrangements_are_refused(content: str, said: str, refuse: Refuse) -> None:
-    assert refuse(content).startswith(f"train.csv:{said}")
+@pytest.mark.parametrize(("content", "parts"), ARRANGEMENTS.values(), ids=ARRANGEMENTS.keys())
+def test_a7_37_other_arrangements_are_refused(content: str, parts: tuple[str, ...], refuse: Refuse) -> None:
+    assert has_parts(refuse(content), f"train.csv:{parts[0]}", *parts[1:])
 
 
 @each_form
 def test_a7_38_a_trailing_comma_in_an_object_is_refused(form: str, refuse: Refuse, read: Read) -> None:
     said = refuse(_with('{"text": "so", "label": "pos",}', form))
-    assert said.startswith("train.csv:3: not valid JSON: ") and "; remove the comma before the closing bracket" in said
+    assert has_parts(said, "train.csv:3: not valid JSON: ", "; remove the comma")
     if form == "lines":
         assert _is_skipped(read, _with('{"text": "so", "label": "pos",}'), "not valid JSON")
 
 
 def test_a7_38_a_trailing_comma_in_the_array_is_refused(refuse: Refuse) -> None:
     said = refuse(_file(OBJECTS, "array")[:-1] + ",\n]")
-    assert said.startswith("train.csv:5: not valid JSON: Expecting value near ")
-    assert said.endswith("; remove the comma before the closing bracket")
+    assert has_parts(said, "train.csv:5: not valid JSON: ", "; remove the comma")
 
 
 @each_form
 def test_a7_39_single_quotes_are_refused(form: str, refuse: Refuse, read: Read) -> None:
     said = refuse(_with("{'text': 'so', 'label': 'pos'}", form))
-    assert said.startswith("train.csv:3: not valid JSON: ") and "; use double quotation marks" in said
+    assert has_parts(said, "train.csv:3: not valid JSON: ", "; ", "double quotation marks")
     if form == "lines":
         assert _is_skipped(read, _with("{'text': 'so', 'label': 'pos'}"), "not valid JSON")
 
@@ -110,16 +110,14 @@ def test_a7_40_a_last_line_that_is_cut_off_is_refused_or_skipped(keep: int, refu
     content = _file(OBJECTS) + OBJECTS[0][:keep]
     said = refuse(content)
     assert said.startswith("train.csv:5: not valid JSON: ") and said.endswith(SKIP)
-    assert "; the line is truncated: write it again, or remove it" in said or keep == 1
+    assert has_parts(said, "train.csv:5: ", "; ", "truncated", "remove it") or keep == 1
     assert read(content, on_bad_row="skip").notes == ["train: skipped 1 row (not valid JSON)"]
 
 
 @pytest.mark.parametrize("cut", (1, 2, 10, 30, 40))
 def test_a7_40_an_array_that_is_cut_off_is_refused(cut: int, refuse: Refuse) -> None:
     said = refuse(_file(OBJECTS, "array")[:-cut])
-    assert said.startswith("train.csv:4: the array is truncated near '") and said.endswith(
-        "; write or download it again"
-    )
+    assert has_parts(said, "train.csv:4: ", "array is truncated", "'; ", "again")
 
 
 def test_a7_41_blank_lines_are_passed_over_and_counted_as_lines(read: Read, refuse: Refuse) -> None:
@@ -144,7 +142,7 @@ def test_a7_43_a_key_given_twice_is_refused_or_skipped(more: str, form: str, ref
     content = _with(f'{{"text": "so", "label": "pos", {more}}}', form)
     said = refuse(content)
     key = "a" if "id" in more else "text"
-    assert said.startswith(f"train.csv:3: duplicate key '{key}' in '{{") and f"; keep one{SKIP}" in said
+    assert said.startswith(f"train.csv:3: duplicate key '{key}' in '{{") and has_parts(said, "", "; keep one", SKIP)
     assert _is_skipped(read, content, "not valid JSON")
 
 
@@ -162,8 +160,7 @@ def test_a7_44_half_a_character_is_refused_or_skipped(
     third: str, key: str, form: str, refuse: Refuse, read: Read
 ) -> None:
     said = refuse(_with(third, form))
-    assert said.startswith(f"train.csv:3: {key}: a lone surrogate (half a character) in '")
-    assert said.endswith("; remove it: the text was cut inside a character" + SKIP)
+    assert has_parts(said, f"train.csv:3: {key}: ", "lone surrogate", "'; ", "remove it", SKIP)
     assert _is_skipped(read, _with(third, form), "lone surrogate")
 
 
@@ -178,7 +175,7 @@ def test_a7_44_whole_characters_written_as_two_halves_are_read(form: str, read: 
 def test_a7_45_what_is_nested_100_000_deep_is_refused(opening: str, form: str, refuse: Refuse, read: Read) -> None:
     deep = f'{{"text": "so", "label": {opening * 100_000}1{("]" if opening == "[" else "}") * 100_000}}}'
     said = refuse(_with(deep, form))
-    assert said.startswith("train.csv:3: not valid JSON: nested too deeply") and "; flatten the objects" in said
+    assert has_parts(said, "train.csv:3: not valid JSON: ", "nested too deep", "; ", "flatten")
     if form == "lines":
         assert _is_skipped(read, _with(deep), "not valid JSON")
 
@@ -187,9 +184,7 @@ def test_a7_45_what_is_nested_100_000_deep_is_refused(opening: str, form: str, r
 def test_a7_46_a_number_of_5000_digits_is_refused_or_skipped(form: str, refuse: Refuse, read: Read) -> None:
     content = _with(f'{{"text": "so", "label": {"7" * 5000}}}', form)
     said = refuse(content)
-    assert (
-        said.startswith("train.csv:3: a number of 5,000 digits in '{") and "; quote it if it is an identifier" in said
-    )
+    assert has_parts(said, "train.csv:3: ", "5,000 digits", "'{", "; ", "quote it", "identifier")
     assert _is_skipped(read, content, "not valid JSON")
 
 
@@ -200,8 +195,7 @@ OTHERS = ('"so warm"', "42", "null", "true", "[]", '["so warm", "pos"]')
 @pytest.mark.parametrize("other", OTHERS)
 def test_a7_47_a_row_that_is_no_object_is_refused_or_skipped(other: str, form: str, refuse: Refuse, read: Read) -> None:
     said = refuse(_with(other, form))
-    hint = "write an object, one key per column"
-    assert said == f"train.csv:3: '{other}' is not an object; {hint}{SKIP}"
+    assert has_parts(said, f"train.csv:3: '{other}' is not an object; ", "key per column", SKIP)
     assert _is_skipped(read, _with(other, form), "not an object")
 
 
@@ -213,19 +207,19 @@ def test_a7_47_a_first_line_that_is_no_object_is_refused(other: str, refuse: Ref
 @pytest.mark.parametrize("rows", ([["so warm", "pos"], ["so dull", "neg"]], ["so warm", "so dull"]))
 def test_a7_47_arrays_without_any_object_are_refused(rows: list[Any], refuse: Refuse) -> None:
     said = refuse(json.dumps(rows))
-    assert said == f"train.csv:1: '{json.dumps(rows[0])}' is not an object; write an object, one key per column"
+    assert has_parts(said, f"train.csv:1: '{json.dumps(rows[0])}' is not an object; ", "key per column")
 
 
 NO_TEXTS = {
-    "null": ("empty", "fill it in or remove the row"),
-    '""': ("empty", "fill it in or remove the row"),
-    '" \\n"': ("empty", "fill it in or remove the row"),
-    "42": ("'42' is not a text", "put it in quotes"),
-    "4.5": ("'4.5' is not a text", "put it in quotes"),
-    "true": ("'True' is not a text", "put it in quotes"),
-    '["so", "warm"]': ("'['so', 'warm']' is not a text", "give one text a row"),
-    "[]": ("'[]' is not a text", "give one text a row"),
-    '{"en": "so"}': ("'{'en': 'so'}' is not a text", "give one text a row"),
+    "null": ("empty", "remove the row"),
+    '""': ("empty", "remove the row"),
+    '" \\n"': ("empty", "remove the row"),
+    "42": ("'42' is not a text", "quotes"),
+    "4.5": ("'4.5' is not a text", "quotes"),
+    "true": ("'True' is not a text", "quotes"),
+    '["so", "warm"]': ("'['so', 'warm']' is not a text", "one text"),
+    "[]": ("'[]' is not a text", "one text"),
+    '{"en": "so"}': ("'{'en': 'so'}' is not a text", "one text"),
 }
 
 
@@ -234,7 +228,7 @@ NO_TEXTS = {
 def test_a7_48_a_text_that_is_none_is_refused_or_skipped(value: str, form: str, refuse: Refuse, read: Read) -> None:
     content = _with(f'{{"text": {value}, "label": "pos"}}', form)
     what, hint = NO_TEXTS[value]
-    assert refuse(content) == f"train.csv:3: text: {what}; {hint}{SKIP}"
+    assert has_parts(refuse(content), f"train.csv:3: text: {what}; ", hint, SKIP)
     assert _is_skipped(read, content, "empty text" if what == "empty" else "text is not a text")
 
 
@@ -253,15 +247,15 @@ def test_a7_48_a_key_that_is_not_there_is_refused_or_skipped(
     missing: str, form: str, refuse: Refuse, read: Read
 ) -> None:
     content = _with(json.dumps({key: "so" for key in ("text", "label") if key != missing}), form)
-    assert refuse(content) == f"train.csv:3: {missing}: missing; fill it in or remove the row{SKIP}"
+    assert has_parts(refuse(content), f"train.csv:3: {missing}: missing; ", "remove the row", SKIP)
     assert _is_skipped(read, content, f"empty {missing}")
 
 
 @pytest.mark.parametrize("label", ("null", '{"id": 1}', '[["pos"]]', '["pos", null]', '[{"pos": 1}]'))
 def test_a7_48_a_label_that_is_none_is_refused_or_skipped(label: str, refuse: Refuse, read: Read) -> None:
     content = _with(f'{{"text": "so", "label": {label}}}')
-    what = "empty" if label == "null" else f"'{json.loads(label)}' has an unsupported type"
-    assert refuse(content).startswith(f"train.csv:3: label: {what}; ")
+    what = ("empty",) if label == "null" else (f"'{json.loads(label)}'", "unsupported type")
+    assert has_parts(refuse(content), "train.csv:3: label: ", *what, "; ")
     assert _is_skipped(read, content, "empty label" if label == "null" else "label has an unsupported type")
 
 
@@ -290,10 +284,9 @@ def test_a7_49_to_56_conversations_are_no_rows_of_text_and_label(
     key: str, form: str, chat: list[Any], refuse: Refuse
 ) -> None:
     said = refuse(_file([json.dumps({key: chat})] * 4, form))
-    what = f"the file has conversations ({key}), but no column for text and label"
-    assert said == f"train.csv:1: {what}; write text and label as columns of each row"
+    assert has_parts(said, "train.csv:1: ", f"conversations ({key})", "no column for text and label; ", "columns")
     said = refuse(_file([json.dumps({key: chat, "label": "pos"})] * 4, form))
-    assert said.startswith(f"train.csv:1: the file has conversations ({key}, label), but no column for text; write")
+    assert has_parts(said, "train.csv:1: ", f"conversations ({key}, label)", "no column for text; ", "columns")
 
 
 @each_chat
@@ -305,8 +298,8 @@ def test_a7_49_to_56_a_conversation_taken_for_the_text_is_refused_or_skipped(
     objects[2] = json.dumps({"messages": chat, "label": "pos"})
     content = _file(objects, form)
     said = refuse(content, "data.columns.text=messages")
-    turns = f"expected a text, got a conversation of {len(chat):,} turns: '[{{'role'" if chat else "'[]' is not a text"
-    assert said.startswith(f"train.csv:3: messages: {turns}") and said.endswith(SKIP)
+    what = ("conversation", f"{len(chat):,} turns", "'[{'role'") if chat else ("'[]' is not a text",)
+    assert has_parts(said, "train.csv:3: messages: ", *what, "; ") and said.endswith(SKIP)
     found = read(content, columns={"text": "messages"}, on_bad_row="skip")
     assert _rows(found) == [*ROWS[:2], ROWS[3]]
     assert found.notes == ["train: skipped 1 row (text is not a text)"]

@@ -1,4 +1,4 @@
-"""Every example is seen once an epoch, in an order that (seed, epoch) alone decide, cut so that padding is least."""
+"""Batches: each example once per epoch, in an order set by (seed, epoch), grouped for the least padding."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LENGTHS = [7, 1, 30, 4, 4, 12, 2, 9, 5, 16, 3, 8, 1]
 
 @pytest.fixture
 def encoded(tmp_path: Path) -> Encoded:
-    """Thirteen examples of unequal length; a token says which example it is of."""
+    """Thirteen examples of unequal length; each token is the number of its example."""
     rows = [{"input_ids": [number] * size, "label": number} for number, size in enumerate(LENGTHS)]
     return encode(rows, lambda chunk: chunk, tmp_path / "encoded", lambda data: data.lengths("input_ids"))
 
 
 def _seen(batches: Batches, start: int, stop: int, limits: Limits = NO_LIMITS) -> list[list[list[int]]]:
-    """Steps, each a list of micro-batches, each a list of examples."""
+    """Return for each step its micro-batches, as lists of example numbers."""
     return [[micro.tolist() for micro in batches.micro_batches(step, limits)] for step in range(start, stop)]
 
 
@@ -106,7 +106,7 @@ def _fits(lengths: Any, run: tuple[int, int], limits: Limits) -> bool:
 
 
 def _groupings(items: list[int]) -> Iterator[list[list[int]]]:
-    """All ways to put items into groups."""
+    """Return all partitions of the items into groups."""
     if not items:
         yield []
         return

@@ -1,4 +1,4 @@
-"""Columns by kind: what the shared rooms ask, for the columns of every registered task."""
+"""Queries of columns by kind, for the columns of every registered task."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[bool, bool, bool
     "text-generation": ((), (), (True, False, False)),
     "translation": (("source", "target"), ("target",), (False, True, False)),
 }
-"""Task -> required columns, targets, and whether plain text alone, a pair of texts, or labels are learned from."""
+"""Task -> required columns, targets, and the kinds of training data: plain text, pairs of texts, labels."""
 
 
 @pytest.mark.parametrize("task", SHAPES)

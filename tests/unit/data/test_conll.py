@@ -1,4 +1,4 @@
-"""Words with tags, one a line: recognised by content, read sentence by sentence, every fault with its line."""
+"""CoNLL files: recognized by content, read by sentence, each error with its line."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ def test_columns_can_be_chosen_by_number(tmp_path: Path) -> None:
     text = "He\tO\tPRP\nlives\tO\tVB\n\nin\tO\tO\nYork\tB-LOC\tO\n"
     table = _read(tmp_path / "a.conll", text, named={"label": 1})
     assert [label for _, label in _sentences(table)] == [["O", "O"], ["O", "B-LOC"]] and table.note is None
-    with pytest.raises(DataError, match="data.columns.label: no column '3'; CoNLL columns are numbers: 0 to 2"):
+    with pytest.raises(DataError, match="data.columns.label: no column '3'; .*0 to 2"):
         _read(tmp_path / "a.conll", text, named={"label": 3})
-    with pytest.raises(RecipeError, match="data.columns.lable: the task has no such column; did you mean 'label'"):
+    with pytest.raises(RecipeError, match="data.columns.lable: .*no such column; .*'label'"):
         _read(tmp_path / "a.conll", text, named={"lable": 1})
 
 
@@ -127,13 +127,13 @@ def test_a_bad_line_costs_its_sentence(text: str | bytes, line: int, said: str, 
 
 
 def test_tabs_among_blanks(tmp_path: Path) -> None:
-    """Read as what they are: nothing is unclear about them."""
+    """Such files are not ambiguous."""
     assert _sentences(_read(tmp_path / "a", FILLER.replace("\t", " ") + "x\tO\ny O\n"))[-1] == (["x", "y"], ["O", "O"])
 
 
 def test_a_sentence_without_end_is_refused(tmp_path: Path) -> None:
     endless = "a\tO\n" * (conll.MAX_WORDS * 2)
-    with pytest.raises(DataError, match="a.conll:1: more than 5,000 words without a blank line"):
+    with pytest.raises(DataError, match="a.conll:1: .*5,000 words .*blank line"):
         list(_read(tmp_path / "a.conll", endless))
     table = _read(tmp_path / "a.conll", f"{endless}\n{PLAIN}", on_bad_row="skip")
     assert _sentences(table) == SENTENCES and table.skipped == {"sentence too long": 1}

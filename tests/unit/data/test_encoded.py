@@ -1,4 +1,4 @@
-"""Encoded examples come back as they went in, from memory or from files that are whole or not there."""
+"""Encoded examples round-trip through memory and files; a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_files_are_mapped_and_cannot_be_written_through(tmp_path: Path) -> None:
 
 
 def _owner(array: Any) -> Any:
-    """The array whose memory a view shows."""
+    """Return the array that owns the memory of a view."""
     while isinstance(array.base, np.ndarray):
         array = array.base
     return array
@@ -116,7 +116,7 @@ PIXELS = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
 
 
 def _picture(number: int) -> dict[str, Any]:
-    """Arrays of every kind that the docstring of `encoded.py` names."""
+    """Return an example with arrays of every kind in the docstring of `encoded.py`."""
     boxes = np.arange(4 * (number % 3), dtype=np.float64).reshape(-1, 4) + number
     return {
         "pixels": PIXELS[number % 2],

@@ -1,4 +1,4 @@
-"""Which files of a folder are data, and which is which split, by their names and by what is in them."""
+"""Folders as data: files are found by name and content, and assigned to splits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from messages import has_parts
 
 from tunesmith.data.formats.folders import data_files, find_splits, holds_text, no_train_error
 from tunesmith.errors import DataError
@@ -21,7 +22,7 @@ PROSE = "Of all the films, this one is long.\nIt has a plot\n\nAnd then, at last
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An empty one."""
+    """An empty folder."""
     (tmp_path / "data").mkdir()
     return tmp_path / "data"
 
@@ -85,34 +86,29 @@ def test_one_file_alone_is_train(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "parts"),
     (
-        ((), "no train file in this folder; name the file train.csv, or set data.train to a file"),
-        (
-            ("photo.png",),
-            "no train file in this folder, and no readable data: photo.png; add a table (CSV, JSONL, Parquet)",
-        ),
+        ((), ("; ", "train.csv", "data.train")),
+        (("photo.png",), ("photo.png; ", "CSV, JSONL, Parquet")),
         (
             ("a.csv", "b.csv", "photo.png", "readme.md"),
-            "no train file in this folder, only a.csv, b.csv; name one train.csv (others validation and test), "
-            "or set data.train={}/a.csv",
+            ("only a.csv, b.csv; ", "train.csv", "validation", "test", "data.train={}/a.csv"),
         ),
-        (
-            ("train.de", "train.en"),
-            "no train file in this folder, and no readable data: train.de, train.en; set task=translation to read ",
-        ),
+        (("train.de", "train.en"), ("train.de, train.en; ", "task=translation")),
         (
             tuple(f"{n}.tsv" for n in range(9)),
-            "no train file in this folder, only 0.tsv, 1.tsv, 2.tsv, 3.tsv, 4.tsv, 5.tsv ...; name one train.tsv",
+            ("only 0.tsv, 1.tsv, 2.tsv, 3.tsv, 4.tsv, 5.tsv ...; ", "train.tsv"),
         ),
     ),
 )
-def test_a_folder_without_train_is_told_what_it_holds(files: tuple[str, ...], said: str, folder: Path) -> None:
+def test_a_folder_without_train_is_told_what_it_holds(
+    files: tuple[str, ...], parts: tuple[str, ...], folder: Path
+) -> None:
     contents = {"png": b"\x89PNG", "en": b"A film.\nA plot.\n", "de": b"Ein Film.\nEin Plan.\n"}
     _fill(folder, {name: contents.get(name.rpartition(".")[2], TABLE) for name in files})
     with pytest.raises(DataError) as caught:
         dataset.read(TextClassification(), Data(train=str(folder)), 0)
-    assert str(caught.value).startswith(f"{folder}: {said.format(folder)}")
+    assert has_parts(str(caught.value), f"{folder}: ", "no train file", *(part.format(folder) for part in parts))
     assert str(no_train_error(folder)) == str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""Tables of every format give the same rows, with header and without, compressed or not; what is written comes back."""
+"""Tables: every format gives the same rows, with or without header and compression; writing round-trips."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import tempfile
 from collections.abc import Iterable
 from decimal import Decimal
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import has_parts
 
 from tunesmith import registry
 from tunesmith.data.formats import Row, Table, find_splits, read_lines, read_table
@@ -91,16 +93,14 @@ def test_a_damaged_parquet_file_is_refused(where: int, tmp_path: Path) -> None:
     content = bytearray((tmp_path / "a").read_bytes())
     content[where : where + 8] = b"\xff" * 8
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(DataError, match=r"a: damaged Parquet file \(.+\); write or download it again"):
+    with pytest.raises(DataError, match=r"a: damaged Parquet file \(.+\); .*again"):
         list(_read(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("values", ([b"so"], [{"a": 1}]), ids=("bytes", "object"))
 def test_values_of_parquet_that_are_none_are_refused(values: list[Any], tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["so"], "label": values}), tmp_path / "a")
-    with pytest.raises(
-        DataError, match=r"a:1: label: '.+' has an unsupported type; give a text, a number, or a list of them"
-    ):
+    with pytest.raises(DataError, match=r"a:1: label: '.+' .*unsupported type; .*number"):
         list(_read(tmp_path / "a"))
 
 
@@ -128,7 +128,7 @@ def test_the_first_of_several_usual_names_is_taken(tmp_path: Path) -> None:
 
 def test_words_with_tags_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.conll").write_text("He\tO\nlives\tO\n\nin\tO\nNew\tB-LOC\nYork\tI-LOC\n")
-    with pytest.raises(DataError, match=r"a.conll:1: the file has one word and tag per line \('B-LOC, I-LOC, O'\)"):
+    with pytest.raises(DataError, match=r"a.conll:1: .*one word and tag per line \('B-LOC, I-LOC, O'\)"):
         _read(tmp_path / "a.conll")
 
 
@@ -139,9 +139,7 @@ def test_a_table_of_words_with_tags_is_told_how_it_is_read(header: str, task: st
     words = [f"{first}{word}" for word in ("He,O", "lives,O", "in,O", "New,B-LOC", "York,I-LOC")]
     (tmp_path / "a.csv").write_text(header + "\n".join([*words, "", *words, ""]))
     columns = registry.get("task", task)().columns  # type: ignore[attr-defined]
-    with pytest.raises(
-        DataError, match=r"a.csv:1: the file has one word and tag per line \('B-LOC, I-LOC, O'\).*CoNLL"
-    ):
+    with pytest.raises(DataError, match=r"a.csv:1: .*one word and tag per line \('B-LOC, I-LOC, O'\).*CoNLL"):
         read_table(tmp_path / "a.csv", columns)
 
 
@@ -155,7 +153,7 @@ def test_a_file_that_changes_while_it_is_used_is_noticed(change: str, tmp_path: 
         path.unlink()
     else:
         path.write_bytes(_table(ROWS, "csv").replace(b"pos", b"neg") + b"so,pos\n" * (change == "longer"))
-    with pytest.raises(DataError, match="no such file" if change == "gone" else "the file has changed since it was"):
+    with pytest.raises(DataError, match=r"a\.csv: " + ("no such file" if change == "gone" else "the file has changed")):
         list(table)
     with pytest.raises(DataError):
         _ = table.sha256
@@ -173,18 +171,18 @@ def test_a_plain_text_is_a_row_a_line(tmp_path: Path) -> None:
     first, blank, last = read_lines(tmp_path / "a.txt", "text")
     place = f"{tmp_path}/a.txt"
     assert (first, last) == (Row(f"{place}:1", {"text": "So warm."}), Row(f"{place}:3", {"text": "Café, é."}))
-    assert isinstance(blank, DataError) and str(blank) == f"{place}:2: text: empty; fill it in"
+    assert isinstance(blank, DataError) and str(blank).startswith(f"{place}:2: text: empty; ")
     (tmp_path / "a.txt").write_bytes(b"so\ncaf\xe9\n")
     _, bad = read_lines(tmp_path / "a.txt", "text")
-    assert str(bad).startswith(f"{place}:2: byte 0xe9 is not UTF-8 in 'caf?'; save the file as UTF-8")
+    assert has_parts(str(bad), f"{place}:2: byte 0xe9 ", "not UTF-8", "'caf?'; ", "UTF-8")
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     (
-        (b"", "a.txt: the file is empty"),
-        (b"%PDF-1.7", "a.txt: unsupported format: the content is a PDF"),
-        (None, "a.txt: no such file; check the path"),
+        (b"", "a.txt: .*empty; "),
+        (b"%PDF-1.7", "a.txt: unsupported format: .*PDF.*; "),
+        (None, "a.txt: no such file; .*path"),
     ),
 )
 def test_a_plain_text_that_is_none_is_refused(content: bytes | None, said: str, tmp_path: Path) -> None:
@@ -192,7 +190,7 @@ def test_a_plain_text_that_is_none_is_refused(content: bytes | None, said: str, 
         (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError) as caught:
         read_lines(tmp_path / "a.txt", "text")
-    assert str(caught.value).removeprefix(f"{tmp_path}/").startswith(said)
+    assert re.match(f"{tmp_path}/{said}", str(caught.value))
 
 
 WORDS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12).filter(str.strip)

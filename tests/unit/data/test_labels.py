@@ -1,4 +1,4 @@
-"""What labels say: names, numbers and lists of them; kind, classes, weights; or why there is nothing to learn."""
+"""Labels as names, numbers or lists: their kind, classes and weights, and errors for unusable labels."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_the_data_say_what_kind_it_is(labels: list[Any], kind: str, classes: lis
 @pytest.mark.parametrize(
     ("labels", "kind", "said"),
     (
-        (["pos"] * 9, "auto", "all 9 rows have the class 'pos'"),
-        ([1, 1.0, "1"], "auto", "all 3 rows have the class '1'"),
-        ([[], []], "auto", "all 2 rows have the class ''"),
-        ([[0, 1, 0], [1, 0, 0]], "auto", "looks like a 0/1 flag per class"),
-        (["1;0;1"], "multi", "looks like a 0/1 flag per class"),
-        (["[SPAM]", "ham"], "auto", "a list written as text; set task.labels=multi"),
+        (["pos"] * 9, "auto", "all 9 rows .*'pos'.*; "),
+        ([1, 1.0, "1"], "auto", "all 3 rows .*'1'.*; "),
+        ([[], []], "auto", "all 2 rows .*''.*; "),
+        ([[0, 1, 0], [1, 0, 0]], "auto", "0/1 flag per class"),
+        (["1;0;1"], "multi", "0/1 flag per class"),
+        (["[SPAM]", "ham"], "auto", "list written as text; .*task.labels=multi"),
     ),
 )
 def test_what_cannot_be_learned_is_refused_with_the_reason(labels: list[Any], kind: LabelKind, said: str) -> None:
@@ -77,8 +77,8 @@ def test_weights_of_classes_that_are_numbers_may_be_numbers() -> None:
         ("aab", {"c": 2.0}, "no class 'c'; known: a, b"),
         ("aab", {"a": 0.0}, "data.class_weights: 0 for 'a'; set a weight above 0"),
         ("aab", {"b": -1.0}, "data.class_weights: -1 for 'b'"),
-        ([["a"], ["b"]], "balanced", "multi-label data is not supported"),
-        ([n / 4 for n in range(11)], "balanced", "a regression has no classes"),
+        ([["a"], ["b"]], "balanced", "multi-label"),
+        ([n / 4 for n in range(11)], "balanced", "regression .*no classes"),
     ),
 )
 def test_weights_that_cannot_be_meant_are_refused(labels: Any, weights: Any, said: str) -> None:

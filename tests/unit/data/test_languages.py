@@ -1,4 +1,4 @@
-"""Codes of languages in all spellings, and scripts."""
+"""Language codes in all spellings, and scripts."""
 
 from __future__ import annotations
 

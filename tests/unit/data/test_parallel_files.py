@@ -52,9 +52,9 @@ def test_names_without_a_language_of_their_own(tmp_path: Path) -> None:
 
 def test_of_many_languages_two_are_read(tmp_path: Path) -> None:
     _write(tmp_path)
-    (tmp_path / "train.fr").write_text("Un chien\n")  # of another length, and nobody asks
+    (tmp_path / "train.fr").write_text("Un chien\n")  # another length, not used
     assert _values(_read(tmp_path / "train")) == ROWS
-    with pytest.raises(DataError, match="the direction of translation is not set; languages: de, en, fr"):
+    with pytest.raises(DataError, match="direction .*de, en, fr; .*task.source_lang"):
         _read(tmp_path / "train", None, None)
 
 
@@ -73,7 +73,7 @@ def test_objects_of_translations(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "a.json").write_text(f"[{','.join(lines)}]")
     assert _values(_read(tmp_path / "a.jsonl")) == ROWS == _values(_read(tmp_path / "a.json"))
-    plain = [json.dumps({"source": en, "translation": de}) for en, de in ROWS]  # a text under that name is the target
+    plain = [json.dumps({"source": en, "translation": de}) for en, de in ROWS]  # a text in that column is the target
     (tmp_path / "b.jsonl").write_text("\n".join(plain))
     assert _values(_read(tmp_path / "b.jsonl")) == ROWS
     other = [json.dumps({"translate": {"en": en, "de": de}}) for en, de in ROWS]
@@ -112,17 +112,13 @@ def test_a_file_that_ends_early_is_refused_with_both_names(tmp_path: Path) -> No
     path = _write(tmp_path)
     (tmp_path / "train.de").write_text("Ein Hund rennt.\n")
     table = _read(path, on_bad_row="skip")
-    with pytest.raises(
-        DataError, match=r"train\.en:2: train\.de ends after 1 line, but train\.en has more; the files must be aligned"
-    ):
+    with pytest.raises(DataError, match=r"train\.en:2: train\.de .*1 line\b.*train\.en .*; .*aligned"):
         list(table)
 
 
 def test_an_empty_line_on_either_side_is_a_bad_row(tmp_path: Path) -> None:
     path = _write(tmp_path, rows=[ROWS[0], ("Two men!", " "), ("", "Schnee")])
-    with pytest.raises(
-        DataError, match=r"train\.\{en,de\}:2: de: empty; fill it in or remove the row, or set data\.on_bad"
-    ):
+    with pytest.raises(DataError, match=r"train\.\{en,de\}:2: de: empty; .*remove the row.*data\.on_bad_row=skip"):
         list(_read(path))
     table = _read(path, on_bad_row="skip")
     assert _values(table) == ROWS[:1] and table.skipped == {"empty target": 1, "empty source": 1}
@@ -142,9 +138,7 @@ def test_a_folder_of_splits(tmp_path: Path) -> None:
     assert find_splits(tmp_path, pairs=True) == {name: tmp_path / stem for name, stem in found.items()}
     assert find_splits(tmp_path) == {}, "only of a task that asks for pairs"
     _write(tmp_path, "test_2017", ("en", "de"))
-    with pytest.raises(
-        DataError, match="both test_2016_flickr and test_2017 are named test; set data.test to the one to use"
-    ):
+    with pytest.raises(DataError, match="test_2016_flickr and test_2017 .*; .*data.test"):
         find_splits(tmp_path, pairs=True)
 
 
@@ -163,7 +157,7 @@ def test_a_change_of_either_file_is_another_hash_and_is_noticed(tmp_path: Path) 
     table = _read(_write(tmp_path))
     before = table.sha256
     (tmp_path / "train.de").write_text("Ein Hund\nZwei\nSchnee\n")
-    with pytest.raises(DataError, match="has changed since it was first read"):
+    with pytest.raises(DataError, match="train: .*has changed .*; "):
         list(table)
     assert _read(tmp_path / "train").sha256 != before
 
@@ -176,7 +170,7 @@ def test_the_training_files_are_no_test_files(tmp_path: Path) -> None:
 
 
 def test_a_role_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"data\.columns\.sorce: the task has no such column; did you mean 'source'"):
+    with pytest.raises(RecipeError, match=r"data\.columns\.sorce: .*no such column; did you mean 'source'"):
         _read(_write(tmp_path), named={"sorce": "en"})
 
 

@@ -1,4 +1,4 @@
-"""Plain text is told from tables by content; what of it is a document; what is refused."""
+"""Plain text: recognized by content, split into documents, refused when unusable."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_table_stays_one(kind: str, write: Callable[..., Path]) -> None:
 
 
 def test_a_table_without_a_column_of_text_is_refused(write: Callable[..., Path]) -> None:
-    with pytest.raises(DataError, match="no column for text among: id, remark"):
+    with pytest.raises(DataError, match="a.csv:1: no column for text .*id, remark; "):
         _table(write("id,remark\n1,fine\n2,bad\n3,dull\n", "a.csv"))
 
 
@@ -92,11 +92,11 @@ def test_what_cannot_be_read_is_named(write: Callable[..., Path], tmp_path: Path
     table = _table(path, on_bad_row="skip")
     assert [row.values["text"] for row in table] == ["one", "four"] and table.skipped == {"not UTF-8": 1}
     (tmp_path / "docs").mkdir()
-    with pytest.raises(DataError, match=r"no text files \(.txt, .text, .md\) in this folder"):
+    with pytest.raises(DataError, match=r"docs: no text files \(.txt, .text, .md\)"):
         _table(tmp_path / "docs")
     (tmp_path / "docs" / "empty.txt").write_text("\n")
     (tmp_path / "docs" / "full.txt").write_text("full")
-    with pytest.raises(DataError, match="empty.txt:1: text: empty; fill it in or remove the row"):
+    with pytest.raises(DataError, match="empty.txt:1: text: empty; .*remove the row"):
         _texts(tmp_path / "docs")
     assert [row.values["text"] for row in _table(tmp_path / "docs", on_bad_row="skip")] == ["full"]
 
@@ -106,12 +106,12 @@ def test_a_document_beyond_all_measure_is_refused(
 ) -> None:
     monkeypatch.setattr(plain, "MAX_CHARS", 20)
     path = write("0123456789\n" * 3 + "\nshort\n", "a.txt")
-    with pytest.raises(DataError, match="a.txt:1: over 20 characters in one document; split it by blank lines"):
+    with pytest.raises(DataError, match="a.txt:1: .*20 characters .*document; .*blank lines"):
         _texts(path)
     assert [row.values["text"] for row in _table(path, on_bad_row="skip")] == ["short"]
     (tmp_path / "docs").mkdir()
     path.rename(tmp_path / "docs" / "a.txt")
-    with pytest.raises(DataError, match="docs/a.txt:1: over 20 characters"):
+    with pytest.raises(DataError, match="docs/a.txt:1: .*20 characters"):
         _texts(tmp_path / "docs")
 
 
@@ -121,7 +121,7 @@ def test_a_folder_of_splits_is_still_that(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not this")
     found = dataset.read(FillMask(), Data(train=str(tmp_path), validation=None), seed=0)
     assert found.rows == {"train": 2, "test": 1}
-    with pytest.raises(DataError, match="no train file in this folder"):
+    with pytest.raises(DataError, match="no train file"):
         dataset.read(TextClassification(), Data(train=str(tmp_path.parent)), seed=0)
 
 

@@ -1,4 +1,4 @@
-"""Splits are in proportion and seeded; rows that say the same are found however they are written."""
+"""Splits are stratified and seeded; equal texts are found despite different spelling."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import has_parts
 
 from tunesmith.data.formats import Row
 from tunesmith.data.splits import (
@@ -29,12 +30,12 @@ COUNTS = st.lists(st.integers(1, 60), min_size=1, max_size=8)
 
 
 def _draw(strata: np.ndarray, fraction: float, seed: int, name: str = "validation") -> tuple[np.ndarray, np.ndarray]:
-    """Of rows that all differ."""
+    """Split rows that all differ."""
     return stratified_split(strata, np.arange(len(strata), dtype=np.uint64), fraction, seed, name)
 
 
 def _strata(counts: list[int]) -> np.ndarray:
-    """Classes in no order."""
+    """Return shuffled classes."""
     return np.random.default_rng(len(counts)).permutation(np.repeat(np.arange(len(counts)), counts))
 
 
@@ -52,7 +53,7 @@ def test_each_class_gives_its_share(counts: list[int], fraction: float, seed: in
     gives = np.bincount(strata[drawn], minlength=len(counts))
     assert (gives < counts).all(), "every class stays in train"
     assert 1 <= gives.sum() <= round(fraction * len(strata))
-    if all(count * (1 - fraction) >= 2 for count in counts):  # nobody is too small to give what is asked
+    if all(count * (1 - fraction) >= 2 for count in counts):  # every class is large enough for its share
         assert gives.sum() == round(fraction * len(strata))
         assert (np.abs(gives - fraction * np.array(counts)) <= 1).all()
 
@@ -76,24 +77,16 @@ def test_the_names_of_classes_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "fraction", "said"),
+    ("counts", "fraction", "parts"),
     (
-        (
-            [20, 20],
-            0.01,
-            "data.validation: 0.01 of 40 rows is less than one row; set a larger fraction, a separate file, or ",
-        ),
-        (
-            [1, 1, 1],
-            0.5,
-            "data.validation: every class has a single text, so no split can be drawn; set a separate file, or ",
-        ),
+        ([20, 20], 0.01, ("0.01 of 40 rows ", "one row; ", "fraction", "file", "data.validation=null")),
+        ([1, 1, 1], 0.5, ("every class has a single text", "; ", "file", "data.validation=null")),
     ),
 )
-def test_what_cannot_be_drawn_is_refused(counts: list[int], fraction: float, said: str) -> None:
+def test_what_cannot_be_drawn_is_refused(counts: list[int], fraction: float, parts: tuple[str, ...]) -> None:
     with pytest.raises(DataError) as caught:
         _draw(_strata(counts), fraction, 0)
-    assert str(caught.value).startswith(said)
+    assert has_parts(str(caught.value), "data.validation: ", *parts)
 
 
 def test_rows_that_all_differ_are_drawn_as_they_always_were() -> None:
@@ -129,12 +122,10 @@ def test_a_text_too_often_to_be_drawn_stays_in_train_and_others_go_for_it() -> N
 
 def test_texts_too_few_to_draw_from_are_refused() -> None:
     strata, texts = np.arange(40) % 2, np.arange(40, dtype=np.uint64) % 4
-    with pytest.raises(
-        DataError, match=r"^data.test: 0.1 of 40 rows is less than the smallest group of rows that must stay"
-    ):
+    with pytest.raises(DataError, match=r"^data.test: 0.1 of 40 rows .*smallest group"):
         stratified_split(strata, texts, 0.1, 0, "test")
     assert len(stratified_split(strata, texts, 0.25, 0)[1]) == 10
-    with pytest.raises(DataError, match="every class has a single text, so no split can be drawn"):
+    with pytest.raises(DataError, match="every class has a single text.*; "):
         stratified_split(strata, strata.astype(np.uint64), 0.5, 0)
 
 
@@ -187,9 +178,7 @@ def test_the_training_file_is_no_other_split(tmp_path: Path) -> None:
         (tmp_path / name).write_text("text,label\n")
     (tmp_path / "hard.csv").hardlink_to(tmp_path / "train.csv")
     refuse_same_file(tmp_path / "train.csv", tmp_path / "copy.csv", "test")
-    with pytest.raises(
-        DataError, match=r"hard.csv: data.test is the training file; set another file, or data.test=0.1"
-    ):
+    with pytest.raises(DataError, match=r"hard.csv: data.test .*training file; .*data.test=0.1"):
         refuse_same_file(tmp_path / "train.csv", tmp_path / "hard.csv", "test")
 
 
@@ -214,7 +203,7 @@ def test_rows_of_a_group_are_never_parted(seed: int, tmp_path: Path) -> None:
 
 
 def _patients(shared: int) -> str:
-    """Fifty patients of eight notes; the first note of each is one that `shared` of them have, else their own."""
+    """Return a CSV of fifty patients with eight notes each; `shared` patients have the same first note."""
     rows = (
         f"{'normal' if n % 8 == 0 and n // 8 < shared else f'note {n}'},{'ab'[n % 2]},p{n // 8}" for n in range(400)
     )

@@ -1,4 +1,4 @@
-"""Base models of three families on disk, the run folder that one of them leaves, and a watch on what is written."""
+"""Base models of three families, a finished run, and a check that nothing is written to disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRETRAINED = {"bert": "AutoModelForMaskedLM", "gpt2": "AutoModelForCausalLM", "l
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Family -> a folder as its makers leave it: without a task's head, GPT-2 and LLaMA without a padding token."""
+    """Family -> folder of a base model: without a task head, GPT-2 and LLaMA without a padding token."""
     folders = {}
     for family, kind in PRETRAINED.items():
         folders[family] = tmp_path_factory.mktemp("bases") / family
@@ -32,7 +32,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def finish(recipe_of: Any, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """`finish("technique=lora", ...)`: the result of a run of six steps, with a test split, in tmp_path/run."""
+    """`finish("technique=lora", ...)`: train six steps with a test split in tmp_path/run; return the result."""
 
     def run(*overrides: str, **values: Any) -> dict[str, Any]:
         recipe = recipe_of("data.test=0.25", "train.learning_rate=5e-3", *overrides, **values)
@@ -42,7 +42,7 @@ def finish(recipe_of: Any, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 _written: list[str] | None = None
-"""Paths that were opened for writing, made or renamed since the watch began; None: nobody watches."""
+"""Paths opened for writing, created or renamed while recording; None: not recording."""
 
 
 def _note(event: str, args: tuple[Any, ...]) -> None:
@@ -54,7 +54,7 @@ def _note(event: str, args: tuple[Any, ...]) -> None:
 
 @pytest.fixture(scope="session")
 def no_writes() -> Callable[..., Any]:
-    """`with no_writes(home):` nothing is written to disk meanwhile, and there is no cache folder after it."""
+    """`with no_writes(home):` asserts that nothing is written to disk and no cache folder is created."""
     sys.addaudithook(_note)  # it cannot be removed
 
     @contextmanager

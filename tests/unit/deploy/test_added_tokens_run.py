@@ -1,4 +1,4 @@
-"""Tokens that a recipe adds go all the way: learned, scored, saved, loaded with and without us, merged, learned on."""
+"""Added tokens in a whole run: trained, scored, saved, loaded with and without tunesmith, merged, continued."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tunesmith.recipe import load
 from tunesmith.testing import tiny_model
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of third parties, while they are imported
+    warnings.simplefilter("ignore")  # warnings of third parties at import
     pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
@@ -33,7 +33,7 @@ QUIET = Console(level=-1)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaMA that speaks ChatML, its output tied to its input."""
+    """A random LLaMA with a ChatML template and tied embeddings."""
     folder, own = tmp_path_factory.mktemp("base"), tokenizer(template=CHATML)
     sizes = {"vocab_size": len(own), "max_position_embeddings": 512, "eos_token_id": 2, "tie_word_embeddings": True}
     tiny_model("llama", "AutoModelForCausalLM", **sizes).save_pretrained(folder)
@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Questions that one of the new tokens answers."""
+    """Questions whose answer is one of the new tokens."""
     path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
     rows = [{"prompt": f"is {n} even", "completion": TOKENS[n % 2]} for n in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

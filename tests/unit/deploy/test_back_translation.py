@@ -1,4 +1,4 @@
-"""Texts of train said otherwise by way of two runs: once, the same in each run and after a resume, refused by name."""
+"""Back-translation with two runs: computed once, equal in each run and after a resume, errors with their key."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Runs = tuple[Path, Path]
 
 @pytest.fixture(scope="module")
 def translators(tiny_marian: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Two runs of translation, there and back."""
+    """Two translation runs of opposite directions."""
     folder = tmp_path_factory.mktemp("translators")
     rows = [sample_row("translation", number) for number in range(60)]
     lines = ["en\tde", *(f"{row['source']}\t{row['target']}" for row in rows)]
@@ -103,8 +103,8 @@ def test_runs_that_are_none_are_refused(recipe_of: Any, tmp_path: Path, translat
         back_translation.fingerprints([_step((tmp_path / "nowhere", tmp_path))])
     recipe = recipe_of("train.max_steps=1", "train.epochs=null")
     tunesmith.train(recipe, console=QUIET)
-    with pytest.raises(RecipeError, match=r"is a run of text-classification, not of translation"):
+    with pytest.raises(RecipeError, match=r"text-classification, not .*translation"):
         back_translate(["a"], [_step((Path(recipe.output), translators[1]))], tmp_path, say=str)
     tagged = Row("a:1", {"tokens": ["a"], "label": ["O"]})
-    with pytest.raises(RecipeError, match=r"back-translation cannot carry tags of words"):
+    with pytest.raises(RecipeError, match=r"back-translation .*tags"):
         Augmenter.of([_step(translators)], 0, registry.get("task", "token-classification")().columns).row(tagged, 0, 0)

@@ -1,4 +1,4 @@
-"""The card is true: its lines load the run, its head is one the Hub takes, and neither it nor any other file tells."""
+"""The model card: its code loads the run, the Hub accepts its head, and no file contains secrets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tunesmith.models.sources import resolve
 from tunesmith.recipe import load, to_yaml
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of third parties, while they are imported
+    warnings.simplefilter("ignore")  # warnings of third parties at import
     pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
@@ -39,12 +39,12 @@ SECRET = "hunter2hunter2"
 
 
 def _python(folder: Path) -> list[str]:
-    """The two pieces of Python on the card: with tunesmith, and without."""
+    """Return the two code blocks of the card: with tunesmith, and without."""
     return re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(encoding="utf-8"), re.S | re.M)
 
 
 def _check_loading(folder: Path) -> None:
-    """Execute both as they are written; they must give the same answers."""
+    """Execute both code blocks unchanged; assert equal answers."""
     ours, plain = _python(folder)
     said: list[Any] = []
     first: dict[str, Any] = {"print": said.append}
@@ -110,7 +110,7 @@ def test_the_lines_of_the_card_bear_any_path(
 def finished(
     tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, reviews_csv: Path
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The folder and the result of one run by LoRA, to read."""
+    """Folder and result of one LoRA run, read-only."""
     folder = tmp_path_factory.mktemp("card")
     given = {
         "task": "text-classification",
@@ -174,7 +174,7 @@ def test_the_head_of_the_card_is_what_the_hub_wants(finished: tuple[Path, dict[s
 
 
 def _rewritten(finished: tuple[Path, dict[str, Any]], tmp_path: Path, **model: Any) -> tuple[Any, str]:
-    """Head and text of the card as it were with another base."""
+    """Return head and text of the card for another base model."""
     folder = shutil.copytree(finished[0], tmp_path / "run")
     about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     about["model"] |= model

@@ -1,4 +1,4 @@
-"""A conversation with a run: each answer behind all that was said, told as it is written."""
+"""A conversation with a run: each answer follows the whole history and is streamed."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def test_streamed_and_written_answers_write_nothing_to_disk(chats: Path, home: P
 
 def test_a_run_on_raw_text_does_not_converse(tmp_path: Path, tiny_bert: Path, recipe_of: Any) -> None:
     folder = _trained(tmp_path, [{"text": f"one two {n}"} for n in range(12)])
-    with pytest.raises(RecipeError, match="this run was not trained on conversations; use `tunesmith predict`"):
+    with pytest.raises(RecipeError, match="not trained on conversations; use `tunesmith predict`"):
         chat(tunesmith.load(folder), ["hi"], print, HOW)
     run.train(recipe_of(output=str(tmp_path / "reviews")), console=QUIET)
-    with pytest.raises(RecipeError, match="this run was not trained on conversations"):
+    with pytest.raises(RecipeError, match="not trained on conversations; "):
         chat(tunesmith.load(tmp_path / "reviews"), ["hi"], print, HOW)

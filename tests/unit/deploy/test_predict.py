@@ -1,4 +1,4 @@
-"""A run answers as it was scored, whatever it is asked with; what cannot be loaded is refused with the way out."""
+"""Predictions of a run equal those it was scored with; a run that cannot be loaded is refused with a fix."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_answers_of_the_test_split_come_again(technique: str, finish: Any, t
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, reviews_csv: Path) -> Any:
-    """A loaded run, to be asked."""
+    """A loaded run."""
     folder = tmp_path_factory.mktemp("predict")
     given = {
         "task": "text-classification",
@@ -85,13 +85,13 @@ def test_answers_write_nothing_to_disk(tuned: Any, home: Path, no_writes: Any) -
 
 @pytest.mark.parametrize("asked", (7, None, {"review": "a"}, {"text": 7}, ["a"]))
 def test_what_is_no_text_is_refused_by_its_number(asked: Any, tuned: Any) -> None:
-    with pytest.raises(UserError, match="input 2: no text; give a text, or a mapping with 'text'") as caught:
+    with pytest.raises(UserError, match="input 2: no text; .*'text'") as caught:
         tuned.predict(["a film", asked])
     assert caught.value.exit_code == 2
 
 
 def test_a_text_of_which_nothing_is_left_is_refused_by_its_number(tuned: Any) -> None:
-    with pytest.raises(DataError, match="input 2: text: the text has no tokens"):
+    with pytest.raises(DataError, match="input 2: text: .*no tokens"):
         tuned.predict(["a film", " "])
 
 
@@ -164,7 +164,7 @@ def test_an_adapter_on_other_weights_is_refused(finish: Any, tiny_bert: Path, tm
     save_file({name: value + 0.01 for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(
         CheckpointError,
-        match=r"was trained on other weights of .*: the model.safetensors differs \(sha256 .*, was .*\); use the base",
+        match=r"other weights .*model.safetensors differs \(sha256 .*, was .*\); .*base",
     ):
         tunesmith.load(tmp_path / "run")
 
@@ -193,10 +193,10 @@ def test_an_adapter_over_another_tokenizer_or_template_is_refused(
     moved = shutil.copytree(base, tmp_path / "moved")
     assert tunesmith.load(run, base=moved)
     change(moved)
-    with pytest.raises(CheckpointError, match=f"moved has changed since training: {said}; use the base that"):
+    with pytest.raises(CheckpointError, match=f"moved has changed since training: {said}; .*base"):
         tunesmith.load(run, base=moved)
     change(run / "base")
-    with pytest.raises(CheckpointError, match=f"run/base: the base snapshot has changed since training: {said}"):
+    with pytest.raises(CheckpointError, match=f"run/base: .*changed since training: {said}"):
         tunesmith.load(run)
     assert command("predict", str(run), "a film")[0] == 6
 
@@ -206,7 +206,7 @@ def test_what_is_no_finished_run_is_refused(recipe_of: Any, tmp_path: Path) -> N
         tunesmith.load(tmp_path)
     tunesmith.train(recipe_of(), console=Console(level=-1))
     shutil.rmtree(tmp_path / "run" / "model")
-    with pytest.raises(RecipeError, match="the run is not finished; finish it with `tunesmith train --resume .*run`"):
+    with pytest.raises(RecipeError, match="run is not finished; .*`tunesmith train --resume .*run`"):
         tunesmith.load(tmp_path / "run")
 
 

@@ -1,8 +1,9 @@
-"""A run that was too short says so; one that was not says nothing."""
+"""Hints for longer training: given for short runs that still improve, and only for those."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,18 @@ EPOCHS, STEPS = {"epochs": 3.0, "metric": "accuracy"}, {"max_steps": 4, "metric"
 @pytest.mark.parametrize(
     ("losses", "scores", "train", "said"),
     (
-        (FALLS, RISES, EPOCHS, "after 4 steps validation accuracy was still improving: longer training may h"),
-        (FALLS, RISES, STEPS, "(train.max_steps=12)"),
-        (
-            STAYS,
-            FELL,
-            EPOCHS,
-            "after 4 steps the loss has hardly decreased (0.700 to 0.690): longer training may help (train.ep",
-        ),
-        (STAYS, [], EPOCHS, "(train.epochs=9)"),
+        (FALLS, RISES, EPOCHS, r"\b4 steps .*accuracy .*improving.*train\.epochs=9\b"),
+        (FALLS, RISES, STEPS, r"train\.max_steps=12\b"),
+        (STAYS, FELL, EPOCHS, r"\b4 steps .*\bloss .*0\.700 to 0\.690.*train\.epochs=9\b"),
+        (STAYS, [], EPOCHS, r"train\.epochs=9\b"),
         (FALLS, FELL, EPOCHS, None),
-        (FALLS, FELL, EPOCHS | {"gain": 0.0}, "accuracy is no better than the baseline: longer training may help"),
+        (FALLS, FELL, EPOCHS | {"gain": 0.0}, r"accuracy .*baseline.*train\.epochs=9\b"),
         (FALLS, LEVEL, EPOCHS, None),
-        (FALLS, FELL, EPOCHS | {"metric": "loss"}, "validation loss was still improving"),
+        (FALLS, FELL, EPOCHS | {"metric": "loss"}, r"validation loss .*improving"),
         (FALLS, [0.5], EPOCHS, None),
         (FALLS * 25, RISES, EPOCHS, None),
         (["nan"] * 4, [], EPOCHS, None),
-        (FALLS, [0.5, "nan", 0.6], EPOCHS, "was still improving"),
+        (FALLS, [0.5, "nan", 0.6], EPOCHS, r"improving.*train\.epochs"),
         ([], [], EPOCHS, None),
     ),
 )
@@ -49,13 +45,13 @@ def test_when_more_epochs_are_advised(
     lines += [{f"validation/{train['metric']}": score} for score in scores]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = hints.longer(tmp_path / "metrics.jsonl", Train.model_validate(train), gain)
-    assert found is None if said is None else found is not None and said in found
+    assert found is None if said is None else found is not None and re.search(said, found)
 
 
 @pytest.mark.parametrize(
     ("held_out", "said"),
     [
-        ([2.0, 1.99, 1.98], "the validation loss has hardly decreased (2.000 to 1.980): longer training"),
+        ([2.0, 1.99, 1.98], r"validation loss .*2\.000 to 1\.980.*train\.epochs=9\b"),
         ([2.0, 1.5], None),
         ([2.0, 2.1], None),
     ],
@@ -68,4 +64,4 @@ def test_what_is_held_out_says_whether_the_loss_has_moved(
     lines += [{"validation/accuracy": score} for score in FELL]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = hints.longer(tmp_path / "metrics.jsonl", Train.model_validate(EPOCHS), 0.1)
-    assert found is None if said is None else found is not None and said in found
+    assert found is None if said is None else found is not None and re.search(said, found)

@@ -1,4 +1,4 @@
-"""The page is whole, needs nothing but itself, takes nothing for markup, and shows what to read."""
+"""The report page: valid, self-contained, escaped, with scores and errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")
 
 
 class Page(HTMLParser):
-    """Checks that every element is closed in its turn; keeps elements, texts, and the cells of tables by heading."""
+    """Parser that checks nesting and collects elements, texts, and tables by heading."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Page(HTMLParser):
             self.tables[self.heading.strip()][-1][-1] += data.strip("\n")
 
     def table(self, heading: str) -> list[list[str]]:
-        """The rows below a heading that begins so; none where there is none."""
+        """Return the rows of the table whose heading starts with `heading`, or none."""
         return next((rows for name, rows in self.tables.items() if name.startswith(heading)), [])
 
     @property
@@ -82,7 +82,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, reviews_csv: Path) -> Path:
-    """The folder of a run of four steps, to read."""
+    """Folder of a run of four steps, read-only."""
     folder = tmp_path_factory.mktemp("report")
     given = {
         "task": "text-classification",
@@ -100,7 +100,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, reviews_
 
 @pytest.fixture
 def page(finished: Path, tmp_path: Path) -> Any:
-    """`page(predictions, labels="multi", ...)`: the page as it were with these predictions and this task."""
+    """`page(predictions, labels="multi", ...)`: return the page for these predictions and this task."""
 
     def build(predictions: Iterable[dict[str, Any]], **task: Any) -> Page:
         folder = shutil.copytree(finished, tmp_path / "run")

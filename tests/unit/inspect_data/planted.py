@@ -1,4 +1,4 @@
-"""Plants 200 faults into rows and says which `data check` finds. On real rows, from the command line:
+"""Plant 200 faults into rows and report which of them `data check` finds. On real rows, from the command line:
 
 python tests/unit/studies/planted.py TRAIN_FILE [SEED ...]
 """
@@ -28,7 +28,7 @@ Rows = list[tuple[str, str]]
 
 
 def changed(text: str, draw: random.Random) -> str:
-    """A person's small change of a text: a word left out, doubled or misspelt; of Chinese, a character."""
+    """Return a text with a small edit: a word (in Chinese, a character) removed, doubled or misspelled."""
     parts = text.split() if len(text.split()) > 4 else list(text)
     joint = " " if len(text.split()) > 4 else ""
     at = draw.randrange(1, len(parts) - 1)
@@ -43,8 +43,8 @@ def changed(text: str, draw: random.Random) -> str:
 
 
 def plant(rows: Rows, labels: Sequence[str], draw: random.Random) -> tuple[Rows, Rows, dict[str, set[tuple[str, int]]]]:
-    """(train, test, kind -> what was planted as (file, line of a row)). 50 each of exact duplicates, near duplicates,
-    leaks into test (half of them with a small change) and texts with another label.
+    """Return (train, test, kind -> planted (file, line)): 50 each of exact duplicates, near duplicates,
+    leaks into test (half of them with a small edit) and texts with another label.
     """
     cut = int(len(rows) * (1 - TEST_SHARE))
     train, test = rows[:cut], rows[cut:]
@@ -71,7 +71,7 @@ def plant(rows: Rows, labels: Sequence[str], draw: random.Random) -> tuple[Rows,
 
 
 def outcome(train: Rows, test: Rows, planted: dict[str, set[tuple[str, int]]], folder: Path) -> dict[str, Any]:
-    """What was found of each kind, and how many other rows were accused."""
+    """Return how many faults of each kind were found, and how many other rows were reported."""
     for name, rows in (("train", train), ("test", test)):
         with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)

@@ -1,4 +1,4 @@
-"""Each format into each and back: the same rows; nothing is overwritten, and nothing half-written is left."""
+"""Conversion between all formats keeps the rows; no file is overwritten or left incomplete."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_texts_become_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"^{folder / 'b.txt'}:1: byte 0xff is not UTF-8"):
         convert(folder, tmp_path / "bad.jsonl")
     (folder / "c.csv").write_text("text\na\n")
-    with pytest.raises(DataError, match="a folder, not a file; name a file in it"):
+    with pytest.raises(DataError, match="a folder, not a file; "):
         convert(folder, tmp_path / "more.jsonl")
 
 
@@ -123,7 +123,7 @@ def test_a_bad_row_stops_it_or_is_counted(tmp_path: Path) -> None:
 def test_what_parquet_cannot_hold_is_said(tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text('{"a": 1}\n{"a": "x"}\n')
-    with pytest.raises(DataError, match=rf"^{source}: Parquet .* a Parquet column has a single type"):
+    with pytest.raises(DataError, match=rf"^{source}: Parquet .*single type"):
         convert(source, tmp_path / "rows.parquet")
     assert not (tmp_path / "rows.parquet").exists()
 
@@ -192,11 +192,11 @@ def test_a_row_whose_spans_fit_no_words_is_a_bad_one(skip: bool, tmp_path: Path)
 @pytest.mark.parametrize(
     ("row", "said"),
     (
-        ({"text": "a"}, "^{}:1: no column for label .*; give words with tags"),
-        ({"tokens": ["a", "b"], "tags": ["O"]}, "^{}:1: tags: 1 tag for 2 words; give one tag per word, or set --skip"),
+        ({"text": "a"}, "^{}:1: no column for label .*; .*tags"),
+        ({"tokens": ["a", "b"], "tags": ["O"]}, "^{}:1: tags: 1 tag for 2 words; .*--skip-bad-rows"),
         ({"tokens": ["a\tb"], "tags": ["O"]}, "^{}:1: .*a tab or a line end"),
-        ({"tokens": ["-DOCSTART-"], "tags": ["O"]}, "^{}:1: .*begins like a document separator; .*or write jsonl"),
-        ({"tokens": ["New York"], "tags": ["O"]}, "^{}:1: .*a space, .*; .*split the word, or write jsonl"),
+        ({"tokens": ["-DOCSTART-"], "tags": ["O"]}, "^{}:1: .*document separator; .*jsonl"),
+        ({"tokens": ["New York"], "tags": ["O"]}, "^{}:1: .*space.*; .*split the word.*jsonl"),
         ({"text": "New York", "spans": [[0, 5, "X"]]}, "^{}:1: spans: .* splits the word 'York'"),
     ),
 )

@@ -1,4 +1,4 @@
-"""`data check` and `data show` of conversations: what is wrong, with its line, and which tokens carry loss."""
+"""`data check` and `data show` of conversations: errors with their line, and the tokens that carry loss."""
 
 from __future__ import annotations
 

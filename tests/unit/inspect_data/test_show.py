@@ -1,4 +1,4 @@
-"""What is shown is what is encoded: special tokens, cuts, windows, the target beside the text or at each token."""
+"""`data show` prints the encoded examples: special tokens, truncation, windows, and targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which fast paths a model takes, what is said of the others, and how all of them are undone."""
+"""Fast paths of a model: chosen, reported when off, and undone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLASSIFIER = "AutoModelForSequenceClassification"
 
 
 def _state(model: nn.Module) -> dict[str, Any]:
-    """Everything that surgery on modules can change."""
+    """Return everything that replacing modules can change."""
     hooks = ("_forward_hooks", "_forward_pre_hooks")
     return {
         name: (
@@ -44,7 +44,7 @@ def _batch() -> dict[str, Tensor]:
 
 @pytest.fixture
 def everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny models are large enough for every path."""
+    """Lower the size limits so that tiny models qualify for every path."""
     monkeypatch.setattr(chunked_loss, "MIN_PARAMETERS", 1)
     monkeypatch.setattr(accelerate, "MIN_TABLE", 1)
 
@@ -114,7 +114,7 @@ def test_a_probe_that_fails_is_reported_and_changes_nothing() -> None:
 def test_a_block_that_computes_otherwise_is_found(
     what: str, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wrong outputs, right outputs with wrong gradients, and right ones in eval mode alone."""
+    """Three cases: wrong outputs, wrong gradients, and errors only in training mode."""
     model = tiny_model("bert", CLASSIFIER, num_labels=3)
     kind = accelerate.fused_blocks.PostNorm
     right = kind.__call__

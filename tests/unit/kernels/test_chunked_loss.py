@@ -42,7 +42,7 @@ def _asked(model: Any) -> tuple[Any, ...]:
 
 
 def _both(family: str, model_class: str) -> tuple[Any, Any]:
-    """A model as it is, and one that can be asked for what is made of its logits."""
+    """Return a plain model, and one whose logits are computed in chunks."""
     plain: Any = tiny_model(family, model_class)
     if family == "marian":
         plain.final_logits_bias.normal_()

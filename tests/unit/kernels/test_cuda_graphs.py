@@ -1,4 +1,4 @@
-"""Graphs of whole passes, played on a CPU by a capture that is as strict and as careless about memory as CUDA's."""
+"""CUDA graphs of whole passes, replayed on a CPU by a capture that mimics CUDA's memory reuse."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONGEST = 40
 
 
 class Played:
-    """Bound to the sample's shapes; answers and gradients lie where those of the pass before lay."""
+    """Fake capture: a graph is bound to the sample's shapes and reuses the memory of the previous pass."""
 
     def __init__(self) -> None:
         self.captured: list[torch.Size] = []
@@ -192,7 +192,7 @@ def test_a_model_that_no_graph_takes_goes_on_without(fault: str) -> None:
         if fault == "refuses":
             raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
         logits = module(*sample).detach()
-        return lambda *given: module(*given) * 0 + logits  # the sample's answer, whatever is asked
+        return lambda *given: module(*given) * 0 + logits  # always the sample's output
 
     plain, ours = _model(), _with_graphs(_model(), capture)
     batches = list(_batches([9, 12, 16, 10]))
@@ -202,7 +202,7 @@ def test_a_model_that_no_graph_takes_goes_on_without(fault: str) -> None:
 
 
 def test_where_a_graph_does_not_fit_there_are_none() -> None:
-    """To halve the batch would ask for more of them."""
+    """A smaller batch would need more graphs."""
 
     def capture(module: Any, sample: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")

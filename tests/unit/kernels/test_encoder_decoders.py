@@ -1,4 +1,4 @@
-"""An encoder and a decoder on it answer and learn without padding as they do with it."""
+"""Encoder-decoders give equal outputs and gradients with and without padding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tunesmith.models.anatomy import anatomy
 from tunesmith.testing import tiny_model, tiny_tokenizer
 
 LENGTHS = (([12, 3, 7, 7, 1], [2, 9, 7, 1, 5]), ([5, 5, 5], [5, 5, 5]), ([9], [4]), ([1, 2, 3, 40], [3, 8, 8, 8]))
-"""Of texts that are read, and of those that are written."""
+"""Lengths of sources and of targets."""
 SIZES = {
     "vocab_size": 64,
     "d_model": 32,
@@ -84,7 +84,7 @@ def test_no_dropout_may_be_written_as_a_whole_number() -> None:
 
 CASES = [*itertools.product(("marian", "bart", "mbart", "m2m_100"), TECHNIQUES)]
 CASES += itertools.product(("t5", "mt5"), [name for name in TECHNIQUES if name not in ("bitfit", "prefix")])
-"""T5 has no biases, and counts distances to virtual tokens too: with a prefix it keeps its padding."""
+"""T5 has no biases, and its distances include virtual tokens: with a prefix it keeps its padding."""
 
 
 @pytest.mark.parametrize(("family", "technique"), CASES)
@@ -162,7 +162,7 @@ def _noted(init: Any, ways: list[Any]) -> Any:
     [*itertools.product(("marian", "mbart"), NO_DROPOUT), ("t5", "dropout_rate"), ("mt5", "dropout_rate")],
 )
 def test_dropout_falls_where_the_model_has_it(family: str, where: str) -> None:
-    """Mean and spread of the answers over draws are those of the padded model's."""
+    """Mean and standard deviation of the outputs over draws equal those of the padded model."""
     model, found = _model(family, **{where: 0.3}), []
     batch = {name: one.repeat(800, 1) for name, one in _batch([5, 3], [2, 4]).items()}
     model.train()

@@ -1,4 +1,4 @@
-"""Blocks in few passes answer and learn as the blocks of the model do, under every technique."""
+"""Fused blocks give the outputs and gradients of the model's blocks under every technique."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LENGTHS = ([12, 3, 7, 7, 1], [5, 5, 5], [9], [1, 2, 3, 40])
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "modernbert", "gpt2", "llama", "mistral", "qwen2", "phi3")
 READ_AT_THE_END = ("gpt2", "llama", "mistral", "qwen2", "phi3")
 NOT_THERE = {"llama": ("bitfit",), "mistral": ("bitfit",), "phi3": ("bitfit",), "modernbert": ("bitfit",)}
-"""Techniques that a family has nothing for."""
+"""Techniques that do not apply to a family."""
 
 
 def _batch(lengths: list[int]) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ def test_answers_and_gradients_are_those_of_the_model(family: str, technique: st
 
 
 def test_a_head_that_takes_an_end_for_padding_reads_what_it_read() -> None:
-    """Qwen's tokenizers may end a text with the token that pads: such a head reads the last other one."""
+    """Qwen's tokenizers may end a text with the padding token: the head reads the last other token."""
     model: Any = tiny_model("qwen2", "AutoModelForSequenceClassification", num_labels=3, pad_token_id=0)
     batch = _batch([12, 3, 7])
     batch["input_ids"][torch.arange(3), torch.tensor([11, 2, 6])] = 0
@@ -96,7 +96,7 @@ def test_whatever_a_technique_is_told_all_of_it_learns(family: str, technique: s
     adapt(model, technique, keys)
     answers, gradients = _answers_and_gradients(model, LENGTHS[0])
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    _fused(model)  # or not: where a technique stands in a way that is not known
+    _fused(model)  # may have no effect: some techniques do not allow it
     ours = _answers_and_gradients(model, LENGTHS[0])
     assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == without
     torch.testing.assert_close(ours[0], answers, atol=1e-5, rtol=1e-5)
@@ -149,7 +149,7 @@ def test_what_is_computed_again_in_the_backward_pass_is_the_same(family: str, mo
 
 @pytest.mark.parametrize("where", ["attn_pdrop", "resid_pdrop"])
 def test_dropout_falls_where_gpt2_has_it(where: str) -> None:
-    """Mean and spread of the answers over draws are those of the model's own blocks."""
+    """Mean and standard deviation of the outputs over draws equal those of the model's blocks."""
     model, found = tiny_model("gpt2", "AutoModelForCausalLM", **{where: 0.3}), []
     batch = {name: one.repeat(800, 1) for name, one in _batch([5, 3]).items()}
     model.train()

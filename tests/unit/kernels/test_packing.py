@@ -1,4 +1,4 @@
-"""Packed without attention across examples: a ragged batch says of each token what the example alone says of it."""
+"""Packing without attention across examples: each token has the output that it has in its example alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _texts(lengths: list[int]) -> list[Tensor]:
 
 
 def _alone(model: nn.Module, texts: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The logits of each text and the gradients of all, one text at a time without any padding."""
+    """Return the logits of each text and the summed gradients, one unpadded text at a time."""
     model.zero_grad()
     found = []
     for text in texts:

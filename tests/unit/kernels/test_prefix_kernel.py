@@ -14,7 +14,7 @@ TOKENS = torch.tensor([[5, 9, 7, 11, 3], [6, 8, 13, 4, 3]])
 
 
 class Given(nn.Module):
-    """A prefix of these keys and values."""
+    """Prefix with the given keys and values."""
 
     def __init__(self, states: Tensor) -> None:
         super().__init__()
@@ -24,13 +24,13 @@ class Given(nn.Module):
         return self.states
 
     def bias(self, queries: int, keys: int) -> Tensor:
-        """Other for each head, query and virtual token."""
+        """Return a bias that differs for each head, query and virtual token."""
         heads, tokens = self.states.shape[1:3]
         return torch.arange(heads * queries * tokens).view(1, heads, queries, tokens) / 7.0
 
 
 class Attends(nn.Module):
-    """An attention module, as far as an attention function asks."""
+    """Attention module with the attributes that attention functions read."""
 
     is_causal = False
     num_key_value_groups = 1
@@ -43,7 +43,7 @@ class Attends(nn.Module):
 
 
 def by_hand(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, bias: Tensor | float = 0.0) -> Tensor:
-    """softmax over what is seen; (batch, queries, heads, width), as transformers takes it."""
+    """Compute attention over the visible keys, as (batch, queries, heads, width) like transformers."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + bias
@@ -88,7 +88,7 @@ def test_what_is_padded_stays_unseen_and_the_prefix_seen(masked: str) -> None:
 
 @pytest.mark.parametrize(("queries", "keys"), [(5, 5), (2, 5), (1, 5)])
 def test_a_causal_module_without_a_mask_sees_what_came_before(queries: int, keys: int) -> None:
-    """With fewer queries than keys the last ones ask: what came before is in a cache."""
+    """With fewer queries than keys, the queries are the last positions: earlier ones are in a cache."""
     query, key, value, states = random(4, queries, keys, 3)
     found, _ = attention(Attends(Given(states), causal=True), query, key, value, None)
     seen = torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
@@ -128,7 +128,7 @@ def test_a_model_without_prefixes_answers_as_ever(family: str) -> None:
     ("family", "modules", "keys"), [("bert", 3, 5), ("albert", 3, 5), ("llama", 3, 5), ("t5", 9, 5)]
 )
 def test_looking_at_a_model_leaves_it_as_it_was(family: str, modules: int, keys: int) -> None:
-    """T5's three decoder blocks look twice: at three tokens of their own, and at the encoder's."""
+    """Each of T5's three decoder blocks attends twice: to three tokens of its own, and to the encoder's."""
     model = tiny_model(family, CLASSIFIER).train()
     before = model.config._attn_implementation
     seen = attention_inputs(model, model.base_model, TOKENS[:1])

@@ -17,10 +17,10 @@ LENGTHS = ([12, 3, 7, 7, 1], [5, 5, 5], [9], [1, 2, 3, 40])
 
 
 KEEP_PADDING = ("deberta", "deberta-v2")
-"""They compute attention in their own way."""
+"""Families with attention of their own."""
 
 TAKEN = [family for family in CLASSIFYING if family not in (*KEEP_PADDING, "bart", "t5")]
-"""Those two are in test_encoder_decoders.py."""
+"""The two families in test_encoder_decoders.py."""
 
 
 def _batch(lengths: list[int]) -> dict[str, Tensor]:

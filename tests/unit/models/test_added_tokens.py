@@ -135,7 +135,7 @@ def test_what_cannot_be_added_is_refused(tokens: list[str], said: str) -> None:
 
 
 def test_a_tokenizer_that_is_already_too_large_is_refused() -> None:
-    with pytest.raises(RecipeError, match="its tokenizer has 70 tokens, its embedding 64"):
+    with pytest.raises(RecipeError, match="tokenizer .*70 tokens.*embedding .*64"):
         added_tokens.extend(_model("llama", CAUSAL, True), range(70, 71))
 
 

@@ -20,7 +20,7 @@ STACKS: dict[str, tuple[tuple[str, int], ...]] = {
     "distilbert": (("distilbert.transformer.layer", 3),),
     "modernbert": (("model.layers", 3),),
     "gpt2": (("transformer.h", 3),),
-    "albert": (("albert.encoder.albert_layer_groups.0.albert_layers", 1),),  # one block, gone through three times
+    "albert": (("albert.encoder.albert_layer_groups.0.albert_layers", 1),),  # one block, applied three times
     "electra": (("electra.encoder.layer", 3),),
     "deberta": (("deberta.encoder.layer", 3),),
     "deberta-v2": (("deberta.encoder.layer", 3),),

@@ -25,7 +25,7 @@ def _zip(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_D
     with zipfile.ZipFile(path, "w", compression) as opened:
         for name, content in members.items():
             info = zipfile.ZipInfo("placeholder")
-            info.filename, info.compress_type = name, compression  # as it stands, backslashes too
+            info.filename, info.compress_type = name, compression  # unchanged, with backslashes
             opened.writestr(info, content)
     return path
 

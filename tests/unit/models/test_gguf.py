@@ -122,7 +122,7 @@ def test_what_is_no_gguf_file(begins: bytes, file: Path, home: Path) -> None:
 def test_a_truncated_file(kept: float, file: Path, home: Path) -> None:
     content = file.read_bytes()
     file.write_bytes(content[: int(kept * len(content)) if kept < 1 else int(kept)])
-    with pytest.raises(RecipeError, match=r"tiny.Q8_0.gguf: model: this GGUF file cannot be converted \("):
+    with pytest.raises(RecipeError, match=r"tiny.Q8_0.gguf: model: .*GGUF .*cannot be converted \("):
         resolve(str(file))
     assert not home.exists() or list(home.rglob("*")) == []
 
@@ -131,7 +131,7 @@ def test_a_damaged_header(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[40:60] = bytes(range(235, 255))
     file.write_bytes(content)
-    with pytest.raises(RecipeError, match="this GGUF file cannot be converted"):
+    with pytest.raises(RecipeError, match="GGUF .*cannot be converted"):
         resolve(str(file))
 
 

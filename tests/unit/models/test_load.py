@@ -78,7 +78,7 @@ def test_a_head_of_another_size_is_replaced(tmp_path: Path) -> None:
 def test_the_stored_number_format_is_kept(dtype: torch.dtype, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = {name: value.to(dtype) for name, value in load_file(model / "model.safetensors").items()}
     save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
-    _change_config(model, dtype="float64", torch_dtype="float64")  # what the config says does not count
+    _change_config(model, dtype="float64", torch_dtype="float64")  # the dtype of the config is ignored
     assert load.stored_dtype(resolve(str(model))) == dtype
     assert {parameter.dtype for parameter in _load(model).parameters()} == {dtype}
 
@@ -119,7 +119,7 @@ def test_a_kind_of_model_transformers_does_not_have(kind: Any, model: Path) -> N
 def test_a_kind_of_model_that_cannot_do_the_task(tmp_path: Path) -> None:
     transformers.ViTModel(transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
         intermediate_size=8, image_size=8, patch_size=4)).save_pretrained(tmp_path)  # fmt: skip
-    with pytest.raises(RecipeError, match="a vit model has no SequenceClassification; choose another model or task"):
+    with pytest.raises(RecipeError, match="vit .*SequenceClassification; .*another model"):
         _load(tmp_path)
 
 
@@ -131,7 +131,7 @@ def test_a_config_that_does_not_make_a_model(changes: dict[str, Any], model: Pat
 
 
 class _Evil:
-    """Creates a file when it is unpickled."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -161,7 +161,7 @@ def test_a_pickle_with_code_does_not_run_it(name: str, plain: bool, model: Path,
     with pytest.raises(RecipeError, match="weights cannot be read"):
         _load(model, allow_pickle=True)
     assert not mark.exists()
-    pickle.loads(pickle.dumps(_Evil(mark)))  # it would have
+    pickle.loads(pickle.dumps(_Evil(mark)))  # unpickling does create the file
     assert mark.exists()
 
 
@@ -212,7 +212,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(model: Path) -> None:
     tokenizer.add_tokens([f"word{number}" for number in range(64 - len(tokenizer))])
     load.check_vocabulary(found, tokenizer, "my-model")
     tokenizer.add_tokens(["one-more"])
-    with pytest.raises(RecipeError, match="my-model: model: its tokenizer has 65 tokens, its embedding 64"):
+    with pytest.raises(RecipeError, match="my-model: model: .*tokenizer .*65 tokens.*embedding .*64"):
         load.check_vocabulary(found, tokenizer, "my-model")
 
 
@@ -235,7 +235,9 @@ def test_hashes_tell_models_and_tokenizers_apart(tiny_bert: Path, model: Path) -
     tiny_model("bert", "AutoModelForMaskedLM", seed=1).save_pretrained(model)
     assert first == copy != load.base_hash(resolve(str(model)))
     tokenizer, other = tiny_tokenizer(), tiny_tokenizer()
-    tokenizer("one text", truncation=True, max_length=4, padding=True)  # settings of a call are no part of it
+    tokenizer(
+        "one text", truncation=True, max_length=4, padding=True
+    )  # the settings of a call are not part of the tokenizer
     assert load.processor_hash(tokenizer) == load.processor_hash(other)
     other.chat_template = "{{ messages }}"
     assert load.tokenizer_hash(tokenizer) == load.tokenizer_hash(other) and load.template_hash(tokenizer) is None

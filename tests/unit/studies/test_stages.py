@@ -1,13 +1,15 @@
-"""Stages of one recipe: each on the one before, resumed as a whole, refused when changed, and what they were worth."""
+"""Stages of one recipe: each starts from the previous one; resumed as a whole, refused when changed; their gain."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from messages import has_parts
 
 import tunesmith
 from tunesmith import recipe as recipes
@@ -140,12 +142,10 @@ def test_the_gain_is_paired_and_has_a_standard_error(written: Path, tmp_path: Pa
     said = capsys.readouterr().out
     assert ("not significant" in said) == gain["within_noise"]
     headings = [line for line in said.splitlines() if line.startswith("gain")]
-    assert headings[:-1] == [
-        "gain: training text-classification with 2 seeds, with and without the earlier stages",
-        "gain: seed 0 without the earlier stages",
-        "gain: seed 1 with the earlier stages",
-        "gain: seed 1 without the earlier stages",
-    ]
+    assert has_parts(headings[0], "gain: ", "text-classification", "2 seeds")
+    assert [re.findall(r"seed \d|with(?:out)?(?= )", line) for line in headings[1:-1]] == [
+        ["seed 0", "without"], ["seed 1", "with"], ["seed 1", "without"]
+    ]  # fmt: skip
     assert " is finished" not in said
     tunesmith.train(resume=out)
     said = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Bad inputs 69-80, 99-100 and 140: each is taken and works, is taken with a note, or is refused by file and row."""
+"""Bad inputs 69-80, 99-100 and 140: each is read, read with a note, or refused with file and row."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from messages import has_parts
 
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.formats import Row
@@ -25,13 +26,13 @@ GOOD, BAD = "the film was great", "the film was bad"
 
 
 def _reviews(count: int) -> list[tuple[object, object]]:
-    """Texts that all differ, two classes in turn."""
+    """Return distinct texts of two alternating classes."""
     return [(f"{(GOOD, BAD)[n % 2]} {'very ' * (n // 2)}.", ("pos", "neg")[n % 2]) for n in range(count)]
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> Callable[..., str]:
-    """`written(rows, "train")`: the rows in a file, one JSON object a line, so that a row's number is its line."""
+    """`written(rows, "train")`: write the rows to a JSONL file; a row's number is its line."""
 
     def write(rows: Rows, name: str = "train") -> str:
         lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
@@ -43,7 +44,7 @@ def written(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def refuse(command: Any, tiny_bert: Path, written: Any, tmp_path: Path) -> Refuse:
-    """What `tunesmith train` says when it stops at these rows: one line, with exit code 3."""
+    """Return the one-line error of `tunesmith train` for these rows (exit code 3)."""
 
     def said(rows: Rows, *words: str) -> str:
         given = ("task=text-classification", f"model={tiny_bert}", f"data.train={written(rows)}", "device=cpu")
@@ -61,11 +62,6 @@ def _read(path: str, *, labels: str = "auto", **data: Any) -> Examples:
     return dataset.read(task, Data(**{"train": path, "validation": None, "max_length": 64} | data), seed=0)
 
 
-def _place(said: str, place: str, *parts: str) -> bool:
-    """Whether a message begins with its place, and has these parts in their order."""
-    return said.startswith(place) and re.search(".*".join(map(re.escape, parts)), said.removeprefix(place)) is not None
-
-
 def _bind(read: Examples) -> BoundTask:
     return read.task.bind(tiny_tokenizer(), tiny_model("bert", read.task.auto_class).config, read.data)
 
@@ -76,7 +72,7 @@ def _encode(read: Examples, folder: Path) -> dict[str, Encoded]:
 
 def test_a7_69_one_class_only(refuse: Refuse) -> None:
     said = refuse([(text, "pos") for text, _ in _reviews(20)])
-    assert _place(said, "train.jsonl: label: ", "20", "'pos'") and "; " in said
+    assert has_parts(said, "train.jsonl: label: ", "20", "'pos'") and "; " in said
 
 
 def test_a7_70_a_class_of_one_row_stays_in_train_and_that_is_said(written: Any) -> None:
@@ -84,12 +80,12 @@ def test_a7_70_a_class_of_one_row_stays_in_train_and_that_is_said(written: Any) 
     labels = [row.values["label"] for row in read.splits["train"].rows()]
     assert labels.count("odd") == 1 and read.rows == {"train": 33, "validation": 8}
     (note,) = read.notes
-    assert _place(note, "1 class ", "train", "'odd'")
+    assert has_parts(note, "1 class ", "train", "'odd'")
 
 
 def test_a7_71_ten_thousand_classes_are_identifiers(refuse: Refuse) -> None:
     said = refuse((f"{GOOD} {n}", f"id-{n}") for n in range(10_000))
-    assert _place(said, "train.jsonl: label: 10000 ", "10000 rows", "; ", "data.columns.label")
+    assert has_parts(said, "train.jsonl: label: 10000 ", "10000 rows", "; ", "data.columns.label")
 
 
 def test_a7_71_texts_and_labels_in_each_others_column_are_told(refuse: Refuse, written: Any) -> None:
@@ -107,7 +103,7 @@ def test_a7_72_and_73_a_label_that_train_lacks_is_refused_before_a_model_is_soug
 ) -> None:
     other = written([(f"{GOOD} this", "pos"), (f"{BAD} this", "nge")], split)
     said = refuse(_reviews(20), f"data.{split}={other}", "model=./none")
-    assert _place(said, f"{split}.jsonl:2: label: 'nge' ", "2 classes", "; ", "'neg'")
+    assert has_parts(said, f"{split}.jsonl:2: label: 'nge' ", "2 classes", "; ", "'neg'")
 
 
 def test_a7_72_such_a_row_can_be_skipped(written: Any) -> None:
@@ -119,12 +115,12 @@ def test_a7_72_such_a_row_can_be_skipped(written: Any) -> None:
 
 def test_a7_72_a_row_outside_the_classes_of_the_recipe_is_refused(refuse: Refuse) -> None:
     said = refuse([*_reviews(20), (GOOD, "meh")], "task.classes=[neg, pos]")
-    assert _place(said, "train.jsonl:21: label: 'meh' ", "2 classes")
+    assert has_parts(said, "train.jsonl:21: label: 'meh' ", "2 classes")
 
 
 def test_a7_74_joined_labels_beside_single_ones_are_refused(refuse: Refuse) -> None:
     said = refuse([*_reviews(20), ("so so", "pos;neg")])
-    assert _place(said, "train.jsonl: label: 'pos;neg' ", "; ", "task.labels=multi", "task.labels=single")
+    assert has_parts(said, "train.jsonl: label: 'pos;neg' ", "; ", "task.labels=multi", "task.labels=single")
 
 
 def test_a7_74_joined_labels_can_be_meant_either_way(written: Any) -> None:
@@ -143,12 +139,12 @@ def test_a7_74_lists_beside_texts_are_several_labels_each(written: Any, tmp_path
 
 def test_a7_74_a_list_where_one_class_is_asked_for_is_refused(refuse: Refuse) -> None:
     said = refuse([*_reviews(20), (GOOD, ["pos", "neg"])], "task.labels=single")
-    assert _place(said, "train.jsonl:21: label: '['pos', 'neg']' ", "; ", "task.labels=multi")
+    assert has_parts(said, "train.jsonl:21: label: '['pos', 'neg']' ", "; ", "task.labels=multi")
 
 
 def test_a7_75_a_list_written_as_text_is_refused(refuse: Refuse) -> None:
     said = refuse([*_reviews(4), (GOOD, "['pos', 'neg']")])
-    assert _place(said, "train.jsonl:5: label: '['pos', 'neg']' ", "; ", "task.labels=multi")
+    assert has_parts(said, "train.jsonl:5: label: '['pos', 'neg']' ", "; ", "task.labels=multi")
 
 
 def test_a7_75_a_list_written_as_text_is_read_where_several_labels_are_asked_for(written: Any) -> None:
@@ -158,13 +154,13 @@ def test_a7_75_a_list_written_as_text_is_read_where_several_labels_are_asked_for
 
 def test_a7_76_one_text_for_all_rows_is_refused(refuse: Refuse) -> None:
     said = refuse([(GOOD, label) for _, label in _reviews(20)])
-    assert _place(said, "train.jsonl: text: ", "20 rows", "; set data.columns.text=NAME ")
+    assert has_parts(said, "train.jsonl: text: ", "20 rows", "; set data.columns.text=NAME ")
 
 
 def test_a7_77_rows_given_twice_are_counted_and_stay_on_one_side(written: Any) -> None:
     read = _read(written(_reviews(20) * 2), validation=0.5)
     (note,) = read.notes
-    assert _place(note, "20 of 40 train rows ")
+    assert has_parts(note, "20 of 40 train rows ")
     assert read.rows == {"train": 20, "validation": 20}
     train, validation = ({row.values["text"] for row in read.splits[name].rows()} for name in ("train", "validation"))
     assert len(train) == len(validation) == 10 and not train & validation
@@ -173,7 +169,7 @@ def test_a7_77_rows_given_twice_are_counted_and_stay_on_one_side(written: Any) -
 def test_a7_78_texts_with_two_labels_are_counted(written: Any) -> None:
     rows = [*_reviews(20), (GOOD + " .", "pos"), (GOOD.upper() + "  .", "neg"), (BAD + " .", "neg")]
     (note,) = _read(written(rows)).notes
-    assert _place(note, "3 of 23 train rows ", "; 1 of these texts ", "labels")
+    assert has_parts(note, "3 of 23 train rows ", "; 1 of these texts ", "labels")
 
 
 TEXTS = {
@@ -200,7 +196,7 @@ def test_a7_79_accents_coded_in_two_ways_are_one_class_and_one_text(written: Any
     read = _read(written(rows))
     assert read.task.classes == ["pos", "\u00e9l\u00e8ve"]  # type: ignore[attr-defined]
     (note,) = read.notes
-    assert _place(note, "1 of 3 train rows ")
+    assert has_parts(note, "1 of 3 train rows ")
 
 
 def test_a7_79_a_label_with_invisible_characters_is_the_same_label(written: Any) -> None:
@@ -215,7 +211,7 @@ def test_a7_79_a_label_of_nothing_but_invisible_characters_is_refused(refuse: Re
 
 def test_a7_79_a_text_of_nothing_but_invisible_characters_is_refused(refuse: Refuse) -> None:
     said = refuse([*_reviews(20), ("\u200b\ufeff", "pos")])
-    assert _place(said, "train.jsonl:21: text: ", "; ")
+    assert has_parts(said, "train.jsonl:21: text: ", "; ")
 
 
 @pytest.mark.parametrize("text", ("great " * 900_000, "great" * 1_000_000), ids=("words", "one word"))
@@ -245,13 +241,13 @@ def test_a7_80_the_second_text_of_a_pair_may_be_huge_too(tmp_path: Path) -> None
 def test_a7_99_a_target_that_is_no_finite_number_is_refused(label: object, refuse: Refuse) -> None:
     rows = [(text, n / 10) for n, (text, _) in enumerate(_reviews(20))]
     said = refuse([*rows, (GOOD, label)], "task.labels=regression")
-    assert _place(said, "train.jsonl:21: label: '", "; ")
+    assert has_parts(said, "train.jsonl:21: label: '", "; ")
     assert ("task.labels=single" in said) == (label not in ("1,5", [1, 2]))
 
 
 def test_a7_99_words_for_numbers_are_not_to_be_skipped_all(refuse: Refuse) -> None:
     said = refuse(_reviews(20), "task.labels=regression", "data.on_bad_row=skip")
-    assert _place(said, "train.jsonl: ", "20 rows (unusable label)", "label: 'pos' ", "set task.labels=single ")
+    assert has_parts(said, "train.jsonl: ", "20 rows (unusable label)", "label: 'pos' ", "set task.labels=single ")
     assert "data.on_bad_row" not in said, "there is no use in skipping all"
 
 
@@ -259,7 +255,7 @@ def test_a7_99_one_word_among_numbers_makes_no_classes_of_them(written: Any, ref
     rows: list[tuple[object, object]] = [(text, n / 10 + 0.05) for n, (text, _) in enumerate(_reviews(20))]
     assert _read(written(rows)).task.labels == "regression"  # type: ignore[attr-defined]
     said = refuse([*rows, (GOOD, "inf")])
-    assert _place(said, "train.jsonl: label: 'inf' ", "20 ", "; ", "task.labels=regression")
+    assert has_parts(said, "train.jsonl: label: 'inf' ", "20 ", "; ", "task.labels=regression")
     assert _read(written([*rows, (GOOD, "inf")]), labels="single").task.labels == "single"  # type: ignore[attr-defined]
 
 
@@ -267,7 +263,7 @@ def test_a7_99_one_word_among_numbers_makes_no_classes_of_them(written: Any, ref
 def test_a7_100_an_outlier_is_refused(labels: str, refuse: Refuse) -> None:
     rows = [(text, n / 10 + 0.05) for n, (text, _) in enumerate(_reviews(20))]
     said = refuse([*rows, (GOOD, 1e30)], f"task.labels={labels}")
-    assert _place(said, "train.jsonl:21: label: '1e+30' ", "; ")
+    assert has_parts(said, "train.jsonl:21: label: '1e+30' ", "; ")
 
 
 def test_a7_99_and_100_such_rows_can_be_skipped(written: Any, tmp_path: Path) -> None:
@@ -293,7 +289,7 @@ def test_a7_140_the_training_file_as_another_split_is_refused(split: str, refuse
     (tmp_path / "other.jsonl").symlink_to(tmp_path / "train.jsonl")
     for name in ("train.jsonl", "./train.jsonl", "other.jsonl"):
         said = refuse(_reviews(20), f"data.{split}={tmp_path}/{name}")
-        assert _place(said, said.partition(": ")[0], f"data.{split} ", "; ", f"data.{split}=0.1")
+        assert has_parts(said, said.partition(": ")[0], f"data.{split} ", "; ", f"data.{split}=0.1")
 
 
 @pytest.mark.parametrize("content", ("", "text,label\n", "\n\n"), ids=("nothing", "header", "blank lines"))
@@ -306,15 +302,15 @@ def test_a7_140_an_empty_validation_file_is_refused(content: str, refuse: Refuse
 def test_a7_140_a_validation_file_of_which_nothing_is_left_is_refused(refuse: Refuse, written: Any) -> None:
     valid = written([(GOOD, "other")], "valid")
     said = refuse(_reviews(20), f"data.validation={valid}", "data.on_bad_row=skip")
-    assert _place(said, "valid.jsonl: ", "1 row (unusable label)", "label: 'o")
+    assert has_parts(said, "valid.jsonl: ", "1 row (unusable label)", "label: 'o")
 
 
 @pytest.mark.parametrize("split", ("validation", "test"))
 def test_a7_140_a_fraction_of_no_row_is_refused(split: str, refuse: Refuse) -> None:
     said = refuse(_reviews(20), "data.validation=null", f"data.{split}=0.02")
-    assert _place(said, f"data.{split}: 0.02 of 20 rows ", "; ", f"data.{split}=null")
+    assert has_parts(said, f"data.{split}: 0.02 of 20 rows ", "; ", f"data.{split}=null")
 
 
 def test_a7_140_classes_of_one_row_each_leave_nothing_to_draw(refuse: Refuse) -> None:
     said = refuse([(f"{GOOD} {n}", f"class {n}") for n in range(20)], "data.test=0.2")
-    assert _place(said, "data.test: ", "; ", "data.test=null")
+    assert has_parts(said, "data.test: ", "; ", "data.test=null")

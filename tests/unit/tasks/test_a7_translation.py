@@ -1,4 +1,4 @@
-"""Bad inputs of translation: exit code 3 with file, line, value and way out, a counted skip, or a finding."""
+"""Bad inputs of translation: exit code 3 with file, line, value and fix, a counted skip, or a finding."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from messages import has_parts
 
 from tunesmith.inspect_data.check import check
 from tunesmith.recipe import Data
@@ -51,9 +52,9 @@ def _with(place: int, row: tuple[str, str]) -> list[tuple[str, str]]:
 def test_a7_97_an_empty_target_is_refused_by_its_line(empty: str, command: Command, tmp_path: Path) -> None:
     rows = _with(7, ("the dog", empty))
     said = _refused(command, tmp_path, _parallel(tmp_path, rows), *LANGUAGES)
-    assert said == "train.{en,de}:7: de: empty; fill it in or remove the row, or set data.on_bad_row=skip"
+    assert has_parts(said, "train.{en,de}:7: de: empty; ", "remove the row", "data.on_bad_row=skip")
     said = _refused(command, tmp_path, _tsv(tmp_path, rows), *LANGUAGES)
-    assert said.startswith("pairs.tsv:8: de: empty; fill it in")
+    assert said.startswith("pairs.tsv:8: de: empty; ")
     objects: list[object] = [{"translation": {"en": en, "de": de}} for en, de in rows]
     assert _refused(command, tmp_path, _jsonl(tmp_path, objects), *LANGUAGES).startswith("pairs.jsonl:7: de: empty")
     objects = [{"source": en, "target": de} for en, de in rows]
@@ -69,34 +70,30 @@ def test_a7_97_or_is_skipped_and_counted(tmp_path: Path) -> None:
 
 def test_a_target_that_is_missing_or_none(command: Command, tmp_path: Path) -> None:
     rows: list[object] = [{"translation": {"en": en, "de": de}} for en, de in PAIRS]
-    for bad, said in (
-        ({"translation": {"en": "a dog"}}, "pairs.jsonl:3: de: missing; fill it in"),
-        ({"translation": {"en": "a dog", "de": None}}, "pairs.jsonl:3: de: empty; fill it in"),
-        ({"translation": {"en": "a dog", "de": 7}}, "pairs.jsonl:3: de: '7' is not a text; put it in quotes"),
-        (
-            {"translation": {"en": "a dog", "de": ["x"]}},
-            "pairs.jsonl:3: de: '['x']' is not a text; give one text",
-        ),
-        ({"translation": "a dog"}, "pairs.jsonl:3: en: missing"),
-        ({"id": 3}, "pairs.jsonl:3: en: missing"),
+    for bad, *parts in (
+        ({"translation": {"en": "a dog"}}, "de: missing; ", "remove the row"),
+        ({"translation": {"en": "a dog", "de": None}}, "de: empty; ", "remove the row"),
+        ({"translation": {"en": "a dog", "de": 7}}, "de: '7' is not a text; ", "quotes"),
+        ({"translation": {"en": "a dog", "de": ["x"]}}, "de: '['x']' is not a text; ", "one text"),
+        ({"translation": "a dog"}, "en: missing; "),
+        ({"id": 3}, "en: missing; "),
     ):
         name = _jsonl(tmp_path, [*rows[:2], bad, *rows[2:]])
-        assert _refused(command, tmp_path, name, *LANGUAGES).startswith(said)
+        said = _refused(command, tmp_path, name, *LANGUAGES)
+        assert has_parts(said, f"pairs.jsonl:3: {parts[0]}", *parts[1:])
 
 
 def test_keys_that_are_not_the_languages_that_were_said(command: Command, tmp_path: Path) -> None:
     rows: list[object] = [{"translation": {"english_text": en, "german_text": de}} for en, de in PAIRS]
     said = _refused(command, tmp_path, _jsonl(tmp_path, rows), *LANGUAGES)
-    assert said == (
-        "pairs.jsonl:1: no column for source and target among: english_text, german_text; "
-        "did you mean data.columns.source=english_text data.columns.target=german_text?"
-    )
+    fix = "did you mean data.columns.source=english_text data.columns.target=german_text?"
+    assert has_parts(said, "pairs.jsonl:1: no column for source and target ", "english_text, german_text; ", fix)
 
 
 def test_a7_98_targets_that_are_sources(command: Command, tmp_path: Path) -> None:
     most = [(en, en) for en, _ in PAIRS[:20]] + PAIRS[20:]
     said = _refused(command, tmp_path, _parallel(tmp_path, most), *LANGUAGES)
-    assert said.startswith("train: target equals source in 20 of 30 rows; set data.columns.target=NAME")
+    assert has_parts(said, "train: ", "target equals source", "20 of 30 rows; ", "data.columns.target=NAME")
     found = check(str(tmp_path / _parallel(tmp_path, _with(4, ("Anna", "Anna")))), ("task=translation", *LANGUAGES))
     (one,) = [one for one in found["findings"] if one["kind"] == "copied-source"]
     assert (
@@ -108,47 +105,39 @@ def test_a7_98_targets_that_are_sources(command: Command, tmp_path: Path) -> Non
 
 def test_unequal_files_are_refused_with_both_names(command: Command, tmp_path: Path) -> None:
     said = _refused(command, tmp_path, _parallel(tmp_path, missing=2), *LANGUAGES, "data.on_bad_row=skip")
-    assert said.startswith(
-        "train.en:29: train.de ends after 28 lines, but train.en has more; the files must be aligned"
-    )
+    assert has_parts(said, "train.en:29: ", "train.de", "28 lines", "train.en", "; ", "aligned")
 
 
 def test_languages_that_are_not_said(command: Command, tmp_path: Path) -> None:
-    wanted = "the direction of translation is not set; languages: "
-    hint = "; set task.source_lang={} task.target_lang={}, or the reverse"
-    assert _refused(command, tmp_path, _parallel(tmp_path)) == f"train:1: {wanted}de, en" + hint.format("de", "en")
-    assert _refused(command, tmp_path, _tsv(tmp_path)) == f"pairs.tsv:1: {wanted}en, de" + hint.format("en", "de")
+    said = _refused(command, tmp_path, _parallel(tmp_path))
+    assert has_parts(said, "train:1: ", "direction", "de, en; ", "task.source_lang=de task.target_lang=en")
+    said = _refused(command, tmp_path, _tsv(tmp_path))
+    assert has_parts(said, "pairs.tsv:1: ", "direction", "en, de; ", "task.source_lang=en task.target_lang=de")
 
 
 def test_a_language_that_is_not_there(command: Command, tmp_path: Path) -> None:
     said = _refused(command, tmp_path, _parallel(tmp_path), "task.source_lang=en", "task.target_lang=fr")
-    assert said.startswith("train:1: no column for target among: de, en; set data.columns.target=NAME")
+    assert has_parts(said, "train:1: no column for target ", "de, en; ", "data.columns.target=NAME")
 
 
 @pytest.mark.parametrize(
-    ("named", "said"),
+    ("named", "parts"),
     [
-        (
-            "zz",
-            "task.target_lang: 'zz', but the target column is 'de'; set task.target_lang=de, or data.columns.target=",
-        ),
-        ("klingon", "unknown language 'klingon'; give a code such as en, deu or zh_CN, or its English name"),
+        ("zz", ("task.target_lang: 'zz'", "'de'; ", "task.target_lang=de", "data.columns.target=")),
+        ("klingon", ("unknown language 'klingon'; ", "code", "English name")),
     ],
 )
-def test_a_language_that_nobody_knows(named: str, said: str, command: Command, tmp_path: Path) -> None:
+def test_a_language_that_nobody_knows(named: str, parts: tuple[str, ...], command: Command, tmp_path: Path) -> None:
     data, base = tmp_path / _parallel(tmp_path), "model=./none"
     words = base, f"data.train={data}", "task.source_lang=en", f"task.target_lang={named}"
     code, _, err = command("train", "task=translation", *words)
-    assert code == 2 and said in err
+    assert code == 2 and has_parts(err, "error: ", *parts)
 
 
 def test_the_other_way_round_is_seen_by_the_script(command: Command, tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("".join(f"number {n}\t第{n}号\n" for n in range(30)))
     said = _refused(command, tmp_path, "a.tsv", "task.source_lang=zh", "task.target_lang=en")
-    assert said.startswith(
-        "a.tsv: most sources are in the script of en, and most targets in that of zh: columns appear to be swapped; "
-        "swap data.columns"
-    )
+    assert has_parts(said, "a.tsv: ", "script of en", "zh", "swapped; ", "data.columns")
 
 
 def test_exchanged_rows_are_named_by_data_check(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Masked language modelling: what is guessed, how it is scored, the head that a base lacks, and what a run leaves."""
+"""Masked language modeling: masking, metrics, a base without a head, and the artifacts of a run."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_a_model_or_tokenizer_that_fills_no_masks_is_refused(recipe_of: Any, tex
 
 @pytest.fixture(scope="module")
 def finished(texts: Path, headless: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A run over a base without a head, with other text to be scored on, and what it printed."""
+    """A run over a base without a head, with separate text for evaluation, and its output."""
     work = tmp_path_factory.mktemp("finished")
     general = work / "general.jsonl"
     rows = [{"sentence": sample_row("text-classification", n)["text"], "n": n} for n in range(30)]

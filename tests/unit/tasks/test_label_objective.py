@@ -1,4 +1,4 @@
-"""`LabelObjective` alone: fields, loss, baseline and answers of one class, several, or a number; against torch."""
+"""`LabelObjective`: fields, loss, baseline and predictions of one class, several, or a number; against torch."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ RENDERED: dict[str, tuple[dict[str, Any], Label, str, tuple[str, str, float] | N
     "a number": ({"value": 2.5}, 3.0, "2.5", ("3", "2.5", 0.5)),
     "zero": ({"value": 0.0}, 0.0, "0", ("0", "0", 0.0)),
 }
-"""An answer, its target, the answer on one line, and the mistake."""
+"""Prediction, target, prediction on one line, and error."""
 
 
 @pytest.mark.parametrize("case", RENDERED)

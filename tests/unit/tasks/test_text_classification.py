@@ -1,4 +1,4 @@
-"""What labels make of the task: head, loss, weights, windows, answers; against torch and transformers."""
+"""Text classification: head, loss, weights, windows, predictions; against torch and transformers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _all(encoded: Encoded) -> Batch:
 
 @pytest.fixture
 def fitted(tmp_path: Path) -> Callable[..., tuple[BoundTask, PreTrainedModel, Encoded]]:
-    """`fitted(labels, ...)`: bound task, tiny BERT with its head, the four texts encoded with these labels in turn."""
+    """`fitted(labels, ...)`: return the bound task, a tiny BERT with its head, and four encoded texts."""
 
     def build(given: Sequence[Any], data: Data | None = None, /, **fields: Any) -> Any:
         bound = _bound(given, data, **fields)
@@ -224,7 +224,7 @@ LONG = [
     " ".join(WORDS[(start + step) % len(WORDS)] for step in range(length))
     for start, length in enumerate((3, 14, 15, 40))
 ]
-"""Of 5, 16, 17 and 42 tokens with the two special ones."""
+"""Texts of 5, 16, 17 and 42 tokens, special tokens included."""
 
 
 def test_a_document_answers_with_the_mean_of_its_windows(tmp_path: Path) -> None:

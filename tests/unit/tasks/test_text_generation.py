@@ -1,4 +1,4 @@
-"""Text generation: what is learned of chats and raw text, how it is scored and written, and what a run leaves."""
+"""Text generation: loss masks of chats and raw text, metrics, generation, and the artifacts of a run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _model(family: str = "llama", **config: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaMA that speaks ChatML."""
+    """A random LLaMA with a ChatML template."""
     folder = tmp_path_factory.mktemp("base")
     _model(eos_token_id=2).save_pretrained(folder)
     tokenizer(template=CHATML).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What tags make of the task: head, loss, windows, answers; against torch and transformers."""
+"""Token classification: head, loss, windows, predictions; against torch and transformers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _bind(task: TokenClassification, data: Data, processor: Any = TOKENIZER, smo
 
 @pytest.fixture
 def fitted() -> Callable[..., tuple[BoundTask, PreTrainedModel, Encoded]]:
-    """`fitted(data, sub_words="all")`: bound task, tiny BERT with its head, and the sentences encoded."""
+    """`fitted(data, sub_words="all")`: return the bound task, a tiny BERT with its head, and the encoded sentences."""
 
     def build(data: Data | None = None, /, rows: list[Row] | None = None, smoothing: float = 0.0, **fields: Any) -> Any:
         rows = rows or _rows(SENTENCES)
@@ -127,7 +127,7 @@ def test_keys_that_cannot_be_meant_are_refused(keys: str) -> None:
 
 
 def _transformers_loss(model: Any, task: TokenClassification, every: bool) -> torch.Tensor:
-    """As transformers' example scripts have it: other sub-words are -100."""
+    """Return the loss of transformers' example scripts: other sub-words are -100."""
     features = []
     for row in _rows(SENTENCES):
         coded = TOKENIZER(row.values["tokens"], is_split_into_words=True)
@@ -192,7 +192,7 @@ def test_other_sub_words_go_on_with_what_a_word_begins() -> None:
     (fields,) = _bind(task, data, Halves()).encode(_rows([("fine film", "B-PRAISE O")]))
     names = [task.tags[tag] for tag in (*fields["tags"], *fields["rest_tags"])]  # type: ignore[index]
     assert names == ["B-PRAISE", "O", "I-PRAISE", "O"] and fields["first"] == [0, 2] and fields["rest"] == [1, 3]
-    weights = fields["weight"]  # I-PRAISE is counted in no word, and would weigh more than any tag
+    weights = fields["weight"]  # I-PRAISE is on no word; its weight would be the largest
     assert weights[2:] == weights[:2] and weights[0] != weights[1]
 
 

@@ -1,4 +1,4 @@
-"""Translation: loss and writing as transformers has them, both ways, and what a run leaves."""
+"""Translation: loss and generation equal transformers' in both directions, and the artifacts of a run."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_what_is_written_is_what_transformers_generates_for_each_alone(
 ) -> None:
     task = {"name": "translation", "num_beams": num_beams, "max_new_tokens": 9, "prefix": "", **Translation.sample_keys}
     trial = case("full", task, family, tmp_path)
-    trial.train(trial.engine(), 0, 60, total=60)  # a random model writes no words
+    trial.train(trial.engine(), 0, 60, total=60)  # a random model generates no words
     trial.model.eval()
     batch, tokenizer = _batch(trial, [3, 14, 5, 9]), tiny_tokenizer()
     with torch.no_grad():

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from adapting import trainable
 from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,10 +19,6 @@ from tunesmith.testing import CLASSIFYING, tiny_model
 CLASSIFIER = "AutoModelForSequenceClassification"
 KINDS = ("houlsby", "pfeiffer", "parallel")
 TOKENS = torch.tensor([[2, 9, 7, 11, 3], [2, 8, 13, 4, 3]])
-
-
-def learning(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def bottlenecks(model: nn.Module) -> list[Bottleneck]:
@@ -65,12 +62,12 @@ def test_what_is_added_and_the_head_learn(family: str, kind: Any) -> None:
     found = anatomy(model)
     before = set(model.state_dict())
     Adapter(kind=kind).apply(model, found, None)
-    assert learning(model) == (set(model.state_dict()) - before) | found.always_trainable
+    assert trainable(model) == (set(model.state_dict()) - before) | found.always_trainable
     places = len(bottlenecks(model))
     mlps, attentions = len(found.roles["mlp_down"]), len(found.roles["attention_output"])
     assert places == (mlps + attentions if kind == "houlsby" else mlps)
     r = 32 // 16
-    assert sum(model.get_parameter(n).numel() for n in learning(model) - found.always_trainable) == places * (
+    assert sum(model.get_parameter(n).numel() for n in trainable(model) - found.always_trainable) == places * (
         2 * 32 * r + 32 + r
     )
     assert all(not module.up.weight.any() and not module.up.bias.any() for module in bottlenecks(model))
@@ -151,7 +148,7 @@ def test_parallel_hears_what_the_mlp_hears_and_counts_four_times() -> None:
 
 def test_a_decoder_on_an_encoder_has_one_after_its_cross_attention_too() -> None:
     model = shaken("t5", kind="houlsby")
-    decoder = [name for name in learning(model) if ".decoder.block.1." in name and name.endswith("up.bias")]
+    decoder = [name for name in trainable(model) if ".decoder.block.1." in name and name.endswith("up.bias")]
     assert {name.split("block.1.")[1] for name in decoder} == {
         "layer.0.SelfAttention.o.adapter.up.bias",
         "layer.1.EncDecAttention.o.adapter.up.bias",

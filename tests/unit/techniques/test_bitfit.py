@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adapting import trainable
 from pydantic import ValidationError
-from torch import nn
 
 from tunesmith import registry
 from tunesmith.errors import RecipeError
@@ -16,10 +16,6 @@ WITHOUT = ("modernbert", "llama", "mistral", "gemma", "phi3", "t5")
 """Families without biases outside a head."""
 
 
-def learning(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def test_the_registry_knows_it_by_its_file() -> None:
     assert registry.get("technique", "bitfit") is Bitfit
 
@@ -30,10 +26,10 @@ def test_every_bias_and_the_head_learn_and_nothing_else(family: str) -> None:
     found = anatomy(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     Bitfit().apply(model, found, None)
-    assert found.always_trainable < learning(model)
-    biases = learning(model) - found.always_trainable
+    assert found.always_trainable < trainable(model)
+    biases = trainable(model) - found.always_trainable
     assert all(name.endswith("bias") and model.get_parameter(name).ndim == 1 for name in biases)
-    assert learning(model) >= {f"{path}.bias" for path in found.linears if model.get_submodule(path).bias is not None}
+    assert trainable(model) >= {f"{path}.bias" for path in found.linears if model.get_submodule(path).bias is not None}
     assert set(model.state_dict()) == set(before), "nothing is added"
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -43,14 +39,14 @@ def test_it_learns_as_many_numbers_as_the_formula_says() -> None:
     model = tiny_model("bert", CLASSIFIER)
     found = anatomy(model)
     Bitfit().apply(model, found, None)
-    numbers = sum(model.get_parameter(name).numel() for name in learning(model) - found.always_trainable)
+    numbers = sum(model.get_parameter(name).numel() for name in trainable(model) - found.always_trainable)
     assert numbers == 3 * (4 * 32 + 64 + 32 + 2 * 32) + 32 + 32
 
 
 def test_biases_of_one_projection_alone_are_enough() -> None:
     model = tiny_model("qwen2", CLASSIFIER)
     Bitfit().apply(model, anatomy(model), None)
-    learned = {name.split(".")[-2] for name in learning(model) if name != "score.weight"}
+    learned = {name.split(".")[-2] for name in trainable(model) if name != "score.weight"}
     assert learned == {"q_proj", "k_proj", "v_proj"}
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapting import trainable
 from pydantic import ValidationError
 from torch import nn
 
@@ -17,10 +18,6 @@ from tunesmith.testing import CLASSIFYING, tiny_model
 CLASSIFIER, CAUSAL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 
 
-def learning(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def test_the_registry_knows_it_by_its_file() -> None:
     assert registry.get("technique", "freeze") is Freeze
 
@@ -31,7 +28,7 @@ def test_the_head_alone_learns_by_default(family: str) -> None:
     found = anatomy(model)
     technique = Freeze()
     technique.apply(model, found, None)
-    assert technique.head_only and learning(model) == found.always_trainable
+    assert technique.head_only and trainable(model) == found.always_trainable
     assert technique.learning_rate(found) == HEAD_LEARNING_RATE
     assert technique.learning_rate(replace(found, hidden_size=1536)) == pytest.approx(HEAD_LEARNING_RATE / 4)
 
@@ -43,7 +40,7 @@ def test_the_last_blocks_learn_and_the_rest_stays_bitwise(family: str) -> None:
     count = min(2, len(found.blocks))
     technique = Freeze(last_n_blocks=count)
     technique.apply(model, found, None)
-    assert learning(model) == {n for n in found.parameters if found.depth_of(n) > len(found.blocks) - count}
+    assert trainable(model) == {n for n in found.parameters if found.depth_of(n) > len(found.blocks) - count}
     assert technique.learning_rate(found) == pytest.approx(LEARNING_RATE * 12)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -53,17 +50,17 @@ def test_the_last_blocks_learn_and_the_rest_stays_bitwise(family: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
-    assert changed <= learning(model)
+    assert changed <= trainable(model)
     assert all(any(name.startswith(block) for name in changed) for block in found.blocks[-count:])
 
 
 def test_what_follows_the_blocks_learns_with_them_but_a_tied_output_does_not() -> None:
     model = tiny_model("gpt2", CAUSAL)
     Freeze(last_n_blocks=1).apply(model, anatomy(model), None)
-    assert {name.split(".")[1] for name in learning(model)} == {"h", "ln_f"}
+    assert {name.split(".")[1] for name in trainable(model)} == {"h", "ln_f"}
     model = tiny_model("llama", CAUSAL)
     Freeze(last_n_blocks=1).apply(model, anatomy(model), None)
-    assert {"model.norm.weight", "lm_head.weight"} < learning(model)
+    assert {"model.norm.weight", "lm_head.weight"} < trainable(model)
 
 
 def test_gradual_opens_one_block_more_in_each_equal_share() -> None:
@@ -71,26 +68,26 @@ def test_gradual_opens_one_block_more_in_each_equal_share() -> None:
     found = anatomy(model)
     technique = Freeze(last_n_blocks=3, gradual=True)
     technique.apply(model, found, None)
-    all_of_them = learning(model)
+    all_of_them = trainable(model)
     opened = []
     for step in range(12):
         technique.update_trainable(model, found, step / 12)
-        assert learning(model) <= all_of_them and learning(model) >= found.always_trainable | {
+        assert trainable(model) <= all_of_them and trainable(model) >= found.always_trainable | {
             "bert.pooler.dense.weight"
         }
-        opened.append(sum(any(name.startswith(f"{block}.") for name in learning(model)) for block in found.blocks))
+        opened.append(sum(any(name.startswith(f"{block}.") for name in trainable(model)) for block in found.blocks))
     assert opened == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     technique.update_trainable(model, found, 1.0)
-    assert learning(model) == all_of_them
+    assert trainable(model) == all_of_them
 
 
 def test_without_gradual_nothing_thaws() -> None:
     model = tiny_model("bert", CLASSIFIER)
     technique = Freeze(last_n_blocks=2)
     technique.apply(model, anatomy(model), None)
-    before = learning(model)
+    before = trainable(model)
     technique.update_trainable(model, anatomy(model), 0.0)
-    assert learning(model) == before
+    assert trainable(model) == before
 
 
 def test_gradual_begins_with_a_block_where_nothing_follows_the_blocks() -> None:
@@ -99,7 +96,7 @@ def test_gradual_begins_with_a_block_where_nothing_follows_the_blocks() -> None:
     technique = Freeze(last_n_blocks=2, gradual=True)
     technique.apply(model, anatomy(model), None)
     technique.update_trainable(model, anatomy(model), 0.0)
-    assert learning(model) == {"layers.2.weight", "layers.2.bias"}
+    assert trainable(model) == {"layers.2.weight", "layers.2.bias"}
 
 
 @pytest.mark.parametrize(

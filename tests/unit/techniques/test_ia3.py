@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from adapting import trainable
 from pydantic import ValidationError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -30,10 +31,6 @@ KINDS: dict[str, dict[str, Any]] = {
 def answers(model: PreTrainedModel) -> Tensor:
     with torch.no_grad():
         return model(input_ids=TOKENS).logits
-
-
-def learning(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def shaken(family: str, technique: Ia3) -> PreTrainedModel:
@@ -61,7 +58,7 @@ def test_it_starts_as_the_base_and_merges_into_it(family: str, kind: str) -> Non
     technique.apply(started, found, None)
     assert torch.equal(answers(started), answers(base)), "factors of 1 change no bit"
     model = shaken(family, technique)
-    assert learning(model) == {n for n, _ in model.named_parameters() if n.endswith("ia3_l")} | found.always_trainable
+    assert trainable(model) == {n for n, _ in model.named_parameters() if n.endswith("ia3_l")} | found.always_trainable
     moved = answers(model)
     assert (moved - answers(base)).abs().max() > 1e-3
     technique.merge(model)

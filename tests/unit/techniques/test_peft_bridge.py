@@ -14,7 +14,7 @@ from tunesmith.techniques import Technique
 from tunesmith.testing import tiny_model, tiny_tokenizer
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of third parties, while they are imported
+    warnings.simplefilter("ignore")  # warnings of third parties at import
     pytest.importorskip("peft")
 
 

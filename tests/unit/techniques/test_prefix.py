@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapting import trainable
 from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -36,10 +37,6 @@ def prefixes(model: nn.Module) -> list[PrefixStates]:
     return [module for module in model.modules() if isinstance(module, PrefixStates)]
 
 
-def learning(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def test_the_registry_knows_it_by_its_file() -> None:
     assert registry.get("technique", "prefix") is Prefix
 
@@ -51,8 +48,8 @@ def test_keys_and_values_of_every_attention_and_the_head_learn(family: str) -> N
     found = anatomy(base)
     places = {"albert": 1, "bart": 2}.get(family, 3)
     width = 16 if family in ("llama", "qwen2", "mistral", "phi", "phi3", "gemma") else 32  # two of four heads have keys
-    learned = learning(model) - found.always_trainable
-    assert len(learned) == places and learning(model) == learned | found.always_trainable
+    learned = trainable(model) - found.always_trainable
+    assert len(learned) == places and trainable(model) == learned | found.always_trainable
     assert sum(model.get_parameter(name).numel() for name in learned) == places * 2 * N * width
     assert all(name.endswith(".prefix.states") for name in learned)
     assert all(".decoder." in name and "EncDec" not in name for name in learned) or family not in ("t5", "bart")
@@ -76,7 +73,7 @@ def test_reparameterised_they_are_made_of_what_all_modules_share() -> None:
     model, base = prefixed("bert", keys={"reparameterize": 16})
     shared, made = prefixes(model)[0].shared, prefixes(model)[1]()
     assert shared is not None and all(prefix.shared is shared for prefix in prefixes(model))
-    learned = learning(model) - anatomy(base).always_trainable
+    learned = trainable(model) - anatomy(base).always_trainable
     numbers = sum(model.get_parameter(name).numel() for name in learned)
     assert numbers == N * 32 + (32 * 16 + 16) + 3 * (16 * 64 + 64)
     up = prefixes(model)[1].up

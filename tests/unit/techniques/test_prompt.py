@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from adapting import trainable
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunesmith import registry
@@ -37,10 +38,6 @@ def vectors(model: Any) -> Tensor:
     return found
 
 
-def learning(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def test_the_registry_knows_it_by_its_file() -> None:
     assert registry.get("technique", "prompt") is Prompt
 
@@ -49,8 +46,8 @@ def test_the_registry_knows_it_by_its_file() -> None:
 def test_n_vectors_and_the_head_learn(family: str) -> None:
     model, base = prompted(family)
     found = anatomy(base)
-    (prompt,) = learning(model) - found.always_trainable
-    assert learning(model) == {prompt} | found.always_trainable
+    (prompt,) = trainable(model) - found.always_trainable
+    assert trainable(model) == {prompt} | found.always_trainable
     width = base.get_input_embeddings().weight.shape[1]
     assert model.get_parameter(prompt).shape == (N, width) and width == (16 if family in ("albert", "electra") else 32)
     assert set(dict(model.named_parameters())) - set(dict(base.named_parameters())) == {prompt}

@@ -1,4 +1,4 @@
-"""A run whose texts change in each epoch: the same again and after a resume, another without; refused by line."""
+"""Runs with augmentation in each epoch: reproducible, equal after a resume, and errors with their key."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def test_epochs_differ_runs_do_not_and_a_resume_goes_on_bit_for_bit(recipe_of: A
         ("[{name: word-drop}]", "data.augment: unknown name 'word-drop'; did you mean 'word-dropout'"),
         ("[{name: typos, probability: 0}]", "data.augment: must be above 0"),
         ("[{name: typos, chance: 0.1}]", "data.augment: unknown key 'chance'"),
-        ("[{name: synonyms}]", "synonyms needs file; e.g."),
-        ("[{name: back-translation}]", "back-translation needs runs; e.g. {name: back-translation, runs: [runs/en-de"),
-        ("[{name: typos, file: x.txt}]", "typos has no key file; e.g."),
+        ("[{name: synonyms}]", "synonyms needs file; "),
+        ("[{name: back-translation}]", "back-translation needs runs; .*runs: [runs/en-de"),
+        ("[{name: typos, file: x.txt}]", "typos .*no key file; "),
         ("typos", "data.augment: must be a list"),
     ),
 )

@@ -1,4 +1,4 @@
-"""Scores and answers that do not depend on how the examples were cut into batches."""
+"""Scores and predictions do not depend on the batch size."""
 
 from __future__ import annotations
 
@@ -143,13 +143,13 @@ def test_out_of_memory_cuts_the_batch(trial: Case, monkeypatch: pytest.MonkeyPat
 
 def test_one_example_that_does_not_fit_ends_with_advice(trial: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     _fits(0, monkeypatch)
-    with pytest.raises(ResourceError, match=r"one example at a time does not fit.*data\.max_length") as refused:
+    with pytest.raises(ResourceError, match=r"one example .*; .*data\.max_length") as refused:
         evaluate.scores(trial.model, trial.bound, trial.encoded, CPU)
     assert refused.value.exit_code == 4
 
 
 class Repeats:
-    """Writes how many tokens it read."""
+    """Generator that writes the number of its input tokens."""
 
     def generate(self, model: nn.Module, batch: Batch) -> list[str]:
         return [str(length) for length in batch.ragged("input_ids").lengths.tolist()]
@@ -162,7 +162,7 @@ class Repeats:
 
 
 class Repeating(BoundTextClassification):
-    """Classifies, and answers by texts."""
+    """Classifier that also generates texts."""
 
     def predict(self, model: nn.Module, batch: Batch, outputs: Tensor | None = None) -> list[dict[str, Any]]:
         assert self.generator is not None and torch.is_inference_mode_enabled()

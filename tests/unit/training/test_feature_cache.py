@@ -1,4 +1,4 @@
-"""States that stand in for frozen blocks change no loss, and are computed once."""
+"""Cached features of frozen blocks change no loss, and are computed once."""
 
 from __future__ import annotations
 

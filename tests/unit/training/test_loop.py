@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from messages import has_parts
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
@@ -51,7 +52,7 @@ def _trial(folder: Path, technique: Any = "full", family: str = "bert", task: An
 
 
 def _run(trial: Case, *, micro: int = 8, start: int = 0, stop: int = 4, batch: int = 8, **changes: Any) -> Any:
-    """(engine, steps) of a copy of the model at a constant rate."""
+    """Train a copy of the model at a constant rate; return its engine and steps."""
     engine = replace(trial.engine(copy.deepcopy(trial.model), micro), **{"max_grad_norm": None, **changes})
     return engine, list(loop.steps(engine, Batches(trial.encoded, batch, 0), lambda _: 1.0, start=start, total=stop))
 
@@ -68,7 +69,7 @@ def _same(ours: nn.Module, theirs: nn.Module, atol: float = 0.0) -> bool:
 
 
 def _pairs() -> list[Any]:
-    """Every family with every kind; each of both once in `make test`."""
+    """Return every family with every kind; all but one case of each are marked slow."""
     every = [(row, family, column, kind) for row, family in enumerate(FAMILIES) for column, kind in enumerate(KINDS)]
     return [pytest.param(f, k, id=f"{f}-{k}", marks=() if row == at else pytest.mark.slow) for row, f, at, k in every]
 
@@ -99,7 +100,7 @@ def test_the_last_smaller_step_of_an_epoch_is_a_mean_too(tmp_path: Path) -> None
 
 
 def test_a_step_is_that_of_plain_pytorch(tmp_path: Path) -> None:
-    """One step of gradient descent on transformers' own loss of the same eight rows."""
+    """The reference is one step of gradient descent on transformers' loss of the same eight rows."""
     trial = _trial(tmp_path)
     plain = copy.deepcopy(trial.model)
     batch = collate(trial.encoded, Batches(trial.encoded, 8, 0).indices(0))
@@ -138,7 +139,7 @@ def test_clipping(limit: float | None, tmp_path: Path) -> None:
 
 
 def _spoil(where: str, value: float, trial: Case, monkeypatch: pytest.MonkeyPatch, at: int = 3) -> None:
-    """Let `value` turn up in the loss, in one gradient, or in the input of the at-th step (one pass each)."""
+    """Put `value` into the loss, one gradient, or the input of the at-th step (one pass each)."""
     own, count = BoundTextClassification.loss, [0]
 
     def loss(self: Any, model: Any, *rest: Any) -> Tensor:
@@ -211,7 +212,7 @@ class Boom(torch.autograd.Function):
 
 
 def _run_out(where: str, most: int, error: Callable[[], BaseException], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let memory run out wherever more than `most` examples are at work; the sizes that were tried."""
+    """Raise `error` for more than `most` examples at a time; the returned list collects the sizes tried."""
     own, own_step, tried = BoundTextClassification.loss, torch.optim.SGD.step, []
 
     def loss(self: Any, model: Any, batch: Batch, *rest: Any) -> Tensor:
@@ -244,7 +245,7 @@ def test_out_of_memory_repeats_the_same_step_in_smaller_pieces(
     assert [step.loss for step in steps] == pytest.approx([step.loss for step in expected], abs=1e-6)
     assert [step.examples for step in steps] == [8, 8, 8, 8] and engine.limits.max_examples == most
     assert len(said) == int(math.log2(8 / most))
-    assert said[-1] == f"out of memory: continuing with micro_batch_size {most}, same batch_size"
+    assert has_parts(said[-1], "out of memory: ", f"micro_batch_size {most},")
 
 
 @pytest.mark.parametrize("kind", GONE)
@@ -268,10 +269,10 @@ def test_where_one_example_does_not_fit_it_ends_with_advice(
     trial, said = _trial(tmp_path), list[str]()
     engine = replace(trial.engine(copy.deepcopy(trial.model)), say=said.append)
     _run_out(where, 0, GONE["cuda"], monkeypatch)
-    with pytest.raises(ResourceError, match=r"one example at a time does not fit.*max_length.*lora") as refused:
+    with pytest.raises(ResourceError, match=r"one example .*; .*max_length.*lora") as refused:
         list(loop.steps(engine, Batches(trial.encoded, 8, 0), lambda _: 1.0, total=1))
     assert refused.value.exit_code == 4 and _same(engine.model, trial.model), "no weight has moved"
-    assert said[-1] == "out of memory: continuing with gradient checkpointing"
+    assert has_parts(said[-1], "out of memory: ", "gradient checkpointing")
 
 
 def test_gradient_checkpointing_changes_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +368,7 @@ def test_modes_follow_what_is_thawed(tmp_path: Path) -> None:
 
 
 class Normed(BertForSequenceClassification):
-    """A head behind a BatchNorm, whose statistics are no parameters."""
+    """A head after a BatchNorm, whose statistics are buffers."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -399,7 +400,7 @@ def test_a_resumed_step_draws_the_same_dropout(tmp_path: Path) -> None:
     losses = []
     for start in range(4):
         torch.manual_seed(start)
-        torch.rand(1000), np.random.rand(3)  # whatever an evaluation draws in between
+        torch.rand(1000), np.random.rand(3)  # random numbers drawn by an evaluation in between
         batches = Batches(trial.encoded, 8, 0)
         losses += [step.loss for step in loop.steps(engine, batches, lambda _: 1.0, start=start, total=start + 1)]
     assert losses == [step.loss for step in steps] and _same(engine.model, whole.model)

@@ -1,4 +1,4 @@
-"""Device and number format by the recipe's words, what fits at once, and what is kept in which format."""
+"""Device, precision and micro-batch size by the recipe, and the dtype of weights and states."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_only_a_cpu_emulates_bf16(device: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_fp16_does_not_train_on_a_cpu() -> None:
-    with pytest.raises(RecipeError, match=r"train\.precision: fp16 cannot be trained on a CPU; use bf16, fp32 or auto"):
+    with pytest.raises(RecipeError, match=r"train\.precision: fp16 .*CPU; .*bf16, fp32 or auto"):
         machine.find("cpu", "fp16")
 
 
@@ -91,9 +91,7 @@ def _gpus(monkeypatch: pytest.MonkeyPatch, count: int, capability: tuple[int, in
 @pytest.mark.parametrize(("device", "gpus"), (("cuda", 0), ("cuda:0", 0), ("cuda:2", 2), ("mps", 1), ("cpu:3", 0)))
 def test_a_device_that_is_not_there(device: str, gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _gpus(monkeypatch, gpus)
-    with pytest.raises(
-        ResourceError, match=rf"train\.device: this machine has no {device}.* use auto or cpu"
-    ) as refused:
+    with pytest.raises(ResourceError, match=rf"train\.device: .*no {device}\b.*; .*auto or cpu") as refused:
         machine.find(device)
     assert refused.value.exit_code == 4
 
@@ -114,7 +112,7 @@ def test_each_process_has_its_own_gpu(device: str, monkeypatch: pytest.MonkeyPat
     assert machine.find(device, "fp32").device == torch.device("cuda:1")
     assert machine.find("cuda:0", "fp32").device == torch.device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ResourceError, match="this machine has no cuda:2"):
+    with pytest.raises(ResourceError, match="no cuda:2"):
         machine.find(device)
     monkeypatch.setenv("LOCAL_RANK", "x")
     with pytest.raises(RecipeError, match="LOCAL_RANK=x"):
@@ -124,7 +122,7 @@ def test_each_process_has_its_own_gpu(device: str, monkeypatch: pytest.MonkeyPat
 def test_an_old_gpu_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     _gpus(monkeypatch, 1, (7, 5))
     assert machine.find("cuda").precision == "fp32" and machine.find("cuda", "fp16").precision == "fp16"
-    with pytest.raises(RecipeError, match=r"train\.precision: this GPU has no bf16"):
+    with pytest.raises(RecipeError, match=r"train\.precision: .*GPU .*bf16; "):
         machine.find("cuda", "bf16")
 
 

@@ -1,4 +1,4 @@
-"""Which parameter learns how fast, the schedule's values, and a state that goes to disk and back."""
+"""Learning rates by parameter group, schedules, and a state that round-trips through disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _rates(trial: Case) -> dict[str, float]:
 
 
 def _learn(model: nn.Module, optimizer: torch.optim.Optimizer, start: int = 0, stop: int = 5) -> None:
-    """Steps on gradients that depend on the step and on the weights alone."""
+    """Take steps with gradients that depend only on the step and the weights."""
     for step in range(start, stop):
         for index, parameter in enumerate(model.parameters()):
             if parameter.requires_grad:
@@ -148,7 +148,7 @@ def test_the_state_goes_there_and_back(technique: Any, kind: str, tmp_path: Path
     assert state.keys() == {f"{one}/{name}" for one in kinds for name in learns}
     other.model.load_state_dict(trial.model.state_dict())
     again = _build(other)
-    _learn(other.model, again, stop=1)  # what was there before is forgotten
+    _learn(other.model, again, stop=1)  # replaces the earlier state
     other.model.load_state_dict(trial.model.state_dict())
     kept = {key: value.clone() for key, value in state.items()}
     optimizer.load_state_tensors(again, other.model, kept)
@@ -158,7 +158,7 @@ def test_the_state_goes_there_and_back(technique: Any, kind: str, tmp_path: Path
 
 
 def test_the_state_is_there_before_the_first_step(tmp_path: Path) -> None:
-    """So that memory which does not suffice for it is missed before a weight has moved."""
+    """A lack of memory for the state then shows before any weight has changed."""
     trial = _trial(tmp_path)
     before = optimizer.state_tensors(_build(trial), trial.model)
     built = _build(trial)
@@ -243,7 +243,7 @@ def test_momenta_are_those_of_the_whole_table_wherever_they_stand(
     sparse_embeddings(models[0])
     ours, plain = (optimizer.build(one, trial.anatomy, trial.technique, trial.recipe.train) for one in models)
     count = models[0].get_input_embeddings().weight.shape[0]
-    for step, share in enumerate((0.1, 0.2, 0.1, 0.9, 0.1)):  # from the fourth on most rows have been looked up
+    for step, share in enumerate((0.1, 0.2, 0.1, 0.9, 0.1)):  # most rows have been looked up from the fourth step on
         torch.manual_seed(step)
         ids = torch.randperm(count)[: int(share * count)][None, :64]
         for model, own in zip(models, (ours, plain), strict=True):
@@ -260,6 +260,6 @@ def test_momenta_are_those_of_the_whole_table_wherever_they_stand(
             assert torch.dist(found[name], expected[name]) <= 1e-5 * expected[name].norm() > 0, (step, name)
         again = optimizer.build(models[0], trial.anatomy, trial.technique, trial.recipe.train)
         optimizer.load_state_tensors(again, models[0], found)
-        optimizer.load_state_tensors(ours, models[0], found)  # into one that has stepped, too
+        optimizer.load_state_tensors(ours, models[0], found)  # also into an optimizer that has taken steps
         for name, tensor in optimizer.state_tensors(again, models[0]).items():
             assert torch.equal(tensor, found[name])

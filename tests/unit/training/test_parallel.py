@@ -42,7 +42,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 def _recipe(job: dict[str, Any], build: Any, output: Path) -> Recipe:
     settings = [f"train.{name}={job[name]}" for name in ("optimizer", "batch_size")]
     settings += ["train.epochs=null", "train.max_steps=12", "data.class_weights=balanced"]
-    settings += [f"data.augment={job.get('augment', 'null')}"]  # 12 steps go on into a second epoch
+    settings += [f"data.augment={job.get('augment', 'null')}"]  # 12 steps reach the second epoch
     recipe: Recipe = build(*settings, technique=job["technique"], output=str(output))
     return recipe
 

@@ -1,4 +1,4 @@
-"""Documents become blocks: every token once, in order, words told apart in each kind of writing."""
+"""Documents become blocks: every token once, in order, with word boundaries in each script."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _dressed(tokenizer: Tokenizer, **names: str) -> PreTrainedTokenizerFast:
 def _bert_zh() -> PreTrainedTokenizerFast:
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"今天气很好我们去北京大学,b", "##c"]
     tokenizer = Tokenizer(WordPiece({token: n for n, token in enumerate(pieces)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()  # puts blanks around Chinese characters
+    tokenizer.normalizer = normalizers.BertNormalizer()  # adds spaces around Chinese characters
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     names = {"unk": "[UNK]", "pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
     return _dressed(tokenizer, **{f"{name}_token": token for name, token in names.items()})

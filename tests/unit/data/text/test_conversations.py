@@ -1,4 +1,4 @@
-"""Conversations from every layout, through every format, and what is wrong with one (A7: chats and instructions)."""
+"""Conversations in every layout and format, and their errors (A7: chats and instructions)."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _parquet(path: Path, row: dict[str, Any]) -> None:
 
 
 def _csv(path: Path, row: dict[str, Any]) -> None:
-    """Lists as JSON in a cell."""
+    """Lists are JSON in a cell."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(row)
@@ -213,7 +213,7 @@ def test_a_file_without_any_such_column_is_refused_at_its_header(tmp_path: Path)
     path = tmp_path / "chats.csv"
     path.write_text("id,promt,anwser\n1,Is it?,It is.\n")
     with pytest.raises(
-        DataError, match=r"no column for text or messages or prompt .*among: id, promt, anwser"
+        DataError, match=r"chats.csv:1: no column for text or messages or prompt .*id, promt, anwser"
     ) as caught:
         _table(path)
     assert "data.columns.prompt=promt data.columns.answer=anwser" in str(caught.value)
@@ -225,5 +225,5 @@ def test_a_file_without_any_such_column_is_refused_at_its_header(tmp_path: Path)
 
 
 def test_a_row_without_conversation_or_text() -> None:
-    with pytest.raises(DataError, match="x:1: neither messages, nor prompt and answer, nor text"):
+    with pytest.raises(DataError, match="x:1: .*messages.*prompt.*text"):
         TASK.parse_target(Row("x:1", {"system": "Be short."}))

@@ -1,4 +1,4 @@
-"""Near duplicates: what shares bands, and what is alike in truth."""
+"""Near duplicates: candidates by LSH bands, and the true similarity."""
 
 from __future__ import annotations
 

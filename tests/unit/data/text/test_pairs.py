@@ -1,4 +1,4 @@
-"""Pairs that are no translations are found without a word of either language being known."""
+"""Pairs that are not translations are found without a dictionary of either language."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What identifies a person is told by its form and its checksum, is shown masked, and is looked for in linear time."""
+"""Personal data is found by pattern and checksum in linear time, and shown masked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tags and spans of characters as people write them, and what is wrong with them."""
+"""Tags and character spans in common spellings, and their errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schemes are recognised, and what is wrong in one is found; every planted fault, and nothing else."""
+"""Tagging schemes are recognized; exactly the planted errors are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts as tokens: what is cut is counted and said, windows lose nothing, pairs are dressed as the tokenizer does."""
+"""Texts as tokens: truncation is counted and reported, windows lose nothing, pairs follow the tokenizer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LONG = [
     " ".join(WORDS[(start + step) % len(WORDS)] for step in range(length))
     for start, length in enumerate((3, 14, 15, 40))
 ]
-"""Of 5, 16, 17 and 42 tokens with the two special ones."""
+"""Texts of 5, 16, 17 and 42 tokens, special tokens included."""
 
 
 def _rows(texts: Sequence[str | tuple[str, str]]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Texts split into words, words into sub-words and windows: no word is lost, each has one place."""
+"""Words split into sub-words and windows: no word is lost, and each is predicted in one window."""
 
 from __future__ import annotations
 
@@ -120,14 +120,14 @@ def test_each_word_is_answered_once_where_it_stands(length: int, max_length: int
     assert sum(fields["windows"]) == len(ids) and max(fields["windows"]) <= max_length
     starts = np.cumsum([0, *fields["windows"]])
     assert (ids[starts[:-1]] == tokenizer.cls_token_id).all() and (ids[starts[1:] - 1] == tokenizer.sep_token_id).all()
-    if len(fields["windows"]) > 1 and max_length == 64:  # a word that stands in two windows is seen from both sides
+    if len(fields["windows"]) > 1 and max_length == 64:  # each word has context in its window
         edges = {int(edge) for edge in starts[1:-1]}
         nearest = min(abs(place - edge) for place in fields["first"] for edge in edges)
         assert nearest > 3
 
 
 def _pieces() -> PreTrainedTokenizerFast:
-    """Words of single letters."""
+    """Every word is a single letter."""
     names = {"unk": "[UNK]", "pad": "[PAD]"}
     vocabulary = {token: n for n, token in enumerate(("[PAD]", "[UNK]", *"abc", *(f"##{one}" for one in "abc")))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))

@@ -24,7 +24,7 @@ def _layout(lengths: list[int], may_see: Any) -> Layout:
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, layout: Layout, width: int, causal: bool, prefix: Tensor | None) -> Tensor:
-    """One text after the other by PyTorch's own attention."""
+    """Compute PyTorch's attention one text at a time."""
     out = torch.zeros_like(q)
     for start, length in zip(layout.starts[:-1], layout.lengths, strict=True):
         own = slice(int(start), int(start + length))
@@ -101,7 +101,7 @@ def test_nobody_asks() -> None:
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, most: int, longest: int, **how: Any
 ) -> Tensor:
-    """What PyTorch says of its `varlen_attn`, which runs on GPUs alone."""
+    """The documented semantics of PyTorch's `varlen_attn`, which runs only on GPUs."""
     assert q_ends.dtype == torch.int32 and torch.equal(q_ends, k_ends) and most == longest
     assert q_ends.diff().max() <= longest and q.shape == k.shape == v.shape
     assert how["window_size"] in ((-1, -1), (-1, 0))

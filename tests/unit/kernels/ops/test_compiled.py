@@ -1,4 +1,4 @@
-"""What a GPU compiles, traced on this machine: one graph for any number of tokens, with the same answers."""
+"""Compiled ops, traced on the CPU: one graph for any number of tokens, with equal outputs."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ WAYS = (_glu, _add_norm, _add_rms_norm, _rms_norm, _rope)
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """This machine as a GPU with a compiler; the names of the formulas that were compiled."""
+    """Compile on this machine as on a GPU; the list collects the names of the compiled functions."""
     seen: list[str] = []
-    compiled: Callable[..., Any] = module._compiled.__wrapped__  # not kept from test to test
+    compiled: Callable[..., Any] = module._compiled.__wrapped__  # without its cache
 
     def note(formula: Callable[..., Any], backend: str) -> Callable[..., Any]:
         seen.append(formula.__name__)

@@ -41,7 +41,7 @@ def _drawn(shape: tuple[int, int, int], dtype: torch.dtype, *, biased: bool) -> 
 
 
 def _all(form: Any, given: tuple[Any, ...], learn: tuple[bool, bool, bool], **keys: Any) -> list[Tensor | None]:
-    """The loss and the gradients of states, weight and bias, of a third of the loss."""
+    """Return the loss, and the gradients of a third of it for states, weight and bias."""
     *tensors, labels = given
     tensors = [None if t is None else t.clone().requires_grad_(on) for t, on in zip(tensors, learn, strict=True)]
     loss = form(*tensors, labels, **keys)

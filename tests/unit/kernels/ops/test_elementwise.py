@@ -26,7 +26,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_formula(shape: tuple[int, 
 
 
 def _same(ours: tuple[Tensor, Tensor], plain: tuple[Tensor, Tensor], read: tuple[bool, bool], of: list[Tensor]) -> None:
-    """Sum and norm are the same, and the gradients of a loss that reads one of them or both."""
+    """Sum and norm are equal, and so are the gradients of a loss of one of them or both."""
     for one, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
     losses = [

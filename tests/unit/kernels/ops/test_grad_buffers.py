@@ -55,7 +55,7 @@ def test_a_changed_weight_is_cast_anew_and_what_needs_the_old_one_says_so() -> N
         )
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             old.sum().backward()
-        linear.weight.data.zero_()  # which counts no version
+        linear.weight.data.zero_()  # does not increase the version counter
         assert apply_linears(x, linear, buffers=buffers)[0].eq(0).all()
 
 

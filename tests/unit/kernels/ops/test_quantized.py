@@ -1,4 +1,4 @@
-"""A packed weight multiplies as what it decodes to, in any format, forward and backward, and takes a few bits."""
+"""A packed weight multiplies like its decoded values in any dtype, forward and backward, at a few bits per value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tunesmith.kernels.ops.quantized import Bits, QuantizedLinear, QuantizedWeig
 
 BITS: tuple[Bits, ...] = (4, 8)
 ROUNDING = {4: 0.12, 8: 0.01}
-"""Of a random weight: how far it is from itself, relatively."""
+"""Relative quantization error of a random weight, by bits."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Numbers of distances are those of the pairs, and learn as these do."""
+"""Biases by distance equal biases by pair, and so do their gradients."""
 
 from __future__ import annotations
 

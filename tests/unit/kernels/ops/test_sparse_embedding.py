@@ -28,7 +28,7 @@ def test_gradients_are_those_of_pytorch(padding_idx: int | None) -> None:
     plain = nn.Embedding(12, 4, padding_idx=padding_idx)
     ours = copy.deepcopy(plain)
     _use_sparse_gradients(ours)
-    for step in range(4):  # rows of a step before must not linger
+    for step in range(4):  # rows of an earlier step must not remain
         for _ in range(2):  # two micro-batches add up
             ids = torch.randint(0, 12, (3, 2))
             scale = torch.randn(3, 2, 4)
