@@ -1,4 +1,4 @@
-# One command each: demo, test, test-all, check, bench, schema, clean. Everything lives in .venv.
+# One command each: demo, test, test-all, check, bench, clean. Everything lives in .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin

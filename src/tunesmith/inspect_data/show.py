@@ -66,7 +66,7 @@ def show(
     """
     recipe, guess, spec, _ = resolve_target(target, overrides, model, stage)
     if spec is None:
-        raise RecipeError("no model, whose tokenizer is needed", hint="set --model NAME, or give a recipe")
+        raise RecipeError("model: missing; data show needs its tokenizer", hint="set --model NAME, or give a recipe")
     data, named, _ = find_files(recipe.data, recipe.task, guess=guess)
     guessed = guess_task(recipe.task, next(iter(named.values())), data)[0] if guess else None
     read = dataset.read(guessed or recipe.task, data, recipe.train.seed)

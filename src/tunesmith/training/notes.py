@@ -44,13 +44,13 @@ def labels_like_missing(targets: Iterable[Any]) -> list[str]:
 
 def repeated_texts(count: int, conflicting: int, rows: int) -> str:
     """Return the note on rows whose text occurs in an earlier row; `conflicting` texts have different labels."""
-    note = f"{count} of {rows} train rows repeat the text of an earlier row"
+    note = f"{count:,} of {rows:,} train rows repeat the text of an earlier row"
     return f"{note}; {conflicting} of these texts have different labels" if conflicting else note
 
 
 def duplicates_of_train(name: str, count: int, rows: int, drawn_by: str | None) -> str:
     """Return the note on rows of a split that are also in train; `drawn_by`: the group column if drawn from train."""
-    note = f"{count} of {rows} {name} rows are duplicate rows of train; scores will be optimistic"
+    note = f"{count:,} of {rows:,} {name} rows are duplicate rows of train; scores will be optimistic"
     if drawn_by is None:
         return f"{note}; remove them from one of the files, or set data.{name}=0.1 to draw rows that train lacks"
     return f"{note}; nearly all groups of {drawn_by} share texts: remove duplicates (`tunesmith data check` lists them)"
