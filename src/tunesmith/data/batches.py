@@ -1,7 +1,7 @@
-"""Ragged batches in a global order that depends on (seed, epoch, index) alone, and their split into micro-batches.
+"""Ragged batches in a global order that depends only on seed, epoch and number of examples, and their micro-batches.
 
 Batches are uniformly random. Inside one optimizer step, examples are sorted by length before they are split into
-micro-batches. This saves padding and leaves the gradient unchanged: losses are sums over the step's normalizers.
+micro-batches. This saves padding and leaves the gradient unchanged: losses are sums divided by normalizers of the step.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def collate(encoded: Encoded, indices: NDArray[np.int64]) -> Batch:
 class Limits:
     """Limits of one micro-batch, in the cost units of the task (tokens, pixels).
 
-    `overhead` is the cost of one more forward and backward pass, in padded units.
+    `overhead` is the cost of one more forward and backward pass, in units of `max_cost`.
     """
 
     max_examples: int
@@ -146,7 +146,7 @@ class Batches:
         return order[within * self.batch_size : (within + 1) * self.batch_size]
 
     def micro_batches(self, step: int, limits: Limits) -> list[NDArray[np.int64]]:
-        """Return this process's share of a step, split within the limits so that padding is minimal."""
+        """Return this process's share of a step, split within the limits at least cost (padding and passes)."""
         share = self.indices(step)[self.rank :: self.world]
         costs = self.examples(step).costs[share]
         order = np.argsort(costs, kind="stable")

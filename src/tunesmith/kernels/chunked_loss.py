@@ -126,6 +126,7 @@ def logits_at(model: Any, inputs: dict[str, Any], row: Tensor, position: Tensor)
 
 
 def _reading_only(model: Any, row: Tensor, position: Tensor) -> AbstractContextManager[None]:
+    """Let the last block compute only these positions, if it has a fast path for that."""
     last_block = fast_path(model).last_block
     return nullcontext() if last_block is None else last_block.only(row, position)
 

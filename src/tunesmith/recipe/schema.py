@@ -95,7 +95,7 @@ class Train(Keys):
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of splits, new weights, data order and dropout")
     evaluate_every: Count | Literal["epoch"] = Field("epoch", description="evaluation interval in steps, or epoch")
     save_every: Count | Literal["epoch"] = Field("epoch", description="checkpoint interval in steps, or epoch")
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept in addition to the best and the last")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept; the best is kept as well")
     metric: str | None = Field(
         None, description="metric that selects the best checkpoint (ties: lower loss); default: the task's"
     )

@@ -27,7 +27,7 @@ STAGES = "stages.yaml"
 """File in the folder of a recipe with stages."""
 
 SAMPLES = 5
-"""Number of rows in the card with answers before and after training."""
+"""Number of rows that the card shows, with the answers before and after training."""
 
 LIBRARIES = ("tunesmith", "torch", "transformers", "safetensors", "tokenizers", "numpy")
 
@@ -44,7 +44,7 @@ RESULT = (
 
 
 def result_in(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the result in the content of a finished run's `run.json`."""
+    """Extract the result from a finished run's `run.json`."""
     return {key: value for key, value in about.items() if key in RESULT or key.endswith("_per_second")}
 
 
@@ -169,7 +169,7 @@ def samples(prepared: Prepared, state: TrainState, answers: list[Answer]) -> lis
 
 
 def write_predictions(prepared: Prepared, answers: list[dict[str, Any]], folder: Path) -> None:
-    """Write every row of the test split with its prediction."""
+    """Write every answered row of the test split with its prediction."""
     answered = zip(prepared.examples.splits["test"].rows(), answers, strict=True)
     predictions = (
         {"row": row.place, **row.values, "prediction": prepared.bound.postprocess(answer, row)}

@@ -42,7 +42,7 @@ class Signals:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only set `requested` inside the `with` block, which checks it; raise `Stopped` at its end if it is set."""
+        """Defer signals: in the `with` block they only set `requested`; at its end raise `Stopped` if it is set."""
         self._deferred = True
         try:
             yield

@@ -72,7 +72,7 @@ class TextClassification(Task):
         "auto", description="one class per text, several labels, or a number; auto: inferred from the data"
     )
     classes: Annotated[list[str] | None, BeforeValidator(_spelled_as_labels)] = Field(
-        None, description="class names in the order of the outputs; default: from train"
+        None, description="class names in the order of the outputs; default: from the training labels"
     )
     windows: int | None = Field(
         None, ge=2, description="maximum windows of a long text, whose logits are averaged; null: texts are truncated"
@@ -195,9 +195,7 @@ class BoundTextClassification(BoundTask):
         """Return the number of tokens of each text, and the limit of all windows."""
         texts = [[str(row.values[name]) for name in ("text", "text_pair") if name in row.values] for row in rows]
         sizes, unknown = inspect_texts(texts, self.processor)
-        specials: int = self.processor.num_special_tokens_to_add(
-            pair=False
-        )  # one set per window; sizes count one set per text
+        specials: int = self.processor.num_special_tokens_to_add(pair=False)  # per window; sizes count them per text
         assert self.data.max_length is not None, "data check sets max_length"
         limit = specials + (self.task.windows or 1) * (self.data.max_length - specials)
         return Inspection(sizes, unknown, limit, "data.max_length or task.windows")

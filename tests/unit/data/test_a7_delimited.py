@@ -14,9 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from messages import has_parts
 
-from tunesmith.data.columns import inputs_of
-from tunesmith.data.formats import Row, raw, read_table
-from tunesmith.errors import DataError
+from tunesmith.data.formats import raw, read_table
 from tunesmith.tasks.text_classification import TextClassification
 from tunesmith.training.dataset import Examples
 
@@ -375,10 +373,3 @@ def test_columns_are_named_by_number_with_and_without_a_header(read: Read, tmp_p
         table = read_table(tmp_path / "a.csv", task.columns, named=named)
         assert [(row.values["text"], row.values["label"]) for row in table] == ROWS * 3
         assert (table.note is None) == (header != "a,b")  # 'a,b' could be a row
-
-
-def test_a_quoted_empty_field_is_a_row_and_a_blank_line_is_none(tmp_path: Path) -> None:
-    (path := tmp_path / "texts.csv").write_text('text\nfirst\n""\n\n   \nlast\n', encoding="utf-8")
-    first, empty, last = read_table(path, inputs_of(TextClassification().columns)).rows_or_errors()
-    assert isinstance(first, Row) and isinstance(last, Row) and last.values["text"] == "last"
-    assert isinstance(empty, DataError) and empty.where.endswith("texts.csv:3") and "empty" in empty.what

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 
@@ -129,7 +130,8 @@ def _missing(
         what = f"no header, and the values do not show which column is {_joined_names(missing, roles)}: {listed}"
         hint += ", counted from 0"
     elif any(near.values()):
-        hint = "did you mean " + " ".join(f"data.columns.{role}={name or 'NAME'}" for role, name in near.items()) + "?"
+        words = (shlex.quote(f"data.columns.{role}={name or 'NAME'}") for role, name in near.items())
+        hint = f"did you mean {' '.join(words)}?"
     return DataError(what, where=where, hint=hint)
 
 

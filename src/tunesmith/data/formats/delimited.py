@@ -234,7 +234,7 @@ class _RecordLines:
 
 
 def _records(path: Path, dialect: _Dialect) -> Iterator[tuple[int, list[str]] | BadRow]:
-    """Yield (first line, fields) of each record, or a bad row; blank lines are skipped, but not a lone `""`."""
+    """Yield (first line, fields) of each record, or a bad row; blank lines are skipped."""
     with open_text(path) as file:
         feed = _RecordLines(file)
         reader = dialect.reader(feed)
@@ -249,5 +249,5 @@ def _records(path: Path, dialect: _Dialect) -> Iterator[tuple[int, list[str]] | 
                 continue
             if (bad := feed.fault()) is not None:
                 yield bad
-            elif len(row) > 1 or (row and (row[0].strip() or not row[0])):  # a blank line has no field, or spaces
+            elif len(row) > 1 or (row and row[0].strip()):
                 yield feed.line(), row
