@@ -363,8 +363,8 @@ def _finish(run: Run) -> dict[str, Any]:
         if "test" in prepared.examples.splits and prepared.bound.rows_are_examples and any(answers):
             record.write_predictions(prepared, answers, folder)
         record.write_run(folder, prepared, state, {"outcome": "done", **result, "samples": samples})
-        card.write(folder, prepared.recipe)
-        report.write(folder, prepared.recipe)
+        card.write(folder, tuned.recipe)
+        report.write(folder, tuned.recipe)
     parallel.barrier()
     messages.conclude(run, metrics)
     return result

@@ -54,6 +54,15 @@ def test_a_resume_keeps_the_command_that_began_the_run(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"] == "done", "a power cut has spoilt it"
 
 
+def test_the_card_of_a_moved_run_has_the_recipe_of_its_folder(recipe_of: Any, tmp_path: Path) -> None:
+    tunesmith.train(recipe_of("train.max_steps=1", "train.epochs=null"))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    tunesmith.train(resume=tmp_path / "moved")
+    written = (tmp_path / "moved" / "recipe.yaml").read_text()
+    assert f"output: {tmp_path}/moved\n" in written
+    assert f"```yaml\n{written}```\n" in (tmp_path / "moved" / "README.md").read_text()
+
+
 REFUSED = {
     "no data": {"data": {"train": "none.csv"}},
     "no model": {"model": "./none"},
