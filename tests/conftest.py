@@ -16,8 +16,9 @@ from tunesmith.testing import sample_row, tiny_model, tiny_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as in an activated environment
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background, or by nohup
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # started by nohup
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 

@@ -5,21 +5,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 
 from tunesmith.run.signals import SIGNALS, Signals, Stopped
 
 FIRST = "import os, signal\nfrom tunesmith.run.signals import Signals\nwith Signals() as signals:\n"
-
-
-@pytest.fixture(autouse=True)
-def not_under_nohup() -> Iterator[None]:
-    """Restore the default handling of SIGHUP, which nohup ignores."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
