@@ -380,7 +380,7 @@ def predict(
     lines = _answer_lines(tuned, rows, answers, as_json or output is not None)
     if output is not None:
         atomic_write(output, "".join(f"{line}\n" for line in lines))
-        console.say(f"wrote {counted(len(answers), 'prediction')} to {output}")
+        console.say(f"wrote {counted(len(answers), 'line')} to {output}")
         if as_json:
             emit({"run": str(run), "output": str(output), "answers": len(answers)})
         return

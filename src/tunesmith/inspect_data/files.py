@@ -67,7 +67,7 @@ class File:
 
 
 class ResolvedTarget(NamedTuple):
-    """Recipe of the data to inspect, True if its task is a guess, the model if one is named, and a note."""
+    """The recipe of the data to inspect. `guess` is True if its task is a guess; `model` is None if none is named."""
 
     recipe: Recipe
     guess: bool

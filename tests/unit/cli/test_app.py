@@ -279,7 +279,7 @@ def test_predict_texts_and_a_file_into_a_file(command: Command, finished: Path, 
     (tmp_path / "lines.txt").write_text("bad\n", encoding="utf-8")
     target = tmp_path / "answers.jsonl"
     given = ("predict", str(finished), "great", "--input", str(tmp_path / "lines.txt"), "--output", str(target))
-    assert command(*given) == (0, "", f"wrote 2 predictions to {target}\n")
+    assert command(*given) == (0, "", f"wrote 2 lines to {target}\n")
     written = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
     assert [answer["text"] for answer in written] == ["great", "bad"] and "probabilities" in written[0]
     code, out, err = command(*given)

@@ -125,7 +125,7 @@ def _missing(
     elif opened.sample and len(opened.names) == 1 and schema.of_kind(columns, "words"):
         hint = "give one word and tag per line with a blank line after each sentence, or JSON lines of tokens and tags"
     elif opened.sample and len(opened.names) == 1:
-        hint = "separate the columns by comma, tab, semicolon or |"
+        hint = f"add {_joined_names(missing, roles)}, or separate the columns by comma, tab, semicolon or |"
     elif not has_names:
         what = f"no header, and the values do not show which column is {_joined_names(missing, roles)}: {listed}"
         hint += ", counted from 0"

@@ -121,7 +121,7 @@ def _splits_inside_names(files: Collection[Path]) -> dict[str, Path]:
 
 
 def _splits_of(words: Collection[str]) -> list[str]:
-    """Return the splits that one of the words stands for."""
+    """Return the splits named by any of the words."""
     return [split for split, names in SPLIT_NAMES.items() if not set(names).isdisjoint(words)]
 
 

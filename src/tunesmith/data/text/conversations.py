@@ -217,7 +217,7 @@ _PAIR_ROLES = ("user", "assistant")
 
 
 def choices_of(row: Row) -> list[str]:
-    """Return the choices of a row, one of which is correct; empty for free-form answers."""
+    """Return the choices of a multiple-choice row; empty for free-form answers."""
     choices: Any = row.values.get("choices", [])
     is_list = isinstance(choices, list) and len(choices) != 1
     if not is_list or not all(isinstance(choice, str) and choice.strip() for choice in choices):

@@ -2,7 +2,7 @@
 
 A user's message may contain a special token such as `<|im_end|>`. If it were tokenized as one, the message could end
 the turn. So special tokens in messages are replaced by placeholders before the chat template is rendered, and each
-placeholder is tokenized as the characters that it stands for.
+placeholder is tokenized as the characters of its special token.
 """
 
 from __future__ import annotations

@@ -283,7 +283,7 @@ def _special_tokens(processor: Any) -> tuple[list[int], list[int]]:
 
 
 def _fallback_id(processor: Any) -> int:
-    """Return the token that stands for a word without tokens: unknown, EOS, padding or 0."""
+    """Return the id that replaces a word without tokens: unknown, EOS, padding or 0."""
     ids = (processor.unk_token_id, processor.eos_token_id, processor.pad_token_id, 0)
     return int(next(token for token in ids if token is not None))
 

@@ -23,9 +23,8 @@ from tunesmith.kernels.ops.linear import compute_dtype
 __all__ = ["chunked_cross_entropy", "chunked_log_probs", "label_log_probs", "plain_cross_entropy"]
 
 CHUNK_BYTES = 30 * 2**20
-"""Size of the logits of one chunk: 320 tokens over 49,152 words in bf16. Larger chunks repack
-the weight less often; but from 32 MiB on each chunk gets new memory pages, and filling these takes longer than the
-arithmetic."""
+"""Size of the logits of one chunk: 320 tokens over 49,152 words in bf16. Larger chunks repack the weight less often;
+but from 32 MiB on each chunk gets new memory pages, and filling these takes longer than the arithmetic."""
 
 GPU_CHUNK_BYTES = 512 * 2**20
 """The same on a GPU: larger, because each chunk reads the weight twice, and PyTorch's allocator reuses memory."""

@@ -17,8 +17,8 @@ __all__ = ["PaddedView", "Pad", "Unpad"]
 class PaddedView:
     """Padded rectangles of groups of sequences, as positions among `total` rows of tokens.
 
-    `positions` are (sequences, longest) for each group, -1 for padding. It is used inside autograd
-    functions, which compute their own gradients.
+    `positions` are (sequences, longest) for each group, -1 for padding. It is used inside autograd functions, which
+    compute their own gradients.
     """
 
     def __init__(self, positions: Sequence[Any], total: int, device: torch.device) -> None:
