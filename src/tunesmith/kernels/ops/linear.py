@@ -88,9 +88,9 @@ def linears(
     tensors = [tensor for part in parts for tensor in (part.weight, part.bias, part.A, part.B)]
     own = tuple(buffers.of(tensor) for tensor in tensors)
     scales = tuple(part.scaling for part in parts)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # each view is a node of autograd's graph
     ys: tuple[Tensor, ...] = _Linears.apply(flat, compute_dtype(x), activation, scales, own, *tensors)  # type: ignore[no-untyped-call]
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+    return ys if x.ndim == 2 else tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
 def apply_linears(
